@@ -1,0 +1,54 @@
+"""
+Consistency LLMs for transformers: decode several tokens a forward, and train models for it.
+
+Importing this package adds `decoding="jacobi"` to `generate` of every transformers model; `unregister` takes it back.
+What needs `datasets`, `trl` or `peft` is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .integration import register, set_jacobi_defaults, unregister
+
+
+if TYPE_CHECKING:
+    from .decoding.output import JacobiOutput, JacobiStats
+    from .loading import load_cllm
+    from .training.config import CLLMConfig
+    from .training.trainer import CLLMTrainer
+    from .trajectories.builder import TrajectoryBuilder
+    from .trajectories.schema import FEATURES
+
+__version__ = "0.1.0"
+__all__ = [
+    "CLLMConfig",
+    "CLLMTrainer",
+    "FEATURES",
+    "JacobiOutput",
+    "JacobiStats",
+    "TrajectoryBuilder",
+    "load_cllm",
+    "register",
+    "set_jacobi_defaults",
+    "unregister",
+]
+_LAZY = {
+    "CLLMConfig": ".training.config",
+    "CLLMTrainer": ".training.trainer",
+    "FEATURES": ".trajectories.schema",
+    "JacobiOutput": ".decoding.output",
+    "JacobiStats": ".decoding.output",
+    "TrajectoryBuilder": ".trajectories.builder",
+    "load_cllm": ".loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

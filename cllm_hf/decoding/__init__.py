@@ -1,0 +1,1 @@
+"""Jacobi decoding: blocks of tokens solved by fixed-point iteration, token for token equal to greedy decoding."""

@@ -1,0 +1,186 @@
+"""
+Which predicted tokens of a forward become part of the sequence, and which rows are finished by them.
+
+There are two ways to find out. Without processors and special stopping rules the whole block is compared at once, with
+one host sync. Otherwise the block is walked one position at a time, calling every processor and stopping criterion
+with the same arguments, in the same order, as decoding one token at a time would.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import logits_process
+from transformers.generation.streamers import BaseStreamer
+
+from .blocks import count_accepted, count_until_stop
+
+
+# Processors of the host that remember earlier calls.
+_STATEFUL_PROCESSORS = (
+    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    logits_process.SynthIDTextWatermarkLogitsProcessor,
+)
+
+
+class Committer:
+    """
+    Holds the sequences and commits tokens to them.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
+        logits_processor (`transformers.LogitsProcessorList`): applied before the argmax.
+        stopping_criteria (`transformers.StoppingCriteriaList`): asked after every token; one of them must be a
+            `MaxLengthCriteria`.
+        pad_id (`int` or `None`): fills rows that end early; `None` for the first stop token.
+        streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): receives every committed token.
+        same_length (`bool`): whether all rows must always have the same length.
+
+    Attributes:
+        canvas (`torch.LongTensor` of shape `(batch_size, max_length)`): the sequences as the host lays them out.
+        lengths (`list[int]`): length of each row in the canvas.
+        finished (`list[bool]`): rows that take no more tokens.
+        max_length (`int`): length at which every row ends.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        pad_id: int | None,
+        streamer: BaseStreamer | None = None,
+        same_length: bool = False,
+    ):
+        batch_size, prompt_length = input_ids.shape
+        self.logits_processor = logits_processor
+        self.stopping_criteria = stopping_criteria
+        self.streamer = streamer
+        self.max_length = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria))
+        self.stop_ids = _stop_ids(stopping_criteria, input_ids.device)
+        if pad_id is None:
+            pad_id = int(self.stop_ids[0]) if self.stop_ids is not None else 0
+        self.canvas = input_ids.new_full((batch_size, self.max_length), pad_id)
+        self.canvas[:, :prompt_length] = input_ids
+        self.lengths = [prompt_length] * batch_size
+        self.finished = [False] * batch_size
+        self._stopped = [False] * batch_size
+
+        kinds = {type(criterion) for criterion in stopping_criteria}
+        self._whole_blocks = (
+            not logits_processor and streamer is None and kinds <= {EosTokenCriteria, MaxLengthCriteria}
+        )
+        # The host pads finished rows only where there is a stop token; otherwise they go on until all have stopped.
+        self._finish_together = self.stop_ids is None and kinds != {MaxLengthCriteria}
+        self._same_length = batch_size > 1 and (
+            same_length
+            or streamer is not None
+            or self._finish_together
+            or _depends_on_call_order(logits_processor, stopping_criteria)
+        )
+
+    def commit(self, rows: list[int], draft_ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """
+        Commit the accepted draft tokens and the bonus token of each row.
+
+        Args:
+            rows (`list[int]`): canvas rows that took part in the forward.
+            draft_ids (`torch.LongTensor` of shape `(num_rows, draft_length)`): what was fed after the anchors.
+            logits (`torch.Tensor` of shape `(num_rows, draft_length + 1, vocab_size)`): what the model said.
+
+        Returns:
+            `tuple`: the predicted tokens, `torch.LongTensor` of shape `(num_rows, draft_length + 1)`, and how many of
+            them were committed in each row (`list[int]`, each at least 1).
+        """
+        predicted_ids = logits.argmax(-1)
+        if self._whole_blocks:
+            return predicted_ids, self._commit_whole(rows, draft_ids, predicted_ids)
+        return predicted_ids, self._commit_stepwise(rows, draft_ids, predicted_ids, logits)
+
+    def _commit_whole(self, rows: list[int], draft_ids: torch.Tensor, predicted_ids: torch.Tensor) -> list[int]:
+        accepted = count_accepted(draft_ids, predicted_ids)
+        if self.stop_ids is None:
+            until_stop = torch.full_like(accepted, predicted_ids.shape[1] + 1)
+        else:
+            until_stop = count_until_stop(predicted_ids, self.stop_ids)
+        counts = []
+        together = int(accepted.min()) + 1 if self._same_length else self.max_length
+        # The only host sync of an iteration.
+        for index, (num_accepted, num_until_stop) in enumerate(torch.stack([accepted, until_stop], 1).tolist()):
+            row = rows[index]
+            start = self.lengths[row]
+            count = min(num_accepted + 1, num_until_stop, self.max_length - start, together)
+            self.canvas[row, start : start + count] = predicted_ids[index, :count]
+            self.lengths[row] += count
+            self.finished[row] = count == num_until_stop or self.lengths[row] == self.max_length
+            counts.append(count)
+        return counts
+
+    def _commit_stepwise(
+        self, rows: list[int], draft_ids: torch.Tensor, predicted_ids: torch.Tensor, logits: torch.Tensor
+    ) -> list[int]:
+        counts = [0] * len(rows)
+        walking = set(range(len(rows)))
+        scores_shape = (len(self.finished), logits.shape[-1])
+        for length in range(min(self.lengths[row] for row in rows), self.max_length):
+            here = [index for index in sorted(walking) if self.lengths[rows[index]] == length]
+            if not here:
+                continue
+            # Processors and criteria see the whole batch, as from the host; only the rows at this length are read.
+            scores = torch.zeros(scores_shape, dtype=torch.float32, device=logits.device)
+            for index in here:
+                scores[rows[index]] = logits[index, counts[index]]
+            tokens = self.logits_processor(self.canvas[:, :length], scores).argmax(-1)
+            for index in here:
+                self.canvas[rows[index], length] = tokens[rows[index]]
+                predicted_ids[index, counts[index]] = tokens[rows[index]]
+            if self.streamer is not None:
+                self.streamer.put(self.canvas[:, length].cpu())
+            stopped = self.stopping_criteria(self.canvas[:, : length + 1], None).tolist()
+            for index in here:
+                self.lengths[rows[index]] += 1
+                counts[index] += 1
+                self._stopped[rows[index]] |= stopped[rows[index]]
+            self._mark_finished()
+            walking -= {index for index in here if not self._goes_on(rows, index, counts, draft_ids, predicted_ids)}
+            if not walking or (self._same_length and any(not self.finished[rows[i]] and i not in walking for i in here)):
+                break
+        return counts
+
+    def _mark_finished(self) -> None:
+        self.finished = [all(self._stopped)] * len(self._stopped) if self._finish_together else list(self._stopped)
+
+    def _goes_on(
+        self, rows: list[int], index: int, counts: list[int], draft_ids: torch.Tensor, predicted_ids: torch.Tensor
+    ) -> bool:
+        """Whether the next logits of this row stand on the right context."""
+        last = counts[index] - 1
+        if self.finished[rows[index]] or last == draft_ids.shape[1]:
+            return False
+        return bool(draft_ids[index, last] == predicted_ids[index, last])
+
+
+def _depends_on_call_order(logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList) -> bool:
+    """
+    Whether a processor or criterion may notice that rows of a batch have different lengths.
+
+    The host's own are functions of their arguments, but for those that keep a state. A user's may do anything, so they
+    are called just as the host would: once a length, with all rows at that length.
+    """
+    stateless_criteria = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+    return any(
+        isinstance(processor, _STATEFUL_PROCESSORS) or type(processor).__module__ != logits_process.__name__
+        for processor in logits_processor
+    ) or any(type(criterion) not in stateless_criteria for criterion in stopping_criteria)
+
+
+def _stop_ids(stopping_criteria: StoppingCriteriaList, device: torch.device) -> torch.Tensor | None:
+    ids = [c.eos_token_id.flatten() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+    return torch.cat(ids).to(device) if ids else None

@@ -1,0 +1,1 @@
+"""Measuring what Jacobi decoding gains, and showing it."""

@@ -1,0 +1,269 @@
+"""
+Where `decoding="jacobi"` meets transformers: the only file that touches `GenerationMixin` and `GenerationConfig`.
+
+`register` wraps `GenerationMixin.generate` (a public name) and hands calls with `decoding="jacobi"` to the host's own
+`custom_generate` hook; every other call passes through untouched. `unregister` takes it back.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from ._host import mark_as_edited
+
+
+DECODINGS = ("jacobi", "autoregressive")
+DEFAULT_BLOCK_SIZE = 16
+_ORIGINAL = "_cllm_hf_original"
+_GREEDY = 'pass `decoding="autoregressive"`'
+
+
+def register() -> None:
+    """
+    Add `decoding=` and `jacobi_block_size=` to `generate` of every transformers model. Done by `import cllm_hf`.
+
+    Calling it again changes nothing.
+    """
+    original = GenerationMixin.generate
+    if hasattr(original, _ORIGINAL):
+        return
+
+    @functools.wraps(original)
+    def generate(
+        self: Any, *args: Any, decoding: str | None = None, jacobi_block_size: int | None = None, **kwargs: Any
+    ) -> Any:
+        return _generate(original, self, args, kwargs, decoding, jacobi_block_size)
+
+    setattr(generate, _ORIGINAL, original)
+    setattr(GenerationMixin, "generate", generate)
+
+
+def unregister() -> None:
+    """
+    Take `decoding=` back from `generate`; transformers is then as it was before `import cllm_hf`.
+
+    Calling it again changes nothing.
+
+    Raises:
+        RuntimeError: if another library has wrapped `generate` since, so that taking ours out would take out theirs.
+    """
+    current = GenerationMixin.generate
+    original = current.__dict__.get(_ORIGINAL)
+    if original is None:
+        return
+    if getattr(current, "__wrapped__", None) is not original:
+        raise RuntimeError(
+            "`GenerationMixin.generate` was wrapped again after `import cllm_hf`. Undo that wrapper before calling "
+            "`cllm_hf.unregister()`."
+        )
+    setattr(GenerationMixin, "generate", original)
+
+
+def set_jacobi_defaults(model: Any, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
+    """
+    Make `model.generate(...)` decode by Jacobi by default, also after `save_pretrained` and loading.
+
+    Args:
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): its `generation_config` is changed in place.
+        block_size (`int`): default of `jacobi_block_size`.
+
+    Raises:
+        ValueError: if `block_size` is not an integer of at least 1.
+    """
+    config = model.generation_config
+    config.decoding = "jacobi"
+    config.jacobi_block_size = check_block_size(block_size, "block_size")
+    if config.do_sample:
+        # A CLLM is trained on greedy responses. Sampling options without sampling would not validate on saving.
+        config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None, typical_p=None)
+    mark_as_edited(config)
+
+
+def check_block_size(value: object, name: str = "jacobi_block_size") -> int:
+    """
+    Validate a block size.
+
+    Args:
+        value (`object`): what the user passed.
+        name (`str`): name of the option, for the message.
+
+    Returns:
+        `int`: the value.
+
+    Raises:
+        ValueError: if it is not an integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}. Typical values are 8 to 64.")
+    return value
+
+
+def _generate(
+    original: Callable[..., Any],
+    model: PreTrainedModel,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    decoding: str | None,
+    block_size: int | None,
+) -> Any:
+    """Decide which decoding a call of `generate` asks for, and run it."""
+    call = _named_arguments(original, model, args, kwargs)
+    user_config = call.get("generation_config")
+    configs = [config for config in (user_config, model.generation_config) if config is not None]
+    if decoding is None and block_size is not None:
+        decoding = "jacobi"
+    elif decoding == "autoregressive" and block_size is not None:
+        raise ValueError('`jacobi_block_size` has no effect with `decoding="autoregressive"`. Drop one of the two.')
+    requested = decoding if decoding is not None else _first_set(configs, "decoding")
+    if requested is not None and requested not in DECODINGS:
+        raise ValueError(f'`decoding` must be "jacobi" or "autoregressive", got {requested!r}.')
+    # The draft model of assisted decoding is called through `generate` too, and must not draft by itself.
+    is_assistant = getattr(user_config, "is_assistant", False)
+    if requested != "jacobi" or is_assistant or (decoding is None and call.get("custom_generate") is not None):
+        return original(model, *args, **kwargs)
+
+    block_size = block_size if block_size is not None else _first_set(configs, "jacobi_block_size")
+    block_size = check_block_size(DEFAULT_BLOCK_SIZE if block_size is None else block_size)
+    _check_supported(model, call, configs)
+    call = _with_stop_strings(call, configs)
+    return original(model, **call, custom_generate=_custom_generate(call, block_size))
+
+
+def _custom_generate(call: dict[str, Any], block_size: int) -> Callable[..., Any]:
+    """
+    Build the callable for the host's `custom_generate` hook.
+
+    The hook does not hand over the streamer, so it is bound here. Names of model inputs must not appear in the
+    callable's signature: the host would pass them twice.
+    """
+    attention_mask, inputs_embeds = call.get("attention_mask"), call.get("inputs_embeds")
+    input_ids = call.get("inputs") if call.get("inputs") is not None else call.get("input_ids")
+    prompt = inputs_embeds if inputs_embeds is not None else input_ids
+    num_given = attention_mask if attention_mask is not None else prompt
+
+    def decode(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        from .decoding.loop import jacobi_decode
+
+        return jacobi_decode(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            block_size=block_size,
+            streamer=call.get("streamer"),
+            num_given=None if num_given is None else num_given.shape[1],
+            is_user_cache=call.get("past_key_values") is not None,
+            **model_kwargs,
+        )
+
+    return decode
+
+
+def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list[GenerationConfig]) -> None:
+    """Raise a `ValueError` for options that Jacobi decoding would have to ignore."""
+
+    def option(name: str) -> Any:
+        return call[name] if call.get(name) is not None else _first_set(configs, name)
+
+    def refuse(what: str, got: Any, remedy: str) -> None:
+        raise ValueError(f'`decoding="jacobi"` does not support {what}, got {got}. To go on, {remedy}.')
+
+    if call.get("custom_generate") is not None:
+        refuse("`custom_generate`", repr(call["custom_generate"]), "pass only one of the two")
+    if model.config.is_encoder_decoder:
+        refuse("encoder-decoder models yet", type(model).__name__, _GREEDY)
+    if option("do_sample"):
+        refuse("sampling yet", "do_sample=True", f"pass `do_sample=False` or {_GREEDY}")
+    if (option("num_beams") or 1) > 1:
+        refuse("beam search", f"num_beams={option('num_beams')}", f"pass `num_beams=1` or {_GREEDY}")
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        if option(name) is not None:
+            refuse(f"`{name}`, which is another way to decode several tokens a forward", "both", f"drop it or {_GREEDY}")
+    for name in ("penalty_alpha", "dola_layers", "prefill_chunk_size", "token_healing"):
+        if option(name):
+            refuse(f"`{name}`", repr(option(name)), f"drop it or {_GREEDY}")
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if option(name):
+            refuse(f"`{name}` yet", "True", f"drop it or {_GREEDY}")
+    if option("use_cache") is False:
+        refuse("decoding without a cache yet", "use_cache=False", f"pass `use_cache=True` or {_GREEDY}")
+    if option("cache_implementation") not in (None, "dynamic", "hybrid"):
+        refuse("this cache yet", f"cache_implementation={option('cache_implementation')!r}", f"drop it or {_GREEDY}")
+    if _runs_in_step(call.get("synced_gpus"), model):
+        refuse("generation that keeps several processes in step (`synced_gpus`, ZeRO-3, FSDP) yet", "such a run", _GREEDY)
+    if any(getattr(config, "is_prompt_learning", False) for config in _peft_configs(model)):
+        refuse("prompt-learning adapters yet", "one", f"merge another kind of adapter or {_GREEDY}")
+
+
+def _runs_in_step(synced_gpus: bool | None, model: PreTrainedModel) -> bool:
+    if synced_gpus is not None:
+        return synced_gpus
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return False
+    return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+
+
+def _peft_configs(model: PreTrainedModel) -> list[Any]:
+    # While a `PeftModel` generates, the base model's input preparation is a bound method of the `PeftModel`.
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    configs = getattr(owner, "peft_config", None)
+    return list(configs.values()) if isinstance(configs, dict) else []
+
+
+def _with_stop_strings(call: dict[str, Any], configs: list[GenerationConfig]) -> dict[str, Any]:
+    """Turn `stop_strings` into a criterion: the host loses the tokenizer on its way to a `custom_generate` callable."""
+    call = {name: value for name, value in call.items() if name != "custom_generate"}
+    tokenizer = call.pop("tokenizer", None)
+    stop_strings = call.pop("stop_strings", None) or _first_set(configs, "stop_strings")
+    if not stop_strings:
+        return call
+    if tokenizer is None:
+        raise ValueError(
+            f"`stop_strings` need the tokenizer to be found, got {stop_strings!r} without one. Pass "
+            "`tokenizer=tokenizer` to `generate` too."
+        )
+    criterion = StopStringCriteria(tokenizer, stop_strings)
+    call["stopping_criteria"] = StoppingCriteriaList([*(call.get("stopping_criteria") or []), criterion])
+    if call.get("generation_config") is not None:
+        call["generation_config"] = copy.deepcopy(call["generation_config"])
+        call["generation_config"].stop_strings = None
+    if configs[-1].stop_strings:  # the model's own default would be merged in again
+        call["stop_strings"] = None
+    return call
+
+
+def _named_arguments(
+    original: Callable[..., Any], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    bound = inspect.signature(original).bind_partial(model, *args, **kwargs).arguments
+    bound.pop("self")
+    return {**bound, **bound.pop("kwargs", {})}
+
+
+def _first_set(configs: list[GenerationConfig], name: str) -> Any:
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,211 @@
+"""
+One layout for a clean sequence and many draft blocks, run in one forward: `[clean sequence | block 0 | block 1 | ..]`.
+
+Each block repeats its anchor, has the positions it would have in the sequence, and sees the clean tokens before its
+anchor and itself causally, and no other block. One forward thus gives the autoregressive logits of the clean sequence
+and the logits of every draft state. The trajectory collector and the trainer share it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+from ._host import attention_implementation
+
+
+_CLEAN, _PADDING = 0, -1
+_SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass
+class PackedBatch:
+    """
+    A batch in the packed layout, of `packed_length = clean_length + num_blocks * block_size` columns.
+
+    Attributes:
+        input_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): clean tokens, then for each block its
+            anchor and all but the last token of its state.
+        position_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): positions in the clean sequence.
+        segment_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): 0 for clean tokens, `b + 1` for tokens
+            of block `b`, -1 for padding.
+        anchor_positions (`torch.LongTensor` of shape `(batch_size, packed_length)`): for a token of a block the
+            position of its anchor, 0 elsewhere.
+        clean_length (`int`): columns of the clean sequence.
+        block_size (`int`): tokens of a block.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segment_ids: torch.Tensor
+    anchor_positions: torch.Tensor
+    clean_length: int
+    block_size: int
+
+    def split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Split what the model said into the clean sequence and the blocks.
+
+        Args:
+            values (`torch.Tensor` of shape `(batch_size, packed_length, size)`): logits or hidden states.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]` of shapes `(batch_size, clean_length, size)` and
+            `(batch_size, num_blocks, block_size, size)`. Position `i` of a block predicts token `i` of its state.
+        """
+        clean, blocks = values[:, : self.clean_length], values[:, self.clean_length :]
+        return clean, blocks.unflatten(1, (-1, self.block_size))
+
+
+def pack(
+    clean_ids: torch.Tensor,
+    clean_mask: torch.Tensor,
+    states: torch.Tensor,
+    anchors: torch.Tensor,
+    block_mask: torch.Tensor,
+) -> PackedBatch:
+    """
+    Lay out clean sequences and one state of each of their blocks.
+
+    Args:
+        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
+        clean_mask (`torch.Tensor` of shape `(batch_size, clean_length)`): non-zero on tokens, zero on padding.
+        states (`torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`): a draft state of each block.
+        anchors (`torch.LongTensor` of shape `(batch_size, num_blocks)`): position of the token before each block.
+        block_mask (`torch.Tensor` of shape `(batch_size, num_blocks)`): non-zero where there is a block.
+
+    Returns:
+        `PackedBatch`.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    batch_size, num_blocks, block_size = states.shape
+    if clean_ids.shape != clean_mask.shape or anchors.shape != (batch_size, num_blocks) != block_mask.shape:
+        raise ValueError(
+            "`clean_ids` and `clean_mask`, and the first two dimensions of `states`, `anchors` and `block_mask` must "
+            f"agree, got {tuple(clean_ids.shape)}, {tuple(clean_mask.shape)}, {tuple(states.shape)}, "
+            f"{tuple(anchors.shape)} and {tuple(block_mask.shape)}."
+        )
+    device, clean_length = clean_ids.device, clean_ids.shape[1]
+    is_clean, is_block = clean_mask.bool(), block_mask.bool()[..., None].expand_as(states)
+    anchor_ids = clean_ids.gather(1, anchors)
+    block_ids = torch.cat([anchor_ids[..., None], states[..., :-1]], dim=-1)
+    block_positions = anchors[..., None] + torch.arange(block_size, device=device)
+    segments = torch.arange(1, num_blocks + 1, device=device)[None, :, None].expand_as(states)
+
+    def lay_out(clean: torch.Tensor, blocks: torch.Tensor, clean_fill: int, block_fill: int) -> torch.Tensor:
+        clean = clean.masked_fill(~is_clean, clean_fill)
+        return torch.cat([clean, blocks.masked_fill(~is_block, block_fill).flatten(1)], dim=1)
+
+    return PackedBatch(
+        input_ids=lay_out(clean_ids, block_ids, 0, 0),
+        position_ids=lay_out(torch.arange(clean_length, device=device).expand_as(clean_ids), block_positions, 0, 0),
+        segment_ids=lay_out(torch.full_like(clean_ids, _CLEAN), segments, _PADDING, _PADDING),
+        anchor_positions=lay_out(torch.zeros_like(clean_ids), anchors[..., None].expand_as(states), 0, 0),
+        clean_length=clean_length,
+        block_size=block_size,
+    )
+
+
+def packed_attention_mask(
+    config: PreTrainedConfig, packed: PackedBatch, dtype: torch.dtype = torch.float32
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """
+    Build the mask of a packed batch, by the host's own mask functions, for the attention that the model runs.
+
+    Args:
+        config (`transformers.PreTrainedConfig`): config of the model.
+        packed (`PackedBatch`): the batch.
+        dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
+
+    Returns:
+        What to pass as `attention_mask`: a mask, or a `dict` of them for models that mix full and sliding attention.
+
+    Raises:
+        ValueError: for attention that takes no such mask.
+    """
+    config = config.get_text_config()
+    segments, positions, anchors = packed.segment_ids, packed.position_ids, packed.anchor_positions
+
+    def allowed(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        same_segment = segments[batch, query] == segments[batch, key]
+        clean_before = (segments[batch, key] == _CLEAN) & (positions[batch, key] < anchors[batch, query])
+        return same_segment | clean_before
+
+    def allowed_in_window(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        # By position, not by column as in the host: a block stands far behind the tokens it continues.
+        near = positions[batch, query] - positions[batch, key] < config.sliding_window
+        return allowed(batch, head, query, key) & near
+
+    shape_only = torch.empty((*packed.input_ids.shape, 0), dtype=dtype, device=packed.input_ids.device)
+
+    def build(mask_function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        return create_causal_mask(config, shape_only, None, None, and_mask_function=mask_function)
+
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if "sliding_attention" in layer_types:
+        return {"full_attention": build(allowed), "sliding_attention": build(allowed_in_window)}
+    if not layer_types and getattr(config, "sliding_window", None) is not None:
+        return build(allowed_in_window)
+    return build(allowed)
+
+
+def packed_forward(
+    model: torch.nn.Module, packed: PackedBatch, config: PreTrainedConfig, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """
+    Run one forward over a packed batch.
+
+    Args:
+        model (`torch.nn.Module`): a causal language model, possibly wrapped (PEFT, DDP).
+        packed (`PackedBatch`): the batch, on the model's device.
+        config (`transformers.PreTrainedConfig`): config of the model, which a wrapper may hide.
+        dtype (`torch.dtype`): dtype of the model.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, packed_length, vocab_size)`: logits.
+    """
+    return model(
+        input_ids=packed.input_ids,
+        attention_mask=packed_attention_mask(config, packed, dtype),
+        position_ids=packed.position_ids,
+        use_cache=False,
+    ).logits
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """
+    Check that a model can run packed batches.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model, not wrapped.
+
+    Raises:
+        ValueError: for models that take no positions, that find positions by the column (ALiBi), whose layers are not
+            full or sliding attention, or whose attention implementation takes no mask (flash attention).
+    """
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
+        raise ValueError(
+            f"{name} finds positions by itself, so that blocks cannot be packed behind their sequence. Use a model "
+            "whose `forward` takes `position_ids`, such as Llama, Qwen, Gemma, GPT-2 or GPT-NeoX."
+        )
+    others = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYER_TYPES
+    if model.config.is_encoder_decoder or others:
+        kind = "an encoder-decoder model" if model.config.is_encoder_decoder else f"layers of type {sorted(others)}"
+        raise ValueError(f"Packed forwards need a decoder with full or sliding attention, got {kind} in {name}.")
+    implementation = attention_implementation(config) or ""
+    if implementation not in ("sdpa", "eager", "flex_attention"):
+        raise ValueError(
+            f"Packed forwards need attention that takes a mask, got `attn_implementation={implementation!r}`. Call "
+            '`model.set_attn_implementation("sdpa")` first.'
+        )

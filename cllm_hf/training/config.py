@@ -1,0 +1,71 @@
+"""Options of `CLLMTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from ..integration import check_block_size
+
+
+# Options of `SFTConfig` that would have no effect here, or a wrong one: name, value that asks for nothing, reason.
+_NO_EFFECT = (
+    ("packing", False, "a step already packs each response with its draft blocks"),
+    ("eval_packing", None, "a step already packs each response with its draft blocks"),
+    ("padding_free", False, "packed batches need their padding"),
+    ("assistant_only_loss", False, "the AR loss is on the response, which a trajectory record names"),
+    ("completion_only_loss", None, "the AR loss is on the response, which a trajectory record names"),
+    ("loss_type", "nll", "the loss is the consistency loss and the AR loss"),
+    ("label_smoothing_factor", 0.0, "it is not implemented"),
+    ("use_liger_kernel", False, "its fused loss is not the consistency loss"),
+    ("router_aux_loss_coef", None, "the load-balancing loss is not part of this objective"),
+    ("chat_template_path", None, "the dataset already holds token ids"),
+    ("shuffle_dataset", False, "batches are drawn in random order already"),
+)
+
+
+@dataclass
+class CLLMConfig(SFTConfig):
+    """
+    Options of [`CLLMTrainer`]: those of `trl.SFTConfig` and `transformers.TrainingArguments`, and the ones below.
+
+    Args:
+        ar_loss_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the AR loss: `loss = consistency_loss + ar_loss_weight * ar_loss`, each a mean over its own
+            positions. More keeps more of the model's quality and gains a little less speed.
+        block_size (`int`, *optional*):
+            Tokens of a block. By default what the dataset has; if set, the dataset must have it.
+        max_length (`int`, *optional*):
+            Longest prompt and response, in tokens; longer responses lose their last blocks. By default no limit.
+
+    Raises:
+        ValueError: for a negative weight, a block size below 1, or an option of `SFTConfig` that has no effect here.
+    """
+
+    ar_loss_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the AR loss: loss = consistency_loss + ar_loss_weight * ar_loss."},
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a block. By default what the dataset has."},
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt and response, in tokens; longer responses lose their last blocks."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ar_loss_weight < 0:
+            raise ValueError(f"`ar_loss_weight` must be at least 0, got {self.ar_loss_weight}. Typical are 1 to 10.")
+        if self.block_size is not None:
+            check_block_size(self.block_size, "block_size")
+        for name, neutral, reason in _NO_EFFECT:
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no place in consistency training: {reason}. Drop it."
+                )
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("Re-entrant gradient checkpointing is not supported. Drop `use_reentrant=True`.")

@@ -1,0 +1,101 @@
+"""
+The trajectory record: one row a response, and the checks that a dataset holds such rows.
+
+`states[b][j]` is state `j` of block `b`: `states[b][0]` is its first draft and `states[b][-1]` its fixed point, which
+is stored once. Every state has `block_size` tokens; behind the end of the response they are padding and mean nothing.
+"""
+
+from __future__ import annotations
+
+from datasets import Dataset, Features, List, Value
+
+
+FEATURES = Features(
+    {
+        "data_id": Value("string"),
+        "prompt": Value("string"),
+        "response": Value("string"),
+        "prompt_ids": List(Value("int32")),
+        "response_ids": List(Value("int32")),
+        "states": List(List(List(Value("int32")))),
+    }
+)
+REQUIRED_COLUMNS = ("prompt_ids", "response_ids", "states")
+
+
+def num_blocks(response_length: int, block_size: int) -> int:
+    """
+    Number of blocks that cover a response.
+
+    Args:
+        response_length (`int`): tokens of the response, stop token included.
+        block_size (`int`): tokens of a block.
+
+    Returns:
+        `int`.
+    """
+    return -(-response_length // block_size)
+
+
+def check_record(record: dict, block_size: int | None = None) -> int:
+    """
+    Check one trajectory record.
+
+    Args:
+        record (`dict`): a row with the columns of `REQUIRED_COLUMNS`.
+        block_size (`int`, *optional*): what every state must have; by default what the first state has.
+
+    Returns:
+        `int`: the block size.
+
+    Raises:
+        ValueError: for a missing column, an empty prompt or response, states of different lengths, or a number of
+            blocks that does not cover the response.
+    """
+    missing = [name for name in REQUIRED_COLUMNS if name not in record]
+    if missing:
+        raise ValueError(
+            f"A trajectory record needs the columns {', '.join(REQUIRED_COLUMNS)}; {', '.join(missing)} missing, got "
+            f"{', '.join(record)}. Build the dataset with `cllm_hf.TrajectoryBuilder`."
+        )
+    name = record.get("data_id", "?")
+    if not record["prompt_ids"] or not record["response_ids"]:
+        raise ValueError(f"Record {name} has an empty prompt or response. Drop it from the dataset.")
+    lengths = {len(state) for block in record["states"] for state in block}
+    expected = block_size if block_size is not None else min(lengths, default=0)
+    if lengths != {expected} or expected < 1:
+        raise ValueError(
+            f"Every state must have `block_size` tokens, {expected or 'at least 1'}, got lengths {sorted(lengths)} in "
+            f"record {name}. States that end early are padded to the block size."
+        )
+    blocks = num_blocks(len(record["response_ids"]), expected)
+    if len(record["states"]) != blocks or not all(record["states"]):
+        raise ValueError(
+            f"Record {name} has {len(record['states'])} blocks of states, but its response of "
+            f"{len(record['response_ids'])} tokens takes {blocks} blocks of {expected}, each with at least one state."
+        )
+    return expected
+
+
+def check_dataset(dataset: Dataset, block_size: int | None = None) -> int:
+    """
+    Check that a dataset holds trajectories of one block size.
+
+    Args:
+        dataset (`datasets.Dataset`): the dataset; all its rows are read.
+        block_size (`int`, *optional*): the block size that it must have.
+
+    Returns:
+        `int`: its block size.
+
+    Raises:
+        ValueError: if it is empty or a row is not a trajectory record of that block size.
+    """
+    if len(dataset) == 0:
+        raise ValueError("The trajectory dataset is empty. Build it from more prompts, or look at its drop counts.")
+    missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
+    columns = dataset if missing else dataset.select_columns(list(REQUIRED_COLUMNS))
+    for record in columns:
+        block_size = check_record(record, block_size)
+    assert block_size is not None
+    return block_size
