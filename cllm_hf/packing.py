@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from ._host import attention_implementation
@@ -46,6 +46,33 @@ class PackedBatch:
     anchor_positions: torch.Tensor
     clean_length: int
     block_size: int
+
+    def with_states(self, states: torch.Tensor) -> PackedBatch:
+        """
+        The same layout with other states of the blocks.
+
+        Args:
+            states (`torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`): the states.
+
+        Returns:
+            `PackedBatch`.
+        """
+        clean, blocks = self.input_ids[:, : self.clean_length], self.input_ids[:, self.clean_length :]
+        blocks = torch.cat([blocks.view_as(states)[..., :1], states[..., :-1]], dim=-1)
+        return replace(self, input_ids=torch.cat([clean, blocks.flatten(1)], dim=1))
+
+    def select(self, rows: torch.Tensor) -> PackedBatch:
+        """
+        Some rows of the batch.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(num_rows,)`): which.
+
+        Returns:
+            `PackedBatch`.
+        """
+        names = ("input_ids", "position_ids", "segment_ids", "anchor_positions")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -86,7 +113,8 @@ def pack(
         ValueError: if the shapes do not fit.
     """
     batch_size, num_blocks, block_size = states.shape
-    if clean_ids.shape != clean_mask.shape or anchors.shape != (batch_size, num_blocks) != block_mask.shape:
+    blocks_fit = anchors.shape == block_mask.shape == (batch_size, num_blocks)
+    if clean_ids.shape != clean_mask.shape or len(clean_ids) != batch_size or not blocks_fit:
         raise ValueError(
             "`clean_ids` and `clean_mask`, and the first two dimensions of `states`, `anchors` and `block_mask` must "
             f"agree, got {tuple(clean_ids.shape)}, {tuple(clean_mask.shape)}, {tuple(states.shape)}, "
@@ -94,7 +122,7 @@ def pack(
         )
     device, clean_length = clean_ids.device, clean_ids.shape[1]
     is_clean, is_block = clean_mask.bool(), block_mask.bool()[..., None].expand_as(states)
-    anchor_ids = clean_ids.gather(1, anchors)
+    anchor_ids = clean_ids.gather(1, anchors.clamp(max=clean_length - 1))  # those of missing blocks may lie outside
     block_ids = torch.cat([anchor_ids[..., None], states[..., :-1]], dim=-1)
     block_positions = anchors[..., None] + torch.arange(block_size, device=device)
     segments = torch.arange(1, num_blocks + 1, device=device)[None, :, None].expand_as(states)
@@ -114,7 +142,10 @@ def pack(
 
 
 def packed_attention_mask(
-    config: PreTrainedConfig, packed: PackedBatch, dtype: torch.dtype = torch.float32
+    config: PreTrainedConfig,
+    packed: PackedBatch,
+    dtype: torch.dtype = torch.float32,
+    clean_cache: DynamicCache | None = None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
     Build the mask of a packed batch, by the host's own mask functions, for the attention that the model runs.
@@ -123,12 +154,11 @@ def packed_attention_mask(
         config (`transformers.PreTrainedConfig`): config of the model.
         packed (`PackedBatch`): the batch.
         dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
+        clean_cache (`transformers.DynamicCache`, *optional*): from `cache_clean`; the mask then has only the rows of
+            the blocks.
 
     Returns:
         What to pass as `attention_mask`: a mask, or a `dict` of them for models that mix full and sliding attention.
-
-    Raises:
-        ValueError: for attention that takes no such mask.
     """
     config = config.get_text_config()
     segments, positions, anchors = packed.segment_ids, packed.position_ids, packed.anchor_positions
@@ -145,10 +175,11 @@ def packed_attention_mask(
         near = positions[batch, query] - positions[batch, key] < config.sliding_window
         return allowed(batch, head, query, key) & near
 
-    shape_only = torch.empty((*packed.input_ids.shape, 0), dtype=dtype, device=packed.input_ids.device)
+    num_queries = packed.input_ids.shape[1] - (0 if clean_cache is None else packed.clean_length)
+    shape_only = segments.new_empty((segments.shape[0], num_queries, 0), dtype=dtype)
 
     def build(mask_function: Callable[..., torch.Tensor]) -> torch.Tensor:
-        return create_causal_mask(config, shape_only, None, None, and_mask_function=mask_function)
+        return create_causal_mask(config, shape_only, None, clean_cache, and_mask_function=mask_function)
 
     layer_types = set(getattr(config, "layer_types", None) or ())
     if "sliding_attention" in layer_types:
@@ -171,7 +202,7 @@ def packed_forward(
         dtype (`torch.dtype`): dtype of the model.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, packed_length, vocab_size)`: logits.
+        `torch.Tensor` of shape `(batch_size, packed_length, vocab_size)`: logits; see `PackedBatch.split`.
     """
     return model(
         input_ids=packed.input_ids,
@@ -179,6 +210,54 @@ def packed_forward(
         position_ids=packed.position_ids,
         use_cache=False,
     ).logits
+
+
+def cache_clean(model: PreTrainedModel, packed: PackedBatch) -> DynamicCache:
+    """
+    Run the clean sequences once, for several forwards over states of their blocks.
+
+    Args:
+        model (`transformers.PreTrainedModel`): a causal language model.
+        packed (`PackedBatch`): the batch.
+
+    Returns:
+        `transformers.DynamicCache`: keys and values of the clean sequences.
+    """
+    # Without the config, sliding layers keep everything: early blocks stand far before the end of the sequence.
+    cache = DynamicCache()
+    clean = slice(0, packed.clean_length)
+    model.base_model(
+        input_ids=packed.input_ids[:, clean],
+        attention_mask=(packed.segment_ids[:, clean] == _CLEAN).long(),
+        position_ids=packed.position_ids[:, clean],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return cache
+
+
+def forward_blocks(model: PreTrainedModel, packed: PackedBatch, clean_cache: DynamicCache) -> torch.Tensor:
+    """
+    Run one forward over the blocks of a packed batch, behind its cached clean sequences.
+
+    Args:
+        model (`transformers.PreTrainedModel`): a causal language model.
+        packed (`PackedBatch`): the batch.
+        clean_cache (`transformers.DynamicCache`): from `cache_clean`; it is left as it was.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_blocks, block_size, vocab_size)`: logits.
+    """
+    blocks = slice(packed.clean_length, None)
+    logits = model(
+        input_ids=packed.input_ids[:, blocks],
+        attention_mask=packed_attention_mask(model.config, packed, model.dtype, clean_cache),
+        position_ids=packed.position_ids[:, blocks],
+        past_key_values=clean_cache,
+        use_cache=True,
+    ).logits
+    clean_cache.crop(-logits.shape[1])
+    return logits.unflatten(1, (-1, packed.block_size))
 
 
 def check_packable(model: PreTrainedModel) -> None:

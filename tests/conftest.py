@@ -41,7 +41,7 @@ CONFIGS = {
 }
 
 
-def make_model(name: str, scale: float = 4.0, seed: int = 0, **config_changes):
+def make_model(name: str, scale: float = 4.0, seed: int = 0, attention: str = "sdpa", **config_changes):
     """
     A tiny model with layers scaled up from their initial values, so that its greedy text depends on the context and
     yet repeats itself now and then: some drafts are accepted (1.05 to 3.3 tokens per forward), some rejected.
@@ -49,7 +49,7 @@ def make_model(name: str, scale: float = 4.0, seed: int = 0, **config_changes):
     torch.manual_seed(seed)
     config = CONFIGS[name]()
     config.update(config_changes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in parameter_name and "wte" not in parameter_name:

@@ -1,5 +1,5 @@
 """
-Word problems with worked answers, made by rule: numbers under 30, each a token of its own, two or three steps.
+Word problems with worked answers, made by rule: numbers up to 20, each a token of its own, two or three steps.
 
     Mia has 7 apples . Mia buys 5 more . Then Mia gives 3 to Ben . How many apples does Mia have now ?
     Mia starts with 7 apples . Mia buys 5 more , so now there are 7 + 5 = 12 apples . Then Mia gives 3 to Ben , so now
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
-LARGEST = 29
+LARGEST = 20
 NAMES = ("Ada Ben Cleo Dan Eva Finn Gina Hugo Ivy Jack Kim Leo Mia Noah Olga Paul Rosa Sam Tina Vera").split()
 ITEMS = ("apples books cards coins cookies eggs flowers hats keys lemons marbles pens plums shells stamps toys").split()
 GAINS = ("buys {n} more", "finds {n} more", "gets {n} from {friend}", "wins {n} in a game")
@@ -31,7 +31,7 @@ class Problem:
     Attributes:
         prompt (`str`): the question.
         response (`str`): the worked answer.
-        answer (`int`): its result, from 0 to 29.
+        answer (`int`): its result, from 0 to 20.
     """
 
     prompt: str

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..packing import pack, packed_forward
+from ..packing import PackedBatch, cache_clean, forward_blocks, pack
 from .schema import num_blocks
 
 
@@ -58,43 +59,40 @@ def collect_states(
         fixed point.
     """
     trajectories = [[[block.tolist()] for block in blocks] for blocks in first_states]
-    left = list(range(len(prompts)))
-    while left:
-        new_states = _iterate(model, [prompts[i] + responses[i] for i in left], [len(prompts[i]) for i in left],
-                              [[block[-1] for block in trajectories[i]] for i in left])  # fmt: skip
-        unfinished = []
-        for i, states in zip(left, new_states):
-            changed = False
-            for number, (trajectory, state) in enumerate(zip(trajectories[i], states)):
-                length = min(len(state), len(responses[i]) - number * len(state))
-                state[length:] = [pad_id] * (len(state) - length)
-                if state != trajectory[-1]:
+    packed, states, in_response = _lay_out(prompts, responses, first_states, pad_id, model.device)
+    cache = cache_clean(model, packed)
+    rows = torch.arange(len(prompts), device=model.device)
+    while len(rows):
+        predicted = forward_blocks(model, packed.with_states(states), cache).argmax(-1)
+        new_states = torch.where(in_response, predicted, pad_id)
+        changed = (new_states != states).any(-1)
+        for row, new_blocks, is_new in zip(rows.tolist(), new_states.tolist(), changed.tolist()):
+            for trajectory, state, new in zip(trajectories[row], new_blocks, is_new):
+                if new:
                     trajectory.append(state)
-                    changed = True
-            if changed:
-                unfinished.append(i)
-        left = unfinished
+        left = changed.any(-1)
+        rows, states, in_response = rows[left], new_states[left], in_response[left]
+        if not left.all():
+            packed = packed.select(left)
+            cache.batch_select_indices(left)
     return trajectories
 
 
-def _iterate(
-    model: PreTrainedModel, sequences: list[list[int]], prompt_lengths: list[int], states: list[list[list[int]]]
-) -> list[list[list[int]]]:
-    """One forward over the current states: the model's token at each of their positions."""
-    batch_size, block_size = len(sequences), len(states[0][0])
-    clean_length, most_blocks = max(map(len, sequences)), max(map(len, states))
-    clean_ids = torch.zeros((batch_size, clean_length), dtype=torch.long)
-    clean_mask = torch.zeros_like(clean_ids)
-    state_ids = torch.zeros((batch_size, most_blocks, block_size), dtype=torch.long)
-    block_mask = torch.zeros((batch_size, most_blocks), dtype=torch.long)
-    for row, (sequence, blocks) in enumerate(zip(sequences, states)):
-        clean_ids[row, : len(sequence)] = torch.tensor(sequence)
-        clean_mask[row, : len(sequence)] = 1
-        state_ids[row, : len(blocks)] = torch.tensor(blocks)
-        block_mask[row, : len(blocks)] = 1
-    anchors = torch.tensor(prompt_lengths)[:, None] - 1 + block_size * torch.arange(most_blocks)
-    tensors = (clean_ids, clean_mask, state_ids, anchors.clamp(max=clean_length - 1), block_mask)
-    packed = pack(*(tensor.to(model.device) for tensor in tensors))
-    logits = packed_forward(model, packed, model.config, model.dtype)
-    predicted = packed.split(logits)[1].argmax(-1).cpu()
-    return [predicted[row, : len(blocks)].tolist() for row, blocks in enumerate(states)]
+def _lay_out(
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    first_states: list[np.ndarray],
+    pad_id: int,
+    device: torch.device,
+) -> tuple[PackedBatch, torch.Tensor, torch.Tensor]:
+    """The packed batch, its first states, and which of their positions lie in a response."""
+    block_size = first_states[0].shape[1]
+    sequences = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
+    clean_ids = pad_sequence(sequences, batch_first=True)
+    clean_mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
+    states = pad_sequence([torch.from_numpy(blocks) for blocks in first_states], batch_first=True, padding_value=pad_id)
+    offsets = torch.arange(states[0].numel()).view_as(states[0])
+    in_response = offsets < torch.tensor([len(response) for response in responses])[:, None, None]
+    anchors = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None] + block_size * torch.arange(states.shape[1])
+    tensors = (clean_ids, clean_mask, states, anchors, in_response.any(-1))
+    return pack(*(tensor.to(device) for tensor in tensors)), states.to(device), in_response.to(device)

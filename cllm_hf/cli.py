@@ -1,0 +1,63 @@
+"""The `cllm` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Run a command.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*): by default those of the process.
+
+    Returns:
+        `int`: exit status: 0, 1 for an error that is explained on stderr, 130 after Ctrl-C.
+    """
+    parsed = _make_parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except KeyboardInterrupt:
+        print("\ncllm: interrupted; finished parts are kept, nothing half-written is left.", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"cllm: {error}", file=sys.stderr)
+        return 1
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cllm", description="Consistency LLMs for Hugging Face transformers.")
+    parser.add_argument("--version", action="version", version=f"cllm_hf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    demo = commands.add_parser(
+        "demo",
+        help="train a small model, make it a CLLM and measure both, in minutes on two CPU cores",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of the problems, the weights and the order of the data")
+    demo.add_argument("--output-dir", type=Path, help="where to keep the two models and the trajectories")
+    demo.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
+    demo.set_defaults(run=_run_demo)
+    return parser
+
+
+def _run_demo(parsed: argparse.Namespace) -> int:
+    warnings.filterwarnings("ignore")  # the hosts' deprecation notices are for programmers
+    from .demo.run import DemoOptions, run_demo
+
+    report = run_demo(DemoOptions(seed=parsed.seed), parsed.output_dir, color=not parsed.no_color)
+    print(f"\n{report.table}\n")
+    print("Right tokens are blue, wrong ones red. One line an iteration, from the first draft to the fixed point.\n")
+    print(report.trajectories)
+    laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
+    print(f"\n{sum(report.seconds.values()):.0f} s in all: {laps}.")
+    if parsed.output_dir is not None:
+        print(f"Kept in {parsed.output_dir}: target, trajectories, cllm.")
+    return 0

@@ -1,0 +1,433 @@
+"""The demo's steps: problems, target model, trajectories, CLLM, measurement."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from tqdm.auto import tqdm
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig, SFTTrainer
+
+from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
+from ..evaluation.report import format_table, format_trajectory
+from ..training.config import CLLMConfig
+from ..training.trainer import CLLMTrainer
+from ..trajectories.builder import TrajectoryBuilder
+from .problems import Problem, make_problems, make_tokenizer, read_answer
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """
+    Sizes of the demo.
+
+    Attributes:
+        seed (`int`): of the problems, the weights and the order of the data.
+        hidden_size (`int`): width of the model; it has four layers.
+        target_updates (`int`): updates of the target model, on `target_batch_size` new problems each.
+        target_batch_size (`int`): problems in an update of the target model.
+        num_trajectories (`int`): problems whose trajectories are collected.
+        cllm_updates (`int`): updates of the CLLM, on `cllm_batch_size` trajectories each.
+        cllm_batch_size (`int`): trajectories in an update of the CLLM.
+        num_held_out (`int`): problems for the measurement, in no training data.
+        repetitions (`int`): how often the decoding of all held-out problems is timed.
+        block_size (`int`): tokens of a block.
+        max_new_tokens (`int`): longest answer; the longest worked answer has 80 tokens.
+    """
+
+    seed: int = 0
+    hidden_size: int = 128
+    target_updates: int = 500
+    target_batch_size: int = 32
+    num_trajectories: int = 1200
+    cllm_updates: int = 300
+    cllm_batch_size: int = 32
+    num_held_out: int = 100
+    repetitions: int = 3
+    block_size: int = 16
+    max_new_tokens: int = 96
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """
+    What the demo measured.
+
+    Attributes:
+        results (`list[DecodingResult]`): the target model and the CLLM, each by `generate()` and by Jacobi.
+        accuracies (`list[float]`): share of held-out problems that each solves, from 0 to 1.
+        table (`str`): both as a table.
+        trajectories (`str`): one block of both models, state by state.
+        seconds (`dict[str, float]`): time of each step.
+    """
+
+    results: list[DecodingResult]
+    accuracies: list[float]
+    table: str
+    trajectories: str
+    seconds: dict[str, float]
+
+
+def run_demo(
+    options: DemoOptions, output_dir: Path | None = None, say: Callable[[str], None] = print, color: bool = True
+) -> DemoReport:
+    """
+    Run all steps.
+
+    Args:
+        options (`DemoOptions`): sizes.
+        output_dir (`pathlib.Path`, *optional*): where to keep `target`, `trajectories` and `cllm`; each appears there
+            when it is complete, in place of one from an earlier run. By default nothing is kept.
+        say (`Callable[[str], None]`): prints a line.
+        color (`bool`): whether the picture of the trajectories may use colors.
+
+    Returns:
+        `DemoReport`.
+
+    Raises:
+        OSError: if `output_dir` is not writable.
+    """
+    if output_dir is not None:
+        check_writable(output_dir)
+    set_seed(options.seed)
+    clock = _Clock()
+    tokenizer = make_tokenizer()
+    needed = options.num_held_out + options.num_trajectories + options.target_updates * options.target_batch_size
+    problems = make_problems(needed, options.seed)
+    held_out = problems[: options.num_held_out]
+    training = problems[options.num_held_out :]
+    say(f"{len(problems)} distinct problems, {len(held_out)} of them held out. One of them:")
+    say(f"  {held_out[0].prompt}\n  {held_out[0].response}")
+
+    with _quiet():
+        target = _make_model(tokenizer, options.hidden_size)
+        say(f"\n[1/4] Training a target model of {target.num_parameters():,} parameters from nothing")
+        train_target(target, tokenizer, training, options)
+        _keep(output_dir, "target", lambda folder: _save(target, tokenizer, folder))
+        clock.lap("target model")
+
+        say("\n[2/4] Collecting the Jacobi trajectories of its answers")
+        builder = TrajectoryBuilder(target, tokenizer, options.block_size, options.max_new_tokens, options.seed, 64)
+        dataset = builder.build([problem.prompt for problem in training[: options.num_trajectories]])
+        _keep(output_dir, "trajectories", lambda folder: dataset.save_to_disk(str(folder)))
+        clock.lap("trajectories")
+
+        say("\n[3/4] Training the CLLM on them")
+        cllm = LlamaForCausalLM(target.config)
+        cllm.load_state_dict(target.state_dict())
+        trainer = make_cllm_trainer(cllm, tokenizer, dataset, options)
+        trainer.train()
+        _keep(output_dir, "cllm", lambda folder: trainer.save_model(str(folder)))
+        clock.lap("CLLM")
+
+        say("\n[4/4] Decoding the held-out problems, one at a time, in turns")
+        results = measure(target, cllm.eval(), tokenizer, held_out, options)
+        clock.lap("measurement")
+    accuracies = [accuracy(result, tokenizer, held_out) for result in results]
+    return DemoReport(
+        results,
+        accuracies,
+        report_table(results, accuracies),
+        draw_block(target, cllm, tokenizer, held_out[0], options, color),
+        clock.laps,
+    )
+
+
+def train_target(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], options: DemoOptions
+) -> None:
+    """
+    Train the target model on worked answers with `trl.SFTTrainer`.
+
+    Args:
+        model (`transformers.PreTrainedModel`): trained in place.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
+        problems (`list[Problem]`): what to train on.
+        options (`DemoOptions`): sizes.
+    """
+    dataset = Dataset.from_list([{"prompt": f"{p.prompt} ", "completion": p.response} for p in problems])
+    args = SFTConfig(
+        max_steps=options.target_updates,
+        per_device_train_batch_size=options.target_batch_size,
+        **_training_options(options.seed),
+    )
+    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    _show_progress(trainer, "loss")
+    trainer.train()
+    model.eval()
+
+
+def make_cllm_trainer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, options: DemoOptions
+) -> CLLMTrainer:
+    """
+    Make the trainer of the CLLM.
+
+    Args:
+        model (`transformers.PreTrainedModel`): starts as the target model.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
+        dataset (`datasets.Dataset`): the target model's trajectories.
+        options (`DemoOptions`): sizes.
+
+    Returns:
+        `CLLMTrainer`.
+    """
+    args = CLLMConfig(
+        max_steps=options.cllm_updates,
+        per_device_train_batch_size=options.cllm_batch_size,
+        ar_loss_weight=1.0,
+        **_training_options(options.seed),
+    )
+    trainer = CLLMTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    _show_progress(trainer, "consistency_loss")
+    return trainer
+
+
+def measure(
+    target: PreTrainedModel,
+    cllm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    options: DemoOptions,
+) -> list[DecodingResult]:
+    """
+    Decode problems with both models, both ways.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target model.
+        cllm (`transformers.PreTrainedModel`): the CLLM.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): their tokenizer.
+        problems (`list[Problem]`): what to decode.
+        options (`DemoOptions`): sizes.
+
+    Returns:
+        `list[DecodingResult]`: target by `generate()`, target by Jacobi, CLLM by `generate()`, CLLM by Jacobi.
+    """
+    ways: dict[str, dict[str, Any]] = {
+        "generate()": {"decoding": "autoregressive"},
+        "jacobi": {"decoding": "jacobi", "jacobi_block_size": options.block_size},
+    }
+    methods = [
+        DecodingMethod(f"{name}, {way}", model, generate_options)
+        for name, model in (("target model", target), ("CLLM", cllm))
+        for way, generate_options in ways.items()
+    ]
+    prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
+    return benchmark_decoding(methods, prompts, options.max_new_tokens, options.repetitions)
+
+
+def accuracy(result: DecodingResult, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> float:
+    """
+    Share of problems that a method solves.
+
+    Args:
+        result (`DecodingResult`): its responses.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): to read them.
+        problems (`list[Problem]`): what they answer.
+
+    Returns:
+        `float`: from 0 to 1.
+    """
+    answers = [read_answer(str(tokenizer.decode(ids, skip_special_tokens=True))) for ids in result.responses]
+    return sum(answer == problem.answer for answer, problem in zip(answers, problems)) / len(problems)
+
+
+def report_table(results: list[DecodingResult], accuracies: list[float]) -> str:
+    """
+    Format what was measured; the speed-up is over the first result.
+
+    Args:
+        results (`list[DecodingResult]`): of one run.
+        accuracies (`list[float]`): of each.
+
+    Returns:
+        `str`: a Markdown table.
+    """
+    rows = [
+        [
+            result.name,
+            f"{result.tokens_per_second:.0f}",
+            f"{result.tokens_per_forward:.2f}",
+            f"{result.speedup_over(results[0]):.2f}x",
+            f"{100 * share:.1f}%",
+        ]
+        for result, share in zip(results, accuracies)
+    ]
+    return format_table(("method", "tokens/s", "tokens per forward", "speed-up over generate()", "accuracy"), rows)
+
+
+def draw_block(
+    target: PreTrainedModel,
+    cllm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    options: DemoOptions,
+    color: bool,
+) -> str:
+    """
+    Draw how both models solve the second block of an answer, from the same first draft.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target model.
+        cllm (`transformers.PreTrainedModel`): the CLLM.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): their tokenizer.
+        problem (`Problem`): what to answer.
+        options (`DemoOptions`): sizes.
+        color (`bool`): whether to use colors.
+
+    Returns:
+        `str`: right tokens blue, wrong ones red; without color, wrong ones in brackets.
+    """
+    pictures = []
+    for name, model in (("Target model", target), ("CLLM", cllm)):
+        builder = TrajectoryBuilder(
+            model, tokenizer, options.block_size, options.max_new_tokens, options.seed, show_progress=False
+        )
+        states = builder.build([problem.prompt])[0]["states"]
+        block = states[min(1, len(states) - 1)]
+        picture = format_trajectory(block, lambda token: str(tokenizer.decode([token])), color)
+        pictures.append(f"{name}: {len(block) - 1} iterations to the fixed point\n{picture}")
+    return "\n\n".join(pictures)
+
+
+def check_writable(folder: Path) -> None:
+    """
+    Make a folder and check that files can be written into it.
+
+    Args:
+        folder (`pathlib.Path`): the folder.
+
+    Raises:
+        OSError: if not, saying what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"The output folder must be writable, got {str(folder)!r} ({error.strerror}). Choose another folder or "
+            "change its permissions."
+        ) from error
+
+
+def _keep(output_dir: Path | None, name: str, save: Callable[[Path], None]) -> None:
+    """Save into a folder that appears under its name only when it is complete."""
+    if output_dir is None:
+        return
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=f".{name}-") as unfinished:
+        folder = Path(unfinished) / name
+        save(folder)
+        if (output_dir / name).exists():
+            (output_dir / name).rename(Path(unfinished) / "earlier")
+        folder.rename(output_dir / name)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _training_options(seed: int) -> dict[str, Any]:
+    return {
+        # Nothing is saved there: `save_strategy="no"`.
+        "output_dir": tempfile.gettempdir(),
+        "save_strategy": "no",
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 40,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 10,
+        "report_to": [],
+        "seed": seed,
+    }
+
+
+class _Progress(TrainerCallback):
+    """A progress bar over updates that shows one logged value."""
+
+    def __init__(self, value: str):
+        self.value = value
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, desc="Training", unit="update")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and self.value in logs:
+            self.bar.set_postfix({self.value: f"{float(logs[self.value]):.3f}"})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def _show_progress(trainer: Trainer, value: str) -> None:
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_Progress(value))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The demo draws its own progress bars and explains itself; the hosts' bars and notices would drown it."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+        transformers_logging.enable_progress_bar()
+        transformers_logging.set_verbosity(verbosity)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._start
+        self._start = now

@@ -1,0 +1,62 @@
+"""The functions over blocks, against references that walk token by token."""
+
+import pytest
+import torch
+
+from cllm_hf.decoding.blocks import count_accepted, count_until_stop, draw_context_tokens, next_draft
+
+
+def random_ids(*shape, high=3, seed=0):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_count_accepted_counts_leading_matches():
+    draft, predicted = random_ids(500, 5, high=2, seed=1), random_ids(500, 6, high=2, seed=2)
+    expected = []
+    for guess, said in zip(draft.tolist(), predicted.tolist()):
+        count = 0
+        while count < 5 and guess[count] == said[count]:
+            count += 1
+        expected.append(count)
+    assert count_accepted(draft, predicted).tolist() == expected
+    assert set(expected) == set(range(6))
+
+
+def test_count_accepted_of_an_empty_draft_is_zero():
+    assert count_accepted(random_ids(3, 0), random_ids(3, 1)).tolist() == [0, 0, 0]
+
+
+def test_count_accepted_refuses_other_lengths():
+    with pytest.raises(ValueError, match="exactly one token longer"):
+        count_accepted(random_ids(2, 4), random_ids(2, 4))
+
+
+def test_count_until_stop_counts_the_stop_token_too():
+    tokens = random_ids(200, 4, high=6)
+    stops = torch.tensor([1, 4])
+    expected = [next((i + 1 for i, token in enumerate(row) if token in (1, 4)), 5) for row in tokens.tolist()]
+    assert count_until_stop(tokens, stops).tolist() == expected
+
+
+def test_next_draft_is_the_rest_of_the_prediction_and_then_filler():
+    predicted, filler = random_ids(20, 5, high=50), random_ids(20, 4, high=50, seed=1) + 100
+    committed = random_ids(20, high=5) + 1
+    draft = next_draft(predicted, committed, filler)
+    for row in range(20):
+        tail = predicted[row, committed[row] :].tolist()
+        assert draft[row].tolist() == (tail + filler[row, len(tail) :].tolist())[:4]
+
+
+def test_drawn_tokens_come_from_the_allowed_context_and_repeat_with_the_seed():
+    context = torch.arange(20).view(2, 10)
+    mask = torch.zeros(2, 10)
+    mask[0, 3:6] = mask[1, 9] = 1
+    draws = [draw_context_tokens(context, mask, 50, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert set(draws[0][0].tolist()) == {3, 4, 5} and set(draws[0][1].tolist()) == {19}
+    assert draw_context_tokens(context, mask, 0, torch.Generator()).shape == (2, 0)
+
+
+def test_drawing_from_no_context_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        draw_context_tokens(random_ids(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]), 2, torch.Generator())

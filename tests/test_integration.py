@@ -1,0 +1,175 @@
+"""`decoding="jacobi"` in transformers: who gets it, what it refuses, what it saves."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, make_model, make_prompts
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, T5Config, T5ForConditionalGeneration, pipeline
+
+import cllm_hf
+
+
+@pytest.fixture
+def registered():
+    yield
+    cllm_hf.register()
+
+
+def greedy(model, input_ids, **options):
+    return model.generate(input_ids, do_sample=False, max_new_tokens=20, decoding="autoregressive", **options)
+
+
+def test_register_twice_and_unregister(llama, registered):
+    ids, _ = make_prompts(1)
+    once = GenerationMixin.generate
+    cllm_hf.register()
+    assert GenerationMixin.generate is once
+    cllm_hf.unregister()
+    cllm_hf.unregister()
+    assert GenerationMixin.generate is once.__wrapped__
+    with pytest.raises(ValueError, match="not used by the model"):
+        llama.generate(ids, decoding="jacobi")
+    cllm_hf.register()
+    assert llama.generate(ids, max_new_tokens=3, do_sample=False, decoding="jacobi").shape[1] == ids.shape[1] + 3
+
+
+def test_unregister_leaves_the_wrapper_of_another_library(monkeypatch):
+    import functools
+
+    ours = GenerationMixin.generate
+    monkeypatch.setattr(GenerationMixin, "generate", functools.wraps(ours)(lambda *args, **kwargs: ours(*args, **kwargs)))
+    with pytest.raises(RuntimeError, match="wrapped again"):
+        cllm_hf.unregister()
+
+
+def test_block_size_alone_means_jacobi(llama):
+    ids, _ = make_prompts(1)
+    output = llama.generate(ids, jacobi_block_size=4, do_sample=False, max_new_tokens=8, return_dict_in_generate=True)
+    assert isinstance(output, cllm_hf.JacobiOutput)
+    assert output.jacobi_stats.num_iterations == output.jacobi_stats.num_forwards - 1
+    assert output.jacobi_stats.num_generated == [8]
+    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+
+
+def test_statistics_agree_with_each_other(llama):
+    stats = llama.generate(
+        *make_prompts(4)[:1], jacobi_block_size=8, do_sample=False, max_new_tokens=40, return_dict_in_generate=True
+    ).jacobi_stats
+    assert stats.num_accepted == [[count - 1 for count in row] for row in stats.num_committed]
+    assert max(map(len, stats.num_committed)) == stats.num_forwards
+    assert stats.tokens_per_forward == sum(stats.num_generated) / sum(map(len, stats.num_committed)) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoding": "jacoby"}, "must be \"jacobi\" or \"autoregressive\", got 'jacoby'"),
+        ({"jacobi_block_size": 0}, "integer of at least 1, got 0. Typical values"),
+        ({"jacobi_block_size": "16"}, "integer of at least 1, got '16'"),
+        ({"jacobi_block_size": True}, "integer of at least 1, got True"),
+        ({"decoding": "autoregressive", "jacobi_block_size": 8}, "Drop one of the two"),
+        ({"decoding": "jacobi", "do_sample": True}, "do_sample=False"),
+        ({"decoding": "jacobi", "num_beams": 3}, "num_beams=1"),
+        ({"decoding": "jacobi", "prompt_lookup_num_tokens": 3}, "drop it"),
+        ({"decoding": "jacobi", "penalty_alpha": 0.5, "top_k": 4}, "penalty_alpha"),
+        ({"decoding": "jacobi", "output_scores": True}, "output_scores"),
+        ({"decoding": "jacobi", "use_cache": False}, "use_cache=True"),
+        ({"decoding": "jacobi", "cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"decoding": "jacobi", "prefill_chunk_size": 4}, "prefill_chunk_size"),
+        ({"decoding": "jacobi", "synced_gpus": True}, "synced_gpus"),
+        ({"decoding": "jacobi", "custom_generate": lambda *a, **k: None}, "only one of the two"),
+        ({"decoding": "jacobi", "stop_strings": ["x"]}, "tokenizer=tokenizer"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(llama, options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        llama.generate(make_prompts(1)[0], max_new_tokens=4, **options)
+
+
+def test_an_assistant_model_is_refused_but_may_itself_have_jacobi_defaults(llama):
+    ids, _ = make_prompts(1)
+    assistant = make_model("llama", seed=1)
+    with pytest.raises(ValueError, match="assistant_model"):
+        llama.generate(ids, assistant_model=assistant, decoding="jacobi")
+    cllm_hf.set_jacobi_defaults(assistant)
+    decoded = llama.generate(ids, assistant_model=assistant, do_sample=False, max_new_tokens=20)
+    assert decoded.tolist() == greedy(llama, ids).tolist()
+
+
+def test_encoder_decoder_models_are_refused():
+    config = T5Config(vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        T5ForConditionalGeneration(config).generate(torch.tensor([[5, 6]]), decoding="jacobi")
+
+
+def test_model_inputs_that_cannot_be_extended_are_refused(llama):
+    ids, _ = make_prompts(1)
+    with pytest.raises(ValueError, match="two dimensions"):
+        llama.generate(ids, position_ids=torch.arange(9).expand(3, 1, 9), decoding="jacobi", max_new_tokens=3)
+
+
+def test_cache_that_holds_the_whole_prompt_is_refused(llama):
+    from transformers import DynamicCache
+
+    ids, mask = make_prompts(1)
+    cache = DynamicCache(config=llama.config)
+    llama(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="already hold 9 tokens"):
+        llama.generate(ids, attention_mask=mask, past_key_values=cache, decoding="jacobi", max_new_tokens=3)
+
+
+def test_defaults_are_saved_with_the_model(llama, tmp_path):
+    ids, _ = make_prompts(1)
+    llama.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9)
+    llama.generation_config._from_model_config = True
+    cllm_hf.set_jacobi_defaults(llama, block_size=5)
+    llama.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.generation_config.decoding, loaded.generation_config.jacobi_block_size) == ("jacobi", 5)
+    output = loaded.generate(ids, max_new_tokens=20, return_dict_in_generate=True)
+    assert max(map(max, output.jacobi_stats.num_committed)) <= 5
+    assert output.sequences.tolist() == greedy(llama, ids).tolist()
+    config = GenerationConfig(max_new_tokens=20, return_dict_in_generate=True)
+    assert isinstance(loaded.generate(ids, generation_config=config), cllm_hf.JacobiOutput)
+    assert not isinstance(loaded.generate(ids, generation_config=config, decoding="autoregressive"), cllm_hf.JacobiOutput)
+    with pytest.raises(ValueError, match="`block_size` must be an integer of at least 1, got 0"):
+        cllm_hf.set_jacobi_defaults(llama, block_size=0)
+
+
+def test_options_in_a_generation_config(llama):
+    ids, _ = make_prompts(1)
+    config = GenerationConfig(decoding="jacobi", jacobi_block_size=6, max_new_tokens=20, do_sample=False)
+    assert llama.generate(ids, config).tolist() == greedy(llama, ids).tolist()
+    with pytest.raises(ValueError, match="got -1"):
+        llama.generate(ids, GenerationConfig(decoding="jacobi", jacobi_block_size=-1))
+
+
+def test_pipeline(word_model, tokenizer):
+    generator = pipeline("text-generation", model=word_model, tokenizer=tokenizer)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = generator("Mia has 7 apples .", **options)
+    assert generator("Mia has 7 apples .", decoding="jacobi", jacobi_block_size=4, **options) == expected
+    texts = ["Mia has 7 apples .", "Ben has 3"]
+    assert generator(texts, batch_size=2, jacobi_block_size=4, **options) == generator(texts, batch_size=2, **options)
+
+
+def test_peft_model(llama):
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    ids, mask = make_prompts(3)
+    model = get_peft_model(llama, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    expected = greedy(model, ids, attention_mask=mask)
+    decoded = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=20, jacobi_block_size=8)
+    assert decoded.tolist() == expected.tolist()
+    prompt_tuned = get_peft_model(make_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="prompt-learning"):
+        prompt_tuned.generate(input_ids=ids, decoding="jacobi", max_new_tokens=3)
+
+
+def test_import_is_light():
+    """`import cllm_hf` must not pull in what only training and datasets need."""
+    code = "import sys, cllm_hf; print(sorted({'trl', 'peft', 'datasets', 'evaluate'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,100 @@
+"""The packed forward says what plain, unpacked forwards say."""
+
+import pytest
+import torch
+from conftest import CONFIGS, VOCAB_SIZE, make_model
+
+from cllm_hf.packing import cache_clean, check_packable, forward_blocks, pack, packed_forward
+
+
+BLOCK_SIZE = 5
+
+
+def make_batch(seed=0):
+    """Two sequences of different length with blocks that start anywhere; one block of the second row is missing."""
+    generator = torch.Generator().manual_seed(seed)
+    clean_ids = torch.randint(1, VOCAB_SIZE, (2, 26), generator=generator)
+    clean_mask = torch.ones_like(clean_ids)
+    clean_mask[1, 19:] = 0
+    states = torch.randint(1, VOCAB_SIZE, (2, 3, BLOCK_SIZE), generator=generator)
+    anchors = torch.tensor([[3, 8, 20], [0, 17, 99]])
+    block_mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    return clean_ids, clean_mask, states, anchors, block_mask
+
+
+@torch.no_grad()
+def unpacked_logits(model, clean_ids, clean_mask, states, anchors, block_mask):
+    """One plain forward for every sequence and for every block, batch size 1, no mask, no cache."""
+    clean, blocks = [], {}
+    for row in range(len(clean_ids)):
+        sequence = clean_ids[row, : int(clean_mask[row].sum())]
+        clean.append(model(sequence[None]).logits[0])
+        for block in block_mask[row].nonzero()[:, 0].tolist():
+            prefix = sequence[: anchors[row, block] + 1]
+            logits = model(torch.cat([prefix, states[row, block, :-1]])[None]).logits[0]
+            blocks[row, block] = logits[len(prefix) - 1 :]
+    return clean, blocks
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_unpacked(name, attention):
+    model = make_model(name, attention=attention)
+    check_packable(model)
+    batch = make_batch()
+    packed = pack(*batch)
+    with torch.no_grad():
+        clean, blocks = packed.split(packed_forward(model, packed, model.config))
+        cached = forward_blocks(model, packed, cache_clean(model, packed))
+    expected_clean, expected_blocks = unpacked_logits(model, *batch)
+    for row, expected in enumerate(expected_clean):
+        torch.testing.assert_close(clean[row, : len(expected)], expected, atol=1e-4, rtol=0)
+    for (row, block), expected in expected_blocks.items():
+        torch.testing.assert_close(blocks[row, block], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(cached[row, block], expected, atol=1e-4, rtol=0)
+
+
+def test_clean_cache_is_left_as_it_was(llama):
+    packed = pack(*make_batch())
+    with torch.no_grad():
+        cache = cache_clean(llama, packed)
+        first = forward_blocks(llama, packed, cache)
+        assert cache.get_seq_length() == packed.clean_length
+        torch.testing.assert_close(forward_blocks(llama, packed, cache), first)
+
+
+def test_with_states_and_select_equal_packing_again():
+    clean_ids, clean_mask, states, anchors, block_mask = make_batch()
+    other = states.flip(-1)
+    expected = pack(clean_ids, clean_mask, other, anchors, block_mask)
+    changed = pack(*make_batch()).with_states(other)
+    real = expected.segment_ids >= 0
+    assert torch.equal(changed.input_ids[real], expected.input_ids[real])
+    rows = torch.tensor([1])
+    selected = pack(*make_batch()).select(rows)
+    for name in ("input_ids", "position_ids", "segment_ids", "anchor_positions"):
+        assert torch.equal(getattr(selected, name), getattr(pack(*make_batch()), name)[rows])
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    clean_ids, clean_mask, states, anchors, block_mask = make_batch()
+    with pytest.raises(ValueError, match="must agree"):
+        pack(clean_ids, clean_mask, states, anchors[:, :2], block_mask)
+    with pytest.raises(ValueError, match="must agree"):
+        pack(clean_ids, clean_mask[:, 1:], states, anchors, block_mask)
+    with pytest.raises(ValueError, match="must agree"):
+        pack(clean_ids, clean_mask, states, anchors, block_mask[:, :2])
+
+
+def test_models_that_cannot_be_packed_are_refused(llama):
+    from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="finds positions by itself"):
+        check_packable(bloom)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match="Use a model whose|encoder-decoder"):
+        check_packable(t5)
+    llama.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="set_attn_implementation"):
+        check_packable(llama)
