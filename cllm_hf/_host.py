@@ -1,8 +1,14 @@
-"""The private names of the host libraries that nothing public replaces. `tests/test_host.py` pins each of them."""
+"""
+Small dealings with the host libraries that several modules share.
+
+The private names that nothing public replaces stand here and nowhere else; `tests/test_host.py` pins each of them.
+"""
 
 from __future__ import annotations
 
-from transformers import GenerationConfig, PreTrainedConfig
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
 def mark_as_edited(generation_config: GenerationConfig) -> None:
@@ -11,9 +17,14 @@ def mark_as_edited(generation_config: GenerationConfig) -> None:
 
     A generation config that was derived from `config.json` is derived again on loading, which loses everything else.
     """
-    generation_config._from_model_config = None  # type: ignore[attr-defined]
+    generation_config._from_model_config = None
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:
     """Name of the attention implementation that a model with this config runs, such as `"sdpa"`."""
     return config._attn_implementation
+
+
+def base_model_of(model: Any) -> PreTrainedModel:
+    """The transformers model inside a `peft.PeftModel`, with the adapter's layers in it; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -50,7 +50,7 @@ def register() -> None:
         return _generate(original, self, args, kwargs, decoding, jacobi_block_size)
 
     setattr(generate, _ORIGINAL, original)
-    setattr(GenerationMixin, "generate", generate)
+    GenerationMixin.generate = generate  # type: ignore[method-assign]
 
 
 def unregister() -> None:
@@ -63,7 +63,7 @@ def unregister() -> None:
         RuntimeError: if another library has wrapped `generate` since, so that taking ours out would take out theirs.
     """
     current = GenerationMixin.generate
-    original = current.__dict__.get(_ORIGINAL)
+    original: Any = current.__dict__.get(_ORIGINAL)
     if original is None:
         return
     if getattr(current, "__wrapped__", None) is not original:
@@ -71,7 +71,7 @@ def unregister() -> None:
             "`GenerationMixin.generate` was wrapped again after `import cllm_hf`. Undo that wrapper before calling "
             "`cllm_hf.unregister()`."
         )
-    setattr(GenerationMixin, "generate", original)
+    GenerationMixin.generate = original  # type: ignore[assignment, method-assign]
 
 
 def set_jacobi_defaults(model: Any, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
@@ -88,6 +88,7 @@ def set_jacobi_defaults(model: Any, block_size: int = DEFAULT_BLOCK_SIZE) -> Non
     config = model.generation_config
     config.decoding = "jacobi"
     config.jacobi_block_size = check_block_size(block_size, "block_size")
+    config.use_cache = True  # training with gradient checkpointing may have turned it off
     if config.do_sample:
         # A CLLM is trained on greedy responses. Sampling options without sampling would not validate on saving.
         config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None, typical_p=None)
@@ -141,6 +142,8 @@ def _generate(
     block_size = check_block_size(DEFAULT_BLOCK_SIZE if block_size is None else block_size)
     _check_supported(model, call, configs)
     call = _with_stop_strings(call, configs)
+    if model.generation_config.use_cache is False:
+        call["use_cache"] = True  # a default that training leaves behind, not a wish of the caller
     return original(model, **call, custom_generate=_custom_generate(call, block_size))
 
 
@@ -201,19 +204,23 @@ def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list
         refuse("beam search", f"num_beams={option('num_beams')}", f"pass `num_beams=1` or {_GREEDY}")
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if option(name) is not None:
-            refuse(f"`{name}`, which is another way to decode several tokens a forward", "both", f"drop it or {_GREEDY}")
+            refuse(
+                f"`{name}`, which is another way to decode several tokens a forward", "both", f"drop it or {_GREEDY}"
+            )
     for name in ("penalty_alpha", "dola_layers", "prefill_chunk_size", "token_healing"):
         if option(name):
             refuse(f"`{name}`", repr(option(name)), f"drop it or {_GREEDY}")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if option(name):
             refuse(f"`{name}` yet", "True", f"drop it or {_GREEDY}")
-    if option("use_cache") is False:
+    if call.get("use_cache") is False or getattr(call.get("generation_config"), "use_cache", None) is False:
         refuse("decoding without a cache yet", "use_cache=False", f"pass `use_cache=True` or {_GREEDY}")
     if option("cache_implementation") not in (None, "dynamic", "hybrid"):
         refuse("this cache yet", f"cache_implementation={option('cache_implementation')!r}", f"drop it or {_GREEDY}")
     if _runs_in_step(call.get("synced_gpus"), model):
-        refuse("generation that keeps several processes in step (`synced_gpus`, ZeRO-3, FSDP) yet", "such a run", _GREEDY)
+        refuse(
+            "generation that keeps several processes in step (`synced_gpus`, ZeRO-3, FSDP) yet", "such a run", _GREEDY
+        )
     if any(getattr(config, "is_prompt_learning", False) for config in _peft_configs(model)):
         refuse("prompt-learning adapters yet", "one", f"merge another kind of adapter or {_GREEDY}")
 
@@ -235,7 +242,7 @@ def _peft_configs(model: PreTrainedModel) -> list[Any]:
 
 
 def _with_stop_strings(call: dict[str, Any], configs: list[GenerationConfig]) -> dict[str, Any]:
-    """Turn `stop_strings` into a criterion: the host loses the tokenizer on its way to a `custom_generate` callable."""
+    """Turn `stop_strings` into a criterion: the host hands no tokenizer to a `custom_generate` callable."""
     call = {name: value for name, value in call.items() if name != "custom_generate"}
     tokenizer = call.pop("tokenizer", None)
     stop_strings = call.pop("stop_strings", None) or _first_set(configs, "stop_strings")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import find_adapter_config_file
 
 
 if TYPE_CHECKING:
@@ -36,16 +36,16 @@ def load_cllm(
         ValueError: if the adapter does not fit the base model, or a base model is given for a whole model.
     """
     path = str(path)
-    is_adapter = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False) is not None
-    if not is_adapter:
+    if find_adapter_config_file(path) is None:
         if base_model is not None:
             raise ValueError(f"{path} holds a whole model, got a `base_model` for it too. Drop `base_model`.")
         return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
-    model = _load_adapter(path, base_model, kwargs)
-    # Written by `CLLMTrainer.save_model`; another adapter has none and keeps its base model's defaults.
-    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+    model: Any = _load_adapter(path, base_model, kwargs)
+    try:
         model.generation_config = GenerationConfig.from_pretrained(path)
-        model.get_base_model().generation_config = model.generation_config
+    except OSError:  # not saved by `CLLMTrainer`: keeps the defaults of its base model
+        return model.eval()
+    model.get_base_model().generation_config = model.generation_config
     return model.eval()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -146,7 +147,7 @@ def packed_attention_mask(
     packed: PackedBatch,
     dtype: torch.dtype = torch.float32,
     clean_cache: DynamicCache | None = None,
-) -> torch.Tensor | dict[str, torch.Tensor]:
+) -> Any:
     """
     Build the mask of a packed batch, by the host's own mask functions, for the attention that the model runs.
 
@@ -178,7 +179,7 @@ def packed_attention_mask(
     num_queries = packed.input_ids.shape[1] - (0 if clean_cache is None else packed.clean_length)
     shape_only = segments.new_empty((segments.shape[0], num_queries, 0), dtype=dtype)
 
-    def build(mask_function: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def build(mask_function: Callable[..., torch.Tensor]) -> Any:
         return create_causal_mask(config, shape_only, None, clean_cache, and_mask_function=mask_function)
 
     layer_types = set(getattr(config, "layer_types", None) or ())

@@ -57,7 +57,9 @@ def agreement(result: DecodingResult, reference: DecodingResult) -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/stories"), help="where to save the CLLM")
     parser.add_argument("--num-prompts", type=int, default=2048, help="prompts to train on")

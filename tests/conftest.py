@@ -99,24 +99,11 @@ def byte_tokenizer():
     )
 
 
+def make_word_model(tokenizer, name: str = "llama"):
+    """A random model for the words of the demo's tokenizer. Many tokens stop it, so that some responses end early."""
+    return make_model(name, vocab_size=len(tokenizer), eos_token_id=[tokenizer.eos_token_id, *range(40, 50)])
+
+
 @pytest.fixture
 def word_model(tokenizer):
-    """A random model for the words of the demo's tokenizer."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.model.layers.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    return model.eval()
+    return make_word_model(tokenizer)

@@ -75,7 +75,14 @@ def test_recurrent_models_are_refused_by_generate():
 
     torch.manual_seed(0)
     config = Mamba2Config(
-        vocab_size=60, hidden_size=32, num_heads=8, head_dim=8, n_groups=1, state_size=8, num_hidden_layers=2, pad_token_id=0
+        vocab_size=60,
+        hidden_size=32,
+        num_heads=8,
+        head_dim=8,
+        n_groups=1,
+        state_size=8,
+        num_hidden_layers=2,
+        pad_token_id=0,
     )
     with pytest.raises(ValueError, match='decoding="autoregressive"'):
         Mamba2ForCausalLM(config).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=5, decoding="jacobi")

@@ -6,7 +6,14 @@ import sys
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_model, make_prompts
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, T5Config, T5ForConditionalGeneration, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    T5Config,
+    T5ForConditionalGeneration,
+    pipeline,
+)
 
 import cllm_hf
 
@@ -39,7 +46,9 @@ def test_unregister_leaves_the_wrapper_of_another_library(monkeypatch):
     import functools
 
     ours = GenerationMixin.generate
-    monkeypatch.setattr(GenerationMixin, "generate", functools.wraps(ours)(lambda *args, **kwargs: ours(*args, **kwargs)))
+    monkeypatch.setattr(
+        GenerationMixin, "generate", functools.wraps(ours)(lambda *args, **kwargs: ours(*args, **kwargs))
+    )
     with pytest.raises(RuntimeError, match="wrapped again"):
         cllm_hf.unregister()
 
@@ -65,7 +74,7 @@ def test_statistics_agree_with_each_other(llama):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decoding": "jacoby"}, "must be \"jacobi\" or \"autoregressive\", got 'jacoby'"),
+        ({"decoding": "jacoby"}, 'must be "jacobi" or "autoregressive", got \'jacoby\''),
         ({"jacobi_block_size": 0}, "integer of at least 1, got 0. Typical values"),
         ({"jacobi_block_size": "16"}, "integer of at least 1, got '16'"),
         ({"jacobi_block_size": True}, "integer of at least 1, got True"),
@@ -100,7 +109,9 @@ def test_an_assistant_model_is_refused_but_may_itself_have_jacobi_defaults(llama
 
 
 def test_encoder_decoder_models_are_refused():
-    config = T5Config(vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
     with pytest.raises(ValueError, match="encoder-decoder"):
         T5ForConditionalGeneration(config).generate(torch.tensor([[5, 6]]), decoding="jacobi")
 
@@ -134,9 +145,19 @@ def test_defaults_are_saved_with_the_model(llama, tmp_path):
     assert output.sequences.tolist() == greedy(llama, ids).tolist()
     config = GenerationConfig(max_new_tokens=20, return_dict_in_generate=True)
     assert isinstance(loaded.generate(ids, generation_config=config), cllm_hf.JacobiOutput)
-    assert not isinstance(loaded.generate(ids, generation_config=config, decoding="autoregressive"), cllm_hf.JacobiOutput)
+    assert not isinstance(
+        loaded.generate(ids, generation_config=config, decoding="autoregressive"), cllm_hf.JacobiOutput
+    )
     with pytest.raises(ValueError, match="`block_size` must be an integer of at least 1, got 0"):
         cllm_hf.set_jacobi_defaults(llama, block_size=0)
+
+
+def test_a_default_without_cache_is_overridden(llama):
+    ids, _ = make_prompts(1)
+    llama.generation_config.use_cache = False
+    assert llama.generate(ids, max_new_tokens=20, jacobi_block_size=8).tolist() == greedy(llama, ids).tolist()
+    cllm_hf.set_jacobi_defaults(llama)
+    assert llama.generation_config.use_cache
 
 
 def test_options_in_a_generation_config(llama):
@@ -162,7 +183,9 @@ def test_peft_model(llama):
     ids, mask = make_prompts(3)
     model = get_peft_model(llama, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
     expected = greedy(model, ids, attention_mask=mask)
-    decoded = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=20, jacobi_block_size=8)
+    decoded = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=20, jacobi_block_size=8
+    )
     assert decoded.tolist() == expected.tolist()
     prompt_tuned = get_peft_model(make_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="prompt-learning"):
@@ -172,4 +195,6 @@ def test_peft_model(llama):
 def test_import_is_light():
     """`import cllm_hf` must not pull in what only training and datasets need."""
     code = "import sys, cllm_hf; print(sorted({'trl', 'peft', 'datasets', 'evaluate'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

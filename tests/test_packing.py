@@ -92,7 +92,9 @@ def test_models_that_cannot_be_packed_are_refused(llama):
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="finds positions by itself"):
         check_packable(bloom)
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
     with pytest.raises(ValueError, match="Use a model whose|encoder-decoder"):
         check_packable(t5)
     llama.config._attn_implementation = "flash_attention_2"

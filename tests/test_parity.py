@@ -63,7 +63,9 @@ def test_these_models_accept_drafts(name):
 def test_stop_token_first_inside_and_at_the_edge_of_a_block(name, block_size):
     model = make_model(name)
     input_ids, mask = make_prompts(4)
-    greedy = model.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=24)[:, input_ids.shape[1] :]
+    greedy = model.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=24)[
+        :, input_ids.shape[1] :
+    ]
     for place in (0, 1, 3, block_size - 1, block_size, 2 * block_size):
         if place < greedy.shape[1]:
             for batch_size in (1, 4):
@@ -253,7 +255,9 @@ def test_cache_of_the_user(name, all_ids):
         ids = prompt if all_ids else prompt[:, 11:]
         # A second turn goes on from the cache that the first has left behind.
         for _ in range(2):
-            mask = torch.ones((1, ids.shape[1] if all_ids else cache.get_seq_length() + ids.shape[1]), dtype=torch.long)
+            mask = torch.ones(
+                (1, ids.shape[1] if all_ids else cache.get_seq_length() + ids.shape[1]), dtype=torch.long
+            )
             output = model.generate(
                 ids,
                 attention_mask=mask,
@@ -298,6 +302,12 @@ def test_prompt_as_embeddings(llama, batch_size):
         greedy = llama.generate(**given, **options)
         decoded = llama.generate(**given, **options, jacobi_block_size=8)
         assert decoded.tolist() == greedy.tolist()
+
+
+def test_row_of_padding_alone(llama):
+    input_ids, mask = make_prompts(3)
+    mask[1] = 0
+    assert_equal_to_greedy(llama, input_ids, mask, 8)
 
 
 def test_mask_with_holes(llama):

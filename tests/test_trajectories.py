@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import CONFIGS, make_model
+from conftest import CONFIGS, make_model, make_word_model
 from datasets import Dataset, load_dataset, load_from_disk
 
 from cllm_hf import FEATURES, TrajectoryBuilder
@@ -22,10 +22,6 @@ def build(model, tokenizer, prompts, **options):
     return builder.build(prompts), builder
 
 
-def model_for(name, tokenizer, **changes):
-    return make_model(name, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **changes)
-
-
 @pytest.fixture(scope="module")
 def prompts():
     # Of different lengths, so that batches are padded.
@@ -36,7 +32,7 @@ def prompts():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_transition_is_the_argmax_of_a_plain_forward(name, tokenizer, prompts):
     """An independent recomputation: unpacked, one block, no cache, no mask."""
-    model = model_for(name, tokenizer)
+    model = make_word_model(tokenizer, name)
     dataset, builder = build(model, tokenizer, prompts)
     assert builder.counts["kept"] == len(dataset) >= len(prompts) - 1
     transitions = [
@@ -103,8 +99,8 @@ def test_one_state_where_the_first_draft_is_right(llama, byte_tokenizer):
 
 
 def test_chat_messages_use_the_chat_template(word_model, tokenizer):
-    template = "{% for m in messages %}{{ m['content'] }} . {% endfor %}{% if add_generation_prompt %}The answer is {% endif %}"
-    tokenizer.chat_template = template
+    messages = "{% for message in messages %}{{ message['content'] }} . {% endfor %}"
+    tokenizer.chat_template = messages + "{% if add_generation_prompt %}The answer is {% endif %}"
     try:
         dataset, _ = build(word_model, tokenizer, [[{"role": "user", "content": "Mia has 7"}]])
     finally:
@@ -126,7 +122,7 @@ def test_responses_that_blocks_do_not_end_in_are_dropped_and_counted(word_model,
 
     def misremember(self, prompts):
         responses = respond(self, prompts)
-        responses[0][1] = (responses[0][1] + 1) % len(tokenizer)
+        responses[0][-1] = (responses[0][-1] + 1) % len(tokenizer)
         return responses
 
     monkeypatch.setattr(TrajectoryBuilder, "_respond", misremember)
@@ -181,6 +177,10 @@ def test_prompts_that_are_refused(word_model, tokenizer):
         build(word_model, tokenizer, [])
     with pytest.raises(ValueError, match="at least one token, got ''"):
         build(word_model, tokenizer, ["Mia", ""])
+    with pytest.raises(ValueError, match="must be a list of prompts, got the text 'Mia'"):
+        build(word_model, tokenizer, "Mia")
+    with pytest.raises(ValueError, match="a text or a list of chat messages, got {'question': 'Mia'}"):
+        build(word_model, tokenizer, [{"question": "Mia"}])
 
 
 RECORD = {"prompt_ids": [1, 2], "response_ids": [3, 4, 5], "states": [[[1, 1], [3, 4]], [[2, 0], [5, 0]]]}

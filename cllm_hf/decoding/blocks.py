@@ -69,7 +69,7 @@ def count_until_stop(token_ids: torch.Tensor, stop_ids: torch.Tensor) -> torch.T
         stop_ids (`torch.LongTensor` of shape `(num_stop_ids,)`): tokens that end a sequence.
 
     Returns:
-        `torch.LongTensor` of shape `(batch_size,)`: between 1 and `length`, or `length + 1` where no stop token occurs.
+        `torch.LongTensor` of shape `(batch_size,)`: 1 to `length`, or `length + 1` where no stop token occurs.
     """
     before_stop = ~torch.isin(token_ids, stop_ids)
     return before_stop.long().cumprod(-1).sum(-1) + 1

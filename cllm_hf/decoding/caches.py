@@ -10,6 +10,7 @@ never grows beyond the longest row.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -82,7 +83,8 @@ def roll_back(cache: Cache, num_rejected: list[int]) -> None:
     """
     fewest = min(num_rejected)
     if max(num_rejected) > fewest:
-        for layer in cache.layers:
+        layers: Any = cache.layers
+        for layer in layers:
             if layer.is_initialized:
                 _roll_back_rows(layer, num_rejected)
     else:
@@ -105,7 +107,7 @@ def roll_back_columns(columns: torch.Tensor, num_rejected: list[int], fill: int)
     return columns.gather(1, source.clamp(min=0)).masked_fill(source < 0, fill)
 
 
-def _roll_back_rows(layer: DynamicLayer, num_rejected: list[int]) -> None:
+def _roll_back_rows(layer: Any, num_rejected: list[int]) -> None:
     fewest = min(num_rejected)
     stored = layer.keys.shape[-2]
     # `seen` counts all columns up to now; a sliding-window layer stores the last ones only.
@@ -115,12 +117,12 @@ def _roll_back_rows(layer: DynamicLayer, num_rejected: list[int]) -> None:
         if seen >= layer.sliding_window:
             start = max(0, end - (layer.sliding_window - 1))
         layer.cumulative_length = end
-    source = _source_columns(num_rejected, start, end, layer.keys.device) - (seen - stored)
-    rows = torch.arange(len(num_rejected), device=layer.keys.device)[:, None]
     # Columns before a row's first token are padding: whatever they hold is hidden by the attention mask.
-    source = source.clamp(min=0)
-    layer.keys = layer.keys.transpose(1, 2)[rows, source].transpose(1, 2)
-    layer.values = layer.values.transpose(1, 2)[rows, source].transpose(1, 2)
+    source = (_source_columns(num_rejected, start, end, layer.device) - (seen - stored)).clamp(min=0)
+    rows = torch.arange(len(num_rejected), device=layer.device)[:, None]
+    layer.keys, layer.values = (
+        states.transpose(1, 2)[rows, source].transpose(1, 2) for states in (layer.keys, layer.values)
+    )
 
 
 def _source_columns(num_rejected: list[int], start: int, end: int, device: torch.device) -> torch.Tensor:

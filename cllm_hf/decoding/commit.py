@@ -8,6 +8,8 @@ with the same arguments, in the same order, as decoding one token at a time woul
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     EosTokenCriteria,
@@ -52,7 +54,7 @@ class Committer:
 
     def __init__(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Any,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         pad_id: int | None,
@@ -110,10 +112,11 @@ class Committer:
             until_stop = torch.full_like(accepted, predicted_ids.shape[1] + 1)
         else:
             until_stop = count_until_stop(predicted_ids, self.stop_ids)
-        counts = []
-        together = int(accepted.min()) + 1 if self._same_length else self.max_length
         # The only host sync of an iteration.
-        for index, (num_accepted, num_until_stop) in enumerate(torch.stack([accepted, until_stop], 1).tolist()):
+        pairs = torch.stack([accepted, until_stop], dim=1).tolist()
+        together = 1 + min(num_accepted for num_accepted, _ in pairs) if self._same_length else self.max_length
+        counts = []
+        for index, (num_accepted, num_until_stop) in enumerate(pairs):
             row = rows[index]
             start = self.lengths[row]
             count = min(num_accepted + 1, num_until_stop, self.max_length - start, together)
@@ -150,7 +153,9 @@ class Committer:
                 self._stopped[rows[index]] |= stopped[rows[index]]
             self._mark_finished()
             walking -= {index for index in here if not self._goes_on(rows, index, counts, draft_ids, predicted_ids)}
-            if not walking or (self._same_length and any(not self.finished[rows[i]] and i not in walking for i in here)):
+            if not walking or (
+                self._same_length and any(not self.finished[rows[i]] and i not in walking for i in here)
+            ):
                 break
         return counts
 

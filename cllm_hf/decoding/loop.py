@@ -11,7 +11,7 @@ Sources: Jacobi decoding (arXiv 2305.10427), CLLM (arXiv 2403.00835).
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -87,4 +87,4 @@ def jacobi_decode(
     if not generation_config.return_dict_in_generate:
         return sequences
     cache = window.cache if batch_size == 1 else None
-    return JacobiOutput(sequences=sequences, past_key_values=cache, jacobi_stats=stats)
+    return JacobiOutput(sequences=cast(torch.LongTensor, sequences), past_key_values=cache, jacobi_stats=stats)

@@ -45,7 +45,7 @@ class Window:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         input_ids: torch.Tensor,
         block_size: int,
         num_given: int | None,
@@ -176,6 +176,8 @@ class Window:
     def _draw_filler(self, context_ids: torch.Tensor, context_mask: torch.Tensor | None, num_tokens: int) -> None:
         if context_mask is None:
             context_mask = torch.ones_like(context_ids)
+        # A row that is all padding has no context to draw from, but any guess will do.
+        context_mask = torch.where(context_mask.any(-1, keepdim=True), context_mask, 1)
         generator = torch.Generator().manual_seed(_DRAFT_SEED)
         self._filler_ids = draw_context_tokens(context_ids, context_mask, num_tokens, generator)
 
@@ -196,15 +198,17 @@ def check_model_inputs(model: PreTrainedModel, model_kwargs: dict[str, Any], bat
     remedy = 'Pass `decoding="autoregressive"` for it.'
     layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if not layer_types <= _SUPPORTED_LAYER_TYPES:
-        others = ", ".join(sorted(layer_types - _SUPPORTED_LAYER_TYPES))
-        raise ValueError(f'`decoding="jacobi"` does not support layers of type {others} yet. {remedy}')
+        unknown = ", ".join(sorted(layer_types - _SUPPORTED_LAYER_TYPES))
+        raise ValueError(f'`decoding="jacobi"` does not support layers of type {unknown} yet. {remedy}')
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
         raise ValueError(
             f'`decoding="jacobi"` needs `position_ids` of two dimensions, got shape {tuple(positions.shape)}. {remedy}'
         )
     others = [
-        name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and name not in _EXTENDED_INPUTS
+        name
+        for name, value in model_kwargs.items()
+        if isinstance(value, torch.Tensor) and name not in _EXTENDED_INPUTS
     ]
     if others:
         raise ValueError(f'`decoding="jacobi"` does not support the model input `{others[0]}` yet. {remedy}')

@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 LARGEST = 20
 NAMES = ("Ada Ben Cleo Dan Eva Finn Gina Hugo Ivy Jack Kim Leo Mia Noah Olga Paul Rosa Sam Tina Vera").split()
-ITEMS = ("apples books cards coins cookies eggs flowers hats keys lemons marbles pens plums shells stamps toys").split()
+ITEMS = (
+    "apples books cards coins cookies eggs flowers hats keys lemons marbles pens plums shells stamps toys"
+).split()
 GAINS = ("buys {n} more", "finds {n} more", "gets {n} from {friend}", "wins {n} in a game")
 LOSSES = ("gives {n} to {friend}", "loses {n} on the way", "sells {n} at the market", "puts {n} into a box")
 _PAD, _EOS, _UNKNOWN = "<pad>", "<eos>", "<unk>"

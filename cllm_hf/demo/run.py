@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 from transformers import (
@@ -49,21 +47,23 @@ class DemoOptions:
         num_trajectories (`int`): problems whose trajectories are collected.
         cllm_updates (`int`): updates of the CLLM, on `cllm_batch_size` trajectories each.
         cllm_batch_size (`int`): trajectories in an update of the CLLM.
+        cllm_learning_rate (`float`): highest learning rate of the CLLM.
+        ar_loss_weight (`float`): weight of the CLLM's AR loss.
         num_held_out (`int`): problems for the measurement, in no training data.
-        repetitions (`int`): how often the decoding of all held-out problems is timed.
         block_size (`int`): tokens of a block.
         max_new_tokens (`int`): longest answer; the longest worked answer has 80 tokens.
     """
 
     seed: int = 0
     hidden_size: int = 128
-    target_updates: int = 500
+    target_updates: int = 650
     target_batch_size: int = 32
-    num_trajectories: int = 1200
+    num_trajectories: int = 2400
     cllm_updates: int = 300
     cllm_batch_size: int = 32
-    num_held_out: int = 100
-    repetitions: int = 3
+    cllm_learning_rate: float = 1.5e-3
+    ar_loss_weight: float = 2.0
+    num_held_out: int = 200
     block_size: int = 16
     max_new_tokens: int = 96
 
@@ -133,7 +133,7 @@ def run_demo(
         clock.lap("trajectories")
 
         say("\n[3/4] Training the CLLM on them")
-        cllm = LlamaForCausalLM(target.config)
+        cllm = _make_model(tokenizer, options.hidden_size)
         cllm.load_state_dict(target.state_dict())
         trainer = make_cllm_trainer(cllm, tokenizer, dataset, options)
         trainer.train()
@@ -169,11 +169,13 @@ def train_target(
     args = SFTConfig(
         max_steps=options.target_updates,
         per_device_train_batch_size=options.target_batch_size,
-        **_training_options(options.seed),
+        **_training_options(options.seed, learning_rate=2e-3),
     )
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     _show_progress(trainer, "loss")
     trainer.train()
+    # Training turns the cache off for good; the comparison is with decoding as it should be.
+    model.config.use_cache = model.generation_config.use_cache = True
     model.eval()
 
 
@@ -195,8 +197,8 @@ def make_cllm_trainer(
     args = CLLMConfig(
         max_steps=options.cllm_updates,
         per_device_train_batch_size=options.cllm_batch_size,
-        ar_loss_weight=1.0,
-        **_training_options(options.seed),
+        ar_loss_weight=options.ar_loss_weight,
+        **_training_options(options.seed, options.cllm_learning_rate),
     )
     trainer = CLLMTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     _show_progress(trainer, "consistency_loss")
@@ -233,7 +235,7 @@ def measure(
         for way, generate_options in ways.items()
     ]
     prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
-    return benchmark_decoding(methods, prompts, options.max_new_tokens, options.repetitions)
+    return benchmark_decoding(methods, prompts, options.max_new_tokens)
 
 
 def accuracy(result: DecodingResult, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> float:
@@ -364,12 +366,12 @@ def _make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int) -> LlamaFo
     return LlamaForCausalLM(config)
 
 
-def _training_options(seed: int) -> dict[str, Any]:
+def _training_options(seed: int, learning_rate: float) -> dict[str, Any]:
     return {
         # Nothing is saved there: `save_strategy="no"`.
         "output_dir": tempfile.gettempdir(),
         "save_strategy": "no",
-        "learning_rate": 2e-3,
+        "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 40,
         "bf16": False,

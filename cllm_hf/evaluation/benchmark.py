@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+
+from .._host import base_model_of
 
 
 @dataclass
@@ -25,7 +26,7 @@ class DecodingMethod:
     """
 
     name: str
-    model: PreTrainedModel
+    model: Any
     options: dict[str, Any]
 
 
@@ -37,33 +38,33 @@ class DecodingResult:
     Attributes:
         name (`str`): of the method.
         responses (`list[list[int]]`): generated token ids, for each prompt.
-        num_forwards (`int`): calls of the model for all prompts, prefill included.
-        seconds (`list[float]`): time for all prompts, one entry a repetition, prefill included.
+        num_forwards (`list[int]`): calls of the model, prefill included, for each prompt.
+        seconds (`list[float]`): time of the whole `generate`, prefill included, for each prompt.
     """
 
     name: str
     responses: list[list[int]] = field(default_factory=list)
-    num_forwards: int = 0
+    num_forwards: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        """`int`: generated tokens."""
+        """`int`: generated tokens, of all prompts."""
         return sum(map(len, self.responses))
 
     @property
-    def tokens_per_second(self) -> float:
-        """`float`: median over the repetitions."""
-        return self.num_tokens / statistics.median(self.seconds)
+    def tokens_per_forward(self) -> float:
+        """`float`: all generated tokens over all forwards."""
+        return self.num_tokens / sum(self.num_forwards)
 
     @property
-    def tokens_per_forward(self) -> float:
-        """`float`: generated tokens over all forwards."""
-        return self.num_tokens / self.num_forwards
+    def tokens_per_second(self) -> float:
+        """`float`: median over the prompts."""
+        return statistics.median(self._rates())
 
     def speedup_over(self, baseline: DecodingResult) -> float:
         """
-        Tokens per second over those of another method: the median of the ratios of each repetition.
+        Tokens per second over those of another method: the median over the prompts of the ratio for each prompt.
 
         Args:
             baseline (`DecodingResult`): a result of the same run.
@@ -71,28 +72,29 @@ class DecodingResult:
         Returns:
             `float`.
         """
-        ratios = [theirs / ours for ours, theirs in zip(self.seconds, baseline.seconds)]
-        return statistics.median(ratios) * self.num_tokens / baseline.num_tokens
+        return statistics.median(ours / theirs for ours, theirs in zip(self._rates(), baseline._rates()))
+
+    def _rates(self) -> list[float]:
+        return [len(response) / seconds for response, seconds in zip(self.responses, self.seconds)]
 
 
 def benchmark_decoding(
     methods: Sequence[DecodingMethod],
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    repetitions: int = 3,
     show_progress: bool = True,
 ) -> list[DecodingResult]:
     """
     Decode the same prompts in several ways, greedily and one at a time.
 
-    The methods take turns on every prompt, so that a change of the machine's speed meets all of them. The first
-    prompt is decoded once by each before the clocks start. All clocks are around the whole `generate`.
+    The methods take turns on every prompt, so that a change of the machine's speed meets all of them, and a ratio is
+    taken between neighbors. The first prompt is decoded once by each before the clocks start. All clocks are around
+    the whole `generate`.
 
     Args:
         methods (`Sequence[DecodingMethod]`): what to compare.
         prompts (`Sequence[list[int]]`): token ids of each prompt.
         max_new_tokens (`int`): longest response.
-        repetitions (`int`): how often to time all prompts.
         show_progress (`bool`): whether to draw a progress bar.
 
     Returns:
@@ -106,19 +108,12 @@ def benchmark_decoding(
     results = [DecodingResult(method.name) for method in methods]
     for method in methods:
         _timed_generate(method, prompts[0], max_new_tokens)
-    bar = tqdm(total=repetitions * len(prompts), desc="Decoding", unit="prompt", disable=not show_progress)
-    with bar:
-        for repetition in range(repetitions):
-            for result in results:
-                result.seconds.append(0.0)
-            for prompt in prompts:
-                for method, result in zip(methods, results):
-                    response, num_forwards, seconds = _timed_generate(method, prompt, max_new_tokens)
-                    result.seconds[-1] += seconds
-                    if repetition == 0:
-                        result.responses.append(response)
-                        result.num_forwards += num_forwards
-                bar.update()
+    for prompt in tqdm(prompts, desc="Decoding", unit="prompt", disable=not show_progress):
+        for method, result in zip(methods, results):
+            response, num_forwards, seconds = _timed_generate(method, prompt, max_new_tokens)
+            result.responses.append(response)
+            result.num_forwards.append(num_forwards)
+            result.seconds.append(seconds)
     return results
 
 
@@ -130,7 +125,8 @@ def _timed_generate(method: DecodingMethod, prompt: list[int], max_new_tokens: i
     def count(*_: Any) -> None:
         calls[0] += 1
 
-    handle = method.model.register_forward_pre_hook(count)
+    # The wrapper of an adapter hands `generate` on to its base model, whose calls are those to count.
+    handle = base_model_of(method.model).register_forward_pre_hook(count)
     try:
         _synchronize(input_ids.device)
         start = time.perf_counter()

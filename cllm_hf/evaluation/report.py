@@ -25,8 +25,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         first = cells[0].ljust(widths[0])
         return "| " + " | ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]) + " |"
 
-    rule = "|-" + "-|-".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + "-|"
-    return "\n".join([line(header), rule.replace(":-|-", ":|-").replace(":-|", ":|"), *map(line, rows)])
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
 
 
 def format_trajectory(

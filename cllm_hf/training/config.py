@@ -9,19 +9,19 @@ from trl import SFTConfig
 from ..integration import check_block_size
 
 
-# Options of `SFTConfig` that would have no effect here, or a wrong one: name, value that asks for nothing, reason.
+# Options of `SFTConfig` that would have no effect here, or a wrong one: name, values that ask for nothing, reason.
 _NO_EFFECT = (
-    ("packing", False, "a step already packs each response with its draft blocks"),
-    ("eval_packing", None, "a step already packs each response with its draft blocks"),
-    ("padding_free", False, "packed batches need their padding"),
-    ("assistant_only_loss", False, "the AR loss is on the response, which a trajectory record names"),
-    ("completion_only_loss", None, "the AR loss is on the response, which a trajectory record names"),
-    ("loss_type", "nll", "the loss is the consistency loss and the AR loss"),
-    ("label_smoothing_factor", 0.0, "it is not implemented"),
-    ("use_liger_kernel", False, "its fused loss is not the consistency loss"),
-    ("router_aux_loss_coef", None, "the load-balancing loss is not part of this objective"),
-    ("chat_template_path", None, "the dataset already holds token ids"),
-    ("shuffle_dataset", False, "batches are drawn in random order already"),
+    ("packing", (False,), "a step already packs each response with its draft blocks"),
+    ("eval_packing", (None,), "a step already packs each response with its draft blocks"),
+    ("padding_free", (False,), "packed batches need their padding"),
+    ("assistant_only_loss", (False,), "the AR loss is on the response, which a trajectory record names"),
+    ("completion_only_loss", (None,), "the AR loss is on the response, which a trajectory record names"),
+    ("loss_type", ("nll",), "the loss is the consistency loss and the AR loss"),
+    ("label_smoothing_factor", (0.0,), "it is not implemented"),
+    ("use_liger_kernel", (False,), "its fused loss is not the consistency loss"),
+    ("router_aux_loss_coef", (None, 0.0), "the load-balancing loss is not part of this objective"),
+    ("chat_template_path", (None,), "the dataset already holds token ids"),
+    ("shuffle_dataset", (False,), "batches are drawn in random order already"),
 )
 
 
@@ -63,9 +63,10 @@ class CLLMConfig(SFTConfig):
         if self.block_size is not None:
             check_block_size(self.block_size, "block_size")
         for name, neutral, reason in _NO_EFFECT:
-            if getattr(self, name) != neutral:
+            if getattr(self, name) not in neutral:
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` has no place in consistency training: {reason}. Drop it."
                 )
-        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        checkpointing = self.gradient_checkpointing_kwargs
+        if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError("Re-entrant gradient checkpointing is not supported. Drop `use_reentrant=True`.")

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from .._host import base_model_of
 from ..integration import DEFAULT_BLOCK_SIZE, set_jacobi_defaults
 from ..packing import check_packable, pack, packed_forward
 from ..trajectories.schema import check_dataset, check_record
@@ -67,7 +68,9 @@ class CLLMTrainer(SFTTrainer):
             }"""),
     }
     # The loss is divided by the positions of the whole update, see `get_batch_samples`.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga: Any = True
+    model: Any
+    args: Any
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class CLLMTrainer(SFTTrainer):
         self.block_size = _check_datasets(train_dataset, eval_dataset, args.block_size)
         # The records go to our collator as they are; mixture-of-experts models keep their balancing loss out of it.
         args.remove_unused_columns = False
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.router_aux_loss_coef = 0.0
         super().__init__(
             model,
@@ -101,11 +104,13 @@ class CLLMTrainer(SFTTrainer):
             peft_config=peft_config,
             **{**kwargs, "data_collator": TrajectoryCollator(self.block_size, args.max_length)},
         )
-        base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        check_packable(base_model)
+        check_packable(base_model_of(self.model))
         set_jacobi_defaults(self.model, self.block_size)
         # For each mode and loss: sum over positions and number of positions since the last log.
-        self._loss_sums: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._loss_sums: dict[str, dict[str, list[torch.Tensor]]] = {
+            "train": defaultdict(list),
+            "eval": defaultdict(list),
+        }
         self._update_counts: torch.Tensor | None = None
 
     def get_batch_samples(
@@ -159,8 +164,10 @@ class CLLMTrainer(SFTTrainer):
         self._loss_sums[mode]["counts"].append(counts)
         return (loss, {"consistency_loss": means[0], "ar_loss": means[1]}) if return_outputs else loss
 
-    def _loss_terms(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums over positions of the consistency and the AR loss, and the numbers of positions; each of shape `(2,)`."""
+    def _loss_terms(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of the consistency and the AR loss, and the numbers of their positions; both of shape `(2,)`."""
         packed = pack(
             inputs["clean_ids"], inputs["clean_mask"], inputs["states"], inputs["anchors"], inputs["block_mask"]
         )

@@ -13,6 +13,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .._host import base_model_of
 from ..integration import check_block_size
 from ..packing import check_packable
 from .collector import collect_states, draw_first_states
@@ -62,7 +63,7 @@ class TrajectoryBuilder:
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         # The layers of an adapter live in its base model; the wrapper has nothing else that is needed here.
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model: Any = base_model_of(model)
         check_packable(self.model)
         self.processing_class = processing_class
         self.max_new_tokens = max_new_tokens
@@ -90,6 +91,8 @@ class TrajectoryBuilder:
             ValueError: if there are no prompts, a prompt has no tokens, prompt and response do not fit into the
                 model's positions, or no record is left.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"`prompts` must be a list of prompts, got the text {prompts[:60]!r}. Pass it in a list.")
         texts, prompt_ids = self._tokenize(list(prompts))
         self.counts = Counter()
         # Prompts of similar length share a batch, so that little padding is computed.
@@ -112,10 +115,14 @@ class TrajectoryBuilder:
                 "(`model.float()`), or check that the model is not one that cannot be packed."
             )
         if self.counts["mismatch"]:
-            logger.warning("Dropped %d of %d responses that their blocks do not end in.", self.counts["mismatch"], len(texts))
+            logger.warning(
+                "Dropped %d of %d responses that their blocks do not end in.", self.counts["mismatch"], len(texts)
+            )
         return Dataset.from_list([records[index] for index in sorted(records)], features=FEATURES)
 
-    def _collect(self, batch: list[int], texts: list[str], all_prompt_ids: list[list[int]]) -> dict[int, dict[str, Any]]:
+    def _collect(
+        self, batch: list[int], texts: list[str], all_prompt_ids: list[list[int]]
+    ) -> dict[int, dict[str, Any]]:
         prompts = [all_prompt_ids[index] for index in batch]
         responses = self._respond(prompts)
         drafts = [
@@ -148,10 +155,14 @@ class TrajectoryBuilder:
             if isinstance(prompt, str):
                 texts.append(prompt)
                 ids.append(list(self.processing_class(prompt)["input_ids"]))
-            else:
-                text = self.processing_class.apply_chat_template(
-                    list(prompt), add_generation_prompt=True, tokenize=False
+            elif not isinstance(prompt, Sequence) or not all(isinstance(message, dict) for message in prompt):
+                raise ValueError(
+                    "A prompt must be a text or a list of chat messages, got "
+                    f"{prompt!r}. Pass a column of a dataset, such as `dataset['question']`."
                 )
+            else:
+                messages: Any = list(prompt)
+                text = self.processing_class.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
                 # The template already holds the special tokens.
                 texts.append(str(text))
                 ids.append(list(self.processing_class(str(text), add_special_tokens=False)["input_ids"]))
@@ -161,8 +172,8 @@ class TrajectoryBuilder:
                 raise ValueError(f"Every prompt must have at least one token, got {text!r}.")
             if limit is not None and len(token_ids) + self.max_new_tokens > limit:
                 raise ValueError(
-                    f"A prompt of {len(token_ids)} tokens and `max_new_tokens={self.max_new_tokens}` do not fit into the "
-                    f"model's {limit} positions: {text[:60]!r}. Drop such prompts or lower `max_new_tokens`."
+                    f"A prompt of {len(token_ids)} tokens and `max_new_tokens={self.max_new_tokens}` do not fit into "
+                    f"the model's {limit} positions: {text[:60]!r}. Drop such prompts or lower `max_new_tokens`."
                 )
         return texts, ids
 

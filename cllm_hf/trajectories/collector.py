@@ -90,9 +90,13 @@ def _lay_out(
     sequences = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
     clean_ids = pad_sequence(sequences, batch_first=True)
     clean_mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
-    states = pad_sequence([torch.from_numpy(blocks) for blocks in first_states], batch_first=True, padding_value=pad_id)
+    states = pad_sequence(
+        [torch.from_numpy(blocks) for blocks in first_states], batch_first=True, padding_value=pad_id
+    )
     offsets = torch.arange(states[0].numel()).view_as(states[0])
     in_response = offsets < torch.tensor([len(response) for response in responses])[:, None, None]
-    anchors = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None] + block_size * torch.arange(states.shape[1])
+    anchors = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None] + block_size * torch.arange(
+        states.shape[1]
+    )
     tensors = (clean_ids, clean_mask, states, anchors, in_response.any(-1))
     return pack(*(tensor.to(device) for tensor in tensors)), states.to(device), in_response.to(device)

@@ -1,0 +1,143 @@
+"""The demo's problems are right, and all its steps work at a tiny size, as does the README on what it leaves."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from cllm_hf.cli import main
+from cllm_hf.demo import run
+from cllm_hf.demo.problems import LARGEST, make_problem, make_problems, make_tokenizer, read_answer
+from cllm_hf.evaluation.benchmark import DecodingResult, benchmark_decoding
+from cllm_hf.evaluation.report import format_table, format_trajectory
+
+
+TINY = run.DemoOptions(
+    hidden_size=32,
+    target_updates=5,
+    target_batch_size=4,
+    num_trajectories=8,
+    cllm_updates=3,
+    cllm_batch_size=4,
+    num_held_out=2,
+    max_new_tokens=20,
+)
+
+
+def test_worked_answers_are_right():
+    """An independent reading of the question: start, then add or take away."""
+    for problem in make_problems(500, seed=1):
+        numbers = [int(word) for word in problem.prompt.split() if word.isdecimal()]
+        events = problem.prompt.split(" . ")[1:-1]
+        total = numbers[0]
+        for event, amount in zip(events, numbers[1:]):
+            total += amount if re.search("buys|finds|gets|wins", event) else -amount
+            assert 0 <= total <= LARGEST and f"= {total} " in problem.response
+        assert len(events) in (2, 3) and total == problem.answer == read_answer(problem.response)
+        for a, sign, b, result in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", problem.response):
+            assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+
+
+def test_problems_are_distinct_and_repeat_with_the_seed():
+    problems = make_problems(3000, seed=2)
+    assert len({problem.prompt for problem in problems}) == 3000
+    assert problems == make_problems(3000, seed=2) != make_problems(3000, seed=3)
+
+
+def test_every_word_is_a_token_of_its_own():
+    tokenizer, rng = make_tokenizer(), random.Random(0)
+    longest = 0
+    for _ in range(300):
+        problem = make_problem(rng)
+        for text in (problem.prompt, problem.response):
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
+            assert tokenizer.decode(ids) == text
+        longest = max(longest, len(ids))
+    assert longest < run.DemoOptions().max_new_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("The answer is 12 .", 12), ("The answer is", None), ("The answer is Mia", None), ("12", None), ("", None)],
+)
+def test_read_answer(text, answer):
+    assert read_answer(text) == answer
+
+
+def test_all_steps_and_the_readme(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/demo")
+    for _ in range(2):  # a second run takes the place of the first
+        report = run.run_demo(TINY, folder, color=False)
+        assert sorted(path.name for path in folder.iterdir()) == ["cllm", "target", "trajectories"]
+    jacobi, greedy = report.results[3], report.results[2]
+    assert jacobi.responses == greedy.responses and len(greedy.responses) == 2
+    assert greedy.num_forwards == [len(response) for response in greedy.responses]
+    assert all(ours <= theirs for ours, theirs in zip(jacobi.num_forwards, greedy.num_forwards))
+    assert report.table.count("\n") == 5 and "iterations to the fixed point" in report.trajectories
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(blocks) == 3
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["model"].generation_config.decoding == "jacobi"
+
+
+def test_ctrl_c_leaves_only_complete_parts(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "DemoOptions", lambda seed: TINY)
+    monkeypatch.setattr(run.CLLMTrainer, "train", interrupt)
+    assert main(["demo", "--output-dir", str(tmp_path)]) == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "trajectories"]
+    assert "interrupted" in capsys.readouterr().err
+
+    monkeypatch.setattr(run.Dataset, "save_to_disk", interrupt)
+    assert main(["demo", "--output-dir", str(tmp_path / "other")]) == 130
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["target"]
+
+
+def test_output_folder_that_is_not_writable(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--output-dir", str(tmp_path / "file")]) == 1
+    assert "must be writable" in capsys.readouterr().err
+    assert main(["demo", "--output-dir", "/proc/demo"]) == 1
+    assert "Choose another folder" in capsys.readouterr().err
+
+
+def test_command_line(capsys):
+    for arguments in (["--version"], ["--help"], ["demo", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["demmo"])
+    assert stop.value.code == 2 and "invalid choice" in capsys.readouterr().err
+
+
+def test_medians_and_speedup():
+    slow = DecodingResult("slow", [[1] * 10, [1] * 20, [1] * 30], [10, 20, 30], [1.0, 4.0, 10.0])
+    fast = DecodingResult("fast", [[1] * 10, [1] * 20, [1] * 30], [5, 5, 10], [0.5, 1.0, 20.0])
+    assert (slow.tokens_per_second, fast.tokens_per_second) == (5.0, 20.0)
+    assert (fast.tokens_per_forward, slow.speedup_over(slow), fast.speedup_over(slow)) == (3.0, 1.0, 2.0)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        benchmark_decoding([], [], 3)
+
+
+def test_table_and_trajectory():
+    table = format_table(("method", "n"), [["a", "1"], ["long name", "10"]])
+    assert table.splitlines() == [
+        "| method    |  n |",
+        "|-----------|---:|",
+        "| a         |  1 |",
+        "| long name | 10 |",
+    ]
+    plain = format_trajectory([[1, 2], [3, 2]], str, color=False)
+    assert plain.splitlines() == ["  0  [1] 2", "  1  3   2"]
+    colored = format_trajectory([[1, 2], [3, 2]], str)
+    assert "\033[31m1" in colored and "\033[34m2" in colored and colored.count("\033[31m") == 1

@@ -1,0 +1,74 @@
+"""Facts about the host libraries that this project relies on. After an upgrade, these fail first."""
+
+import inspect
+
+import torch
+from conftest import make_prompts
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, LlamaConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from trl import SFTTrainer
+
+from cllm_hf._host import attention_implementation, mark_as_edited
+
+
+def test_extras_of_a_derived_generation_config_are_lost_unless_marked(llama, tmp_path):
+    for mark, expected in ((False, None), (True, "jacobi")):
+        config = GenerationConfig.from_model_config(llama.config)
+        assert config._from_model_config is True
+        config.decoding = "jacobi"
+        if mark:
+            mark_as_edited(config)
+        llama.generation_config = config
+        llama.save_pretrained(tmp_path / str(mark))
+        loaded = type(llama).from_pretrained(tmp_path / str(mark))
+        assert getattr(loaded.generation_config, "decoding", None) == expected
+
+
+def test_attention_implementation(llama):
+    assert attention_implementation(llama.config) == "sdpa"
+    llama.set_attn_implementation("eager")
+    assert attention_implementation(llama.config) == "eager"
+
+
+def test_custom_generate_gets_prepared_inputs_and_loses_the_streamer(llama):
+    seen = {}
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        seen.update(model_kwargs, processors=logits_processor, max_length=generation_config.max_length)
+        return input_ids
+
+    class Streamer:
+        def put(self, value):
+            seen["streamed"] = value
+
+    ids, mask = make_prompts(2)
+    llama.generate(ids, attention_mask=mask, max_new_tokens=5, custom_generate=loop, streamer=Streamer())
+    assert isinstance(seen["past_key_values"], DynamicCache) and seen["past_key_values"].get_seq_length() == 0
+    assert seen["logits_to_keep"] == 1 and seen["use_cache"] is True and seen["max_length"] == 14
+    assert torch.equal(seen["attention_mask"], mask) and seen["position_ids"].shape == ids.shape
+    assert torch.equal(seen["streamed"], ids) and "streamer" not in seen
+
+
+def test_names_of_generate():
+    parameters = inspect.signature(GenerationMixin.generate).parameters
+    names = ("generation_config", "stopping_criteria", "synced_gpus", "assistant_model", "streamer", "custom_generate")
+    assert list(parameters)[0] == "self" and set(names) <= set(parameters)
+
+
+def test_cache_layers():
+    config = LlamaConfig(num_hidden_layers=1)
+    cache = DynamicCache(config=config)
+    assert type(cache.layers[0]) is DynamicLayer and cache.is_croppable
+    keys = torch.arange(6.0).view(1, 1, 6, 1)
+    sliding = DynamicSlidingWindowLayer(sliding_window=4)
+    sliding.activate_past_recording()
+    sliding.update(keys, keys)
+    assert sliding.keys.shape[-2] == 6 and sliding.cumulative_length == 6
+    sliding.crop(-1)
+    # It keeps one token less than the window, and counts all that it has seen.
+    assert sliding.keys.flatten().tolist() == [2, 3, 4] and sliding.get_seq_length() == 5
+
+
+def test_sft_trainer_has_what_cllm_trainer_overrides():
+    assert {"compute_loss", "get_batch_samples", "log", "save_model"} <= set(dir(SFTTrainer))
+    assert SFTTrainer.loss_is_scaled_for_ga is None
