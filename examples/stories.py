@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from cllm_hf import CLLMConfig, CLLMTrainer, TrajectoryBuilder
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
 from cllm_hf.evaluation.report import format_table
+from cllm_hf.files import check_writable
 
 
 def sample_prompts(
@@ -34,26 +35,27 @@ def sample_prompts(
     return list(prompts)[:count]
 
 
-def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], arguments: argparse.Namespace
-) -> list[DecodingResult]:
+def evaluate(model: PreTrainedModel, prompts: list[list[int]], arguments: argparse.Namespace) -> list[DecodingResult]:
     """Decode held-out prompts by `generate()` and by Jacobi; the tokens must be equal."""
     options = {"decoding": "jacobi", "jacobi_block_size": arguments.block_size}
     methods = [
         DecodingMethod("generate()", model, {"decoding": "autoregressive"}),
         DecodingMethod("jacobi", model, options),
     ]
-    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    results = benchmark_decoding(methods, prompt_ids, arguments.max_new_tokens)
+    results = benchmark_decoding(methods, prompts, arguments.max_new_tokens)
     num_equal = sum(a == b for a, b in zip(results[0].responses, results[1].responses))
     print(f"Jacobi equals greedy on {num_equal} of {len(prompts)} held-out prompts.")
     return results
 
 
-def agreement(result: DecodingResult, reference: DecodingResult) -> float:
-    """Share of the reference's tokens that stand at the same place."""
-    pairs = list(zip(result.responses, reference.responses))
-    return sum(a == b for ours, theirs in pairs for a, b in zip(ours, theirs)) / reference.num_tokens
+@torch.no_grad()
+def agreement(model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]]) -> float:
+    """Share of the target model's greedy tokens that the model, given those before, would write too."""
+    num_equal = 0
+    for prompt, response in zip(prompts, responses):
+        logits = model(torch.tensor([prompt + response], device=model.device)).logits[0, len(prompt) - 1 : -1]
+        num_equal += int((logits.argmax(-1).cpu() == torch.tensor(response)).sum())
+    return num_equal / sum(map(len, responses))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,13 +79,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    check_writable(arguments.output_dir)
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     count = arguments.num_held_out + arguments.num_prompts
     prompts = sample_prompts(model, tokenizer, count, arguments.prompt_length)
-    held_out, prompts = prompts[: arguments.num_held_out], prompts[arguments.num_held_out :]
-    before = evaluate(model, tokenizer, held_out, arguments)
+    held_out = [tokenizer(prompt)["input_ids"] for prompt in prompts[: arguments.num_held_out]]
+    before = evaluate(model, held_out, arguments)
 
     builder = TrajectoryBuilder(
         model,
@@ -93,7 +96,7 @@ def main() -> None:
         seed=arguments.seed,
         batch_size=64,
     )
-    dataset = builder.build(prompts)
+    dataset = builder.build(prompts[arguments.num_held_out :])
     print(f"Trajectories: {dict(builder.counts)}")
 
     args = CLLMConfig(
@@ -115,21 +118,22 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
 
-    after = evaluate(trainer.model.eval(), tokenizer, held_out, arguments)
-    rows, report = [], []
-    for name, results in (("before", before), ("after", after)):
-        for result in results:
-            figures = {
-                "tokens/s": round(result.tokens_per_second),
-                "tokens per forward": round(result.tokens_per_forward, 3),
-                "speed-up": round(result.speedup_over(results[0]), 2),
-                "agreement with the target model": round(agreement(result, before[0]), 3),
-            }
-            rows.append([f"{name}, {result.name}", *map(str, figures.values())])
-            report.append({"method": rows[-1][0], **figures})
-    print(format_table(("method", *list(report[0])[1:]), rows))
+    after = evaluate(trainer.model.eval(), held_out, arguments)
+    report = [
+        {
+            "method": f"{name}, {result.name}",
+            "tokens/s": round(result.tokens_per_second),
+            "tokens per forward": round(result.tokens_per_forward, 2),
+            "speed-up": round(result.speedup_over(results[0]), 2),
+        }
+        for name, results in (("before", before), ("after", after))
+        for result in results
+    ]
+    print(format_table(list(report[0]), [[str(value) for value in row.values()] for row in report]))
+    agreed = agreement(trainer.model, held_out, before[0].responses)
+    print(f"Agreement with the target model's greedy tokens: {agreed:.3f}")
     path = arguments.output_dir / "report.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(json.dumps({"decoding": report, "agreement": agreed}, indent=2) + "\n")
     print(f"Saved the CLLM and {path.name} to {arguments.output_dir}.")
 
 

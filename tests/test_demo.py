@@ -11,6 +11,7 @@ from cllm_hf.demo import run
 from cllm_hf.demo.problems import LARGEST, make_problem, make_problems, make_tokenizer, read_answer
 from cllm_hf.evaluation.benchmark import DecodingResult, benchmark_decoding
 from cllm_hf.evaluation.report import format_table, format_trajectory
+from cllm_hf.files import save_whole
 
 
 TINY = run.DemoOptions(
@@ -108,6 +109,27 @@ def test_output_folder_that_is_not_writable(tmp_path, capsys):
     assert "must be writable" in capsys.readouterr().err
     assert main(["demo", "--output-dir", "/proc/demo"]) == 1
     assert "Choose another folder" in capsys.readouterr().err
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def fail(folder):
+        write(folder, "half")
+        raise RuntimeError("disk full")
+
+    def write(folder, text):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+
+    target = tmp_path / "kept"
+    with pytest.raises(RuntimeError, match="disk full"):
+        save_whole(target, fail)
+    assert list(tmp_path.iterdir()) == []
+    for text in ("first", "second"):
+        save_whole(target, lambda folder, text=text: write(folder, text))
+        assert (target / "file").read_text() == text
+    with pytest.raises(RuntimeError, match="disk full"):
+        save_whole(target, fail)
+    assert list(tmp_path.iterdir()) == [target] and (target / "file").read_text() == "second"
 
 
 def test_command_line(capsys):

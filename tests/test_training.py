@@ -322,6 +322,8 @@ def test_other_arguments_that_are_refused(word_model, tokenizer, dataset, tmp_pa
 
     with pytest.raises(ValueError, match="must be a `cllm_hf.CLLMConfig`, got TrainingArguments"):
         CLLMTrainer(word_model, args=TrainingArguments(output_dir=str(tmp_path)), train_dataset=dataset)
+    with pytest.raises(OSError, match="The output folder must be writable, got '/proc/cllm'"):
+        make_trainer(word_model, dataset, tokenizer, "/proc/cllm")
     args = CLLMConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
     with pytest.raises(ValueError, match="own collator"):
         CLLMTrainer(word_model, args=args, train_dataset=dataset, data_collator=lambda records: {})

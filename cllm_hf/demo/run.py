@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
 from ..evaluation.report import format_table, format_trajectory
+from ..files import check_writable, save_whole
 from ..training.config import CLLMConfig
 from ..training.trainer import CLLMTrainer
 from ..trajectories.builder import TrajectoryBuilder
@@ -109,6 +110,11 @@ def run_demo(
     """
     if output_dir is not None:
         check_writable(output_dir)
+
+    def keep(name: str, save: Callable[[Path], object]) -> None:
+        if output_dir is not None:
+            save_whole(output_dir / name, save)
+
     set_seed(options.seed)
     clock = _Clock()
     tokenizer = make_tokenizer()
@@ -123,13 +129,13 @@ def run_demo(
         target = _make_model(tokenizer, options.hidden_size)
         say(f"\n[1/4] Training a target model of {target.num_parameters():,} parameters from nothing")
         train_target(target, tokenizer, training, options)
-        _keep(output_dir, "target", lambda folder: _save(target, tokenizer, folder))
+        keep("target", lambda folder: _save(target, tokenizer, folder))
         clock.lap("target model")
 
         say("\n[2/4] Collecting the Jacobi trajectories of its answers")
         builder = TrajectoryBuilder(target, tokenizer, options.block_size, options.max_new_tokens, options.seed, 64)
         dataset = builder.build([problem.prompt for problem in training[: options.num_trajectories]])
-        _keep(output_dir, "trajectories", lambda folder: dataset.save_to_disk(str(folder)))
+        keep("trajectories", lambda folder: dataset.save_to_disk(str(folder)))
         clock.lap("trajectories")
 
         say("\n[3/4] Training the CLLM on them")
@@ -137,7 +143,7 @@ def run_demo(
         cllm.load_state_dict(target.state_dict())
         trainer = make_cllm_trainer(cllm, tokenizer, dataset, options)
         trainer.train()
-        _keep(output_dir, "cllm", lambda folder: trainer.save_model(str(folder)))
+        keep("cllm", lambda folder: trainer.save_model(str(folder)))
         clock.lap("CLLM")
 
         say("\n[4/4] Decoding the held-out problems, one at a time, in turns")
@@ -310,39 +316,6 @@ def draw_block(
         picture = format_trajectory(block, lambda token: str(tokenizer.decode([token])), color)
         pictures.append(f"{name}: {len(block) - 1} iterations to the fixed point\n{picture}")
     return "\n\n".join(pictures)
-
-
-def check_writable(folder: Path) -> None:
-    """
-    Make a folder and check that files can be written into it.
-
-    Args:
-        folder (`pathlib.Path`): the folder.
-
-    Raises:
-        OSError: if not, saying what to do.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"The output folder must be writable, got {str(folder)!r} ({error.strerror}). Choose another folder or "
-            "change its permissions."
-        ) from error
-
-
-def _keep(output_dir: Path | None, name: str, save: Callable[[Path], None]) -> None:
-    """Save into a folder that appears under its name only when it is complete."""
-    if output_dir is None:
-        return
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=f".{name}-") as unfinished:
-        folder = Path(unfinished) / name
-        save(folder)
-        if (output_dir / name).exists():
-            (output_dir / name).rename(Path(unfinished) / "earlier")
-        folder.rename(output_dir / name)
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

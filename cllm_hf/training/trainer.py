@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from .._host import base_model_of
+from ..files import check_writable
 from ..integration import DEFAULT_BLOCK_SIZE, set_jacobi_defaults
 from ..packing import check_packable, pack, packed_forward
 from ..trajectories.schema import check_dataset, check_record
@@ -48,6 +50,7 @@ class CLLMTrainer(SFTTrainer):
         block_size (`int`): tokens of a block; saved as the model's default `jacobi_block_size`.
 
     Raises:
+        OSError: if `args.output_dir` is not writable.
         ValueError: for a dataset that does not hold trajectories of one block size, a `data_collator` (the trainer has
             its own), or a model that cannot be packed.
     """
@@ -91,6 +94,8 @@ class CLLMTrainer(SFTTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: trajectories from `cllm_hf.TrajectoryBuilder`, got none.")
         self.block_size = _check_datasets(train_dataset, eval_dataset, args.block_size)
+        if args.should_save:
+            check_writable(Path(args.output_dir))  # before the training, not after it
         # The records go to our collator as they are; mixture-of-experts models keep their balancing loss out of it.
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}

@@ -1,0 +1,44 @@
+"""Folders that are checked before the work and complete after it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def check_writable(folder: Path) -> None:
+    """
+    Make a folder and check that files can be written into it.
+
+    Args:
+        folder (`pathlib.Path`): the folder.
+
+    Raises:
+        OSError: if not, saying what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"The output folder must be writable, got {str(folder)!r} ({error.strerror}). Choose another folder or "
+            "change its permissions."
+        ) from error
+
+
+def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
+    """
+    Save into a folder that appears under its name only when it is complete, in place of an earlier one.
+
+    Args:
+        folder (`pathlib.Path`): the folder; its parent exists.
+        save (`Callable[[pathlib.Path], object]`): writes everything into the folder it is given.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+        new = Path(unfinished) / folder.name
+        save(new)
+        if folder.exists():
+            folder.rename(Path(unfinished) / "earlier")
+        new.rename(folder)
