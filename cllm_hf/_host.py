@@ -28,3 +28,9 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
 def base_model_of(model: Any) -> PreTrainedModel:
     """The transformers model inside a `peft.PeftModel`, with the adapter's layers in it; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def mixes_adapters(model: PreTrainedModel) -> bool:
+    """Whether `adapter_names` are in force, which PEFT gives to each row by hooks on the adapter's layers."""
+    layers = (module for module in model.modules() if hasattr(module, "active_adapters"))
+    return any(layer._forward_pre_hooks for layer in layers)

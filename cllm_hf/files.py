@@ -39,6 +39,12 @@ def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
         new = Path(unfinished) / folder.name
         save(new)
-        if folder.exists():
-            folder.rename(Path(unfinished) / "earlier")
-        new.rename(folder)
+        earlier = Path(unfinished) / "earlier"
+        try:
+            if folder.exists():
+                folder.rename(earlier)
+            new.rename(folder)
+        except BaseException:  # Ctrl-C between the two must not lose both
+            if earlier.exists() and not folder.exists():
+                earlier.rename(folder)
+            raise

@@ -24,12 +24,20 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from ._host import mark_as_edited
+from ._host import mark_as_edited, mixes_adapters
 
 
 DECODINGS = ("jacobi", "autoregressive")
 DEFAULT_BLOCK_SIZE = 16
 _ORIGINAL = "_cllm_hf_original"
+_SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_STRATEGY_OPTIONS = (
+    "num_beams",
+    "num_beam_groups",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "cache_implementation",
+)
 _GREEDY = 'pass `decoding="autoregressive"`'
 
 
@@ -83,15 +91,16 @@ def set_jacobi_defaults(model: Any, block_size: int = DEFAULT_BLOCK_SIZE) -> Non
         block_size (`int`): default of `jacobi_block_size`.
 
     Raises:
-        ValueError: if `block_size` is not an integer of at least 1.
+        ValueError: if `block_size` is not an integer of at least 1, or other defaults contradict each other.
     """
     config = model.generation_config
     config.decoding = "jacobi"
     config.jacobi_block_size = check_block_size(block_size, "block_size")
     config.use_cache = True  # training with gradient checkpointing may have turned it off
-    if config.do_sample:
-        # A CLLM is trained on greedy responses. Sampling options without sampling would not validate on saving.
-        config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None, typical_p=None)
+    # A CLLM is trained on greedy responses. Options of sampling and of other strategies would make `generate` or
+    # saving fail.
+    config.update(**dict.fromkeys((*_SAMPLING_OPTIONS, *_STRATEGY_OPTIONS)), do_sample=False)
+    config.validate(strict=True)
     mark_as_edited(config)
 
 
@@ -130,7 +139,7 @@ def _generate(
         decoding = "jacobi"
     elif decoding == "autoregressive" and block_size is not None:
         raise ValueError('`jacobi_block_size` has no effect with `decoding="autoregressive"`. Drop one of the two.')
-    requested = decoding if decoding is not None else _first_set(configs, "decoding")
+    requested = decoding if decoding is not None else _decoding_of(configs)
     if requested is not None and requested not in DECODINGS:
         raise ValueError(f'`decoding` must be "jacobi" or "autoregressive", got {requested!r}.')
     # The draft model of assisted decoding is called through `generate` too, and must not draft by itself.
@@ -221,8 +230,13 @@ def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list
         refuse(
             "generation that keeps several processes in step (`synced_gpus`, ZeRO-3, FSDP) yet", "such a run", _GREEDY
         )
-    if any(getattr(config, "is_prompt_learning", False) for config in _peft_configs(model)):
-        refuse("prompt-learning adapters yet", "one", f"merge another kind of adapter or {_GREEDY}")
+    adapters = _peft_configs(model)
+    if any(getattr(config, "is_prompt_learning", False) for config in adapters):
+        refuse("prompt-learning adapters yet", "one", f"use another kind of adapter or {_GREEDY}")
+    if any(getattr(config, "alora_invocation_tokens", None) for config in adapters):
+        refuse("activated LoRA, which counts from the end of a forward", "one", f"use plain LoRA or {_GREEDY}")
+    if adapters and mixes_adapters(model):
+        refuse("several adapters in a batch yet", "`adapter_names`", f"set one adapter for the batch or {_GREEDY}")
 
 
 def _runs_in_step(synced_gpus: bool | None, model: PreTrainedModel) -> bool:
@@ -269,6 +283,16 @@ def _named_arguments(
     bound = inspect.signature(original).bind_partial(model, *args, **kwargs).arguments
     bound.pop("self")
     return {**bound, **bound.pop("kwargs", {})}
+
+
+def _decoding_of(configs: list[GenerationConfig]) -> Any:
+    for config in configs:
+        decoding = getattr(config, "decoding", None)
+        if decoding is not None:
+            return decoding
+        if getattr(config, "jacobi_block_size", None) is not None:
+            return "jacobi"
+    return None
 
 
 def _first_set(configs: list[GenerationConfig], name: str) -> Any:

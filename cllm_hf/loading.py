@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ from transformers.utils import find_adapter_config_file
 
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
+
+logger = logging.getLogger(__name__)
 
 
 def load_cllm(
@@ -26,14 +29,15 @@ def load_cllm(
         path (`str` or `pathlib.Path`): folder or Hub id of a model or an adapter.
         base_model (`transformers.PreTrainedModel`, *optional*): what the adapter goes on; by default the model that it
             was trained on is loaded.
-        kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+        kwargs: passed to `AutoModelForCausalLM.from_pretrained` for the model, or the base model of an adapter.
 
     Returns:
         `transformers.PreTrainedModel` or `peft.PeftModel`, in evaluation mode.
 
     Raises:
         OSError: if there is neither a model nor an adapter at `path`.
-        ValueError: if the adapter does not fit the base model, or a base model is given for a whole model.
+        ValueError: if the adapter does not fit the base model, a base model is given for a whole model, or `kwargs`
+            for a base model that is loaded already.
     """
     path = str(path)
     if find_adapter_config_file(path) is None:
@@ -50,25 +54,44 @@ def load_cllm(
 
 
 def _load_adapter(path: str, base_model: PreTrainedModel | None, kwargs: dict[str, Any]) -> PeftModel:
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+    from peft import PeftConfig, PeftModel
 
-    trained_on = PeftConfig.from_pretrained(path).base_model_name_or_path
+    config = PeftConfig.from_pretrained(path)
+    trained_on = config.base_model_name_or_path
     if base_model is None:
         if not trained_on:
             raise ValueError(f"The adapter at {path} does not name the model it was trained on. Pass `base_model`.")
         base_model = AutoModelForCausalLM.from_pretrained(trained_on, **kwargs)
-    problem = ""
+    elif kwargs:
+        raise ValueError(f"The base model is loaded already, got {', '.join(kwargs)} for loading it too. Drop them.")
+    elif trained_on and base_model.name_or_path not in ("", trained_on):
+        logger.warning(
+            "The adapter at %s was trained on %s and is put on %s.", path, trained_on, base_model.name_or_path
+        )
+    problem = _misfit(path, config, base_model)
+    if problem:
+        raise ValueError(
+            f"The adapter at {path} does not fit the base model ({type(base_model).__name__}): {problem}. It was "
+            f"trained on {trained_on or 'an unnamed model'}: pass that as `base_model`."
+        )
+    return PeftModel.from_pretrained(base_model, path)
+
+
+def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel) -> str | None:
+    """What does not fit, found with a new adapter of the same kind, which is taken off again."""
+    from peft import get_peft_model, get_peft_model_state_dict, load_peft_weights
+
     try:
-        model = PeftModel.from_pretrained(base_model, path)
-    except (RuntimeError, ValueError) as error:  # other shapes; modules that this model does not have
-        problem = str(error).strip().splitlines()[-1].strip()
-        model = None
-    if model is not None:
-        saved, expected = set(load_peft_weights(path, device="cpu")), set(get_peft_model_state_dict(model))
-        if saved == expected:
-            return model
-        problem = f"{len(saved - expected)} of its tensors find no place and {len(expected - saved)} are missing"
-    raise ValueError(
-        f"The adapter at {path} does not fit the base model ({type(base_model).__name__}): {problem}. It was trained "
-        f"on {trained_on or 'an unnamed model'}: pass that as `base_model`."
-    )
+        trial = get_peft_model(base_model, config)
+    except ValueError as error:  # the model has no modules of these names
+        return str(error).strip().splitlines()[0]
+    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(trial).items()}
+    trial.unload()
+    saved = {name: tensor.shape for name, tensor in load_peft_weights(path, device="cpu").items()}
+    if saved == expected:
+        return None
+    if saved.keys() == expected.keys():
+        name = next(name for name in saved if saved[name] != expected[name])
+        return f"{name} has shape {tuple(saved[name])} instead of {tuple(expected[name])}"
+    unplaced, absent = len(saved.keys() - expected.keys()), len(expected.keys() - saved.keys())
+    return f"{unplaced} of its tensors find no place and {absent} are missing"

@@ -279,7 +279,13 @@ def check_packable(model: PreTrainedModel) -> None:
             f"{name} finds positions by itself, so that blocks cannot be packed behind their sequence. Use a model "
             "whose `forward` takes `position_ids`, such as Llama, Qwen, Gemma, GPT-2 or GPT-NeoX."
         )
+    if any(
+        getattr(adapter, "alora_invocation_tokens", None) for adapter in getattr(model, "peft_config", {}).values()
+    ):
+        raise ValueError("Packed forwards cannot run activated LoRA, which counts from the end of the sequence.")
     others = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYER_TYPES
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        others.add("local")  # GPT-Neo's windows count columns
     if model.config.is_encoder_decoder or others:
         kind = "an encoder-decoder model" if model.config.is_encoder_decoder else f"layers of type {sorted(others)}"
         raise ValueError(f"Packed forwards need a decoder with full or sliding attention, got {kind} in {name}.")

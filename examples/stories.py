@@ -24,7 +24,7 @@ def sample_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, length: int, batch_size: int = 128
 ) -> list[str]:
     """Distinct story beginnings of `length` tokens, sampled from the model."""
-    start = torch.full((batch_size, 1), model.config.bos_token_id)
+    start = torch.full((batch_size, 1), model.config.bos_token_id, device=model.device)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
         # Without its stop tokens: one of them also begins a story.
@@ -82,7 +82,8 @@ def main() -> None:
     check_writable(arguments.output_dir)
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval().to(device)
     count = arguments.num_held_out + arguments.num_prompts
     prompts = sample_prompts(model, tokenizer, count, arguments.prompt_length)
     held_out = [tokenizer(prompt)["input_ids"] for prompt in prompts[: arguments.num_held_out]]

@@ -111,7 +111,7 @@ def test_output_folder_that_is_not_writable(tmp_path, capsys):
     assert "Choose another folder" in capsys.readouterr().err
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(folder):
         write(folder, "half")
         raise RuntimeError("disk full")
@@ -129,6 +129,16 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         assert (target / "file").read_text() == text
     with pytest.raises(RuntimeError, match="disk full"):
         save_whole(target, fail)
+    assert list(tmp_path.iterdir()) == [target] and (target / "file").read_text() == "second"
+
+    def interrupt(self, new_name, rename=Path.rename):
+        if new_name == target and "earlier" not in self.name:
+            raise KeyboardInterrupt
+        return rename(self, new_name)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_whole(target, lambda folder: write(folder, "third"))
     assert list(tmp_path.iterdir()) == [target] and (target / "file").read_text() == "second"
 
 

@@ -166,6 +166,18 @@ def test_options_in_a_generation_config(llama):
     assert llama.generate(ids, config).tolist() == greedy(llama, ids).tolist()
     with pytest.raises(ValueError, match="got -1"):
         llama.generate(ids, GenerationConfig(decoding="jacobi", jacobi_block_size=-1))
+    config = GenerationConfig(jacobi_block_size=6, max_new_tokens=20, return_dict_in_generate=True)
+    assert isinstance(llama.generate(ids, config), cllm_hf.JacobiOutput)
+    with pytest.raises(ValueError, match="got 0"):
+        llama.generate(ids, GenerationConfig(jacobi_block_size=0))
+
+
+def test_defaults_of_other_strategies_make_room(llama, tmp_path):
+    llama.generation_config.update(do_sample=True, epsilon_cutoff=0.1, num_beams=3)
+    cllm_hf.set_jacobi_defaults(llama)
+    llama.save_pretrained(tmp_path)
+    ids, _ = make_prompts(1)
+    assert llama.generate(ids, max_new_tokens=20).tolist() == greedy(llama, ids).tolist()
 
 
 def test_pipeline(word_model, tokenizer):
@@ -190,6 +202,13 @@ def test_peft_model(llama):
     prompt_tuned = get_peft_model(make_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="prompt-learning"):
         prompt_tuned.generate(input_ids=ids, decoding="jacobi", max_new_tokens=3)
+    activated = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]))
+    with pytest.raises(ValueError, match="activated LoRA"):
+        activated.generate(input_ids=ids, decoding="jacobi", max_new_tokens=3)
+    options = {"input_ids": ids, "attention_mask": mask, "adapter_names": ["__base__", "default", "default"]}
+    with pytest.raises(ValueError, match="several adapters in a batch"):
+        model.generate(**options, decoding="jacobi", max_new_tokens=3)
+    assert model.generate(**options, do_sample=False, max_new_tokens=3).shape == (3, 12)
 
 
 def test_import_is_light():

@@ -87,7 +87,15 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_models_that_cannot_be_packed_are_refused(llama):
-    from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        BloomConfig,
+        BloomForCausalLM,
+        GPTNeoConfig,
+        GPTNeoForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="finds positions by itself"):
@@ -97,6 +105,14 @@ def test_models_that_cannot_be_packed_are_refused(llama):
     )
     with pytest.raises(ValueError, match="Use a model whose|encoder-decoder"):
         check_packable(t5)
+    neo = GPTNeoConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+    )
+    with pytest.raises(ValueError, match="local"):
+        check_packable(GPTNeoForCausalLM(neo))
+    activated = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]))
+    with pytest.raises(ValueError, match="activated LoRA"):
+        check_packable(activated.get_base_model())
     llama.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="set_attn_implementation"):
         check_packable(llama)

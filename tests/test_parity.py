@@ -8,6 +8,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -124,7 +125,7 @@ class EveryThirdCall(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         self.calls += 1
-        return scores.flip(-1) if self.calls % 3 == 0 else scores + 0.1 * scores.mean(0, keepdim=True)
+        return scores.flip(-1) if self.calls % 3 == 0 else scores + scores.mean(0, keepdim=True)
 
 
 class AtLength(StoppingCriteria):
@@ -135,24 +136,75 @@ class AtLength(StoppingCriteria):
         return input_ids.shape[1] >= 14 + 2 * rows
 
 
+@pytest.mark.parametrize("with_criterion", [False, True])
+@pytest.mark.parametrize("num_stop_ids", [0, 4])
 @pytest.mark.parametrize("block_size", [2, 16])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_processors_and_criteria_of_the_user(llama, batch_size, block_size):
+def test_processors_and_criteria_of_the_user(llama, batch_size, block_size, num_stop_ids, with_criterion):
     input_ids, mask = make_prompts(batch_size)
-    options = {"do_sample": False, "max_new_tokens": 24, "attention_mask": mask}
-    for stop in (None, 3):
-        outputs = [
-            llama.generate(
-                input_ids,
-                logits_processor=LogitsProcessorList([EveryThirdCall()]) if batch_size == 1 else None,
-                stopping_criteria=StoppingCriteriaList([AtLength()]),
-                eos_token_id=stop,
-                **options,
-                **extra,
-            )
-            for extra in ({}, {"jacobi_block_size": block_size})
-        ]
-        assert outputs[0].tolist() == outputs[1].tolist()
+    outputs = [
+        llama.generate(
+            input_ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=24,
+            logits_processor=LogitsProcessorList([EveryThirdCall()]),
+            stopping_criteria=StoppingCriteriaList([AtLength()]) if with_criterion else None,
+            eos_token_id=list(range(30, 30 + num_stop_ids)) or None,
+            return_dict_in_generate=True,
+            **extra,
+        )
+        for extra in ({}, {"jacobi_block_size": block_size})
+    ]
+    assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist()
+    for row, length in enumerate(outputs[1].jacobi_stats.num_generated):
+        assert (outputs[0].sequences[row, 9 + length :] == 0).all()
+
+
+def test_allowed_tokens_are_asked_for_true_contexts_only(llama):
+    """Rows of a batch are at different lengths; the user's function must not see what stands behind a row's end."""
+    input_ids, mask = make_prompts(4)
+    contexts = []
+    for extra in ({}, {"jacobi_block_size": 8}):
+        seen = set()
+
+        def allow(row, ids, seen=seen):
+            seen.add((row, *ids.tolist()))
+            return list(range(3 + row, 40 + row))
+
+        llama.generate(
+            input_ids, attention_mask=mask, do_sample=False, max_new_tokens=24, prefix_allowed_tokens_fn=allow, **extra
+        )
+        contexts.append(seen)
+    assert contexts[0] == contexts[1]
+
+
+@pytest.mark.parametrize("limit", [5, 9, 12])
+def test_length_criterion_of_the_user(llama, limit):
+    for batch_size in (1, 4):
+        criteria = StoppingCriteriaList([MaxLengthCriteria(limit)])
+        assert_equal_to_greedy(llama, *make_prompts(batch_size), 8, stopping_criteria=criteria)
+
+
+def test_no_position_beyond_the_last_one_is_used():
+    """The learned positions of this model end where the text does."""
+    model = make_model("gpt2", n_positions=64)
+    for batch_size in (1, 4):
+        prompts = make_prompts(batch_size, padding=False)
+        for block_size in (5, 16, 64):
+            assert_equal_to_greedy(model, *prompts, block_size, max_new_tokens=None, max_length=64)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_reach_of_a_forward(rope_type):
+    parameters = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 100.0}
+    if rope_type == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32}
+        parameters |= factors
+    model = make_model("llama", max_position_embeddings=32, rope_parameters=parameters)
+    assert_equal_to_greedy(model, *make_prompts(2), 8, max_new_tokens=23)
+    with pytest.raises(ValueError, match=f"of type {rope_type} up to 32 positions, got 33"):
+        model.generate(make_prompts(2)[0], decoding="jacobi", max_new_tokens=24)
 
 
 def test_processor_of_the_user_is_called_once_a_length_in_a_batch(llama):

@@ -220,8 +220,23 @@ def test_adapter_for_another_model_is_refused(word_model, tokenizer, dataset, tm
     deeper = make_model("llama", vocab_size=len(tokenizer), num_hidden_layers=4)
     other = make_model("gpt2")
     for base_model in (wider, deeper, other):
+        weights = {name: tensor.clone() for name, tensor in base_model.state_dict().items()}
         with pytest.raises(ValueError, match="does not fit the base model.*trained on the-right-model: pass that"):
             load_cllm(tmp_path, base_model=base_model)
+        left = base_model.state_dict()
+        assert left.keys() == weights.keys() and all(torch.equal(left[name], weights[name]) for name in weights)
+    with pytest.raises(ValueError, match="loaded already, got dtype"):
+        load_cllm(tmp_path, base_model=make_word_model(tokenizer), dtype=torch.float32)
+
+
+def test_adapter_on_a_model_of_another_name_warns(word_model, tokenizer, dataset, tmp_path, caplog):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    word_model.name_or_path = "the-right-model"
+    make_trainer(word_model, dataset, tokenizer, tmp_path, config).save_model()
+    other = make_word_model(tokenizer)
+    other.name_or_path = "another-model"
+    load_cllm(tmp_path, base_model=other)
+    assert "trained on the-right-model and is put on another-model" in caplog.text
 
 
 def test_collator_draws_any_state_but_the_fixed_point(dataset):
@@ -286,6 +301,8 @@ def test_ar_cross_entropy():
         ({"assistant_only_loss": True}, "assistant_only_loss"),
         ({"loss_type": "dft"}, "loss_type"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"pad_to_multiple_of": 64}, "pad_to_multiple_of"),
+        ({"dataset_kwargs": {"add_special_tokens": False}}, "dataset_kwargs"),
         ({"ar_loss_weight": -1.0}, "`ar_loss_weight` must be at least 0, got -1.0"),
         ({"block_size": 0}, "`block_size` must be an integer of at least 1, got 0"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
@@ -325,5 +342,6 @@ def test_other_arguments_that_are_refused(word_model, tokenizer, dataset, tmp_pa
     with pytest.raises(OSError, match="The output folder must be writable, got '/proc/cllm'"):
         make_trainer(word_model, dataset, tokenizer, "/proc/cllm")
     args = CLLMConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
-    with pytest.raises(ValueError, match="own collator"):
-        CLLMTrainer(word_model, args=args, train_dataset=dataset, data_collator=lambda records: {})
+    for name in ("data_collator", "compute_loss_func", "compute_metrics", "formatting_func"):
+        with pytest.raises(ValueError, match=f"own collator, loss and metrics, got a `{name}`"):
+            CLLMTrainer(word_model, args=args, train_dataset=dataset, **{name: lambda *_: {}})

@@ -199,6 +199,7 @@ def test_check_record_accepts_a_record():
         ({"states": [[[1, 1], [3, 4]]]}, "1 blocks of states, but its response of 3 tokens takes 2"),
         ({"states": [[[3, 4]], []]}, "each with at least one state"),
         ({"states": []}, "block_size"),
+        ({"states": [[[1, 1], [3, 4]], [[2, 0], [6, 0]]]}, "do not end in its response"),
         ({"response_ids": []}, "empty prompt or response"),
     ],
 )

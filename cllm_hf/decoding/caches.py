@@ -10,6 +10,8 @@ never grows beyond the longest row.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +57,25 @@ def check_cache(cache: object, batch_size: int) -> Cache:
     return cache
 
 
+@contextmanager
+def recording(cache: Cache) -> Iterator[None]:
+    """
+    Have sliding-window layers keep what leaves their window until the next rollback, and stop that afterwards.
+
+    Without a rollback after every forward, such a layer would grow without bound, in later uses of the cache too.
+
+    Args:
+        cache (`transformers.Cache`): a cache that `check_cache` has accepted.
+    """
+    cache.activate_past_recording()
+    try:
+        yield
+    finally:
+        for layer in cache.layers:
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.record_past = False
+
+
 def copy_cache(cache: Cache) -> Cache:
     """
     Copy a cache, sharing its tensors: layers that grow by concatenation replace them and never write into them.
@@ -74,7 +95,7 @@ def roll_back(cache: Cache, num_rejected: list[int]) -> None:
     """
     Remove each row's rejected tokens and align the rows on the right again.
 
-    The cache must record the past (`cache.activate_past_recording()`). Must be called after every forward, also when
+    The cache must be `recording`. Must be called after every forward, also when
     nothing was rejected: sliding-window layers only then let go of the tokens that left the window.
 
     Args:

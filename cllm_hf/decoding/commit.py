@@ -25,10 +25,11 @@ from transformers.generation.streamers import BaseStreamer
 from .blocks import count_accepted, count_until_stop
 
 
-# Processors of the host that remember earlier calls.
-_STATEFUL_PROCESSORS = (
-    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+# Processors of the host that remember earlier calls, or call a function of the user.
+_ORDERED_PROCESSORS = (
+    logits_process.PrefixConstrainedLogitsProcessor,
     logits_process.SynthIDTextWatermarkLogitsProcessor,
+    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 
@@ -49,6 +50,7 @@ class Committer:
         canvas (`torch.LongTensor` of shape `(batch_size, max_length)`): the sequences as the host lays them out.
         lengths (`list[int]`): length of each row in the canvas.
         finished (`list[bool]`): rows that take no more tokens.
+        num_generated (`list[int]`): tokens generated in each row, without the padding behind its end.
         max_length (`int`): length at which every row ends.
     """
 
@@ -65,13 +67,16 @@ class Committer:
         self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
         self.streamer = streamer
-        self.max_length = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria))
+        limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
+        self.max_length = max(min(limits), prompt_length + 1)  # criteria are first asked after one token
         self.stop_ids = _stop_ids(stopping_criteria, input_ids.device)
         if pad_id is None:
             pad_id = int(self.stop_ids[0]) if self.stop_ids is not None else 0
+        self._pad_id = pad_id
         self.canvas = input_ids.new_full((batch_size, self.max_length), pad_id)
         self.canvas[:, :prompt_length] = input_ids
         self.lengths = [prompt_length] * batch_size
+        self.num_generated = [0] * batch_size
         self.finished = [False] * batch_size
         self._stopped = [False] * batch_size
 
@@ -79,14 +84,13 @@ class Committer:
         self._whole_blocks = (
             not logits_processor and streamer is None and kinds <= {EosTokenCriteria, MaxLengthCriteria}
         )
-        # The host pads finished rows only where there is a stop token; otherwise they go on until all have stopped.
-        self._finish_together = self.stop_ids is None and kinds != {MaxLengthCriteria}
-        self._same_length = batch_size > 1 and (
-            same_length
-            or streamer is not None
-            or self._finish_together
+        # Stopped rows stay in the batch, as in the host, where a processor or criterion may notice, and where they go
+        # on in the end: without a stop token the host does not pad them.
+        self._leave_together = batch_size > 1 and (
+            (self.stop_ids is None and kinds != {MaxLengthCriteria})
             or _depends_on_call_order(logits_processor, stopping_criteria)
         )
+        self._same_length = self._leave_together or (batch_size > 1 and (same_length or streamer is not None))
 
     def commit(self, rows: list[int], draft_ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """
@@ -101,7 +105,7 @@ class Committer:
             `tuple`: the predicted tokens, `torch.LongTensor` of shape `(num_rows, draft_length + 1)`, and how many of
             them were committed in each row (`list[int]`, each at least 1).
         """
-        predicted_ids = logits.argmax(-1)
+        predicted_ids = logits.argmax(-1).to(self.canvas.device)
         if self._whole_blocks:
             return predicted_ids, self._commit_whole(rows, draft_ids, predicted_ids)
         return predicted_ids, self._commit_stepwise(rows, draft_ids, predicted_ids, logits)
@@ -122,6 +126,7 @@ class Committer:
             count = min(num_accepted + 1, num_until_stop, self.max_length - start, together)
             self.canvas[row, start : start + count] = predicted_ids[index, :count]
             self.lengths[row] += count
+            self.num_generated[row] += count
             self.finished[row] = count == num_until_stop or self.lengths[row] == self.max_length
             counts.append(count)
         return counts
@@ -137,19 +142,24 @@ class Committer:
             if not here:
                 continue
             # Processors and criteria see the whole batch, as from the host; only the rows at this length are read.
-            scores = torch.zeros(scores_shape, dtype=torch.float32, device=logits.device)
+            scores = torch.zeros(scores_shape, dtype=torch.float32, device=self.canvas.device)
             for index in here:
                 scores[rows[index]] = logits[index, counts[index]]
             tokens = self.logits_processor(self.canvas[:, :length], scores).argmax(-1)
             for index in here:
-                self.canvas[rows[index], length] = tokens[rows[index]]
-                predicted_ids[index, counts[index]] = tokens[rows[index]]
+                row = rows[index]
+                if self._stopped[row] and self.stop_ids is not None:
+                    predicted_ids[index, counts[index] :] = self._pad_id
+                else:
+                    predicted_ids[index, counts[index]] = tokens[row]
+                    self.num_generated[row] += 1
+                self.canvas[row, length] = predicted_ids[index, counts[index]]
+                self.lengths[row] += 1
+                counts[index] += 1
             if self.streamer is not None:
                 self.streamer.put(self.canvas[:, length].cpu())
             stopped = self.stopping_criteria(self.canvas[:, : length + 1], None).tolist()
             for index in here:
-                self.lengths[rows[index]] += 1
-                counts[index] += 1
                 self._stopped[rows[index]] |= stopped[rows[index]]
             self._mark_finished()
             walking -= {index for index in here if not self._goes_on(rows, index, counts, draft_ids, predicted_ids)}
@@ -160,7 +170,7 @@ class Committer:
         return counts
 
     def _mark_finished(self) -> None:
-        self.finished = [all(self._stopped)] * len(self._stopped) if self._finish_together else list(self._stopped)
+        self.finished = [all(self._stopped)] * len(self._stopped) if self._leave_together else list(self._stopped)
 
     def _goes_on(
         self, rows: list[int], index: int, counts: list[int], draft_ids: torch.Tensor, predicted_ids: torch.Tensor
@@ -181,7 +191,7 @@ def _depends_on_call_order(logits_processor: LogitsProcessorList, stopping_crite
     """
     stateless_criteria = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
     return any(
-        isinstance(processor, _STATEFUL_PROCESSORS) or type(processor).__module__ != logits_process.__name__
+        isinstance(processor, _ORDERED_PROCESSORS) or type(processor).__module__ != logits_process.__name__
         for processor in logits_processor
     ) or any(type(criterion) not in stateless_criteria for criterion in stopping_criteria)
 

@@ -17,9 +17,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .caches import recording
 from .commit import Committer
 from .output import JacobiOutput, JacobiStats
-from .window import Window
+from .window import Window, check_positions
 
 
 def jacobi_decode(
@@ -68,18 +69,22 @@ def jacobi_decode(
         # Such a model finds positions by counting cached tokens, which padding on the left would shift.
         same_length="position_ids" not in inspect.signature(model.forward).parameters,
     )
+    check_positions(model, window.num_prompt + committer.max_length - input_ids.shape[1])
     stats = JacobiStats(num_committed=[[] for _ in range(batch_size)])
-    while window.rows:
-        rows = window.rows
-        num_missing = committer.max_length - min(committer.lengths[row] for row in rows)
-        draft_ids = window.draft_ids[:, : num_missing - 1]
-        logits = window.forward(draft_ids)
-        predicted_ids, counts = committer.commit(rows, draft_ids, logits)
-        del logits  # large in the prefill
-        window.advance(predicted_ids, counts, [committer.finished[row] for row in rows])
-        stats.num_forwards += 1
-        for row, count in zip(rows, counts):
-            stats.num_committed[row].append(count)
+    with recording(window.cache):
+        while window.rows:
+            rows, num_generated = window.rows, list(committer.num_generated)
+            # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
+            num_missing = committer.max_length - max(committer.lengths[row] for row in rows)
+            draft_ids = window.draft_ids[:, : num_missing - 1]
+            logits = window.forward(draft_ids)
+            predicted_ids, counts = committer.commit(rows, draft_ids, logits)
+            del logits  # large in the prefill
+            window.advance(predicted_ids, counts, [committer.finished[row] for row in rows])
+            stats.num_forwards += 1
+            for row in rows:
+                if committer.num_generated[row] > num_generated[row]:
+                    stats.num_committed[row].append(committer.num_generated[row] - num_generated[row])
     if streamer is not None:
         streamer.end()
 

@@ -37,6 +37,7 @@ class Window:
         rows (`list[int]`): rows of the batch that are still decoded.
         draft_ids (`torch.LongTensor` of shape `(num_rows, draft_length)`): the current guess of what follows.
         cache (`transformers.Cache`): keys and values of what the model has seen.
+        num_prompt (`int`): length of the prompt, cached tokens included.
 
     Raises:
         ValueError: for a cache that cannot be rolled back, a model input that cannot be extended, or
@@ -58,7 +59,6 @@ class Window:
         self.cache = caches.check_cache(model_kwargs.pop("past_key_values", None), input_ids.shape[0])
         if is_user_cache and input_ids.shape[0] > 1:
             self.cache = caches.copy_cache(self.cache)
-        self.cache.activate_past_recording()
         inputs = {name: model_kwargs.pop(name, None) for name in _EXTENDED_INPUTS}
         self._keeps_logits = model_kwargs.pop("logits_to_keep", None) is not None
         self._kwargs = model_kwargs
@@ -72,6 +72,7 @@ class Window:
                 f"`past_key_values` already hold {num_cached} tokens and the prompt has {num_prompt}: nothing is left "
                 "to feed. Pass at least one token that is not in the cache, or crop the cache."
             )
+        self.num_prompt = num_cached + num_new
         # What is fed next, one column a token that the model has not seen. After the prefill: the anchor alone.
         self._new_ids = input_ids[:, -num_new:]
         self._new_embeds = None if embeds is None else embeds[:, -num_new:]
@@ -217,6 +218,31 @@ def check_model_inputs(model: PreTrainedModel, model_kwargs: dict[str, Any], bat
             f"{type(model).__name__} takes no `attention_mask`, so that its rows must be decoded one by one, got a "
             f"batch of {batch_size}. {remedy}"
         )
+
+
+def check_positions(model: PreTrainedModel, num_positions: int) -> None:
+    """
+    Refuse positions whose rotation depends on how far a forward reaches, and so on the draft.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to decode.
+        num_positions (`int`): positions that prompt and response may take.
+
+    Raises:
+        ValueError: for dynamic and long rotary embeddings beyond the length that the model was first trained for.
+    """
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for entry in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        if entry.get("rope_type") in ("dynamic", "longrope"):
+            original = entry.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", config.max_position_embeddings
+            )
+            if num_positions > original:
+                raise ValueError(
+                    f'`decoding="jacobi"` supports rotary embeddings of type {entry["rope_type"]} up to {original} '
+                    f'positions, got {num_positions}. Lower `max_new_tokens` or pass `decoding="autoregressive"`.'
+                )
 
 
 def _last_columns(values: torch.Tensor | None, length: int, batch_size: int) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ class DemoOptions:
     cllm_updates: int = 300
     cllm_batch_size: int = 32
     cllm_learning_rate: float = 1.5e-3
-    ar_loss_weight: float = 2.0
+    ar_loss_weight: float = 5.0
     num_held_out: int = 200
     block_size: int = 16
     max_new_tokens: int = 96
@@ -98,7 +99,7 @@ def run_demo(
     Args:
         options (`DemoOptions`): sizes.
         output_dir (`pathlib.Path`, *optional*): where to keep `target`, `trajectories` and `cllm`; each appears there
-            when it is complete, in place of one from an earlier run. By default nothing is kept.
+            when it is complete. They take the place of those of an earlier run. By default nothing is kept.
         say (`Callable[[str], None]`): prints a line.
         color (`bool`): whether the picture of the trajectories may use colors.
 
@@ -130,6 +131,9 @@ def run_demo(
         say(f"\n[1/4] Training a target model of {target.num_parameters():,} parameters from nothing")
         train_target(target, tokenizer, training, options)
         keep("target", lambda folder: _save(target, tokenizer, folder))
+        if output_dir is not None:
+            for name in ("trajectories", "cllm"):  # of an earlier run, whose target model is gone
+                shutil.rmtree(output_dir / name, ignore_errors=True)
         clock.lap("target model")
 
         say("\n[2/4] Collecting the Jacobi trajectories of its answers")
@@ -154,7 +158,7 @@ def run_demo(
         results,
         accuracies,
         report_table(results, accuracies),
-        draw_block(target, cllm, tokenizer, held_out[0], options, color),
+        draw_block(target, cllm, tokenizer, held_out[:4], options, color),
         clock.laps,
     )
 
@@ -288,33 +292,41 @@ def draw_block(
     target: PreTrainedModel,
     cllm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    problem: Problem,
+    problems: list[Problem],
     options: DemoOptions,
     color: bool,
 ) -> str:
     """
     Draw how both models solve the second block of an answer, from the same first draft.
 
+    A trajectory that does not end in its answer is not kept, so the first problem that both models keep is drawn.
+
     Args:
         target (`transformers.PreTrainedModel`): the target model.
         cllm (`transformers.PreTrainedModel`): the CLLM.
         tokenizer (`transformers.PreTrainedTokenizerBase`): their tokenizer.
-        problem (`Problem`): what to answer.
+        problems (`list[Problem]`): a few, of which one is drawn.
         options (`DemoOptions`): sizes.
         color (`bool`): whether to use colors.
 
     Returns:
         `str`: right tokens blue, wrong ones red; without color, wrong ones in brackets.
     """
-    pictures = []
-    for name, model in (("Target model", target), ("CLLM", cllm)):
+    prompts = [problem.prompt for problem in problems]
+    records = []
+    for model in (target, cllm):
         builder = TrajectoryBuilder(
             model, tokenizer, options.block_size, options.max_new_tokens, options.seed, show_progress=False
         )
-        states = builder.build([problem.prompt])[0]["states"]
-        block = states[min(1, len(states) - 1)]
-        picture = format_trajectory(block, lambda token: str(tokenizer.decode([token])), color)
-        pictures.append(f"{name}: {len(block) - 1} iterations to the fixed point\n{picture}")
+        records.append({record["prompt"]: record for record in builder.build(prompts)})
+    shown = next((prompt for prompt in prompts if all(prompt in kept for kept in records)), None)
+    pictures = []
+    for name, kept in zip(("Target model", "CLLM"), records):
+        if shown is not None:
+            states = kept[shown]["states"]
+            block = states[min(1, len(states) - 1)]
+            picture = format_trajectory(block, lambda token: str(tokenizer.decode([token])), color)
+            pictures.append(f"{name}: {len(block) - 1} iterations to the fixed point\n{picture}")
     return "\n\n".join(pictures)
 
 

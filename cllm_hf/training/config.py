@@ -21,6 +21,8 @@ _NO_EFFECT = (
     ("use_liger_kernel", (False,), "its fused loss is not the consistency loss"),
     ("router_aux_loss_coef", (None, 0.0), "the load-balancing loss is not part of this objective"),
     ("chat_template_path", (None,), "the dataset already holds token ids"),
+    ("pad_to_multiple_of", ("auto", None), "batches are padded to their longest record"),
+    ("dataset_kwargs", (None, {"skip_prepare_dataset": True}), "the dataset is taken as it is"),
     ("shuffle_dataset", (False,), "batches are drawn in random order already"),
 )
 

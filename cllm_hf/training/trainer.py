@@ -23,6 +23,15 @@ from .config import CLLMConfig
 from .losses import ar_cross_entropy, forward_kl
 
 
+_REFUSED_ARGUMENTS = (
+    "data_collator",
+    "compute_loss_func",
+    "compute_metrics",
+    "preprocess_logits_for_metrics",
+    "formatting_func",
+)
+
+
 class CLLMTrainer(SFTTrainer):
     """
     Trains a model to reach the fixed point of a block from any state of its trajectory (CLLM, arXiv 2403.00835).
@@ -51,8 +60,8 @@ class CLLMTrainer(SFTTrainer):
 
     Raises:
         OSError: if `args.output_dir` is not writable.
-        ValueError: for a dataset that does not hold trajectories of one block size, a `data_collator` (the trainer has
-            its own), or a model that cannot be packed.
+        ValueError: for a dataset that does not hold trajectories of one block size, a `data_collator`, loss function
+            or metrics (the trainer has its own), or a model that cannot be packed.
     """
 
     _tag_names = ["trl", "cllm", "jacobi-decoding"]
@@ -89,13 +98,14 @@ class CLLMTrainer(SFTTrainer):
             args = CLLMConfig(output_dir="cllm")
         elif not isinstance(args, CLLMConfig):
             raise ValueError(f"`args` must be a `cllm_hf.CLLMConfig`, got {type(args).__name__}.")
-        if kwargs.get("data_collator") is not None:
-            raise ValueError("`CLLMTrainer` draws states with its own collator, got a `data_collator`. Drop it.")
+        for name in _REFUSED_ARGUMENTS:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`CLLMTrainer` has its own collator, loss and metrics, got a `{name}`. Drop it.")
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: trajectories from `cllm_hf.TrajectoryBuilder`, got none.")
         self.block_size = _check_datasets(train_dataset, eval_dataset, args.block_size)
         if args.should_save:
-            check_writable(Path(args.output_dir))  # before the training, not after it
+            check_writable(Path(str(args.output_dir)))  # before the training, not after it
         # The records go to our collator as they are; mixture-of-experts models keep their balancing loss out of it.
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}

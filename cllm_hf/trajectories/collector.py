@@ -62,7 +62,7 @@ def collect_states(
     packed, states, in_response = _lay_out(prompts, responses, first_states, pad_id, model.device)
     cache = cache_clean(model, packed)
     rows = torch.arange(len(prompts), device=model.device)
-    while len(rows):
+    for _ in range(states.shape[-1] + 1):  # the last iteration only confirms
         predicted = forward_blocks(model, packed.with_states(states), cache).argmax(-1)
         new_states = torch.where(in_response, predicted, pad_id)
         changed = (new_states != states).any(-1)
@@ -72,6 +72,8 @@ def collect_states(
                     trajectory.append(state)
         left = changed.any(-1)
         rows, states, in_response = rows[left], new_states[left], in_response[left]
+        if not left.any():
+            break
         if not left.all():
             packed = packed.select(left)
             cache.batch_select_indices(left)

@@ -49,8 +49,8 @@ def check_record(record: dict, block_size: int | None = None) -> int:
         `int`: the block size.
 
     Raises:
-        ValueError: for a missing column, an empty prompt or response, states of different lengths, or a number of
-            blocks that does not cover the response.
+        ValueError: for a missing column, an empty prompt or response, states of different lengths, a number of blocks
+            that does not cover the response, or fixed points that are not the response.
     """
     missing = [name for name in REQUIRED_COLUMNS if name not in record]
     if missing:
@@ -74,6 +74,9 @@ def check_record(record: dict, block_size: int | None = None) -> int:
             f"Record {name} has {len(record['states'])} blocks of states, but its response of "
             f"{len(record['response_ids'])} tokens takes {blocks} blocks of {expected}, each with at least one state."
         )
+    ends = [token for block in record["states"] for token in block[-1]][: len(record["response_ids"])]
+    if ends != list(record["response_ids"]):
+        raise ValueError(f"The blocks of record {name} do not end in its response. Drop it from the dataset.")
     return expected
 
 
