@@ -11,6 +11,10 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
+# Layer types whose masks this project knows; the host names others for chunked, linear and sparse attention.
+PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
+
+
 def mark_as_edited(generation_config: GenerationConfig) -> None:
     """
     Keep extras of a generation config through `save_pretrained` and loading.

@@ -17,11 +17,10 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from ._host import attention_implementation
+from ._host import PLAIN_ATTENTION, attention_implementation
 
 
 _CLEAN, _PADDING = 0, -1
-_SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass
@@ -283,7 +282,7 @@ def check_packable(model: PreTrainedModel) -> None:
         getattr(adapter, "alora_invocation_tokens", None) for adapter in getattr(model, "peft_config", {}).values()
     ):
         raise ValueError("Packed forwards cannot run activated LoRA, which counts from the end of the sequence.")
-    others = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYER_TYPES
+    others = set(getattr(config, "layer_types", None) or ()) - PLAIN_ATTENTION
     if "local" in (getattr(config, "attention_layers", None) or ()):
         others.add("local")  # GPT-Neo's windows count columns
     if model.config.is_encoder_decoder or others:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .._host import PLAIN_ATTENTION
 from . import caches
 from .blocks import draw_context_tokens, next_draft
 
 
 # Tensors that grow with the sequence and are extended here. Any other would be misaligned after the prefill.
 _EXTENDED_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
-_SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # The output does not depend on the first guess, only the number of forwards does: keep that repeatable.
 _DRAFT_SEED = 0
 
@@ -198,8 +198,8 @@ def check_model_inputs(model: PreTrainedModel, model_kwargs: dict[str, Any], bat
     """
     remedy = 'Pass `decoding="autoregressive"` for it.'
     layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if not layer_types <= _SUPPORTED_LAYER_TYPES:
-        unknown = ", ".join(sorted(layer_types - _SUPPORTED_LAYER_TYPES))
+    if not layer_types <= PLAIN_ATTENTION:
+        unknown = ", ".join(sorted(layer_types - PLAIN_ATTENTION))
         raise ValueError(f'`decoding="jacobi"` does not support layers of type {unknown} yet. {remedy}')
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, disable_progress_bars, enable_progress_bars
-from tqdm.auto import tqdm
+from datasets import Dataset
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
@@ -34,6 +26,7 @@ from ..training.config import CLLMConfig
 from ..training.trainer import CLLMTrainer
 from ..trajectories.builder import TrajectoryBuilder
 from .problems import Problem, make_problems, make_tokenizer, read_answer
+from .progress import Clock, quiet, show_progress
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ def run_demo(
             save_whole(output_dir / name, save)
 
     set_seed(options.seed)
-    clock = _Clock()
+    clock = Clock()
     tokenizer = make_tokenizer()
     needed = options.num_held_out + options.num_trajectories + options.target_updates * options.target_batch_size
     problems = make_problems(needed, options.seed)
@@ -126,7 +119,7 @@ def run_demo(
     say(f"{len(problems)} distinct problems, {len(held_out)} of them held out. One of them:")
     say(f"  {held_out[0].prompt}\n  {held_out[0].response}")
 
-    with _quiet():
+    with quiet():
         target = _make_model(tokenizer, options.hidden_size)
         say(f"\n[1/4] Training a target model of {target.num_parameters():,} parameters from nothing")
         train_target(target, tokenizer, training, options)
@@ -182,7 +175,7 @@ def train_target(
         **_training_options(options.seed, learning_rate=2e-3),
     )
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
-    _show_progress(trainer, "loss")
+    show_progress(trainer, "loss")
     trainer.train()
     # Training turns the cache off for good; the comparison is with decoding as it should be.
     model.config.use_cache = model.generation_config.use_cache = True
@@ -211,7 +204,7 @@ def make_cllm_trainer(
         **_training_options(options.seed, options.cllm_learning_rate),
     )
     trainer = CLLMTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
-    _show_progress(trainer, "consistency_loss")
+    show_progress(trainer, "consistency_loss")
     return trainer
 
 
@@ -365,56 +358,3 @@ def _training_options(seed: int, learning_rate: float) -> dict[str, Any]:
         "report_to": [],
         "seed": seed,
     }
-
-
-class _Progress(TrainerCallback):
-    """A progress bar over updates that shows one logged value."""
-
-    def __init__(self, value: str):
-        self.value = value
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, desc="Training", unit="update")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and self.value in logs:
-            self.bar.set_postfix({self.value: f"{float(logs[self.value]):.3f}"})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
-def _show_progress(trainer: Trainer, value: str) -> None:
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(_Progress(value))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The demo draws its own progress bars and explains itself; the hosts' bars and notices would drown it."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-        transformers_logging.enable_progress_bar()
-        transformers_logging.set_verbosity(verbosity)
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = now - self._start
-        self._start = now
