@@ -31,13 +31,7 @@ DECODINGS = ("jacobi", "autoregressive")
 DEFAULT_BLOCK_SIZE = 16
 _ORIGINAL = "_cllm_hf_original"
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_STRATEGY_OPTIONS = (
-    "num_beams",
-    "num_beam_groups",
-    "penalty_alpha",
-    "prompt_lookup_num_tokens",
-    "cache_implementation",
-)
+_STRATEGY_OPTIONS = ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "cache_implementation")
 _GREEDY = 'pass `decoding="autoregressive"`'
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,9 @@ def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel) -> str |
     from peft import get_peft_model, get_peft_model_state_dict, load_peft_weights
 
     try:
-        trial = get_peft_model(base_model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the base model has another name: it is said above, if it matters
+            trial = get_peft_model(base_model, config)
     except ValueError as error:  # the model has no modules of these names
         return str(error).strip().splitlines()[0]
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(trial).items()}
