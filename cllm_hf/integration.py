@@ -144,6 +144,7 @@ def _generate(
     block_size = block_size if block_size is not None else _first_set(configs, "jacobi_block_size")
     block_size = check_block_size(DEFAULT_BLOCK_SIZE if block_size is None else block_size)
     _check_supported(model, call, configs)
+    call.pop("custom_generate", None)  # it is `None`: ours takes its place
     call = _with_stop_strings(call, configs)
     if model.generation_config.use_cache is False:
         call["use_cache"] = True  # a default that training leaves behind, not a wish of the caller
@@ -251,7 +252,7 @@ def _peft_configs(model: PreTrainedModel) -> list[Any]:
 
 def _with_stop_strings(call: dict[str, Any], configs: list[GenerationConfig]) -> dict[str, Any]:
     """Turn `stop_strings` into a criterion: the host hands no tokenizer to a `custom_generate` callable."""
-    call = {name: value for name, value in call.items() if name != "custom_generate"}
+    call = dict(call)
     tokenizer = call.pop("tokenizer", None)
     stop_strings = call.pop("stop_strings", None) or _first_set(configs, "stop_strings")
     if not stop_strings:

@@ -111,6 +111,16 @@ def test_output_folder_that_is_not_writable(tmp_path, capsys):
     assert "Choose another folder" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path, capsys):
+    for name in ("target", "cllm"):
+        folder = tmp_path / f"with-{name}"
+        (folder / name).mkdir(parents=True)
+        (folder / name / "mine.txt").write_text("keep me")
+        assert main(["demo", "--output-dir", str(folder)]) == 1
+        assert "not from an earlier demo. Choose another output folder" in capsys.readouterr().err
+        assert (folder / name / "mine.txt").read_text() == "keep me"
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(folder):
         write(folder, "half")

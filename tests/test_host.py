@@ -4,11 +4,12 @@ import inspect
 
 import torch
 from conftest import make_prompts
+from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, LlamaConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trl import SFTTrainer
 
-from cllm_hf._host import attention_implementation, mark_as_edited
+from cllm_hf._host import attention_implementation, mark_as_edited, mixes_adapters
 
 
 def test_extras_of_a_derived_generation_config_are_lost_unless_marked(llama, tmp_path):
@@ -72,3 +73,17 @@ def test_cache_layers():
 def test_sft_trainer_has_what_cllm_trainer_overrides():
     assert {"compute_loss", "get_batch_samples", "log", "save_model"} <= set(dir(SFTTrainer))
     assert SFTTrainer.loss_is_scaled_for_ga is None
+
+
+def test_adapters_given_to_each_row_show_as_hooks(llama):
+    model = get_peft_model(llama, LoraConfig(task_type="CAUSAL_LM")).eval()
+    seen = []
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        seen.append(mixes_adapters(model))
+        return input_ids
+
+    ids, _ = make_prompts(2, padding=False)
+    for options in ({}, {"adapter_names": ["__base__", "default"]}, {}):
+        model.generate(input_ids=ids, max_new_tokens=2, custom_generate=loop, **options)
+    assert seen == [False, True, False]

@@ -29,6 +29,10 @@ from .problems import Problem, make_problems, make_tokenizer, read_answer
 from .progress import Clock, quiet, show_progress
 
 
+# What is kept, in this order, and a file that each part always holds.
+_PARTS = {"target": "config.json", "trajectories": "dataset_info.json", "cllm": "config.json"}
+
+
 @dataclass(frozen=True)
 class DemoOptions:
     """
@@ -46,7 +50,7 @@ class DemoOptions:
         ar_loss_weight (`float`): weight of the CLLM's AR loss.
         num_held_out (`int`): problems for the measurement, in no training data.
         block_size (`int`): tokens of a block.
-        max_new_tokens (`int`): longest answer; the longest worked answer has 80 tokens.
+        max_new_tokens (`int`): longest answer; a worked answer has at most 68 tokens.
     """
 
     seed: int = 0
@@ -101,9 +105,11 @@ def run_demo(
 
     Raises:
         OSError: if `output_dir` is not writable.
+        ValueError: if it holds something else under a name that the demo uses.
     """
     if output_dir is not None:
         check_writable(output_dir)
+        _check_parts(output_dir)
 
     def keep(name: str, save: Callable[[Path], object]) -> None:
         if output_dir is not None:
@@ -125,7 +131,7 @@ def run_demo(
         train_target(target, tokenizer, training, options)
         keep("target", lambda folder: _save(target, tokenizer, folder))
         if output_dir is not None:
-            for name in ("trajectories", "cllm"):  # of an earlier run, whose target model is gone
+            for name in list(_PARTS)[1:]:  # of an earlier run, whose target model is gone
                 shutil.rmtree(output_dir / name, ignore_errors=True)
         clock.lap("target model")
 
@@ -321,6 +327,17 @@ def draw_block(
             picture = format_trajectory(block, lambda token: str(tokenizer.decode([token])), color)
             pictures.append(f"{name}: {len(block) - 1} iterations to the fixed point\n{picture}")
     return "\n\n".join(pictures)
+
+
+def _check_parts(output_dir: Path) -> None:
+    """Refuse to replace a folder that no demo has made, which a common name such as `target` may well be."""
+    for name, file in _PARTS.items():
+        part = output_dir / name
+        if part.exists() and not (part / file).is_file():
+            raise ValueError(
+                f"The demo would replace {str(part)!r}, which is not from an earlier demo. Choose another output "
+                "folder."
+            )
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -17,7 +17,7 @@ from .._host import base_model_of
 from ..integration import check_block_size
 from ..packing import check_packable
 from .collector import collect_states, draw_first_states
-from .schema import FEATURES
+from .schema import FEATURES, end_points
 
 
 logger = logging.getLogger(__name__)
@@ -132,8 +132,7 @@ class TrajectoryBuilder:
         records = {}
         trajectories = collect_states(self.model, prompts, responses, drafts, self._pad_id)
         for index, prompt, response, states in zip(batch, prompts, responses, trajectories):
-            fixed_point = [token for block in states for token in block[-1]][: len(response)]
-            if fixed_point != response:
+            if end_points(states, len(response)) != response:
                 self.counts["mismatch"] += 1
                 continue
             self.counts["kept"] += 1

@@ -37,6 +37,20 @@ def num_blocks(response_length: int, block_size: int) -> int:
     return -(-response_length // block_size)
 
 
+def end_points(states: list[list[list[int]]], response_length: int) -> list[int]:
+    """
+    Join the fixed points of a record's blocks, which is the response if all is right.
+
+    Args:
+        states (`list[list[list[int]]]`): the states of each block.
+        response_length (`int`): tokens of the response; what stands behind is padding.
+
+    Returns:
+        `list[int]`: the tokens.
+    """
+    return [token for block in states for token in block[-1]][:response_length]
+
+
 def check_record(record: dict, block_size: int | None = None) -> int:
     """
     Check one trajectory record.
@@ -74,8 +88,7 @@ def check_record(record: dict, block_size: int | None = None) -> int:
             f"Record {name} has {len(record['states'])} blocks of states, but its response of "
             f"{len(record['response_ids'])} tokens takes {blocks} blocks of {expected}, each with at least one state."
         )
-    ends = [token for block in record["states"] for token in block[-1]][: len(record["response_ids"])]
-    if ends != list(record["response_ids"]):
+    if end_points(record["states"], len(record["response_ids"])) != list(record["response_ids"]):
         raise ValueError(f"The blocks of record {name} do not end in its response. Drop it from the dataset.")
     return expected
 
