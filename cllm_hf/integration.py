@@ -8,6 +8,7 @@ Where `decoding="jacobi"` meets transformers: the only file that touches `Genera
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -25,10 +26,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ._host import mark_as_edited, mixes_adapters
+from .decoding.options import DEFAULT_BLOCK_SIZE, OPTION_NAMES, JacobiOptions, check_block_size
 
 
 DECODINGS = ("jacobi", "autoregressive")
-DEFAULT_BLOCK_SIZE = 16
 _ORIGINAL = "_cllm_hf_original"
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _STRATEGY_OPTIONS = ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "cache_implementation")
@@ -37,7 +38,7 @@ _GREEDY = 'pass `decoding="autoregressive"`'
 
 def register() -> None:
     """
-    Add `decoding=` and `jacobi_block_size=` to `generate` of every transformers model. Done by `import cllm_hf`.
+    Add `decoding=` and the `jacobi_` options to `generate` of every transformers model. Done by `import cllm_hf`.
 
     Calling it again changes nothing.
     """
@@ -47,9 +48,16 @@ def register() -> None:
 
     @functools.wraps(original)
     def generate(
-        self: Any, *args: Any, decoding: str | None = None, jacobi_block_size: int | None = None, **kwargs: Any
+        self: Any,
+        *args: Any,
+        decoding: str | None = None,
+        jacobi_block_size: int | str | None = None,
+        jacobi_seed: int | None = None,
+        jacobi_compile: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
-        return _generate(original, self, args, kwargs, decoding, jacobi_block_size)
+        given = {"jacobi_block_size": jacobi_block_size, "jacobi_seed": jacobi_seed, "jacobi_compile": jacobi_compile}
+        return _generate(original, self, args, kwargs, decoding, given)
 
     setattr(generate, _ORIGINAL, original)
     GenerationMixin.generate = generate  # type: ignore[method-assign]
@@ -76,20 +84,21 @@ def unregister() -> None:
     GenerationMixin.generate = original  # type: ignore[assignment, method-assign]
 
 
-def set_jacobi_defaults(model: Any, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
+def set_jacobi_defaults(model: Any, block_size: int | str = DEFAULT_BLOCK_SIZE) -> None:
     """
     Make `model.generate(...)` decode by Jacobi by default, also after `save_pretrained` and loading.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): its `generation_config` is changed in place.
-        block_size (`int`): default of `jacobi_block_size`.
+        block_size (`int` or `"auto"`): default of `jacobi_block_size`.
 
     Raises:
-        ValueError: if `block_size` is not an integer of at least 1, or other defaults contradict each other.
+        ValueError: if `block_size` is neither an integer of at least 1 nor `"auto"`, or other defaults contradict each
+            other.
     """
     config = model.generation_config
     config.decoding = "jacobi"
-    config.jacobi_block_size = check_block_size(block_size, "block_size")
+    config.jacobi_block_size = check_block_size(block_size, "block_size", allows_auto=True)
     config.use_cache = True  # training with gradient checkpointing may have turned it off
     # A CLLM is trained on greedy responses. Options of sampling and of other strategies would make `generate` or
     # saving fail.
@@ -98,41 +107,23 @@ def set_jacobi_defaults(model: Any, block_size: int = DEFAULT_BLOCK_SIZE) -> Non
     mark_as_edited(config)
 
 
-def check_block_size(value: object, name: str = "jacobi_block_size") -> int:
-    """
-    Validate a block size.
-
-    Args:
-        value (`object`): what the user passed.
-        name (`str`): name of the option, for the message.
-
-    Returns:
-        `int`: the value.
-
-    Raises:
-        ValueError: if it is not an integer of at least 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}. Typical values are 8 to 64.")
-    return value
-
-
 def _generate(
     original: Callable[..., Any],
     model: PreTrainedModel,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     decoding: str | None,
-    block_size: int | None,
+    given: dict[str, Any],
 ) -> Any:
     """Decide which decoding a call of `generate` asks for, and run it."""
     call = _named_arguments(original, model, args, kwargs)
     user_config = call.get("generation_config")
     configs = [config for config in (user_config, model.generation_config) if config is not None]
-    if decoding is None and block_size is not None:
+    named = [name for name, value in given.items() if value is not None]
+    if decoding is None and named:
         decoding = "jacobi"
-    elif decoding == "autoregressive" and block_size is not None:
-        raise ValueError('`jacobi_block_size` has no effect with `decoding="autoregressive"`. Drop one of the two.')
+    elif decoding == "autoregressive" and named:
+        raise ValueError(f'`{named[0]}` has no effect with `decoding="autoregressive"`. Drop one of the two.')
     requested = decoding if decoding is not None else _decoding_of(configs)
     if requested is not None and requested not in DECODINGS:
         raise ValueError(f'`decoding` must be "jacobi" or "autoregressive", got {requested!r}.')
@@ -141,17 +132,29 @@ def _generate(
     if requested != "jacobi" or is_assistant or (decoding is None and call.get("custom_generate") is not None):
         return original(model, *args, **kwargs)
 
-    block_size = block_size if block_size is not None else _first_set(configs, "jacobi_block_size")
-    block_size = check_block_size(DEFAULT_BLOCK_SIZE if block_size is None else block_size)
+    options = _jacobi_options(given, configs)
     _check_supported(model, call, configs)
+    if given["jacobi_seed"] is not None and not _option(call, configs, "do_sample"):
+        raise ValueError(
+            "`jacobi_seed` is the seed of sampling, got it without `do_sample=True`. Drop one of the two."
+        )
+    if _option(call, configs, "cache_implementation") == "static":
+        options = dataclasses.replace(options, compile=True)
     call.pop("custom_generate", None)  # it is `None`: ours takes its place
     call = _with_stop_strings(call, configs)
     if model.generation_config.use_cache is False:
         call["use_cache"] = True  # a default that training leaves behind, not a wish of the caller
-    return original(model, **call, custom_generate=_custom_generate(call, block_size))
+    return original(model, **call, custom_generate=_custom_generate(model, call, options))
 
 
-def _custom_generate(call: dict[str, Any], block_size: int) -> Callable[..., Any]:
+def _jacobi_options(given: dict[str, Any], configs: list[GenerationConfig]) -> JacobiOptions:
+    values = {name: value if value is not None else _first_set(configs, name) for name, value in given.items()}
+    return JacobiOptions(
+        **{name.removeprefix("jacobi_"): value for name, value in values.items() if value is not None}
+    )
+
+
+def _custom_generate(model: PreTrainedModel, call: dict[str, Any], options: JacobiOptions) -> Callable[..., Any]:
     """
     Build the callable for the host's `custom_generate` hook.
 
@@ -162,6 +165,8 @@ def _custom_generate(call: dict[str, Any], block_size: int) -> Callable[..., Any
     input_ids = call.get("inputs") if call.get("inputs") is not None else call.get("input_ids")
     prompt = inputs_embeds if inputs_embeds is not None else input_ids
     num_given = attention_mask if attention_mask is not None else prompt
+    if model.config.is_encoder_decoder:
+        num_given = None
 
     def decode(
         model: Any,
@@ -179,7 +184,8 @@ def _custom_generate(call: dict[str, Any], block_size: int) -> Callable[..., Any
             logits_processor,
             stopping_criteria,
             generation_config,
-            block_size=block_size,
+            options=options,
+            context_ids=_encoder_ids(model, input_ids, prompt),
             streamer=call.get("streamer"),
             num_given=None if num_given is None else num_given.shape[1],
             is_user_cache=call.get("past_key_values") is not None,
@@ -189,21 +195,24 @@ def _custom_generate(call: dict[str, Any], block_size: int) -> Callable[..., Any
     return decode
 
 
+def _encoder_ids(model: PreTrainedModel, input_ids: torch.Tensor, prompt: Any) -> torch.Tensor | None:
+    """What the encoder has read, for each decoded row: the decoder's own prompt is too short to draw from."""
+    if not model.config.is_encoder_decoder or prompt is None or prompt.dim() != 2 or prompt.is_floating_point():
+        return None
+    return prompt.repeat_interleave(input_ids.shape[0] // prompt.shape[0], dim=0).to(input_ids.device)
+
+
 def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list[GenerationConfig]) -> None:
     """Raise a `ValueError` for options that Jacobi decoding would have to ignore."""
 
     def option(name: str) -> Any:
-        return call[name] if call.get(name) is not None else _first_set(configs, name)
+        return _option(call, configs, name)
 
     def refuse(what: str, got: Any, remedy: str) -> None:
         raise ValueError(f'`decoding="jacobi"` does not support {what}, got {got}. To go on, {remedy}.')
 
     if call.get("custom_generate") is not None:
         refuse("`custom_generate`", repr(call["custom_generate"]), "pass only one of the two")
-    if model.config.is_encoder_decoder:
-        refuse("encoder-decoder models yet", type(model).__name__, _GREEDY)
-    if option("do_sample"):
-        refuse("sampling yet", "do_sample=True", f"pass `do_sample=False` or {_GREEDY}")
     if (option("num_beams") or 1) > 1:
         refuse("beam search", f"num_beams={option('num_beams')}", f"pass `num_beams=1` or {_GREEDY}")
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
@@ -217,9 +226,7 @@ def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if option(name):
             refuse(f"`{name}` yet", "True", f"drop it or {_GREEDY}")
-    if call.get("use_cache") is False or getattr(call.get("generation_config"), "use_cache", None) is False:
-        refuse("decoding without a cache yet", "use_cache=False", f"pass `use_cache=True` or {_GREEDY}")
-    if option("cache_implementation") not in (None, "dynamic", "hybrid"):
+    if option("cache_implementation") not in (None, "dynamic", "hybrid", "static"):
         refuse("this cache yet", f"cache_implementation={option('cache_implementation')!r}", f"drop it or {_GREEDY}")
     if _runs_in_step(call.get("synced_gpus"), model):
         refuse(
@@ -277,7 +284,8 @@ def _named_arguments(
 ) -> dict[str, Any]:
     bound = inspect.signature(original).bind_partial(model, *args, **kwargs).arguments
     bound.pop("self")
-    return {**bound, **bound.pop("kwargs", {})}
+    others = bound.pop("kwargs", {})
+    return {**bound, **others}
 
 
 def _decoding_of(configs: list[GenerationConfig]) -> Any:
@@ -285,9 +293,14 @@ def _decoding_of(configs: list[GenerationConfig]) -> Any:
         decoding = getattr(config, "decoding", None)
         if decoding is not None:
             return decoding
-        if getattr(config, "jacobi_block_size", None) is not None:
+        if any(getattr(config, name, None) is not None for name in OPTION_NAMES):
             return "jacobi"
     return None
+
+
+def _option(call: dict[str, Any], configs: list[GenerationConfig], name: str) -> Any:
+    """Value of an option of the host: from the call, else from the first config that has it."""
+    return call[name] if call.get(name) is not None else _first_set(configs, name)
 
 
 def _first_set(configs: list[GenerationConfig], name: str) -> Any:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import make_model, make_prompts
-from transformers import DynamicCache, Mamba2Config, Qwen3NextConfig, StaticCache
+from transformers import DynamicCache
 
-from cllm_hf.decoding.caches import check_cache, copy_cache, recording, roll_back, roll_back_columns
+from cllm_hf.decoding.caches import copy_cache, roll_back, roll_back_columns
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
@@ -20,19 +20,19 @@ def test_rows_go_on_as_if_nothing_had_been_rejected(name, length, num_rejected):
     mask = torch.ones_like(ids)
     kept = [ids[row].tolist() for row in range(3)]
     # Two rounds, so that the second starts from rows that are aligned by padding.
-    with recording(cache):
-        model(ids, past_key_values=cache)
-        for _ in range(2):
-            roll_back(cache, num_rejected)
-            mask = roll_back_columns(mask, num_rejected, fill=0)
-            kept = [row[: len(row) - count] for row, count in zip(kept, num_rejected)]
-            mask = torch.cat([mask, torch.ones_like(following)], dim=1)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -following.shape[1] :]
-            logits = model(following, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-            kept = [row + tokens for row, tokens in zip(kept, following.tolist())]
-            for row in range(3):
-                expected = model(torch.tensor([kept[row]])).logits[0, -following.shape[1] :]
-                torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
+    cache.activate_past_recording()
+    model(ids, past_key_values=cache)
+    for _ in range(2):
+        roll_back(cache, num_rejected)
+        mask = roll_back_columns(mask, num_rejected, fill=0)
+        kept = [row[: len(row) - count] for row, count in zip(kept, num_rejected)]
+        mask = torch.cat([mask, torch.ones_like(following)], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -following.shape[1] :]
+        logits = model(following, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        kept = [row + tokens for row, tokens in zip(kept, following.tolist())]
+        for row in range(3):
+            expected = model(torch.tensor([kept[row]])).logits[0, -following.shape[1] :]
+            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
     assert cache.get_seq_length() == mask.shape[1]
 
 
@@ -67,31 +67,3 @@ def test_a_window_stays_small_in_later_uses_of_the_cache():
     output = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=9, jacobi_block_size=4)
     model.generate(output, past_key_values=cache, do_sample=False, max_new_tokens=30)
     assert cache.layers[0].keys.shape[-2] == 7
-
-
-def test_caches_that_cannot_roll_back_are_refused(llama):
-    with pytest.raises(ValueError, match="needs a dynamic key/value cache, got NoneType"):
-        check_cache(None, 1)
-    with pytest.raises(ValueError, match="got StaticCache"):
-        check_cache(StaticCache(config=llama.config, max_cache_len=10), 1)
-    recurrent = Qwen3NextConfig(num_hidden_layers=4, hidden_size=32)
-    with pytest.raises(ValueError, match="recurrent"):
-        check_cache(DynamicCache(config=recurrent), 1)
-
-
-def test_recurrent_models_are_refused_by_generate():
-    from transformers import Mamba2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Mamba2Config(
-        vocab_size=60,
-        hidden_size=32,
-        num_heads=8,
-        head_dim=8,
-        n_groups=1,
-        state_size=8,
-        num_hidden_layers=2,
-        pad_token_id=0,
-    )
-    with pytest.raises(ValueError, match='decoding="autoregressive"'):
-        Mamba2ForCausalLM(config).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=5, decoding="jacobi")

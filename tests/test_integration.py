@@ -5,13 +5,11 @@ import sys
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, make_model, make_prompts
+from conftest import make_model, make_prompts
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
-    T5Config,
-    T5ForConditionalGeneration,
     pipeline,
 )
 
@@ -75,17 +73,17 @@ def test_statistics_agree_with_each_other(llama):
     ("options", "message"),
     [
         ({"decoding": "jacoby"}, 'must be "jacobi" or "autoregressive", got \'jacoby\''),
-        ({"jacobi_block_size": 0}, "integer of at least 1, got 0. Typical values"),
-        ({"jacobi_block_size": "16"}, "integer of at least 1, got '16'"),
-        ({"jacobi_block_size": True}, "integer of at least 1, got True"),
+        ({"jacobi_block_size": 0}, 'integer of at least 1 or "auto", got 0. Typical values'),
+        ({"jacobi_block_size": "16"}, "integer of at least 1 or \"auto\", got '16'"),
+        ({"jacobi_block_size": True}, 'integer of at least 1 or "auto", got True'),
         ({"decoding": "autoregressive", "jacobi_block_size": 8}, "Drop one of the two"),
-        ({"decoding": "jacobi", "do_sample": True}, "do_sample=False"),
+        ({"decoding": "autoregressive", "jacobi_seed": 8}, "Drop one of the two"),
+        ({"jacobi_compile": 1}, "`jacobi_compile` must be `True` or `False`, got 1"),
         ({"decoding": "jacobi", "num_beams": 3}, "num_beams=1"),
         ({"decoding": "jacobi", "prompt_lookup_num_tokens": 3}, "drop it"),
         ({"decoding": "jacobi", "penalty_alpha": 0.5, "top_k": 4}, "penalty_alpha"),
         ({"decoding": "jacobi", "output_scores": True}, "output_scores"),
-        ({"decoding": "jacobi", "use_cache": False}, "use_cache=True"),
-        ({"decoding": "jacobi", "cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"decoding": "jacobi", "cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"decoding": "jacobi", "prefill_chunk_size": 4}, "prefill_chunk_size"),
         ({"decoding": "jacobi", "synced_gpus": True}, "synced_gpus"),
         ({"decoding": "jacobi", "custom_generate": lambda *a, **k: None}, "only one of the two"),
@@ -106,14 +104,6 @@ def test_an_assistant_model_is_refused_but_may_itself_have_jacobi_defaults(llama
     cllm_hf.set_jacobi_defaults(assistant)
     decoded = llama.generate(ids, assistant_model=assistant, do_sample=False, max_new_tokens=20)
     assert decoded.tolist() == greedy(llama, ids).tolist()
-
-
-def test_encoder_decoder_models_are_refused():
-    config = T5Config(
-        vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        T5ForConditionalGeneration(config).generate(torch.tensor([[5, 6]]), decoding="jacobi")
 
 
 def test_model_inputs_that_cannot_be_extended_are_refused(llama):
@@ -148,7 +138,7 @@ def test_defaults_are_saved_with_the_model(llama, tmp_path):
     assert not isinstance(
         loaded.generate(ids, generation_config=config, decoding="autoregressive"), cllm_hf.JacobiOutput
     )
-    with pytest.raises(ValueError, match="`block_size` must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match='`block_size` must be an integer of at least 1 or "auto", got 0'):
         cllm_hf.set_jacobi_defaults(llama, block_size=0)
 
 

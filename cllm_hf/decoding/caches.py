@@ -1,79 +1,66 @@
 """
-Rollback of a key/value cache: the one place that knows the host's cache classes.
+Taking rejected tokens out of a cache: the one place that knows the host's cache classes.
 
 After a forward over drafts the cache also holds rejected tokens. Rows of a batch reject different numbers of them. The
 rows are kept aligned on the right: every row's tokens stay contiguous and end in the last column, and rows that are
 behind get more padding on the left. Sliding-window layers, whose masks count columns, thus stay exact, and the cache
 never grows beyond the longest row.
+
+A recurrent state cannot be rolled back. It is saved before a forward, and put back if anything was rejected.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 
-_ROW_WISE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+_ROW_WISE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
+# Layers that replace their tensors and never write into them, so that whoever holds the old ones still has the past.
+_REPLACING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
 
-def check_cache(cache: object, batch_size: int) -> Cache:
+def decoder_cache(cache: Cache) -> Cache:
+    """The cache of the decoder's own tokens: of an encoder-decoder cache its self-attention part."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def rolls_back_rows(cache: Cache) -> bool:
     """
-    Check that `roll_back` can undo the rejected tokens of this cache.
+    Whether `roll_back` can remove a different number of tokens from each row.
 
     Args:
-        cache (`object`): the `past_key_values` that `generate` prepared.
-        batch_size (`int`): number of rows that will be decoded.
+        cache (`transformers.Cache`): a croppable cache, after the prefill.
 
     Returns:
-        `transformers.Cache`: the same object.
-
-    Raises:
-        ValueError: if there is no dynamic cache, if it holds recurrent states, or if its layers cannot roll back each
-            row of a batch on its own.
+        `bool`.
     """
-    if not isinstance(cache, DynamicCache):
-        raise ValueError(
-            f'`decoding="jacobi"` needs a dynamic key/value cache, got {type(cache).__name__}. Drop '
-            '`cache_implementation` and static or quantized caches, or pass `decoding="autoregressive"`.'
-        )
-    if not cache.is_croppable:
-        raise ValueError(
-            '`decoding="jacobi"` takes back rejected tokens, which the recurrent or convolutional state of this model '
-            'does not allow. Pass `decoding="autoregressive"` for it.'
-        )
-    other = {type(layer).__name__ for layer in cache.layers if type(layer) not in _ROW_WISE_LAYERS}
-    if batch_size > 1 and other:
-        raise ValueError(
-            f'`decoding="jacobi"` decodes this model one row at a time only: its cache has layers of type '
-            f"{', '.join(sorted(other))}, got a batch of {batch_size}. Generate the rows one by one, or pass "
-            '`decoding="autoregressive"`.'
-        )
-    return cache
+    return type(cache) is DynamicCache and all(type(layer) in _ROW_WISE_LAYERS for layer in cache.layers)
 
 
-@contextmanager
-def recording(cache: Cache) -> Iterator[None]:
+def stop_recording(cache: Cache) -> None:
     """
-    Have sliding-window layers keep what leaves their window until the next rollback, and stop that afterwards.
+    Undo `cache.activate_past_recording()`.
 
-    Without a rollback after every forward, such a layer would grow without bound, in later uses of the cache too.
+    Without a rollback after every forward, a layer that records what leaves its window would grow without bound, in
+    later uses of the cache too.
 
     Args:
-        cache (`transformers.Cache`): a cache that `check_cache` has accepted.
+        cache (`transformers.Cache`): a croppable cache.
     """
-    cache.activate_past_recording()
-    try:
-        yield
-    finally:
-        for layer in cache.layers:
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.record_past = False
+    for layer in decoder_cache(cache).layers:
+        if hasattr(layer, "record_past"):
+            layer.record_past = False
 
 
 def copy_cache(cache: Cache) -> Cache:
@@ -81,7 +68,7 @@ def copy_cache(cache: Cache) -> Cache:
     Copy a cache, sharing its tensors: layers that grow by concatenation replace them and never write into them.
 
     Args:
-        cache (`transformers.Cache`): a cache that `check_cache` accepts for a batch.
+        cache (`transformers.Cache`): a cache that `rolls_back_rows`.
 
     Returns:
         `transformers.Cache`: what happens to it leaves the original as it is.
@@ -95,21 +82,62 @@ def roll_back(cache: Cache, num_rejected: list[int]) -> None:
     """
     Remove each row's rejected tokens and align the rows on the right again.
 
-    The cache must be `recording`. Must be called after every forward, also when
+    The cache must record its past (`activate_past_recording`). Must be called after every forward, also when
     nothing was rejected: sliding-window layers only then let go of the tokens that left the window.
 
     Args:
-        cache (`transformers.Cache`): a cache that `check_cache` has accepted.
-        num_rejected (`list[int]`): for each row, how many of its last tokens to remove.
+        cache (`transformers.Cache`): a croppable cache.
+        num_rejected (`list[int]`): for each row, how many of its last tokens to remove; all the same unless the cache
+            `rolls_back_rows`.
     """
     fewest = min(num_rejected)
     if max(num_rejected) > fewest:
         layers: Any = cache.layers
         for layer in layers:
-            if layer.is_initialized:
+            if layer.is_initialized and not isinstance(layer, DummyLayer):
                 _roll_back_rows(layer, num_rejected)
     else:
         cache.crop(-fewest)
+
+
+def save_states(cache: Cache) -> list[dict[str, Any]]:
+    """
+    Save what a cache holds, so that `restore_states` can put it back.
+
+    Args:
+        cache (`transformers.Cache`): any cache; keys and values that grow by concatenation are shared, recurrent and
+            convolutional states, which layers write into, are copied.
+
+    Returns:
+        `list[dict]`: attributes of each layer.
+    """
+    return [
+        {name: _saved(value, isinstance(layer, _REPLACING_LAYERS)) for name, value in vars(layer).items()}
+        for layer in cache.layers
+    ]
+
+
+def restore_states(cache: Cache, states: list[dict[str, Any]]) -> None:
+    """
+    Put back what `save_states` has saved; the saved values are used up.
+
+    Args:
+        cache (`transformers.Cache`): the cache they were taken from.
+        states (`list[dict]`): the return value of `save_states`.
+    """
+    for layer, saved in zip(cache.layers, states):
+        vars(layer).update(saved)
+
+
+def _saved(value: Any, is_replaced: bool) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value if is_replaced else value.clone()
+    if isinstance(value, (dict, list)):
+        copied = copy.copy(value)
+        for key in value if isinstance(value, dict) else range(len(value)):
+            copied[key] = _saved(value[key], False)
+        return copied
+    return value
 
 
 def roll_back_columns(columns: torch.Tensor, num_rejected: list[int], fill: int) -> torch.Tensor:
@@ -124,7 +152,10 @@ def roll_back_columns(columns: torch.Tensor, num_rejected: list[int], fill: int)
     Returns:
         `torch.Tensor` of shape `(batch_size, length - min(num_rejected))`.
     """
-    source = _source_columns(num_rejected, 0, columns.shape[1] - min(num_rejected), columns.device)
+    fewest = min(num_rejected)
+    if max(num_rejected) == fewest:
+        return columns[:, : columns.shape[1] - fewest]
+    source = _source_columns(num_rejected, 0, columns.shape[1] - fewest, columns.device)
     return columns.gather(1, source.clamp(min=0)).masked_fill(source < 0, fill)
 
 
@@ -144,6 +175,11 @@ def _roll_back_rows(layer: Any, num_rejected: list[int]) -> None:
     layer.keys, layer.values = (
         states.transpose(1, 2)[rows, source].transpose(1, 2) for states in (layer.keys, layer.values)
     )
+    if isinstance(layer, DynamicIndexedLayer):
+        if layer.indexer_keys is not None:
+            layer.indexer_keys = layer.indexer_keys[rows, source]
+        if layer.indexer_position_ids is not None:
+            layer.indexer_position_ids = layer.indexer_position_ids[:, rows, source]
 
 
 def _source_columns(num_rejected: list[int], start: int, end: int, device: torch.device) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """
 Which predicted tokens of a forward become part of the sequence, and which rows are finished by them.
 
-There are two ways to find out. Without processors and special stopping rules the whole block is compared at once, with
-one host sync. Otherwise the block is walked one position at a time, calling every processor and stopping criterion
-with the same arguments, in the same order, as decoding one token at a time would.
+There are two ways to find out. Where processors look at nothing but the scores, and without special stopping rules,
+the whole block is compared at once, with one host sync. Otherwise the block is walked one position at a time, calling
+every processor and stopping criterion with the same arguments, in the same order, as decoding one token at a time
+would.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
 
 from .blocks import count_accepted, count_until_stop
+from .sampling import GumbelNoise
 
 
 # Processors of the host that remember earlier calls, or call a function of the user.
@@ -31,6 +33,20 @@ _ORDERED_PROCESSORS = (
     logits_process.SynthIDTextWatermarkLogitsProcessor,
     logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+# Processors of the host that treat every row of scores alike, whatever the text before it.
+_SCORE_PROCESSORS = {
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    logits_process.MinPLogitsWarper,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopHLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+}
 
 
 class Committer:
@@ -39,12 +55,13 @@ class Committer:
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
-        logits_processor (`transformers.LogitsProcessorList`): applied before the argmax.
+        logits_processor (`transformers.LogitsProcessorList`): applied before a token is chosen.
         stopping_criteria (`transformers.StoppingCriteriaList`): asked after every token; one of them must be a
             `MaxLengthCriteria`.
         pad_id (`int` or `None`): fills rows that end early; `None` for the first stop token.
         streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): receives every committed token.
         same_length (`bool`): whether all rows must always have the same length.
+        noise (`GumbelNoise`, *optional*): makes the choice a sample; without it the best token is chosen.
 
     Attributes:
         canvas (`torch.LongTensor` of shape `(batch_size, max_length)`): the sequences as the host lays them out.
@@ -62,11 +79,13 @@ class Committer:
         pad_id: int | None,
         streamer: BaseStreamer | None = None,
         same_length: bool = False,
+        noise: GumbelNoise | None = None,
     ):
         batch_size, prompt_length = input_ids.shape
         self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
         self.streamer = streamer
+        self._noise = noise
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         self.max_length = max(min(limits), prompt_length + 1)  # criteria are first asked after one token
         self.stop_ids = _stop_ids(stopping_criteria, input_ids.device)
@@ -82,7 +101,9 @@ class Committer:
 
         kinds = {type(criterion) for criterion in stopping_criteria}
         self._whole_blocks = (
-            not logits_processor and streamer is None and kinds <= {EosTokenCriteria, MaxLengthCriteria}
+            {type(processor) for processor in logits_processor} <= _SCORE_PROCESSORS
+            and kinds <= {EosTokenCriteria, MaxLengthCriteria}
+            and (streamer is None or batch_size == 1)
         )
         # Stopped rows stay in the batch, as in the host, where a processor or criterion may notice, and where they go
         # on in the end: without a stop token the host does not pad them.
@@ -105,10 +126,25 @@ class Committer:
             `tuple`: the predicted tokens, `torch.LongTensor` of shape `(num_rows, draft_length + 1)`, and how many of
             them were committed in each row (`list[int]`, each at least 1).
         """
-        predicted_ids = logits.argmax(-1).to(self.canvas.device)
+        predicted_ids = self._predict(rows, logits)
         if self._whole_blocks:
-            return predicted_ids, self._commit_whole(rows, draft_ids, predicted_ids)
-        return predicted_ids, self._commit_stepwise(rows, draft_ids, predicted_ids, logits)
+            counts = self._commit_whole(rows, draft_ids, predicted_ids)
+        else:
+            counts = self._commit_stepwise(rows, draft_ids, predicted_ids, logits)
+        if self._noise is not None:
+            self._noise.let_go(min(self.lengths[row] for row in rows))
+        return predicted_ids, counts
+
+    def _predict(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """The token of each position, or a guess of it where it takes processors that look at the text."""
+        scores = logits
+        if self._whole_blocks and self.logits_processor:
+            no_text = self.canvas[:0]
+            scores = self.logits_processor(no_text, logits.float().flatten(0, 1)).view(logits.shape)
+        if self._noise is not None:
+            scores = scores.float()
+            scores = scores + self._noise.of_blocks(rows, [self.lengths[row] for row in rows], scores)
+        return scores.argmax(-1).to(self.canvas.device)
 
     def _commit_whole(self, rows: list[int], draft_ids: torch.Tensor, predicted_ids: torch.Tensor) -> list[int]:
         accepted = count_accepted(draft_ids, predicted_ids)
@@ -129,6 +165,9 @@ class Committer:
             self.num_generated[row] += count
             self.finished[row] = count == num_until_stop or self.lengths[row] == self.max_length
             counts.append(count)
+        if self.streamer is not None:
+            for token in predicted_ids[0, : counts[0]].cpu():
+                self.streamer.put(token[None])
         return counts
 
     def _commit_stepwise(
@@ -145,7 +184,10 @@ class Committer:
             scores = torch.zeros(scores_shape, dtype=torch.float32, device=self.canvas.device)
             for index in here:
                 scores[rows[index]] = logits[index, counts[index]]
-            tokens = self.logits_processor(self.canvas[:, :length], scores).argmax(-1)
+            scores = self.logits_processor(self.canvas[:, :length], scores)
+            if self._noise is not None:
+                scores = scores + self._noise.at(length, logits).to(scores.device)
+            tokens = scores.argmax(-1)
             for index in here:
                 row = rows[index]
                 if self._stopped[row] and self.stop_ids is not None:

@@ -10,17 +10,19 @@ Sources: Jacobi decoding (arXiv 2305.10427), CLLM (arXiv 2403.00835).
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .caches import recording
 from .commit import Committer
+from .options import JacobiOptions
 from .output import JacobiOutput, JacobiStats
-from .window import Window, check_positions
+from .pacing import make_pace
+from .sampling import GumbelNoise
+from .support import check_positions, needs_same_length
+from .window import Window
 
 
 def jacobi_decode(
@@ -30,14 +32,15 @@ def jacobi_decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     *,
-    block_size: int,
+    options: JacobiOptions,
+    context_ids: torch.Tensor | None = None,
     streamer: BaseStreamer | None = None,
     num_given: int | None = None,
     is_user_cache: bool = False,
     **model_kwargs: Any,
 ) -> JacobiOutput | torch.Tensor:
     """
-    Decode greedily, several tokens a forward, and return exactly the tokens of greedy decoding.
+    Decode several tokens a forward, and return exactly the tokens of decoding one at a time.
 
     Args:
         model (`transformers.PreTrainedModel`): a decoder-only model.
@@ -46,7 +49,9 @@ def jacobi_decode(
         logits_processor (`transformers.LogitsProcessorList`): applied at every position before its argmax.
         stopping_criteria (`transformers.StoppingCriteriaList`): asked after every committed token.
         generation_config (`transformers.GenerationConfig`): the merged options of this call.
-        block_size (`int`): positions checked in a forward; 1 is greedy decoding.
+        options (`JacobiOptions`): block size and the like.
+        context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`, *optional*): tokens to draw the first
+            draft from; by default the prompts.
         streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): receives every committed token.
         num_given (`int`, *optional*): length of the attention mask that the user passed, cached tokens included.
         is_user_cache (`bool`): whether `past_key_values` comes from the user.
@@ -59,37 +64,49 @@ def jacobi_decode(
         ValueError: for a cache that cannot be rolled back or a model input that cannot be extended.
     """
     batch_size = input_ids.shape[0]
-    window = Window(model, input_ids, block_size, num_given, is_user_cache, model_kwargs)
+    pace = make_pace(model, options.block_size)
+    window = Window(model, input_ids, pace.max_block_size, context_ids, num_given, is_user_cache, model_kwargs)
     committer = Committer(
         input_ids,
         logits_processor,
         stopping_criteria,
         generation_config.pad_token_id,
         streamer,
-        # Such a model finds positions by counting cached tokens, which padding on the left would shift.
-        same_length="position_ids" not in inspect.signature(model.forward).parameters,
+        same_length=window.memory.same_length or needs_same_length(model),
+        noise=_noise(generation_config, input_ids, options.seed),
     )
     check_positions(model, window.num_prompt + committer.max_length - input_ids.shape[1])
     stats = JacobiStats(num_committed=[[] for _ in range(batch_size)])
-    with recording(window.cache):
+    try:
         while window.rows:
             rows, num_generated = window.rows, list(committer.num_generated)
             # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
             num_missing = committer.max_length - max(committer.lengths[row] for row in rows)
-            draft_ids = window.draft_ids[:, : num_missing - 1]
+            draft_ids = window.draft(min(pace.block_size(len(rows)), num_missing) - 1)
             logits = window.forward(draft_ids)
             predicted_ids, counts = committer.commit(rows, draft_ids, logits)
             del logits  # large in the prefill
             window.advance(predicted_ids, counts, [committer.finished[row] for row in rows])
+            pace.record(draft_ids.shape[1] + 1, counts)
             stats.num_forwards += 1
             for row in rows:
                 if committer.num_generated[row] > num_generated[row]:
                     stats.num_committed[row].append(committer.num_generated[row] - num_generated[row])
+    finally:
+        window.memory.close()
     if streamer is not None:
         streamer.end()
 
     sequences = committer.canvas[:, : max(committer.lengths)]
     if not generation_config.return_dict_in_generate:
         return sequences
-    cache = window.cache if batch_size == 1 else None
+    cache = window.memory.cache if batch_size == 1 else None
     return JacobiOutput(sequences=cast(torch.LongTensor, sequences), past_key_values=cache, jacobi_stats=stats)
+
+
+def _noise(generation_config: GenerationConfig, input_ids: torch.Tensor, seed: int | None) -> GumbelNoise | None:
+    if not generation_config.do_sample:
+        return None
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    return GumbelNoise(seed, *input_ids.shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from ..integration import check_block_size
+from ..decoding.options import check_block_size
 
 
 # Options of `SFTConfig` that would have no effect here, or a wrong one: name, values that ask for nothing, reason.

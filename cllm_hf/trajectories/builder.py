@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._host import base_model_of
-from ..integration import check_block_size
+from ..decoding.options import check_block_size
 from ..packing import check_packable
 from .collector import collect_states, draw_first_states
 from .schema import FEATURES, end_points

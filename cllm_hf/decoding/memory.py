@@ -1,0 +1,223 @@
+"""
+What a model remembers of the tokens it has been fed, and how it forgets the rejected ones among them.
+
+There are three ways, and `choose_memory` picks one for a model and its cache:
+
+- `CroppedMemory`: a key/value cache, from which rejected tokens are cut out.
+- `ReplayedMemory`: a recurrent state, which is put back when a token was rejected; the tokens since then are fed again
+  together with the next draft.
+- `NoMemory`: nothing; every forward is over the whole sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from . import caches
+from .support import forgets_between_steps
+
+
+# The host gives the caches of some models another name.
+_CACHE_NAMES = ("past_key_values", "cache_params")
+
+
+class Memory:
+    """
+    What the loop asks of a memory.
+
+    Attributes:
+        cache (`transformers.Cache` or `None`): handed to the model.
+        same_length (`bool`): whether all rows must commit equally many tokens.
+        drafts_in_prefill (`bool`): whether a draft may follow the prompt in the first forward.
+        replays (`bool`): whether a rejected token has others fed again, so that now and then a forward without a
+            draft is worth its while, after which all are remembered.
+    """
+
+    cache: Cache | None = None
+    same_length = False
+    drafts_in_prefill = True
+    replays = False
+
+    @property
+    def num_cached(self) -> int:
+        """`int`: tokens that need not be fed again."""
+        return 0
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """`dict`: arguments of the forward."""
+        raise NotImplementedError
+
+    def begin(self, draft_length: int) -> None:
+        """Prepare for a forward that ends in a draft of this length."""
+
+    def settle(self, num_rejected: list[int]) -> bool:
+        """
+        Forget the rejected tokens of the last forward.
+
+        Args:
+            num_rejected (`list[int]`): for each row, how many of its last tokens to forget.
+
+        Returns:
+            `bool`: whether the other tokens of that forward are remembered, so that they need not be fed again.
+        """
+        raise NotImplementedError
+
+    def after_prefill(self) -> Memory:
+        """The memory to go on with, now that the model has shown what its cache holds."""
+        return self
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Keep these rows (`torch.LongTensor` of shape `(num_rows,)`) only."""
+
+    def close(self) -> None:
+        """Leave the cache fit for other uses."""
+
+
+class NoMemory(Memory):
+    """Nothing is remembered: every forward is over the whole sequence."""
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        return {"use_cache": False}
+
+    def settle(self, num_rejected: list[int]) -> bool:
+        return False
+
+
+class CroppedMemory(Memory):
+    """
+    A key/value cache, from which rejected tokens are cut out.
+
+    Args:
+        cache (`transformers.Cache`): a croppable cache.
+        batch_size (`int`): number of rows.
+    """
+
+    def __init__(self, cache: Cache, batch_size: int):
+        self.cache: Cache = cache
+        self.cache.activate_past_recording()
+        self.same_length = batch_size > 1 and not caches.rolls_back_rows(cache)
+
+    @property
+    def num_cached(self) -> int:
+        return self.cache.get_seq_length()
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        return {"past_key_values": self.cache, "use_cache": True}
+
+    def settle(self, num_rejected: list[int]) -> bool:
+        caches.roll_back(self.cache, num_rejected)
+        return True
+
+    def after_prefill(self) -> Memory:
+        if self.cache.get_seq_length() == 0:  # the model takes no cache, and the host gives it one nevertheless
+            return NoMemory()
+        if not self.cache.is_croppable:
+            raise ValueError(
+                '`decoding="jacobi"` takes back rejected tokens, which the cache of this model does not allow. Pass '
+                '`decoding="autoregressive"` for it.'
+            )
+        return self
+
+    def select(self, indices: torch.Tensor) -> None:
+        self.cache.batch_select_indices(indices)
+
+    def close(self) -> None:
+        caches.stop_recording(self.cache)
+
+
+class ReplayedMemory(Memory):
+    """
+    A recurrent state, which is put back when a token was rejected.
+
+    Args:
+        name (`str`): the model's name for its cache.
+        cache (`transformers.Cache`): a cache with recurrent states.
+        batch_size (`int`): number of rows.
+    """
+
+    # A draft behind the prompt would have the whole prompt fed again.
+    drafts_in_prefill = False
+    replays = True
+
+    def __init__(self, name: str, cache: Cache, batch_size: int):
+        self.cache: Cache = cache
+        self.same_length = batch_size > 1
+        self._name = name
+        self._batch_size = batch_size
+        self._saved: list[dict[str, Any]] | None = None
+
+    @property
+    def num_cached(self) -> int:
+        # Recurrent states do not say how many tokens they hold.
+        has_attention = any(isinstance(layer, DynamicLayer) for layer in self.cache.layers)
+        return self.cache.get_seq_length() if has_attention else 0
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        return {self._name: self.cache, "use_cache": True}
+
+    def begin(self, draft_length: int) -> None:
+        self._saved = caches.save_states(self.cache) if draft_length else None
+
+    def settle(self, num_rejected: list[int]) -> bool:
+        if max(num_rejected) == 0:
+            return True
+        assert self._saved is not None  # nothing can be rejected where nothing was drafted
+        caches.restore_states(self.cache, self._saved)
+        return False
+
+    def after_prefill(self) -> Memory:
+        # Convolutional states alone, as in LFM2, can be cropped; layers know only now that they hold nothing else.
+        return CroppedMemory(self.cache, self._batch_size) if self.cache.is_croppable else self
+
+    def select(self, indices: torch.Tensor) -> None:
+        # Recurrent layers can be reordered, as for beams, but have no method to select rows.
+        self.cache.reorder_cache(cast(torch.LongTensor, indices))
+
+
+def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_user_cache: bool) -> Memory:
+    """
+    Choose how a model's rejected tokens are forgotten.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to decode.
+        model_kwargs (`dict`): model inputs as the host prepared them; the cache and `use_cache` are taken out.
+        batch_size (`int`): number of rows.
+        is_user_cache (`bool`): whether the cache comes from the user. A batch then works on a copy, since its rows
+            leave the cache as they finish.
+
+    Returns:
+        `Memory`.
+
+    Raises:
+        ValueError: for static, quantized and other caches that cannot be rolled back, and for a cache of the user in
+            a model that has to be fed everything anew.
+    """
+    found = [(name, model_kwargs.pop(name, None)) for name in _CACHE_NAMES]
+    name, cache = next(((name, cache) for name, cache in found if cache is not None), ("", None))
+    use_cache = model_kwargs.pop("use_cache", True)
+    if not use_cache or cache is None or forgets_between_steps(model):
+        if is_user_cache:
+            raise ValueError(
+                f'`decoding="jacobi"` feeds the whole sequence to {type(model).__name__} in every forward, got '
+                '`past_key_values`. Drop them and pass the whole prompt, or pass `decoding="autoregressive"`.'
+            )
+        return NoMemory()
+    own = caches.decoder_cache(cache)
+    if not isinstance(own, DynamicCache) or any(isinstance(layer, BaseQuantizedLayer) for layer in own.layers):
+        raise ValueError(
+            f'`decoding="jacobi"` needs a dynamic key/value cache, got {type(own).__name__}. Drop '
+            '`cache_implementation` and static or quantized caches, or pass `decoding="autoregressive"`.'
+        )
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in own.layers):
+        return ReplayedMemory(name, cache, batch_size)
+    if is_user_cache and batch_size > 1:
+        cache = caches.copy_cache(cache)
+    return CroppedMemory(cache, batch_size)

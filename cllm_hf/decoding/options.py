@@ -1,0 +1,64 @@
+"""The options of `generate` that belong to Jacobi decoding, and their validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+DEFAULT_BLOCK_SIZE = 16
+AUTO = "auto"
+# Arguments of `generate` and entries of a generation config; without the prefix, the fields of `JacobiOptions`.
+OPTION_NAMES = ("jacobi_block_size", "jacobi_seed", "jacobi_compile")
+
+
+@dataclass(frozen=True)
+class JacobiOptions:
+    """
+    Options of one call of `generate(decoding="jacobi")`.
+
+    Attributes:
+        block_size (`int` or `"auto"`): positions checked in a forward; `"auto"` measures what pays.
+        seed (`int`, *optional*): of the noise of sampling; by default drawn from torch's own generator.
+        compile (`bool`): whether iterations run as one compiled graph of fixed shape, on a static cache.
+
+    Raises:
+        ValueError: for a value of the wrong kind or out of range.
+    """
+
+    block_size: int | str = DEFAULT_BLOCK_SIZE
+    seed: int | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_size != AUTO:
+            check_block_size(self.block_size, allows_auto=True)
+        if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 2**63):
+            raise ValueError(f"`jacobi_seed` must be an integer of at least 0 and below 2**63, got {self.seed!r}.")
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"`jacobi_compile` must be `True` or `False`, got {self.compile!r}.")
+
+
+def check_block_size(value: object, name: str = "jacobi_block_size", allows_auto: bool = False) -> Any:
+    """
+    Validate a block size.
+
+    Args:
+        value (`object`): what the user passed.
+        name (`str`): name of the option, for the message.
+        allows_auto (`bool`): whether `"auto"` will do.
+
+    Returns:
+        `int` or `"auto"`: the value.
+
+    Raises:
+        ValueError: if it is not an integer of at least 1, nor `"auto"` where that is allowed.
+    """
+    if (allows_auto and value == AUTO) or (_is_integer(value) and value >= 1):  # type: ignore[operator]
+        return value
+    kinds = 'an integer of at least 1 or "auto"' if allows_auto else "an integer of at least 1"
+    raise ValueError(f"`{name}` must be {kinds}, got {value!r}. Typical values are 8 to 64.")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

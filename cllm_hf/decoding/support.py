@@ -1,0 +1,139 @@
+"""What is known of single architectures: which are refused, and which need more than the usual care."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+_REMEDY = 'Pass `decoding="autoregressive"` for it.'
+# Several tokens after a cached prefix do not see all of it, or not at the right places. One at a time they do.
+_NO_LATER_STEPS = {"deepseek_v4", "falcon_mamba", "jamba", "mamba", "recurrent_gemma", "zamba"}
+# Layers that group tokens by where they stand in a row, padding included.
+_COUNTS_PADDING = {"llama4", "llama4_text", "recurrent_gemma"}
+# The host itself decodes padded rows differently with a cache and without, or in one step and in several.
+_NO_PADDING = {"deepseek_v4", "git", "minimax_m3_vl_text"}
+# The same with any batch.
+_NO_BATCHES = {"rwkv"}
+# What a position says depends on more than the tokens before it, so that no later token can be guessed.
+_DISAGREES = "the host's forward over several tokens and its step over one do not agree in this architecture"
+_REFUSED = {
+    "blt": _DISAGREES,
+    "cpmant": "it reads the whole text in both directions, so that a later token changes what is said at earlier ones",
+    "nemotron_h": _DISAGREES + " (one limits the time step, the other does not)",
+    "prophetnet": "its decoder takes one token at a time once it has a cache",
+    "reformer": "its attention groups the whole text, so that a later token changes what is said at earlier ones",
+    "xlm": "it says only what a mask token at the end of the text stands for, one token a forward",
+    "xlnet": "it says only what a dummy token at the end of the text stands for, one token a forward",
+    "zamba2": _DISAGREES + " (one limits the time step, the other does not)",
+}
+
+
+def forgets_between_steps(model: PreTrainedModel) -> bool:
+    """
+    Whether a forward over several tokens loses sight of what an earlier one has cached.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to decode.
+
+    Returns:
+        `bool`.
+    """
+    return model.config.model_type in _NO_LATER_STEPS
+
+
+def needs_same_length(model: PreTrainedModel) -> bool:
+    """
+    Whether the rows of a batch must stay at equal lengths.
+
+    A model that takes no positions counts cached tokens to find them, and padding on the left would shift its count.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to decode.
+
+    Returns:
+        `bool`.
+    """
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    return not takes_positions or model.config.model_type in _COUNTS_PADDING
+
+
+def check_model(model: PreTrainedModel, batch_size: int, is_padded: bool) -> None:
+    """
+    Refuse models that cannot decode several tokens a forward.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to decode.
+        batch_size (`int`): number of rows.
+        is_padded (`bool`): whether some row has padding.
+
+    Raises:
+        ValueError: for an architecture whose output at a position depends on more than the tokens before it, and for
+            a batch where the model, or the host with this model, cannot do with one.
+    """
+    reason = _REFUSED.get(model.config.model_type)
+    if reason is not None:
+        raise ValueError(f'`decoding="jacobi"` does not support {type(model).__name__}: {reason}. {_REMEDY}')
+    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+    if batch_size > 1 and (not takes_mask or model.config.model_type in _NO_BATCHES):
+        raise ValueError(
+            f"{type(model).__name__} does not make use of an `attention_mask`, so that its rows must be decoded one "
+            f"by one, got a batch of {batch_size}. {_REMEDY}"
+        )
+    if is_padded and model.config.model_type in _NO_PADDING:
+        raise ValueError(
+            f"{type(model).__name__} does not decode padded rows the same way in one step and in several, got an "
+            f"`attention_mask` with zeros. Decode rows of different lengths one by one. {_REMEDY}"
+        )
+
+
+def check_model_inputs(model: PreTrainedModel, extended: dict[str, Any], others: dict[str, Any]) -> None:
+    """
+    Refuse inputs that would be misaligned after the prefill.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to decode.
+        extended (`dict`): inputs that grow with the sequence.
+        others (`dict`): the other inputs, as the host prepared them.
+
+    Raises:
+        ValueError: for positions of more than one dimension, and for tensors that belong to the prompt alone (images
+            and the like).
+    """
+    positions = extended.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        raise ValueError(
+            f'`decoding="jacobi"` needs `position_ids` of two dimensions, got shape {tuple(positions.shape)}. '
+            + _REMEDY
+        )
+    tensors = [name for name, value in others.items() if isinstance(value, torch.Tensor)]
+    if tensors and not model.config.is_encoder_decoder:
+        raise ValueError(f'`decoding="jacobi"` does not support the model input `{tensors[0]}` yet. {_REMEDY}')
+
+
+def check_positions(model: PreTrainedModel, num_positions: int) -> None:
+    """
+    Refuse positions whose rotation depends on how far a forward reaches, and so on the draft.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to decode.
+        num_positions (`int`): positions that prompt and response may take.
+
+    Raises:
+        ValueError: for dynamic and long rotary embeddings beyond the length that the model was first trained for.
+    """
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for entry in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        if entry.get("rope_type") in ("dynamic", "longrope"):
+            original = entry.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", config.max_position_embeddings
+            )
+            if num_positions > original:
+                raise ValueError(
+                    f'`decoding="jacobi"` supports rotary embeddings of type {entry["rope_type"]} up to {original} '
+                    f'positions, got {num_positions}. Lower `max_new_tokens` or pass `decoding="autoregressive"`.'
+                )

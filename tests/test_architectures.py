@@ -1,0 +1,45 @@
+"""Every causal architecture of the host is decoded exactly, or refused with a reason."""
+
+import re
+from pathlib import Path
+
+import pytest
+import sweep
+from architectures import CANNOT_BUILD, MODEL_TYPES
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+# One of each kind, for the default run: convolutions, recurrent states with and without attention, several tokens
+# after a state, no cache, positions with an offset, an indexer, an attention that the host cannot batch.
+KINDS = ["lfm2", "qwen3_next", "mamba", "mamba2", "falcon_h1", "openai-gpt", "roberta", "glm_moe_dsa", "rwkv", "xlm"]
+
+
+def documented():
+    rows = re.findall(r"^\| (\S+) \| \S+ \| ([^|]+) \| ([^|]+) \|", PAGE.read_text(), flags=re.MULTILINE)
+    return {model_type: [single, batch] for model_type, single, batch in rows}
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_one_of_each_kind(model_type):
+    assert [finding.outcome for finding in sweep.examine(model_type)] == documented()[model_type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_page_is_right(model_type):
+    assert [finding.outcome for finding in sweep.examine(model_type)] == documented()[model_type]
+
+
+def test_the_page_names_every_architecture_and_none_is_wrong():
+    page = documented()
+    assert sorted(page) == MODEL_TYPES
+    singles = [single for single, _ in page.values()]
+    assert singles.count(sweep.EXACT) >= 135
+    assert {outcome for row in page.values() for outcome in row} <= {
+        sweep.EXACT,
+        sweep.REFUSED,
+        sweep.HOST_FAILS,
+        "exact without padding",
+        "not tried",
+    }
+    assert {model_type for model_type, (single, _) in page.items() if single == "not tried"} == set(CANNOT_BUILD)
