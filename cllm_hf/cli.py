@@ -70,8 +70,7 @@ def _run_demo(parsed: argparse.Namespace) -> int:
 
 def _run_benchmark(parsed: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore")
-    from .evaluation.command import run_decode, run_overhead
+    from .evaluation.command import run_benchmark
 
-    run = run_decode if parsed.kind == "decode" else run_overhead
-    print(run(parsed))
+    print(run_benchmark(parsed))
     return 0

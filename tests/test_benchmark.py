@@ -12,7 +12,7 @@ from cllm_hf.cli import main
 from cllm_hf.evaluation import benchmark, command, comparison, overhead, prompts, shapes
 from cllm_hf.evaluation.arguments import SHAPE_NAMES
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, cut_after_stop
-from cllm_hf.evaluation.forwards import relative_cost, time_forwards
+from cllm_hf.evaluation.forwards import BareForward, compare_widths, relative_cost
 from cllm_hf.files import check_writable_file, write_whole
 
 
@@ -130,11 +130,21 @@ def test_forwards_see_the_cache_lengths_asked_for():
             seen.append((kwargs["past_key_values"].get_seq_length(), args[0].shape))
 
         handle = model.register_forward_pre_hook(look, with_kwargs=True)
-        assert len(time_forwards(model, [9, 10, 13, 13], 4, batch_size=2)) == 4
+        bare = BareForward(model, 4, batch_size=2)
+        for length in (9, 10, 13, 13, 30):
+            bare.seconds(length)
         handle.remove()
-        assert seen == [(0, (2, 9)), *((length, (2, 4)) for length in (9, 10, 13, 13))]
-        with pytest.raises(ValueError, match="may grow by at most `width`, 2"):
-            time_forwards(model, [4, 7], 2)
+        assert [length for length, shape in seen if shape == (2, 4)] == [9, 10, 13, 13, 30]
+        assert [(length, shape) for length, shape in seen if shape != (2, 4)] == [(0, (2, 9)), (17, (2, 13))]
+
+
+def test_widths_are_timed_in_turns(llama):
+    seen = []
+    handle = llama.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    seconds = compare_widths(llama, [4, 1, 4, 2], cache_length=7, iterations=5)
+    handle.remove()
+    assert {width: len(values) for width, values in seconds.items()} == {1: 5, 2: 5, 4: 5}
+    assert seen[:6] == [7, 1, 7, 2, 7, 4] and seen[-6:] == [1, 2, 4, 1, 2, 4]
 
 
 def test_relative_cost_is_measured_or_between():
@@ -212,50 +222,74 @@ def test_prompt_files_that_are_refused(tmp_path, name, content, message):
 # Overhead
 
 
-@pytest.mark.parametrize("stamps", [True, False])
-def test_overhead_compares_the_same_forwards(monkeypatch, stamps):
+class RecordingForward(overhead.BareForward):
+    """Remembers what it was asked for, in `asked`."""
+
+    asked: list
+
+    def seconds(self, cache_length):
+        self.asked.append((self.width, cache_length))
+        return super().seconds(cache_length)
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_overhead_compares_the_same_forwards(monkeypatch, pairs):
     model, prompt = make_model("llama"), random_ids(9)[0]
-    asked = []
-
-    def record(model, cache_lengths, width, batch_size=1):
-        asked.append((width, list(cache_lengths)))
-        return [1.0] * len(cache_lengths)
-
-    monkeypatch.setattr(overhead, "time_forwards", record)
+    RecordingForward.asked = []
+    monkeypatch.setattr(overhead, "BareForward", RecordingForward)
     methods = overhead.overhead_methods(model, [1, 4])
-    report = overhead.measure_overhead(methods, prompt, iterations=6, rounds=2, stamps=stamps, show_progress=False)
-    assert [(row["method"], row["n"], len(row["rounds"])) for row in report["rows"]] == [
-        ("generate()", 1, 2),
-        ("jacobi", 1, 2),
-        ("jacobi", 4, 2),
-    ]
-    assert [width for width, _ in asked] == 3 * [1, 1, 4]  # in turns
-    assert asked[0][1] == asked[1][1] == list(range(9, 15))
+    report = overhead.measure_overhead(methods, prompt, iterations=6, rounds=2, pairs=pairs, show_progress=False)
     # The forwards of `generate` at block size 4, as a hook sees them.
     seen = []
 
     def look(module, args, kwargs):
-        seen.append((kwargs["past_key_values"].get_seq_length(), kwargs["input_ids"].shape[1]))
+        seen.append((kwargs["input_ids"].shape[1], kwargs["past_key_values"].get_seq_length()))
 
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     ids = torch.tensor([prompt])
-    model.generate(ids, jacobi_block_size=4, do_sample=False, max_new_tokens=11 if stamps else 10)
+    model.generate(ids, jacobi_block_size=4, do_sample=False, max_new_tokens=11 if pairs else 10)
     handle.remove()
-    full = [length for length, width in seen[1:] if width == 4]
-    assert asked[2][1] == full[:6]
-    for row in report["rows"]:
-        expected = len(asked[2][1] if row["n"] == 4 else asked[0][1]) if stamps else 1
-        assert all(len(turn["iteration_seconds"]) == expected for turn in row["rounds"])
-        assert row["ratio"] > 0
+    full = [forward for forward in seen[1:] if forward[0] == 4][:6]
+    one_by_one = [(1, length) for length in range(9, 15)]
+    assert RecordingForward.asked == 3 * (one_by_one + one_by_one + full)  # in turns, one of them to warm up
+
+    assert [(row["method"], row["n"]) for row in report["rows"]] == [("generate()", 1), ("jacobi", 1), ("jacobi", 4)]
+    for row, num_forwards in zip(report["rows"], (6, 6, len(full))):
+        assert len(row["rounds"]) == 2
+        for turn in row["rounds"]:
+            assert len(turn["forward_seconds"]) == num_forwards
+            assert len(turn["iteration_seconds"]) == (num_forwards if pairs else 1)
+
+
+def test_bare_forwards_leave_the_text_alone(monkeypatch):
+    model, prompt, outputs = make_model("llama"), random_ids(9)[0], []
+    generate = type(model).generate
+
+    def record(self, *args, **kwargs):
+        outputs.append(generate(self, *args, **kwargs))
+        return outputs[-1]
+
+    monkeypatch.setattr(type(model), "generate", record)
+    methods = overhead.overhead_methods(model, [4])
+    overhead.measure_overhead(methods, prompt, iterations=6, rounds=1, pairs=True, show_progress=False)
+    monkeypatch.undo()
+    expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=11)
+    for output in outputs:
+        assert output.sequences.equal(expected[:, : output.sequences.shape[1]])
+
+
+def test_ratios_are_medians_of_pairs_or_of_means():
+    assert overhead._summary([2.0, 6.0, 4.0], [1.0, 2.0, 8.0]) == (4.0, 2.0, 2.0)
+    assert overhead._summary([3.0], [1.0, 2.0, 3.0]) == (3.0, 2.0, 1.5)
 
 
 def test_overhead_of_too_short_responses(monkeypatch):
     model, prompt = make_model("llama"), random_ids(9)[0]
     monkeypatch.setattr(overhead, "_generate", lambda method, prompt, length: (1.0, [length]))
     methods = overhead.overhead_methods(model, [4])
-    for stamps in (True, False):
+    for pairs in (True, False):
         with pytest.raises(ValueError, match="Raise `--iterations`"):
-            overhead.measure_overhead(methods, prompt, 2, stamps=stamps, show_progress=False)
+            overhead.measure_overhead(methods, prompt, 2, pairs=pairs, show_progress=False)
 
 
 def test_compiled_methods_are_passed_on():
@@ -344,6 +378,11 @@ def test_overhead_of_shape_and_model(tiny_shape, model_folder, tmp_path, capsys)
         (["overhead", "--shape", "4m", "--model", "m"], "got both"),
         (["decode", "--model", "m"], "`--model` without `--prompts`"),
         (["decode", "--model", "m", "--prompts", "missing.txt"], "`--prompts` must be a file .* 'missing.txt'"),
+        (
+            ["decode", "--model", "/none", "--prompts", "p"],
+            "`--model` must be a folder .* '/none', which is not there",
+        ),
+        (["overhead", "--model", "./none"], "'./none', which is not there"),
         (["decode", "--shape", "4m", "--prompts", "p"], "Drop them, or pass `--model`"),
         (["decode", "--shape", "4m", "--json", "x", "--markdown", "x"], "must be two files"),
         (["decode", "--shape", "4m", "--json", "."], "must be a file, got the folder"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from .._host import base_model_of
 from ..files import check_writable_file, write_whole
@@ -21,6 +22,28 @@ from .shapes import make_random_model, random_prompts
 
 
 SCHEMA_VERSION = 1
+
+
+def run_benchmark(options: argparse.Namespace) -> str:
+    """
+    Run `cllm benchmark`, of either kind.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names, and the `command_line`.
+
+    Returns:
+        `str`: the result as Markdown.
+
+    Raises:
+        OSError: if a file cannot be read or written, or a model cannot be loaded.
+        ValueError: if options contradict each other or prompts are not usable.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # notices of the host about its own calls of `generate`
+    try:
+        return run_decode(options) if options.kind == "decode" else run_overhead(options)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def run_decode(options: argparse.Namespace) -> str:
@@ -46,6 +69,7 @@ def run_decode(options: argparse.Namespace) -> str:
             "or pass `--model`."
         )
     check_assistant(options.assistant, options.batch_size)
+    texts = [] if options.prompts is None else read_prompts(options.prompts, options.num_prompts)
     _check_outputs(options)
     device = _prepare(options)
     assistant, pad_token_id = None, 0
@@ -53,7 +77,6 @@ def run_decode(options: argparse.Namespace) -> str:
         model = make_random_model(options.shape, options.seed, _shape_dtype(options, device), device)
         prompts = random_prompts(model.config.vocab_size, options.num_prompts, options.prompt_length, options.seed)
     else:
-        texts = read_prompts(options.prompts, options.num_prompts)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         prompts = _tokenize(tokenizer, texts)
         pad_token_id = tokenizer.pad_token_id or 0
@@ -116,6 +139,10 @@ def _check_source(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.shape is None):
         got = "neither" if options.model is None else "both"
         raise ValueError(f"Exactly one of `--model` and `--shape` says what to measure, got {got}.")
+    for option in ("model", "assistant"):
+        name = getattr(options, option, None)
+        if name is not None and name.startswith(("/", ".", "~")) and not Path(name).exists():
+            raise OSError(f"`--{option}` must be a folder or a name on the Hub, got {name!r}, which is not there.")
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

@@ -13,6 +13,9 @@ from transformers import DynamicCache
 from .._host import base_model_of
 
 
+_NUM_WARM_UPS = 3
+
+
 def synchronize(device: torch.device) -> None:
     """
     Wait until a device has done all its work; a CPU always has.
@@ -26,78 +29,82 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-@torch.no_grad()
-def time_forwards(model: Any, cache_lengths: Sequence[int], width: int, batch_size: int = 1) -> list[float]:
+class BareForward:
     """
-    Time the model on `width` tokens behind caches of given lengths, with nothing around it.
-
-    Tokens are random; the cache is filled and cut outside the clocks, which are read after a device sync.
+    A model with a cache of its own, to be timed on `width` tokens with nothing around the forward.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
-        cache_lengths (`Sequence[int]`): tokens in the cache before each forward, each at least 1 and at most `width`
-            more than the one before.
-        width (`int`): tokens a row of a forward.
+        width (`int`): tokens a row of a forward; they are random.
         batch_size (`int`): rows.
-
-    Returns:
-        `list[float]`: seconds of each forward.
-
-    Raises:
-        ValueError: if a cache length cannot follow from the one before.
     """
-    forward = base_model_of(model)
-    device = model.device
-    vocab_size = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    longest = max(cache_lengths)
-    ids = torch.randint(vocab_size, (batch_size, longest + width), generator=generator).to(device)
-    cache = DynamicCache(config=model.config.get_text_config())
-    cache.activate_past_recording()  # layers that see a window only can then be cut too
-    forward(ids[:, : cache_lengths[0]], past_key_values=cache, use_cache=True)
-    seconds = []
-    for length in cache_lengths:
-        surplus = cache.get_seq_length() - length
+
+    def __init__(self, model: Any, width: int, batch_size: int = 1):
+        self.width = width
+        self._forward = base_model_of(model)
+        config = model.config.get_text_config()
+        generator = torch.Generator().manual_seed(0)
+        self._ids = torch.randint(config.vocab_size, (batch_size, width), generator=generator).to(model.device)
+        self._cache = DynamicCache(config=config)
+        self._cache.activate_past_recording()  # layers that see a window only can then be cut too
+
+    @torch.no_grad()
+    def seconds(self, cache_length: int) -> float:
+        """
+        Time one forward. The cache is filled and cut outside the clocks, which are read after a device sync.
+
+        Args:
+            cache_length (`int`): tokens in the cache before the forward; no fewer than in the call before, since
+                layers that see a window cannot go back further.
+
+        Returns:
+            `float`: seconds.
+        """
+        length = self._cache.get_seq_length()
+        surplus = length - cache_length
+        if length > 0:
+            self._cache.crop(-max(surplus, 0))
         if surplus < 0:
-            raise ValueError(f"`cache_lengths` may grow by at most `width`, {width}, got {list(cache_lengths)}.")
-        cache.crop(-surplus)
-        block = ids[:, length : length + width]
+            self._forward(self._filler(-surplus), past_key_values=self._cache, use_cache=True)
+            self._cache.crop(0)  # lets go of what has left a window
+        device = self._ids.device
         synchronize(device)
         start = time.perf_counter()
-        forward(block, past_key_values=cache, use_cache=True)
+        self._forward(self._ids, past_key_values=self._cache, use_cache=True)
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        return time.perf_counter() - start
+
+    def _filler(self, length: int) -> torch.Tensor:
+        return self._ids.repeat(1, -(-length // self.width))[:, :length]
 
 
 def compare_widths(
-    model: Any, widths: Sequence[int], cache_length: int, batch_size: int = 1, iterations: int = 8, rounds: int = 5
+    model: Any, widths: Sequence[int], cache_length: int, batch_size: int = 1, iterations: int = 32
 ) -> dict[int, list[float]]:
     """
-    Time forwards of several widths in turns, after one round that is left out.
+    Time forwards of several widths, one of each in turn; the first few turns are left out.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
         widths (`Sequence[int]`): tokens a row of a forward.
         cache_length (`int`): tokens in the cache before each forward.
         batch_size (`int`): rows.
-        iterations (`int`): forwards of a round.
-        rounds (`int`): how often each width has its turn.
+        iterations (`int`): forwards of each width.
 
     Returns:
-        `dict[int, list[float]]`: for each width the median seconds of each round.
+        `dict[int, list[float]]`: for each width the seconds of each forward.
     """
-    lengths = [cache_length] * iterations
-    medians: dict[int, list[float]] = {width: [] for width in sorted(set(widths))}
-    for _ in range(rounds + 1):
-        for width, values in medians.items():
-            values.append(statistics.median(time_forwards(model, lengths, width, batch_size)))
-    return {width: values[1:] for width, values in medians.items()}
+    forwards = [BareForward(model, width, batch_size) for width in sorted(set(widths))]
+    seconds: dict[int, list[float]] = {forward.width: [] for forward in forwards}
+    for _ in range(_NUM_WARM_UPS + iterations):
+        for forward in forwards:
+            seconds[forward.width].append(forward.seconds(cache_length))
+    return {width: values[_NUM_WARM_UPS:] for width, values in seconds.items()}
 
 
 def relative_cost(seconds: dict[int, list[float]], width: float) -> float:
     """
-    Cost of a forward of some width in forwards of one token: the median over the rounds of the ratio in each.
+    Cost of a forward of some width in forwards of one token: the median of the ratios to a neighbor.
 
     Args:
         seconds (`dict[int, list[float]]`): result of `compare_widths`, with width 1.

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .._host import base_model_of
 from .benchmark import DecodingMethod
 from .environment import describe_environment, format_environment
-from .forwards import synchronize, time_forwards
+from .forwards import BareForward, synchronize
 from .report import format_table
 
 
@@ -45,7 +45,7 @@ def measure_overhead(
     prompt: list[int],
     iterations: int,
     rounds: int = 5,
-    stamps: bool | None = None,
+    pairs: bool | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """
@@ -56,8 +56,8 @@ def measure_overhead(
         prompt (`list[int]`): token ids.
         iterations (`int`): iterations of a round.
         rounds (`int`): how often each method has its turn, after one turn that is left out.
-        stamps (`bool`, *optional*): whether iterations are clocked one by one, by the times at which the model is
-            called; otherwise a long `generate` less a short one is. By default so on CPU only; compiled methods never.
+        pairs (`bool`, *optional*): whether iterations are clocked one by one, each beside a bare forward; otherwise a
+            long `generate` less a short one is. By default so on CPU only; compiled methods never.
         show_progress (`bool`): whether to draw a progress bar.
 
     Returns:
@@ -67,20 +67,19 @@ def measure_overhead(
         ValueError: if a response is too short to measure.
     """
     model = methods[0].model
-    stamps = model.device.type == "cpu" if stamps is None else stamps
-    records: list[list[dict[str, Any]]] = [[] for _ in methods]
+    pairs = model.device.type == "cpu" if pairs is None else pairs
+    records: list[list[dict[str, list[float]]]] = [[] for _ in methods]
     turns = [turn for turn in range(rounds + 1) for _ in methods]
     for index, turn in enumerate(tqdm(turns, desc="Measuring", unit="turn", disable=not show_progress)):
         method = methods[index % len(methods)]
-        clock = _stamped_iterations if stamps and not method.is_compiled else _mean_iteration
-        seconds, cache_lengths = clock(method, prompt, iterations)
-        forwards = time_forwards(model, cache_lengths, _width(method))
+        clock = _paired_iterations if pairs and not method.is_compiled else _mean_iteration
+        record = clock(method, prompt, iterations)
         if turn > 0:
-            records[index % len(methods)].append({"iteration_seconds": seconds, "forward_seconds": forwards})
+            records[index % len(methods)].append(record)
     return {
         "kind": "overhead",
         "environment": describe_environment(model),
-        "settings": {"iterations": iterations, "rounds": rounds, "prompt_length": len(prompt), "stamps": stamps},
+        "settings": {"iterations": iterations, "rounds": rounds, "prompt_length": len(prompt), "pairs": pairs},
         "rows": [_row(method, rounds_of) for method, rounds_of in zip(methods, records)],
     }
 
@@ -142,7 +141,7 @@ def _generate(method: DecodingMethod, prompt: list[int], max_new_tokens: int) ->
     return seconds, [1] * num_generated if stats is None else stats.num_committed[0]
 
 
-def _full_iterations(prompt_length: int, width: int, max_new_tokens: int, committed: list[int]) -> dict[int, int]:
+def _full_iterations(prompt_length: int, width: int, max_new_tokens: int, committed: list[int]) -> list[int]:
     """
     Find the forwards after the prefill that are as wide as they can be: near the end there is less left to guess.
 
@@ -153,47 +152,64 @@ def _full_iterations(prompt_length: int, width: int, max_new_tokens: int, commit
         committed (`list[int]`): tokens gained in each forward, prefill first.
 
     Returns:
-        `dict[int, int]`: number of the forward and tokens in the cache before it.
+        `list[int]`: tokens in the cache before each.
     """
     gained = list(itertools.accumulate(committed))
-    return {
-        number: prompt_length + before - 1  # the last token gained is not in the cache yet
-        for number, before in enumerate(gained[:-1], start=1)
-        if max_new_tokens - before >= width
-    }
+    # The last token gained is not in the cache yet.
+    return [prompt_length + before - 1 for before in gained[:-1] if max_new_tokens - before >= width]
 
 
-def _stamped_iterations(method: DecodingMethod, prompt: list[int], iterations: int) -> tuple[list[float], list[int]]:
-    """Seconds of each iteration, from one call of the model to the next, and the cache length before each."""
-    stamps: list[float] = []
-    device = method.model.device
+def _paired_iterations(method: DecodingMethod, prompt: list[int], iterations: int) -> dict[str, list[float]]:
+    """
+    Clock each iteration from one call of the model to the next, and a bare forward like it just before.
 
-    def stamp(*_: Any) -> None:
-        synchronize(device)
-        stamps.append(time.perf_counter())
+    Neighbors meet the machine at the same speed. The hook that runs the bare forward stops the iteration's clock.
+    """
+    model, width = method.model, _width(method)
+    bare = BareForward(model, width)
+    pairs: dict[str, list[float]] = {"iteration_seconds": [], "forward_seconds": []}
+    is_prefill, is_bare, start = True, False, None
 
-    max_new_tokens = iterations + _width(method) + 1
-    handle = base_model_of(method.model).register_forward_pre_hook(stamp)
+    def on_call(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal is_prefill, is_bare, start
+        if is_bare:
+            return
+        synchronize(model.device)
+        if start is not None:
+            pairs["iteration_seconds"].append(time.perf_counter() - start)
+            start = None
+        # Near the end there is less left to guess, and forwards are narrower.
+        if not is_prefill and kwargs["input_ids"].shape[1] == width and len(pairs["forward_seconds"]) < iterations:
+            is_bare = True
+            pairs["forward_seconds"].append(bare.seconds(kwargs["past_key_values"].get_seq_length()))
+            is_bare = False
+            start = time.perf_counter()
+        is_prefill = False
+
+    handle = base_model_of(model).register_forward_pre_hook(on_call, with_kwargs=True)
     try:
-        _, committed = _generate(method, prompt, max_new_tokens)
+        _generate(method, prompt, iterations + width + 1)
     finally:
         handle.remove()
-    full = _full_iterations(len(prompt), _width(method), max_new_tokens, committed)
-    numbers = [number for number in full if number + 1 < len(stamps)][:iterations]
-    if not numbers:
-        raise _too_short(max_new_tokens)
-    return [stamps[number + 1] - stamps[number] for number in numbers], [full[number] for number in numbers]
+    num_pairs = len(pairs["iteration_seconds"])
+    if num_pairs == 0:
+        raise _too_short(iterations + width + 1)
+    return {name: values[:num_pairs] for name, values in pairs.items()}
 
 
-def _mean_iteration(method: DecodingMethod, prompt: list[int], iterations: int) -> tuple[list[float], list[int]]:
-    """Mean seconds of an iteration: a long `generate` less a short one; prefill and end are common to both."""
+def _mean_iteration(method: DecodingMethod, prompt: list[int], iterations: int) -> dict[str, list[float]]:
+    """Clock a long `generate` less a short one, which share prefill and end, then bare forwards like those between."""
     short_seconds, short = _generate(method, prompt, _width(method))
     max_new_tokens = iterations + _width(method)
     long_seconds, long = _generate(method, prompt, max_new_tokens)
     full = _full_iterations(len(prompt), _width(method), max_new_tokens, long)
     if len(long) <= len(short) or not full:
         raise _too_short(max_new_tokens)
-    return [(long_seconds - short_seconds) / (len(long) - len(short))], list(full.values())[:iterations]
+    bare = BareForward(method.model, _width(method))
+    return {
+        "iteration_seconds": [(long_seconds - short_seconds) / (len(long) - len(short))],
+        "forward_seconds": [bare.seconds(length) for length in full[:iterations]],
+    }
 
 
 def _too_short(max_new_tokens: int) -> ValueError:
@@ -203,16 +219,23 @@ def _too_short(max_new_tokens: int) -> ValueError:
     )
 
 
-def _row(method: DecodingMethod, records: list[dict[str, Any]]) -> dict[str, Any]:
-    # A difference of two `generate` is a mean, which other means must stand against.
-    middle = statistics.median if len(records[0]["iteration_seconds"]) > 1 else statistics.fmean
-    iterations = [middle(record["iteration_seconds"]) for record in records]
-    forwards = [middle(record["forward_seconds"]) for record in records]
+def _row(method: DecodingMethod, records: list[dict[str, list[float]]]) -> dict[str, Any]:
+    summaries = [_summary(**record) for record in records]
+    iterations, forwards, ratios = zip(*summaries)
     return {
         "method": method.name,
         "n": _width(method),
         "iteration_seconds": statistics.median(iterations),
         "forward_seconds": statistics.median(forwards),
-        "ratio": statistics.median(ours / bare for ours, bare in zip(iterations, forwards)),
+        "ratio": statistics.median(ratios),
         "rounds": records,
     }
+
+
+def _summary(iteration_seconds: list[float], forward_seconds: list[float]) -> tuple[float, float, float]:
+    """A round's iteration, forward, and ratio: medians of pairs, or means where the iteration is a mean."""
+    if len(iteration_seconds) == len(forward_seconds):
+        ratio = statistics.median(ours / bare for ours, bare in zip(iteration_seconds, forward_seconds))
+        return statistics.median(iteration_seconds), statistics.median(forward_seconds), ratio
+    forward = statistics.fmean(forward_seconds)
+    return iteration_seconds[0], forward, iteration_seconds[0] / forward
