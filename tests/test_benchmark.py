@@ -306,6 +306,7 @@ def test_compiled_methods_are_passed_on():
     ]
     assert methods[-1].options == {"decoding": "jacobi", "jacobi_block_size": "auto", "jacobi_compile": True}
     assert methods[-3].options["cache_implementation"] == "static" and methods[-3].is_compiled
+    assert "not compiled here" in benchmark.compile_notes(methods)[0] and benchmark.compile_notes(methods[:4]) == []
     names = [(m.name, m.is_compiled) for m in overhead.overhead_methods(model, [8], is_compiled=True)]
     assert names == [
         ("generate()", False),

@@ -233,6 +233,22 @@ def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pa
     return _Run(responses, num_forwards, seconds, widths[1:], peak_memory)
 
 
+def compile_notes(methods: Sequence[DecodingMethod]) -> list[str]:
+    """
+    Say where a method with a compiled forward has none.
+
+    Args:
+        methods (`Sequence[DecodingMethod]`): what is measured.
+
+    Returns:
+        `list[str]`: sentences for the report.
+    """
+    static = [method for method in methods if method.options.get("cache_implementation") == "static"]
+    if any(method.model.device.type == "cpu" for method in static):
+        return ["`generate(), compiled` is not compiled here: transformers does so on accelerators only."]
+    return []
+
+
 def cut_after_stop(response: list[int], stop_ids: set[int]) -> list[int]:
     """
     Drop what stands behind the first stop token.

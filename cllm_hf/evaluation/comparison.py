@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._host import base_model_of
-from .benchmark import DecodingMethod, DecodingResult, benchmark_decoding
+from .benchmark import DecodingMethod, DecodingResult, benchmark_decoding, compile_notes
 from .environment import describe_environment, format_environment
 from .forwards import compare_widths, relative_cost
 from .report import format_table
@@ -103,8 +103,7 @@ def compare_decoding(
     notes = []
     if batch_size > 1:
         notes.append("Prompt lookup is left out: transformers decodes one prompt at a time by it.")
-    if is_compiled and model.device.type == "cpu":
-        notes.append("`generate(), compiled` is not compiled here: transformers does so on accelerators only.")
+    notes += compile_notes(methods)
     return {
         "kind": "decode",
         "environment": describe_environment(model),

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .._host import base_model_of
-from .benchmark import DecodingMethod
+from .benchmark import DecodingMethod, compile_notes
 from .environment import describe_environment, format_environment
 from .forwards import BareForward, synchronize
 from .report import format_table
@@ -80,6 +80,7 @@ def measure_overhead(
         "kind": "overhead",
         "environment": describe_environment(model),
         "settings": {"iterations": iterations, "rounds": rounds, "prompt_length": len(prompt), "pairs": pairs},
+        "notes": compile_notes(methods),
         "rows": [_row(method, rounds_of) for method, rounds_of in zip(methods, records)],
     }
 
@@ -114,7 +115,7 @@ def format_overhead(reports: Sequence[dict[str, Any]]) -> str:
         f"{settings['prompt_length']} tokens."
     )
     machines = [f"{report['name']}: {format_environment(report['environment'])}" for report in reports]
-    return "\n\n".join([format_table(header, rows), setting, *machines])
+    return "\n\n".join([format_table(header, rows), setting, *machines, *reports[0]["notes"]])
 
 
 def _width(method: DecodingMethod) -> int:
