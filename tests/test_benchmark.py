@@ -8,6 +8,7 @@ import torch
 import transformers
 from conftest import VOCAB_SIZE, make_model, make_word_model
 
+from cllm_hf import set_jacobi_defaults
 from cllm_hf.cli import main
 from cllm_hf.evaluation import benchmark, command, comparison, overhead, prompts, shapes
 from cllm_hf.evaluation.arguments import SHAPE_NAMES
@@ -28,7 +29,9 @@ def tiny_shape(monkeypatch):
 @pytest.fixture
 def model_folder(tmp_path, tokenizer):
     folder = tmp_path / "model"
-    make_word_model(tokenizer).save_pretrained(folder)
+    model = make_word_model(tokenizer)
+    set_jacobi_defaults(model, 8)  # as a CLLM has them
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -350,6 +353,7 @@ def test_decode_of_a_model_with_an_assistant(model_folder, tmp_path, capsys):
     assert [row["name"] for row in report["rows"]] == ["generate()", "prompt lookup", "assisted", "jacobi 4"]
     assert all(row["num_equal"] == 3 for row in report["rows"])
     assert report["methods"][2]["options"]["assistant_model"] == str(model_folder)
+    assert report["methods"][0]["num_forwards"] == [len(response) for response in report["methods"][0]["responses"]]
 
     capsys.readouterr()
     assert main([*arguments, "--batch-size", "2", "--num-prompts", "2"]) == 0
