@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import VOCAB_SIZE, make_model, make_word_model
+from peft import LoraConfig, get_peft_model
 
 from cllm_hf import set_jacobi_defaults
 from cllm_hf.cli import main
@@ -361,6 +362,20 @@ def test_decode_of_a_model_with_an_assistant(model_folder, tmp_path, capsys):
     assert "prompt lookup" not in printed and "Prompt lookup is left out" in printed and "2/2" in printed
     assert main([*arguments, "--batch-size", "2", "--assistant", str(model_folder)]) == 1
     assert "Drop one of the two" in capsys.readouterr().err
+
+
+def test_an_adapter_is_measured(model_folder, tokenizer, tmp_path, capsys):
+    adapter, file = tmp_path / "adapter", tmp_path / "prompts.txt"
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    file.write_text("Mia has 7 apples .\n")
+    arguments = ["--model", str(adapter), "--block-sizes", "4", "--json", str(tmp_path / "a.json")]
+    assert main(["benchmark", "decode", "--prompts", str(file), "--max-new-tokens", "10", *arguments]) == 0
+    assert "1/1" in capsys.readouterr().out
+    assert main(["benchmark", "overhead", "--rounds", "1", "--iterations", "3", *arguments]) == 0
+    environment = json.loads((tmp_path / "a.json").read_text())["reports"][0]["environment"]
+    assert environment["architecture"] == "LlamaForCausalLM"
 
 
 def test_overhead_of_shape_and_model(tiny_shape, model_folder, tmp_path, capsys):
