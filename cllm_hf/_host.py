@@ -36,5 +36,6 @@ def base_model_of(model: Any) -> PreTrainedModel:
 
 def mixes_adapters(model: PreTrainedModel) -> bool:
     """Whether `adapter_names` are in force, which PEFT gives to each row by hooks on the adapter's layers."""
-    layers = (module for module in model.modules() if hasattr(module, "active_adapters"))
+    # Every transformers model has a method of that name too, and may have hooks of its own.
+    layers = (m for m in model.modules() if hasattr(m, "active_adapters") and not isinstance(m, PreTrainedModel))
     return any(layer._forward_pre_hooks for layer in layers)

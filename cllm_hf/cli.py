@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .evaluation.arguments import add_benchmark_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         `int`: exit status: 0, 1 for an error that is explained on stderr, 130 after Ctrl-C.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     parsed = _make_parser().parse_args(arguments)
+    parsed.command_line = shlex.join(["cllm", *arguments])
     try:
         return parsed.run(parsed)
     except KeyboardInterrupt:
@@ -45,6 +49,7 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output-dir", type=Path, help="where to keep the two models and the trajectories")
     demo.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
     demo.set_defaults(run=_run_demo)
+    add_benchmark_commands(commands, run=_run_benchmark)
     return parser
 
 
@@ -60,4 +65,12 @@ def _run_demo(parsed: argparse.Namespace) -> int:
     print(f"\n{sum(report.seconds.values()):.0f} s in all: {laps}.")
     if parsed.output_dir is not None:
         print(f"Kept in {parsed.output_dir}: target, trajectories, cllm.")
+    return 0
+
+
+def _run_benchmark(parsed: argparse.Namespace) -> int:
+    warnings.filterwarnings("ignore")
+    from .evaluation.command import run_benchmark
+
+    print(run_benchmark(parsed))
     return 0

@@ -1,7 +1,8 @@
-"""Folders that are checked before the work and complete after it."""
+"""Folders and files that are checked before the work and complete after it."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,3 +49,32 @@ def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
             if earlier.exists() and not folder.exists():
                 earlier.rename(folder)
             raise
+
+
+def check_writable_file(path: Path) -> None:
+    """
+    Make the folder of a file and check that the file can be written, or written anew.
+
+    Args:
+        path (`pathlib.Path`): the file.
+
+    Raises:
+        OSError: if not, saying what to do.
+    """
+    if path.is_dir():
+        raise OSError(f"The output file must be a file, got the folder {str(path)!r}. Name a file in it.")
+    check_writable(path.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """
+    Write a file that appears under its name only when it is complete, in place of an earlier one.
+
+    Args:
+        path (`pathlib.Path`): the file; its folder exists.
+        text (`str`): what to write.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as unfinished:
+        new = Path(unfinished) / path.name
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)

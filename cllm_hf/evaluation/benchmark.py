@@ -1,9 +1,11 @@
-"""Tokens per second and per forward of several ways to decode, in one run, one prompt at a time."""
+"""Tokens per second and per forward of several ways to decode, in one run, on the same prompts, in turns."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .._host import base_model_of
+from .forwards import synchronize
 
 
 @dataclass
@@ -23,29 +26,40 @@ class DecodingMethod:
         name (`str`): how tables call it.
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
         options (`dict`): arguments of its `generate`, such as `{"decoding": "jacobi"}`.
+        is_compiled (`bool`): whether the model's forward may be compiled. A hook would then become part of the
+            compiled code, so that forwards are taken from `jacobi_stats`, or else are one a token.
     """
 
     name: str
     model: Any
     options: dict[str, Any]
+    is_compiled: bool = False
 
 
 @dataclass
 class DecodingResult:
     """
-    What a method did.
+    What a method did. Prompts are decoded in batches of `batch_size`; a run is one `generate` of one batch.
 
     Attributes:
         name (`str`): of the method.
-        responses (`list[list[int]]`): generated token ids, for each prompt.
-        num_forwards (`list[int]`): calls of the model, prefill included, for each prompt.
-        seconds (`list[float]`): time of the whole `generate`, prefill included, for each prompt.
+        responses (`list[list[int]]`): generated token ids, for each prompt, of the first round.
+        num_forwards (`list[int]`): calls of the model, prefill included, for each batch, in the first round.
+        seconds (`list[float]`): time of the whole `generate`, prefill included, for each run: all batches of the first
+            round, then those of the second, and so on.
+        batch_size (`int`): prompts of a batch; the last batch may have fewer.
+        widths (`collections.Counter`): how many forwards after the prefill fed how many tokens a row; empty for a
+            compiled method.
+        peak_memory (`int`, *optional*): most bytes that tensors took on a CUDA device in a run, weights included.
     """
 
     name: str
     responses: list[list[int]] = field(default_factory=list)
     num_forwards: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    batch_size: int = 1
+    widths: Counter[int] = field(default_factory=Counter)
+    peak_memory: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -54,28 +68,45 @@ class DecodingResult:
 
     @property
     def tokens_per_forward(self) -> float:
-        """`float`: all generated tokens over all forwards."""
-        return self.num_tokens / sum(self.num_forwards)
+        """`float`: tokens that a row gains in a forward of its batch; in batches of 1, tokens over forwards."""
+        rows = (len(batch) for batch in self._batches())
+        return self.num_tokens / sum(forwards * size for forwards, size in zip(self.num_forwards, rows))
 
     @property
     def tokens_per_second(self) -> float:
-        """`float`: median over the prompts."""
+        """`float`: of all rows of a batch together; the median over the runs."""
         return statistics.median(self._rates())
 
     def speedup_over(self, baseline: DecodingResult) -> float:
         """
-        Tokens per second over those of another method: the median over the prompts of the ratio for each prompt.
+        Tokens per second over those of another method: the median over the runs of the ratio in each run.
 
         Args:
-            baseline (`DecodingResult`): a result of the same run.
+            baseline (`DecodingResult`): a result of the same call of `benchmark_decoding`.
 
         Returns:
             `float`.
         """
         return statistics.median(ours / theirs for ours, theirs in zip(self._rates(), baseline._rates()))
 
+    def num_equal_to(self, baseline: DecodingResult) -> int:
+        """
+        Count the prompts whose responses are the same, token for token.
+
+        Args:
+            baseline (`DecodingResult`): a result of the same call of `benchmark_decoding`.
+
+        Returns:
+            `int`.
+        """
+        return sum(ours == theirs for ours, theirs in zip(self.responses, baseline.responses))
+
+    def _batches(self) -> list[list[list[int]]]:
+        return split_batches(self.responses, self.batch_size)
+
     def _rates(self) -> list[float]:
-        return [len(response) / seconds for response, seconds in zip(self.responses, self.seconds)]
+        tokens = itertools.cycle([sum(map(len, batch)) for batch in self._batches()])
+        return [num_tokens / seconds for num_tokens, seconds in zip(tokens, self.seconds)]
 
 
 def benchmark_decoding(
@@ -83,63 +114,163 @@ def benchmark_decoding(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     show_progress: bool = True,
+    batch_size: int = 1,
+    repeats: int = 1,
+    pad_token_id: int = 0,
 ) -> list[DecodingResult]:
     """
-    Decode the same prompts in several ways, greedily and one at a time.
+    Decode the same prompts in several ways, greedily.
 
-    The methods take turns on every prompt, so that a change of the machine's speed meets all of them, and a ratio is
-    taken between neighbors. The first prompt is decoded once by each before the clocks start. All clocks are around
-    the whole `generate`.
+    The methods take turns on every batch, so that a change of the machine's speed meets all of them, and a ratio is
+    taken between neighbors. Before the clocks start, each method decodes the first batch once; a compiled one decodes
+    a batch of every shape that comes, since each may be compiled anew. All clocks are around the whole `generate`.
 
     Args:
         methods (`Sequence[DecodingMethod]`): what to compare.
         prompts (`Sequence[list[int]]`): token ids of each prompt.
         max_new_tokens (`int`): longest response.
         show_progress (`bool`): whether to draw a progress bar.
+        batch_size (`int`): prompts that are decoded together, padded on the left.
+        repeats (`int`): rounds over all prompts.
+        pad_token_id (`int`): what pads prompts; it is masked.
 
     Returns:
         `list[DecodingResult]`: one for each method, in their order.
 
     Raises:
-        ValueError: if there are no prompts.
+        ValueError: if there are no prompts, or `batch_size` or `repeats` is below 1.
     """
     if not prompts:
         raise ValueError("`prompts` must hold at least one prompt, got none.")
-    results = [DecodingResult(method.name) for method in methods]
+    for name, value in (("batch_size", batch_size), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    batches = split_batches(prompts, batch_size)
+    results = [DecodingResult(method.name, batch_size=batch_size) for method in methods]
     for method in methods:
-        _timed_generate(method, prompts[0], max_new_tokens)
-    for prompt in tqdm(prompts, desc="Decoding", unit="prompt", disable=not show_progress):
-        for method, result in zip(methods, results):
-            response, num_forwards, seconds = _timed_generate(method, prompt, max_new_tokens)
-            result.responses.append(response)
-            result.num_forwards.append(num_forwards)
-            result.seconds.append(seconds)
+        for batch in _shapes(batches) if method.is_compiled else batches[:1]:
+            _run(method, batch, max_new_tokens, pad_token_id)
+    progress = tqdm(total=repeats * len(batches), desc="Decoding", unit="batch", disable=not show_progress)
+    with progress:
+        for is_first, batch in [(turn == 0, batch) for turn in range(repeats) for batch in batches]:
+            for method, result in zip(methods, results):
+                run = _run(method, batch, max_new_tokens, pad_token_id)
+                result.seconds.append(run.seconds)
+                if run.peak_memory is not None:
+                    result.peak_memory = max(run.peak_memory, result.peak_memory or 0)
+                if is_first:
+                    result.responses += run.responses
+                    result.num_forwards.append(run.num_forwards)
+                    result.widths.update(run.widths)
+            progress.update()
     return results
 
 
-def _timed_generate(method: DecodingMethod, prompt: list[int], max_new_tokens: int) -> tuple[list[int], int, float]:
-    input_ids = torch.tensor([prompt], device=method.model.device)
-    mask = torch.ones_like(input_ids)
-    calls = [0]
+def split_batches(rows: Sequence[Any], batch_size: int) -> list[list[Any]]:
+    """
+    Split rows into batches, in their order.
 
-    def count(*_: Any) -> None:
-        calls[0] += 1
+    Args:
+        rows (`Sequence`): what to split.
+        batch_size (`int`): rows of a batch.
 
+    Returns:
+        `list[list]`: the last batch may have fewer rows.
+    """
+    return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+@dataclass
+class _Run:
+    """One `generate` of one batch."""
+
+    responses: list[list[int]]
+    num_forwards: int
+    seconds: float
+    widths: list[int]
+    peak_memory: int | None
+
+
+def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pad_token_id: int) -> _Run:
+    device = method.model.device
+    length = max(map(len, batch))
+    input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in batch], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in batch], device=device)
+    widths: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        fed = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        widths.append(0 if fed is None else fed.shape[1])
+
+    options = {"return_dict_in_generate": True, **method.options} if method.is_compiled else method.options
     # The wrapper of an adapter hands `generate` on to its base model, whose calls are those to count.
-    handle = base_model_of(method.model).register_forward_pre_hook(count)
+    base_model = base_model_of(method.model)
+    handle = None if method.is_compiled else base_model.register_forward_pre_hook(count, with_kwargs=True)
+    is_cuda = device.type == "cuda"
     try:
-        _synchronize(input_ids.device)
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        synchronize(device)
         start = time.perf_counter()
         output = method.model.generate(
-            input_ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, **method.options
+            input_ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, **options
         )
-        _synchronize(input_ids.device)
+        synchronize(device)
         seconds = time.perf_counter() - start
     finally:
-        handle.remove()
-    return output[0, len(prompt) :].tolist(), calls[0], seconds
+        if handle is not None:
+            handle.remove()
+    peak_memory = torch.cuda.max_memory_allocated(device) if is_cuda else None
+    sequences = getattr(output, "sequences", output)
+    responses = sequences[:, length:].tolist()
+    num_forwards = len(widths)
+    if method.is_compiled:
+        stats = getattr(output, "jacobi_stats", None)
+        num_forwards = len(responses[0]) if stats is None else stats.num_forwards
+    if len(batch) > 1:  # rows that end early are padded
+        stop_ids = _stop_ids(base_model, method.options)
+        responses = [cut_after_stop(response, stop_ids) for response in responses]
+    return _Run(responses, num_forwards, seconds, widths[1:], peak_memory)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def compile_notes(methods: Sequence[DecodingMethod]) -> list[str]:
+    """
+    Say where a method with a compiled forward has none.
+
+    Args:
+        methods (`Sequence[DecodingMethod]`): what is measured.
+
+    Returns:
+        `list[str]`: sentences for the report.
+    """
+    static = [method for method in methods if method.options.get("cache_implementation") == "static"]
+    if any(method.model.device.type == "cpu" for method in static):
+        return ["`generate(), compiled` is not compiled here: transformers does so on accelerators only."]
+    return []
+
+
+def cut_after_stop(response: list[int], stop_ids: set[int]) -> list[int]:
+    """
+    Drop what stands behind the first stop token.
+
+    Args:
+        response (`list[int]`): generated token ids of a row, with its padding.
+        stop_ids (`set[int]`): tokens that end a response.
+
+    Returns:
+        `list[int]`: up to the first stop token, which is kept.
+    """
+    stop = next((index for index, token in enumerate(response) if token in stop_ids), len(response))
+    return response[: stop + 1]
+
+
+def _stop_ids(model: Any, options: dict[str, Any]) -> set[int]:
+    stop = options.get("eos_token_id")
+    stop = model.generation_config.eos_token_id if stop is None else stop
+    return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+
+
+def _shapes(batches: list[list[list[int]]]) -> list[list[list[int]]]:
+    """A batch of every shape, the longest first: a cache that is large enough is not made anew."""
+    shapes = {(len(batch), max(map(len, batch))): batch for batch in batches}
+    return [shapes[key] for key in sorted(shapes, key=lambda key: (-key[1], -key[0]))]

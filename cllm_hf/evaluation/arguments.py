@@ -1,0 +1,117 @@
+"""The options of `cllm benchmark`. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+SHAPE_NAMES = ("4m", "125m", "0.5b")
+
+
+def add_benchmark_commands(commands: Any, run: Callable[[argparse.Namespace], int]) -> None:
+    """
+    Add `benchmark decode` and `benchmark overhead` to a parser.
+
+    Args:
+        commands (`argparse._SubParsersAction`): the commands of the parser.
+        run (`Callable[[argparse.Namespace], int]`): runs either; `kind` says which.
+    """
+    benchmark = commands.add_parser("benchmark", help="measure how fast models decode, and what that is made of")
+    kinds = benchmark.add_subparsers(dest="kind", required=True, metavar="kind")
+    _add_decode(kinds)
+    _add_overhead(kinds)
+    for kind in kinds.choices.values():
+        kind.set_defaults(run=run)
+
+
+def _add_decode(kinds: Any) -> None:
+    decode = kinds.add_parser(
+        "decode",
+        help="compare generate(), prompt lookup, assisted and Jacobi decoding on the same prompts",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    decode.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
+    decode.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights instead")
+    decode.add_argument(
+        "--prompts", type=Path, help="file with a prompt a line, as text or JSON (`prompt`, `question`)"
+    )
+    decode.add_argument("--prompt-length", type=positive, default=64, help="tokens of the random prompts of a shape")
+    decode.add_argument("--num-prompts", type=positive, default=16, help="how many, the first ones of a file")
+    decode.add_argument("--block-sizes", type=block_size, nargs="+", default=[4, 8, 16, 32, "auto"])
+    decode.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
+    decode.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
+    decode.add_argument("--batch-size", type=positive, default=1, help="prompts that are decoded together")
+    decode.add_argument("--repeats", type=positive, default=1, help="rounds over all prompts")
+    decode.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
+    _add_common(decode)
+
+
+def _add_overhead(kinds: Any) -> None:
+    overhead = kinds.add_parser(
+        "overhead",
+        help="compare an iteration of Jacobi decoding with the bare forward in it",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    overhead.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
+    overhead.add_argument(
+        "--shape", choices=SHAPE_NAMES, nargs="+", help="models with random weights; 4m and 125m without --model"
+    )
+    overhead.add_argument("--block-sizes", type=positive, nargs="+", default=[1, 8, 16])
+    overhead.add_argument("--iterations", type=positive, default=32, help="of a round")
+    overhead.add_argument("--rounds", type=positive, default=5, help="turns of each method")
+    overhead.add_argument(
+        "--prompt-length", type=positive, default=64, help="random tokens before the first iteration"
+    )
+    overhead.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
+    _add_common(overhead)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the weights; auto: that of the checkpoint, for shapes float32 on CPU and bfloat16 elsewhere",
+    )
+    parser.add_argument("--device", default="auto", help="such as cpu or cuda:0; auto: cuda if there is one")
+    parser.add_argument("--threads", type=positive, help="CPU threads of torch; by default as torch chooses")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and random prompts")
+    parser.add_argument("--json", type=Path, help="file for everything that was measured")
+    parser.add_argument("--markdown", type=Path, help="file for the command and the table")
+
+
+def positive(text: str) -> int:
+    """
+    Read an integer of at least 1.
+
+    Args:
+        text (`str`): what the user typed.
+
+    Returns:
+        `int`.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is something else.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def block_size(text: str) -> int | str:
+    """
+    Read a block size.
+
+    Args:
+        text (`str`): what the user typed.
+
+    Returns:
+        `int` or the `str` "auto".
+
+    Raises:
+        argparse.ArgumentTypeError: if it is neither an integer of at least 1 nor "auto".
+    """
+    return text if text == "auto" else positive(text)

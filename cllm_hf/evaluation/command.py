@@ -1,0 +1,204 @@
+"""From the options of `cllm benchmark` to a text and files: loads models and prompts, measures, writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from .._host import base_model_of
+from ..files import check_writable_file, write_whole
+from ..loading import load_cllm
+from .comparison import check_assistant, compare_decoding, format_comparison
+from .overhead import format_overhead, measure_overhead, overhead_methods
+from .prompts import read_prompts
+from .shapes import make_random_model, random_prompts
+
+
+SCHEMA_VERSION = 1
+
+
+def run_benchmark(options: argparse.Namespace) -> str:
+    """
+    Run `cllm benchmark`, of either kind.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names, and the `command_line`.
+
+    Returns:
+        `str`: the result as Markdown.
+
+    Raises:
+        OSError: if a file cannot be read or written, or a model cannot be loaded.
+        ValueError: if options contradict each other or prompts are not usable.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # notices of the host about its own calls of `generate`
+    try:
+        return run_decode(options) if options.kind == "decode" else run_overhead(options)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def run_decode(options: argparse.Namespace) -> str:
+    """
+    Run `cllm benchmark decode`.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names, and the `command_line`.
+
+    Returns:
+        `str`: the result as Markdown.
+
+    Raises:
+        OSError: if a file cannot be read or written, or a model cannot be loaded.
+        ValueError: if options contradict each other or prompts are not usable.
+    """
+    _check_source(options)
+    if options.model is not None and options.prompts is None:
+        raise ValueError("A model needs prompts, got `--model` without `--prompts`. Pass a file with a prompt a line.")
+    if options.shape is not None and (options.prompts is not None or options.assistant is not None):
+        raise ValueError(
+            "A shape has no tokenizer and no assistant, got `--shape` with `--prompts` or `--assistant`. Drop them, "
+            "or pass `--model`."
+        )
+    check_assistant(options.assistant, options.batch_size)
+    texts = [] if options.prompts is None else read_prompts(options.prompts, options.num_prompts)
+    _check_outputs(options)
+    device = _prepare(options)
+    assistant, pad_token_id = None, 0
+    if options.model is None:
+        model = make_random_model(options.shape, options.seed, _shape_dtype(options, device), device)
+        prompts = random_prompts(model.config.vocab_size, options.num_prompts, options.prompt_length, options.seed)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        prompts = _tokenize(tokenizer, texts)
+        pad_token_id = tokenizer.pad_token_id or 0
+        model = _load(options.model, options, device)
+        assistant = None if options.assistant is None else _load(options.assistant, options, device)
+    report = compare_decoding(
+        model,
+        prompts,
+        options.block_sizes,
+        options.max_new_tokens,
+        options.batch_size,
+        options.repeats,
+        assistant,
+        options.compile,
+        pad_token_id,
+        show_progress=sys.stderr.isatty(),
+    )
+    return _finish({**report, "name": options.model or options.shape}, format_comparison(report), options)
+
+
+def run_overhead(options: argparse.Namespace) -> str:
+    """
+    Run `cllm benchmark overhead`.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names, and the `command_line`.
+
+    Returns:
+        `str`: the result as Markdown.
+
+    Raises:
+        OSError: if a file cannot be written or a model cannot be loaded.
+        ValueError: if options contradict each other.
+    """
+    if options.model is None and options.shape is None:
+        options.shape = ["4m", "125m"]
+    _check_source(options)
+    _check_outputs(options)
+    device = _prepare(options)
+    reports = []
+    for name in options.shape or [options.model]:
+        if options.model is None:
+            model = make_random_model(name, options.seed, _shape_dtype(options, device), device)
+        else:
+            model = _load(name, options, device)
+            # Every iteration counts, also behind the end of the text, and none of the model's own processors.
+            base_model_of(model).generation_config = model.generation_config = GenerationConfig(pad_token_id=0)
+        vocab_size = model.config.get_text_config().vocab_size
+        prompt = random_prompts(vocab_size, 1, options.prompt_length, options.seed)[0]
+        methods = overhead_methods(model, options.block_sizes, options.compile)
+        report = measure_overhead(
+            methods, prompt, options.iterations, options.rounds, show_progress=sys.stderr.isatty()
+        )
+        reports.append({**report, "name": name})
+        del model, methods
+    return _finish({"kind": "overhead", "reports": reports}, format_overhead(reports), options)
+
+
+def _check_source(options: argparse.Namespace) -> None:
+    if (options.model is None) == (options.shape is None):
+        got = "neither" if options.model is None else "both"
+        raise ValueError(f"Exactly one of `--model` and `--shape` says what to measure, got {got}.")
+    for option in ("model", "assistant"):
+        name = getattr(options, option, None)
+        if name is not None and name.startswith(("/", ".", "~")) and not Path(name).exists():
+            raise OSError(f"`--{option}` must be a folder or a name on the Hub, got {name!r}, which is not there.")
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    if options.json is not None and options.json == options.markdown:
+        raise ValueError(f"`--json` and `--markdown` must be two files, got {str(options.json)!r} for both.")
+    for path in (options.json, options.markdown):
+        if path is not None:
+            check_writable_file(path)
+
+
+def _prepare(options: argparse.Namespace) -> torch.device:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`--device` must be a device of this machine, got {name!r} ({reason}).") from error
+    return device
+
+
+def _shape_dtype(options: argparse.Namespace, device: torch.device) -> torch.dtype:
+    if options.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, options.dtype)
+
+
+def _load(name: str, options: argparse.Namespace, device: torch.device) -> Any:
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model: Any = load_cllm(name, dtype=dtype)
+    return model.to(device)
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    empty = next((text for text, prompt in zip(texts, prompts) if not prompt), None)
+    if empty is not None:
+        raise ValueError(
+            f"Every prompt must have at least one token, got none for {empty[:60]!r}. Leave that line out."
+        )
+    return prompts
+
+
+def _finish(report: dict[str, Any], text: str, options: argparse.Namespace) -> str:
+    record = {"schema_version": SCHEMA_VERSION, "command": options.command_line, "options": _plain(options), **report}
+    if options.json is not None:
+        write_whole(options.json, json.dumps(record) + "\n")
+    if options.markdown is not None:
+        write_whole(options.markdown, f"    {options.command_line}\n\n{text}\n")
+    return text
+
+
+def _plain(options: argparse.Namespace) -> dict[str, Any]:
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    return {name: value for name, value in values.items() if not callable(value)}

@@ -1,0 +1,235 @@
+"""What `cllm benchmark decode` does: several ways to decode next to `generate()`, and what each could gain at most."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from .._host import base_model_of
+from .benchmark import DecodingMethod, DecodingResult, benchmark_decoding, compile_notes
+from .environment import describe_environment, format_environment
+from .forwards import compare_widths, relative_cost
+from .report import format_table
+
+
+PROMPT_LOOKUP_TOKENS = 10
+_NUM_AUTO_WIDTHS = 4
+
+
+def make_methods(
+    model: Any,
+    block_sizes: Sequence[int | str],
+    assistant: Any = None,
+    prompt_lookup: bool = True,
+    is_compiled: bool = False,
+) -> list[DecodingMethod]:
+    """
+    List the ways to decode, `generate()` first.
+
+    Args:
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
+        block_sizes (`Sequence[int | str]`): values of `jacobi_block_size`.
+        assistant (`transformers.PreTrainedModel`, *optional*): draft model of assisted decoding.
+        prompt_lookup (`bool`): whether to have prompt lookup too.
+        is_compiled (`bool`): whether to have `generate()` and Jacobi decoding with a compiled forward too.
+
+    Returns:
+        `list[DecodingMethod]`.
+    """
+    greedy = {"decoding": "autoregressive"}
+    methods = [DecodingMethod("generate()", model, greedy)]
+    if prompt_lookup:
+        options = {**greedy, "prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}
+        methods.append(DecodingMethod("prompt lookup", model, options))
+    if assistant is not None:
+        methods.append(DecodingMethod("assisted", model, {**greedy, "assistant_model": assistant}))
+    jacobi = [{"decoding": "jacobi", "jacobi_block_size": block_size} for block_size in block_sizes]
+    methods += [DecodingMethod(f"jacobi {options['jacobi_block_size']}", model, options) for options in jacobi]
+    if is_compiled:
+        static = {**greedy, "cache_implementation": "static"}
+        methods.append(DecodingMethod("generate(), compiled", model, static, is_compiled=True))
+        methods += [
+            DecodingMethod(
+                f"jacobi {options['jacobi_block_size']}, compiled",
+                model,
+                {**options, "jacobi_compile": True},
+                is_compiled=True,
+            )
+            for options in jacobi
+        ]
+    return methods
+
+
+def compare_decoding(
+    model: Any,
+    prompts: Sequence[list[int]],
+    block_sizes: Sequence[int | str],
+    max_new_tokens: int,
+    batch_size: int = 1,
+    repeats: int = 1,
+    assistant: Any = None,
+    is_compiled: bool = False,
+    pad_token_id: int = 0,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Measure all ways to decode on the same prompts, and the cost of the forwards that they make.
+
+    Args:
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
+        prompts (`Sequence[list[int]]`): token ids of each prompt.
+        block_sizes (`Sequence[int | str]`): values of `jacobi_block_size`.
+        max_new_tokens (`int`): longest response.
+        batch_size (`int`): prompts that are decoded together. Prompt lookup takes part for 1 only.
+        repeats (`int`): rounds over all prompts.
+        assistant (`transformers.PreTrainedModel`, *optional*): draft model of assisted decoding.
+        is_compiled (`bool`): whether to have compiled forwards too.
+        pad_token_id (`int`): what pads prompts; it is masked.
+        show_progress (`bool`): whether to draw a progress bar.
+
+    Returns:
+        `dict`: everything that was measured, ready for JSON; `format_comparison` makes a text of it.
+
+    Raises:
+        ValueError: if there are no prompts, an assistant is given for a batch, or the model refuses an option.
+    """
+    check_assistant(assistant, batch_size)
+    methods = make_methods(model, block_sizes, assistant, batch_size == 1, is_compiled)
+    results = benchmark_decoding(methods, prompts, max_new_tokens, show_progress, batch_size, repeats, pad_token_id)
+    cache_length = _middle_length(prompts, results[0])
+    widths = [1, *(size for size in block_sizes if isinstance(size, int)), *_auto_widths(methods, results)]
+    forwards = compare_widths(model, widths, cache_length, min(batch_size, len(prompts)))
+    notes = []
+    if batch_size > 1:
+        notes.append("Prompt lookup is left out: transformers decodes one prompt at a time by it.")
+    notes += compile_notes(methods)
+    return {
+        "kind": "decode",
+        "environment": describe_environment(model),
+        "settings": {
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "repeats": repeats,
+            "num_prompts": len(prompts),
+        },
+        "notes": notes,
+        "prompt_lengths": [len(prompt) for prompt in prompts],
+        "cache_length": cache_length,
+        "forward_seconds": {str(width): seconds for width, seconds in forwards.items()},
+        "methods": [_raw(method, result) for method, result in zip(methods, results)],
+        "rows": [_row(method, result, results[0], forwards) for method, result in zip(methods, results)],
+    }
+
+
+def check_assistant(assistant: object, batch_size: int) -> None:
+    """
+    Refuse an assistant for a batch.
+
+    Args:
+        assistant (`object`): the draft model or its name; `None` for none.
+        batch_size (`int`): prompts that are decoded together.
+
+    Raises:
+        ValueError: if there is an assistant and more than one prompt at a time.
+    """
+    if assistant is not None and batch_size > 1:
+        raise ValueError(
+            f"Assisted decoding takes one prompt at a time, got `--assistant` with `--batch-size {batch_size}`. Drop "
+            "one of the two."
+        )
+
+
+def format_comparison(report: dict[str, Any]) -> str:
+    """
+    Write the result of `compare_decoding` as Markdown.
+
+    Args:
+        report (`dict`): the result, or what `json.loads` has made of it.
+
+    Returns:
+        `str`: table, machine and notes.
+    """
+    with_memory = any(row["peak_memory"] is not None for row in report["rows"])
+    header = ["method", "tokens/s", "tokens per forward", "t(n)/t(1)", "limit", "speed-up over generate()", "equal"]
+    rows = []
+    for row in report["rows"]:
+        cells = [
+            row["name"],
+            f"{row['tokens_per_second']:.{0 if row['tokens_per_second'] >= 100 else 1}f}",
+            f"{row['tokens_per_forward']:.2f}",
+            "-" if row["relative_cost"] is None else f"{row['relative_cost']:.2f}",
+            "-" if row["limit"] is None else f"{row['limit']:.2f}x",
+            f"{row['speedup']:.2f}x",
+            f"{row['num_equal']}/{report['settings']['num_prompts']}",
+        ]
+        if with_memory:
+            cells.append("-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}")
+        rows.append(cells)
+    settings = report["settings"]
+    lengths = report["prompt_lengths"]
+    sizes = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else f"{lengths[0]}"
+    setting = (
+        f"Prompts: {settings['num_prompts']} of {sizes} tokens, in batches of {settings['batch_size']}. New tokens: "
+        f"at most {settings['max_new_tokens']}. Rounds: {settings['repeats']}. t(n) is behind "
+        f"{report['cache_length']} cached tokens."
+    )
+    table = format_table(header + ["peak MiB"] * with_memory, rows)
+    return "\n\n".join([table, setting, format_environment(report["environment"]), *report["notes"]])
+
+
+def _middle_length(prompts: Sequence[list[int]], result: DecodingResult) -> int:
+    """Tokens in the cache half-way through a usual response."""
+    prompt_length = statistics.median(map(len, prompts))
+    return max(int(prompt_length + statistics.median(map(len, result.responses)) / 2), 1)
+
+
+def _auto_widths(methods: Sequence[DecodingMethod], results: Sequence[DecodingResult]) -> list[int]:
+    """The widths that forwards with block size "auto" mostly have."""
+    return [
+        width
+        for method, result in zip(methods, results)
+        if method.options.get("jacobi_block_size") == "auto"
+        for width, _ in result.widths.most_common(_NUM_AUTO_WIDTHS)
+    ]
+
+
+def _row(
+    method: DecodingMethod, result: DecodingResult, baseline: DecodingResult, forwards: dict[int, list[float]]
+) -> dict[str, Any]:
+    block_size = method.options.get("jacobi_block_size")
+    cost = None
+    if isinstance(block_size, int) and not method.is_compiled:
+        cost = relative_cost(forwards, block_size)
+    elif block_size == "auto" and result.widths:
+        total = sum(count * relative_cost(forwards, width) for width, count in result.widths.items())
+        cost = total / sum(result.widths.values())
+    # `generate()` makes a forward a token, but in a batch its ended rows stay until the last one has.
+    gain = result.tokens_per_forward / baseline.tokens_per_forward
+    return {
+        "name": result.name,
+        "tokens_per_second": result.tokens_per_second,
+        "tokens_per_forward": result.tokens_per_forward,
+        "relative_cost": cost,
+        "limit": None if cost is None else gain / cost,
+        "speedup": result.speedup_over(baseline),
+        "num_equal": result.num_equal_to(baseline),
+        "peak_memory": result.peak_memory,
+    }
+
+
+def _raw(method: DecodingMethod, result: DecodingResult) -> dict[str, Any]:
+    options = {
+        name: getattr(base_model_of(value), "name_or_path", value) if name == "assistant_model" else value
+        for name, value in method.options.items()
+    }
+    return {
+        "name": result.name,
+        "options": options,
+        "is_compiled": method.is_compiled,
+        "responses": result.responses,
+        "num_forwards": result.num_forwards,
+        "seconds": result.seconds,
+        "widths": {str(width): count for width, count in sorted(result.widths.items())},
+        "peak_memory": result.peak_memory,
+    }

@@ -1,0 +1,444 @@
+"""What the benchmarks count is right, and what they cannot do they say; nothing here looks at a time."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+import transformers
+from conftest import VOCAB_SIZE, make_model, make_word_model
+from peft import LoraConfig, get_peft_model
+
+from cllm_hf import set_jacobi_defaults
+from cllm_hf.cli import main
+from cllm_hf.evaluation import benchmark, command, comparison, overhead, prompts, shapes
+from cllm_hf.evaluation.arguments import SHAPE_NAMES
+from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, cut_after_stop
+from cllm_hf.evaluation.forwards import BareForward, compare_widths, relative_cost
+from cllm_hf.files import check_writable_file, write_whole
+
+
+GREEDY = {"decoding": "autoregressive"}
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    monkeypatch.setitem(shapes.SHAPES, "4m", {**tiny, "vocab_size": VOCAB_SIZE})
+
+
+@pytest.fixture
+def model_folder(tmp_path, tokenizer):
+    folder = tmp_path / "model"
+    model = make_word_model(tokenizer)
+    set_jacobi_defaults(model, 8)  # as a CLLM has them
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_ids(*lengths):
+    return [shapes.random_prompts(VOCAB_SIZE, 1, length, seed=length)[0] for length in lengths]
+
+
+# Counting
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_tokens_and_forwards_are_those_of_the_statistics(llama, batch_size):
+    rows = random_ids(9, 7, 12, 5)
+    methods = [
+        DecodingMethod("generate()", llama, GREEDY),
+        DecodingMethod("jacobi", llama, {"jacobi_block_size": 6}),
+        DecodingMethod("counted otherwise", llama, {"jacobi_block_size": 6}, is_compiled=True),
+    ]
+    results = benchmark_decoding(methods, rows, 20, show_progress=False, batch_size=batch_size, repeats=2)
+    num_batches = len(benchmark.split_batches(rows, batch_size))
+    for result in results:
+        assert [len(response) for response in result.responses] == [20] * len(rows)
+        assert len(result.num_forwards) == num_batches and len(result.seconds) == 2 * num_batches
+        assert result.num_equal_to(results[0]) == len(rows) and result.peak_memory is None
+    greedy, jacobi, unhooked = results
+    assert greedy.num_forwards == [20] * num_batches and greedy.tokens_per_forward == 1.0
+    assert greedy.widths == Counter({1: 19 * num_batches})
+    assert jacobi.num_forwards == unhooked.num_forwards and unhooked.widths == Counter()
+    assert sum(jacobi.widths.values()) == sum(jacobi.num_forwards) - num_batches and max(jacobi.widths) == 6
+    if batch_size == 1:
+        for row, num_forwards in zip(rows, jacobi.num_forwards):
+            ids = torch.tensor([row])
+            output = llama.generate(
+                ids, jacobi_block_size=6, do_sample=False, max_new_tokens=20, return_dict_in_generate=True
+            )
+            assert output.jacobi_stats.num_forwards == num_forwards
+        assert jacobi.tokens_per_forward == 20 * len(rows) / sum(jacobi.num_forwards) > 1
+
+
+def test_responses_of_a_batch_are_those_of_single_prompts(tokenizer):
+    model = make_word_model(tokenizer)
+    rows = random_ids(4, 9, 6, 7, 8)
+    methods = [
+        DecodingMethod("generate()", model, GREEDY),
+        DecodingMethod("jacobi", model, {"jacobi_block_size": 4}),
+        DecodingMethod("generate() unhooked", model, GREEDY, is_compiled=True),
+    ]
+    alone = benchmark_decoding(methods, rows, 15, show_progress=False)
+    together = benchmark_decoding(methods, rows, 15, False, batch_size=3, pad_token_id=tokenizer.pad_token_id)
+    assert len({len(response) for response in alone[0].responses}) > 1
+    for single, batch in zip(alone, together):
+        assert single.responses == batch.responses == alone[0].responses
+    assert alone[0].num_forwards == alone[2].num_forwards and together[0].num_forwards == together[2].num_forwards
+    assert together[0].tokens_per_forward < 1.0  # ended rows wait for the last one
+
+
+def test_methods_take_turns_on_every_batch(llama, monkeypatch):
+    calls = []
+
+    def record(self, ids, **kwargs):
+        calls.append((kwargs["jacobi_block_size"], ids.shape[1]))
+        return ids
+
+    monkeypatch.setattr(type(llama), "generate", record)
+    methods = [DecodingMethod(str(size), llama, {"jacobi_block_size": size}, size == 3) for size in (2, 3)]
+    benchmark_decoding(methods, random_ids(5, 6, 7), 4, show_progress=False, repeats=2)
+    # A compiled method has met every shape before the clocks start, the longest first.
+    assert calls == [(2, 5), (3, 7), (3, 6), (3, 5)] + 2 * [(size, length) for length in (5, 6, 7) for size in (2, 3)]
+
+
+def test_rates_of_batches_and_rounds():
+    slow = DecodingResult("slow", [[1] * 10, [1] * 20, [1] * 30], [20, 30], [3.0, 3.0, 6.0, 6.0], batch_size=2)
+    fast = DecodingResult("fast", [[1] * 10, [1] * 20, [2] * 30], [10, 15], [1.0, 1.0, 2.0, 2.0], batch_size=2)
+    assert slow.tokens_per_second == 7.5 and fast.speedup_over(slow) == 3.0
+    assert slow.tokens_per_forward == 60 / (2 * 20 + 30) and fast.num_equal_to(slow) == 2
+
+
+def test_cut_after_stop():
+    assert cut_after_stop([5, 6, 7, 0, 0], {7}) == [5, 6, 7]
+    assert cut_after_stop([7, 6, 7], {6, 7}) == [7]
+    assert cut_after_stop([5, 6], set()) == [5, 6]
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"repeats": 0}])
+def test_benchmark_refuses_empty_runs(llama, changes):
+    with pytest.raises(ValueError, match=f"`{next(iter(changes))}` must be at least 1, got 0"):
+        benchmark_decoding([], [[1]], 3, **changes)
+
+
+# Forwards
+
+
+def test_forwards_see_the_cache_lengths_asked_for():
+    for name in ("llama", "gemma3"):  # the second has layers that see a window of 8
+        model, seen = make_model(name), []
+
+        def look(module, args, kwargs, seen=seen):
+            seen.append((kwargs["past_key_values"].get_seq_length(), args[0].shape))
+
+        handle = model.register_forward_pre_hook(look, with_kwargs=True)
+        bare = BareForward(model, 4, batch_size=2)
+        for length in (9, 10, 13, 13, 30):
+            bare.seconds(length)
+        handle.remove()
+        assert [length for length, shape in seen if shape == (2, 4)] == [9, 10, 13, 13, 30]
+        assert [(length, shape) for length, shape in seen if shape != (2, 4)] == [(0, (2, 9)), (17, (2, 13))]
+
+
+def test_widths_are_timed_in_turns(llama):
+    seen = []
+    handle = llama.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    seconds = compare_widths(llama, [4, 1, 4, 2], cache_length=7, iterations=5)
+    handle.remove()
+    assert {width: len(values) for width, values in seconds.items()} == {1: 5, 2: 5, 4: 5}
+    assert seen[:6] == [7, 1, 7, 2, 7, 4] and seen[-6:] == [1, 2, 4, 1, 2, 4]
+
+
+def test_relative_cost_is_measured_or_between():
+    seconds = {1: [1.0, 2.0, 1.0], 5: [2.0, 4.0, 3.0], 9: [4.0, 8.0, 4.0]}
+    assert [relative_cost(seconds, width) for width in (1, 3, 5, 7, 9, 20)] == [1.0, 1.5, 2.0, 3.0, 4.0, 4.0]
+
+
+def test_limit_is_the_gain_in_forwards_over_their_cost():
+    model = make_model("llama")
+    baseline = DecodingResult("generate()", [[1] * 12], [12], [1.0])
+    result = DecodingResult("jacobi", [[1] * 12], [4], [0.5], widths=Counter({4: 2, 2: 1}))
+    seconds = {1: [1.0], 2: [1.5], 4: [2.0]}
+    row = comparison._row(DecodingMethod("", model, {"jacobi_block_size": 4}), result, baseline, seconds)
+    assert (row["relative_cost"], row["limit"], row["speedup"]) == (2.0, 1.5, 2.0)
+    row = comparison._row(DecodingMethod("", model, {"jacobi_block_size": "auto"}), result, baseline, seconds)
+    assert row["limit"] == pytest.approx(3 / ((2 * 2.0 + 1.5) / 3))
+    assert comparison._row(DecodingMethod("", model, GREEDY), baseline, baseline, seconds)["limit"] is None
+
+
+# Shapes and prompts
+
+
+@pytest.mark.parametrize(("shape", "expected"), [("4m", 3_934_464), ("125m", 137_841_408), ("0.5b", 494_032_768)])
+def test_shapes_have_the_parameters_promised(shape, expected):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(shapes.shape_config(shape))
+    assert model.num_parameters() == expected
+    assert set(SHAPE_NAMES) == set(shapes.SHAPES)
+
+
+def test_random_models_accept_no_drafts_and_do_not_end():
+    model = shapes.make_random_model("4m", 0, torch.float32, torch.device("cpu"))
+    prompt = torch.tensor(shapes.random_prompts(2048, 1, 16, 0))
+    mask = torch.ones_like(prompt)
+    output = model.generate(
+        prompt,
+        attention_mask=mask,
+        jacobi_block_size=8,
+        do_sample=False,
+        max_new_tokens=24,
+        return_dict_in_generate=True,
+    )
+    assert output.jacobi_stats.num_generated == [24] and output.jacobi_stats.num_forwards >= 23
+    with pytest.raises(ValueError, match="must be one of 4m, 125m, 0.5b, got '7b'"):
+        shapes.shape_config("7b")
+
+
+def test_prompts_of_text_and_json_files(tmp_path):
+    text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("one line\n\n  another \n")
+    lines.write_text('{"question": "how?", "answer": "so"}\n{"prompt": "and\\u2028then", "question": "no"}\n')
+    assert prompts.read_prompts(text) == ["one line", "another"]
+    assert prompts.read_prompts(lines) == ["how?", "and\u2028then"]
+    assert prompts.read_prompts(lines, limit=1) == ["how?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b" \n\n", "must hold at least one prompt"),
+        ("a.txt", b"\xff\xfe\x00", "must be a text file in UTF-8"),
+        ("a.jsonl", b'{"prompt": "x"}\n\n{"prompt": \n', "Line 3 of .* must be JSON"),
+        ("a.json", b'{"prompt": "x"}\nplain\n', "Line 2 of .* must be JSON"),
+        ("a.jsonl", b'{"text": "x"}\n', "Line 1 .* field `prompt` or `question`"),
+        ("a.jsonl", b'["x"]\n', "Line 1 .* field `prompt` or `question`"),
+        ("a.jsonl", b'{"prompt": " "}\n', "Line 1 .* field `prompt` or `question`"),
+    ],
+)
+def test_prompt_files_that_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prompts.read_prompts(tmp_path / name)
+
+
+# Overhead
+
+
+class RecordingForward(overhead.BareForward):
+    """Remembers what it was asked for, in `asked`."""
+
+    asked: list
+
+    def seconds(self, cache_length):
+        self.asked.append((self.width, cache_length))
+        return super().seconds(cache_length)
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_overhead_compares_the_same_forwards(monkeypatch, pairs):
+    model, prompt = make_model("llama"), random_ids(9)[0]
+    RecordingForward.asked = []
+    monkeypatch.setattr(overhead, "BareForward", RecordingForward)
+    methods = overhead.overhead_methods(model, [1, 4])
+    report = overhead.measure_overhead(methods, prompt, iterations=6, rounds=2, pairs=pairs, show_progress=False)
+    # The forwards of `generate` at block size 4, as a hook sees them.
+    seen = []
+
+    def look(module, args, kwargs):
+        seen.append((kwargs["input_ids"].shape[1], kwargs["past_key_values"].get_seq_length()))
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    ids = torch.tensor([prompt])
+    model.generate(ids, jacobi_block_size=4, do_sample=False, max_new_tokens=11 if pairs else 10)
+    handle.remove()
+    full = [forward for forward in seen[1:] if forward[0] == 4][:6]
+    one_by_one = [(1, length) for length in range(9, 15)]
+    assert RecordingForward.asked == 3 * (one_by_one + one_by_one + full)  # in turns, one of them to warm up
+
+    assert [(row["method"], row["n"]) for row in report["rows"]] == [("generate()", 1), ("jacobi", 1), ("jacobi", 4)]
+    for row, num_forwards in zip(report["rows"], (6, 6, len(full))):
+        assert len(row["rounds"]) == 2
+        for turn in row["rounds"]:
+            assert len(turn["forward_seconds"]) == num_forwards
+            assert len(turn["iteration_seconds"]) == (num_forwards if pairs else 1)
+
+
+def test_bare_forwards_leave_the_text_alone(monkeypatch):
+    model, prompt, outputs = make_model("llama"), random_ids(9)[0], []
+    generate = type(model).generate
+
+    def record(self, *args, **kwargs):
+        outputs.append(generate(self, *args, **kwargs))
+        return outputs[-1]
+
+    monkeypatch.setattr(type(model), "generate", record)
+    methods = overhead.overhead_methods(model, [4])
+    overhead.measure_overhead(methods, prompt, iterations=6, rounds=1, pairs=True, show_progress=False)
+    monkeypatch.undo()
+    expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=11)
+    for output in outputs:
+        assert output.sequences.equal(expected[:, : output.sequences.shape[1]])
+
+
+def test_ratios_are_medians_of_pairs_or_of_means():
+    assert overhead._summary([2.0, 6.0, 4.0], [1.0, 2.0, 8.0]) == (4.0, 2.0, 2.0)
+    assert overhead._summary([3.0], [1.0, 2.0, 3.0]) == (3.0, 2.0, 1.5)
+
+
+def test_overhead_of_too_short_responses(monkeypatch):
+    model, prompt = make_model("llama"), random_ids(9)[0]
+    monkeypatch.setattr(overhead, "_generate", lambda method, prompt, length: (1.0, [length]))
+    methods = overhead.overhead_methods(model, [4])
+    for pairs in (True, False):
+        with pytest.raises(ValueError, match="Raise `--iterations`"):
+            overhead.measure_overhead(methods, prompt, 2, pairs=pairs, show_progress=False)
+
+
+def test_compiled_methods_are_passed_on():
+    model = make_model("llama")
+    methods = comparison.make_methods(model, [4, "auto"], is_compiled=True)
+    assert [method.name for method in methods] == [
+        "generate()",
+        "prompt lookup",
+        "jacobi 4",
+        "jacobi auto",
+        "generate(), compiled",
+        "jacobi 4, compiled",
+        "jacobi auto, compiled",
+    ]
+    assert methods[-1].options == {"decoding": "jacobi", "jacobi_block_size": "auto", "jacobi_compile": True}
+    assert methods[-3].options["cache_implementation"] == "static" and methods[-3].is_compiled
+    assert "not compiled here" in benchmark.compile_notes(methods)[0] and benchmark.compile_notes(methods[:4]) == []
+    names = [(m.name, m.is_compiled) for m in overhead.overhead_methods(model, [8], is_compiled=True)]
+    assert names == [
+        ("generate()", False),
+        ("jacobi", False),
+        ("generate(), compiled", True),
+        ("jacobi, compiled", True),
+    ]
+
+
+# The commands
+
+
+def test_decode_of_a_shape(tiny_shape, tmp_path, capsys):
+    arguments = ["benchmark", "decode", "--shape", "4m", "--num-prompts", "2", "--max-new-tokens", "8"]
+    arguments += ["--prompt-length", "6", "--block-sizes", "2", "4", "--repeats", "2"]
+    files = ["--json", str(tmp_path / "new" / "out.json"), "--markdown", str(tmp_path / "out.md")]
+    assert main([*arguments, *files]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert comparison.format_comparison(report) + "\n" == printed
+    assert (tmp_path / "out.md").read_text() == f"    {report['command']}\n\n{printed}"
+    assert report["command"].startswith("cllm benchmark decode --shape 4m") and report["schema_version"] == 1
+    assert report["options"]["block_sizes"] == [2, 4] and report["settings"]["num_prompts"] == 2
+    assert [row["name"] for row in report["rows"]] == ["generate()", "prompt lookup", "jacobi 2", "jacobi 4"]
+    assert all(row["num_equal"] == 2 for row in report["rows"])
+    for raw, row in zip(report["methods"], report["rows"]):
+        assert len(raw["responses"]) == len(raw["num_forwards"]) == 2 and len(raw["seconds"]) == 4
+        assert sum(map(len, raw["responses"])) / sum(raw["num_forwards"]) == row["tokens_per_forward"]
+    assert list(report["forward_seconds"]) == ["1", "2", "4"]
+    assert report["prompt_lengths"] == [6, 6] and report["environment"]["dtype"] == "float32"
+    assert printed.count("| jacobi") == 2 and "2/2" in printed
+
+
+def test_decode_of_a_model_with_an_assistant(model_folder, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("Mia has 7 apples .\nMia buys 5 more .\nBen has 2 .\n")
+    arguments = ["benchmark", "decode", "--model", str(model_folder), "--prompts", str(file)]
+    arguments += ["--max-new-tokens", "10", "--block-sizes", "4"]
+    assert main([*arguments, "--assistant", str(model_folder), "--json", str(tmp_path / "a.json")]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["generate()", "prompt lookup", "assisted", "jacobi 4"]
+    assert all(row["num_equal"] == 3 for row in report["rows"])
+    assert report["methods"][2]["options"]["assistant_model"] == str(model_folder)
+    assert report["methods"][0]["num_forwards"] == [len(response) for response in report["methods"][0]["responses"]]
+
+    capsys.readouterr()
+    assert main([*arguments, "--batch-size", "2", "--num-prompts", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "prompt lookup" not in printed and "Prompt lookup is left out" in printed and "2/2" in printed
+    assert main([*arguments, "--batch-size", "2", "--assistant", str(model_folder)]) == 1
+    assert "Drop one of the two" in capsys.readouterr().err
+
+
+def test_an_adapter_is_measured(model_folder, tokenizer, tmp_path, capsys):
+    adapter, file = tmp_path / "adapter", tmp_path / "prompts.txt"
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    file.write_text("Mia has 7 apples .\n")
+    arguments = ["--model", str(adapter), "--block-sizes", "4", "--json", str(tmp_path / "a.json")]
+    assert main(["benchmark", "decode", "--prompts", str(file), "--max-new-tokens", "10", *arguments]) == 0
+    assert "1/1" in capsys.readouterr().out
+    assert main(["benchmark", "overhead", "--rounds", "1", "--iterations", "3", *arguments]) == 0
+    environment = json.loads((tmp_path / "a.json").read_text())["reports"][0]["environment"]
+    assert environment["architecture"] == "LlamaForCausalLM"
+
+
+def test_overhead_of_shape_and_model(tiny_shape, model_folder, tmp_path, capsys):
+    arguments = ["benchmark", "overhead", "--iterations", "3", "--rounds", "2", "--prompt-length", "5"]
+    arguments += ["--block-sizes", "1", "3", "--json", str(tmp_path / "o.json")]
+    for source in (["--shape", "4m"], ["--model", str(model_folder)]):
+        assert main([*arguments, *source]) == 0
+        printed = capsys.readouterr().out
+        report = json.loads((tmp_path / "o.json").read_text())
+        assert overhead.format_overhead(report["reports"]) + "\n" == printed
+        assert [row["n"] for row in report["reports"][0]["rows"]] == [1, 1, 3]
+        assert report["reports"][0]["name"] == source[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode"], "Exactly one of `--model` and `--shape` .* got neither"),
+        (["decode", "--shape", "4m", "--model", "m"], "got both"),
+        (["overhead", "--shape", "4m", "--model", "m"], "got both"),
+        (["decode", "--model", "m"], "`--model` without `--prompts`"),
+        (["decode", "--model", "m", "--prompts", "missing.txt"], "`--prompts` must be a file .* 'missing.txt'"),
+        (
+            ["decode", "--model", "/none", "--prompts", "p"],
+            "`--model` must be a folder .* '/none', which is not there",
+        ),
+        (["overhead", "--model", "./none"], "'./none', which is not there"),
+        (["decode", "--shape", "4m", "--prompts", "p"], "Drop them, or pass `--model`"),
+        (["decode", "--shape", "4m", "--json", "x", "--markdown", "x"], "must be two files"),
+        (["decode", "--shape", "4m", "--json", "."], "must be a file, got the folder"),
+        (["decode", "--shape", "4m", "--json", "/proc/none/x"], "must be writable"),
+        (["decode", "--shape", "4m", "--device", "tpu9"], "must be a device of this machine, got 'tpu9'"),
+    ],
+)
+def test_errors_are_explained(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "make_random_model", None)  # nothing long has begun
+    assert main(["benchmark", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("cllm: ") and error.count("\n") == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["0", "-4", "all", "1.5", ""])
+def test_block_sizes_that_are_refused(value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["benchmark", "decode", "--shape", "4m", f"--block-sizes={value}"])
+    assert stop.value.code == 2 and "integer of at least 1" in capsys.readouterr().err
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "out.json"
+    check_writable_file(path)
+    write_whole(path, "first")
+    write_whole(path, "second")
+    assert path.read_text() == "second" and list(path.parent.iterdir()) == [path]
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "third")
+    assert path.read_text() == "second" and list(path.parent.iterdir()) == [path]
