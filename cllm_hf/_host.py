@@ -29,6 +29,11 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
     return config._attn_implementation
 
 
+def compiles_whole(model: PreTrainedModel) -> bool:
+    """Whether the host says that this architecture compiles into one graph."""
+    return model._can_compile_fullgraph
+
+
 def base_model_of(model: Any) -> PreTrainedModel:
     """The transformers model inside a `peft.PeftModel`, with the adapter's layers in it; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

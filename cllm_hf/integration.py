@@ -140,6 +140,7 @@ def _generate(
         )
     if _option(call, configs, "cache_implementation") == "static":
         options = dataclasses.replace(options, compile=True)
+        call["cache_implementation"] = "dynamic"  # the host's static one has no room for a last full block
     call.pop("custom_generate", None)  # it is `None`: ours takes its place
     call = _with_stop_strings(call, configs)
     if model.generation_config.use_cache is False:

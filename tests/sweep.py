@@ -109,8 +109,8 @@ CPU: greedy text of {tokens} tokens by Jacobi decoding, at block sizes {sizes}, 
 
 {totals}
 
-What is refused raises a `ValueError` that says why and what to do. `python tests/sweep.py FILE` writes this page, and a
-slow test checks it. For other models, such as remote code, the rules are those of [decoding.md](decoding.md).
+What is refused raises a `ValueError` that says why and what to do. `python tests/sweep.py FILE` writes this page, and
+a slow test checks it. For other models, such as remote code, the rules are those of [decoding.md](decoding.md).
 """
 
 

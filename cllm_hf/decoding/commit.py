@@ -61,6 +61,7 @@ class Committer:
         pad_id (`int` or `None`): fills rows that end early; `None` for the first stop token.
         streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): receives every committed token.
         same_length (`bool`): whether all rows must always have the same length.
+        leave_together (`bool`): whether finished rows must stay in the batch until all are.
         noise (`GumbelNoise`, *optional*): makes the choice a sample; without it the best token is chosen.
 
     Attributes:
@@ -79,6 +80,7 @@ class Committer:
         pad_id: int | None,
         streamer: BaseStreamer | None = None,
         same_length: bool = False,
+        leave_together: bool = False,
         noise: GumbelNoise | None = None,
     ):
         batch_size, prompt_length = input_ids.shape
@@ -86,8 +88,7 @@ class Committer:
         self.stopping_criteria = stopping_criteria
         self.streamer = streamer
         self._noise = noise
-        limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        self.max_length = max(min(limits), prompt_length + 1)  # criteria are first asked after one token
+        self.max_length = length_limit(stopping_criteria, prompt_length)
         self.stop_ids = _stop_ids(stopping_criteria, input_ids.device)
         if pad_id is None:
             pad_id = int(self.stop_ids[0]) if self.stop_ids is not None else 0
@@ -108,7 +109,8 @@ class Committer:
         # Stopped rows stay in the batch, as in the host, where a processor or criterion may notice, and where they go
         # on in the end: without a stop token the host does not pad them.
         self._leave_together = batch_size > 1 and (
-            (self.stop_ids is None and kinds != {MaxLengthCriteria})
+            leave_together
+            or (self.stop_ids is None and kinds != {MaxLengthCriteria})
             or _depends_on_call_order(logits_processor, stopping_criteria)
         )
         self._same_length = self._leave_together or (batch_size > 1 and (same_length or streamer is not None))
@@ -154,6 +156,8 @@ class Committer:
             until_stop = count_until_stop(predicted_ids, self.stop_ids)
         # The only host sync of an iteration.
         pairs = torch.stack([accepted, until_stop], dim=1).tolist()
+        if self._leave_together:
+            return self._commit_together(rows, pairs, predicted_ids)
         together = 1 + min(num_accepted for num_accepted, _ in pairs) if self._same_length else self.max_length
         counts = []
         for index, (num_accepted, num_until_stop) in enumerate(pairs):
@@ -169,6 +173,23 @@ class Committer:
             for token in predicted_ids[0, : counts[0]].cpu():
                 self.streamer.put(token[None])
         return counts
+
+    def _commit_together(self, rows: list[int], pairs: list[list[int]], predicted_ids: torch.Tensor) -> list[int]:
+        """Commit as many tokens to every row as the slowest one takes; rows that have stopped take padding."""
+        start = self.lengths[rows[0]]
+        going = [index for index, row in enumerate(rows) if not self._stopped[row]]
+        count = min(self.max_length - start, *(pairs[index][0] + 1 for index in going))
+        if all(pairs[index][1] <= count for index in going):  # the last of them ends the batch
+            count = max(pairs[index][1] for index in going)
+        for index, row in enumerate(rows):
+            num_own = min(count, pairs[index][1]) if index in going else 0
+            predicted_ids[index, num_own:count] = self._pad_id
+            self.canvas[row, start : start + count] = predicted_ids[index, :count]
+            self.lengths[row] += count
+            self.num_generated[row] += num_own
+            self._stopped[row] |= num_own == pairs[index][1] or self.lengths[row] == self.max_length
+        self._mark_finished()
+        return [count] * len(rows)
 
     def _commit_stepwise(
         self, rows: list[int], draft_ids: torch.Tensor, predicted_ids: torch.Tensor, logits: torch.Tensor
@@ -222,6 +243,21 @@ class Committer:
         if self.finished[rows[index]] or last == draft_ids.shape[1]:
             return False
         return bool(draft_ids[index, last] == predicted_ids[index, last])
+
+
+def length_limit(stopping_criteria: StoppingCriteriaList, prompt_length: int) -> int:
+    """
+    Length at which every row ends.
+
+    Args:
+        stopping_criteria (`transformers.StoppingCriteriaList`): one of them must be a `MaxLengthCriteria`.
+        prompt_length (`int`): length of the prompts.
+
+    Returns:
+        `int`: at least one more than the prompt has, since criteria are first asked after one token.
+    """
+    limits = [criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
+    return max(min(limits), prompt_length + 1)
 
 
 def _depends_on_call_order(logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList) -> bool:

@@ -16,12 +16,12 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .commit import Committer
+from .commit import Committer, length_limit
 from .options import JacobiOptions
 from .output import JacobiOutput, JacobiStats
 from .pacing import make_pace
 from .sampling import GumbelNoise
-from .support import check_positions, needs_same_length
+from .support import needs_same_length
 from .window import Window
 
 
@@ -65,24 +65,36 @@ def jacobi_decode(
     """
     batch_size = input_ids.shape[0]
     pace = make_pace(model, options.block_size)
-    window = Window(model, input_ids, pace.max_block_size, context_ids, num_given, is_user_cache, model_kwargs)
+    window = Window(
+        model,
+        input_ids,
+        model_kwargs,
+        max_block_size=pace.max_block_size,
+        num_new_tokens=length_limit(stopping_criteria, input_ids.shape[1]) - input_ids.shape[1],
+        compiles=options.compile,
+        context_ids=context_ids,
+        num_given=num_given,
+        is_user_cache=is_user_cache,
+    )
     committer = Committer(
         input_ids,
         logits_processor,
         stopping_criteria,
         generation_config.pad_token_id,
         streamer,
+        leave_together=window.memory.fixed_shape,
         same_length=window.memory.same_length or needs_same_length(model),
         noise=_noise(generation_config, input_ids, options.seed),
     )
-    check_positions(model, window.num_prompt + committer.max_length - input_ids.shape[1])
     stats = JacobiStats(num_committed=[[] for _ in range(batch_size)])
     try:
         while window.rows:
             rows, num_generated = window.rows, list(committer.num_generated)
-            # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
-            num_missing = committer.max_length - max(committer.lengths[row] for row in rows)
-            draft_ids = window.draft(min(pace.block_size(len(rows)), num_missing) - 1)
+            block_size = pace.block_size(len(rows))
+            if not window.memory.fixed_shape:
+                # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
+                block_size = min(block_size, committer.max_length - max(committer.lengths[row] for row in rows))
+            draft_ids = window.draft(block_size - 1)
             logits = window.forward(draft_ids)
             predicted_ids, counts = committer.commit(rows, draft_ids, logits)
             del logits  # large in the prefill

@@ -7,6 +7,8 @@ There are three ways, and `choose_memory` picks one for a model and its cache:
 - `ReplayedMemory`: a recurrent state, which is put back when a token was rejected; the tokens since then are fed again
   together with the next draft.
 - `NoMemory`: nothing; every forward is over the whole sequence.
+
+`StaticMemory` (`static.py`) is the first of them in tensors of fixed shape, for a compiled model.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from .support import forgets_between_steps
 
 
 # The host gives the caches of some models another name.
-_CACHE_NAMES = ("past_key_values", "cache_params")
+CACHE_NAMES = ("past_key_values", "cache_params")
 
 
 class Memory:
@@ -33,6 +35,7 @@ class Memory:
         cache (`transformers.Cache` or `None`): handed to the model.
         same_length (`bool`): whether all rows must commit equally many tokens.
         drafts_in_prefill (`bool`): whether a draft may follow the prompt in the first forward.
+        fixed_shape (`bool`): whether every forward after the prefill must be over as many tokens as any other.
         replays (`bool`): whether a rejected token has others fed again, so that now and then a forward without a
             draft is worth its while, after which all are remembered.
     """
@@ -41,6 +44,7 @@ class Memory:
     same_length = False
     drafts_in_prefill = True
     replays = False
+    fixed_shape = False
 
     @property
     def num_cached(self) -> int:
@@ -54,6 +58,10 @@ class Memory:
 
     def begin(self, draft_length: int) -> None:
         """Prepare for a forward that ends in a draft of this length."""
+
+    def call(self, model: Any, **inputs: Any) -> Any:
+        """Run the model."""
+        return model(**inputs)
 
     def settle(self, num_rejected: list[int]) -> bool:
         """
@@ -200,7 +208,7 @@ def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_
         ValueError: for static, quantized and other caches that cannot be rolled back, and for a cache of the user in
             a model that has to be fed everything anew.
     """
-    found = [(name, model_kwargs.pop(name, None)) for name in _CACHE_NAMES]
+    found = [(name, model_kwargs.pop(name, None)) for name in CACHE_NAMES]
     name, cache = next(((name, cache) for name, cache in found if cache is not None), ("", None))
     use_cache = model_kwargs.pop("use_cache", True)
     if not use_cache or cache is None or forgets_between_steps(model):

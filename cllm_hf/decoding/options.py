@@ -37,6 +37,11 @@ class JacobiOptions:
             raise ValueError(f"`jacobi_seed` must be an integer of at least 0 and below 2**63, got {self.seed!r}.")
         if not isinstance(self.compile, bool):
             raise ValueError(f"`jacobi_compile` must be `True` or `False`, got {self.compile!r}.")
+        if self.compile and self.block_size == AUTO:
+            raise ValueError(
+                'A compiled forward has one shape, got `jacobi_block_size="auto"` with `jacobi_compile=True` or '
+                '`cache_implementation="static"`. Pass an integer as `jacobi_block_size`.'
+            )
 
 
 def check_block_size(value: object, name: str = "jacobi_block_size", allows_auto: bool = False) -> Any:

@@ -7,91 +7,146 @@ text. `AutoPace` measures both as it decodes and takes the block size with the m
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from .options import AUTO
 
 
-_CANDIDATES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-_FIRST = 8
-# Iterations at a block size before it is judged: the first after a narrower one has a draft that was never predicted.
-_STAY = 4
+_CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_WIDEST = _CANDIDATES[-1]
+# Block sizes to begin with, and iterations at each: the first is for the acceptance, the second for the time.
+_FIRST, _FIRST_STAY = 8, 5
+_NARROWEST_STAY = 3
+# Iterations until the choice is looked at again.
+_STAY = 6
 # Where drafts do not pay, share of the time that may go into finding out whether they do by now.
-_PROBING_SHARE = 0.01
-_PROBE_SIZE = 4
-# Samples that a block size needs to be judged by them, instead of by those of wider blocks.
-_ENOUGH = 24
+_PROBING_SHARE = 0.015
+_PROBE_SIZE, _PROBE_STAY = 4, 4
+# Samples after which old ones count half.
+_MEMORY = 256
 
 
-@dataclass
+class Acceptance:
+    """
+    How likely a token of the draft is right where all before it are.
+
+    A sample tells of the positions up to the first wrong one, and of no more than its block has; those beyond the
+    widest block that was tried are taken to be like the ones before.
+    """
+
+    def __init__(self) -> None:
+        # One entry a position of the block, the anchor's successor first.
+        self._checked = [0.0] * _WIDEST
+        self._right = [0.0] * _WIDEST
+
+    @property
+    def widest(self) -> int:
+        """`int`: positions that samples tell of."""
+        return sum(count >= 1 for count in self._checked) + 1
+
+    def add(self, block_size: int, count: int) -> None:
+        """
+        Take note of a sample.
+
+        Args:
+            block_size (`int`): positions that were checked.
+            count (`int`): tokens that were gained, at least 1 and at most `block_size`.
+        """
+        for position in range(min(count, block_size - 1)):
+            self._checked[position] += 1
+            self._right[position] += position < count - 1
+        if self._checked[0] > _MEMORY:
+            self._checked = [value / 2 for value in self._checked]
+            self._right = [value / 2 for value in self._right]
+
+    def gains(self) -> list[float]:
+        """
+        Tokens that blocks of every size are expected to gain.
+
+        Returns:
+            `list[float]`: entry `n` belongs to block size `n + 1`.
+        """
+        overall = (sum(self._right) + 0.5) / (sum(self._checked) + 1)
+        gains, reaching = [1.0], 1.0
+        for checked, right in zip(self._checked, self._right):
+            # A few samples of a far position weigh little against what is known of the others.
+            reaching *= (right + 4 * overall) / (checked + 4)
+            gains.append(gains[-1] + reaching)
+        return gains[:_WIDEST]
+
+
 class Experience:
     """
     What was measured with a model, over all calls of `generate`.
 
     Attributes:
-        seconds (`dict[tuple[int, int], deque[float]]`): latest times of an iteration, by rows and block size.
-        samples (`deque[tuple[int, int]]`): latest block sizes, and the tokens that a row gained from them.
+        acceptance (`Acceptance`): of its drafts.
         total_seconds (`float`): time of all iterations.
         probing_seconds (`float`): the part of it that went into wider blocks than seemed best.
     """
 
-    seconds: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
-    samples: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=512))
-    total_seconds: float = 0.0
-    probing_seconds: float = 0.0
+    def __init__(self) -> None:
+        self.acceptance = Acceptance()
+        self.total_seconds = 0.0
+        self.probing_seconds = 0.0
+        # Seconds of an iteration, by the number of rows (in powers of two) and by block size.
+        self._seconds: dict[int, dict[int, float]] = {}
 
-    def cost(self, num_rows: int, block_size: int) -> float:
+    def add_time(self, num_rows: int, block_size: int, seconds: float) -> None:
         """
-        Time of an iteration: measured, else on the line between the nearest measured ones.
+        Take note of the time of an iteration.
 
         Args:
-            num_rows (`int`): rows of the batch; times of this number must exist.
+            num_rows (`int`): rows that took part.
+            block_size (`int`): positions checked.
+            seconds (`float`): time.
+        """
+        known = self._seconds.setdefault(num_rows.bit_length(), {})
+        before = known.get(block_size)
+        if before is None or seconds < before:
+            known[block_size] = seconds
+        else:  # whatever else the machine does makes an iteration slower, never faster
+            known[block_size] = before + 0.1 * min(seconds - before, before)
+
+    def knows(self, num_rows: int, block_size: int) -> bool:
+        """
+        Whether this time was measured.
+
+        Args:
+            num_rows (`int`): rows that take part.
             block_size (`int`): positions checked.
 
         Returns:
-            `float`: seconds.
+            `bool`.
         """
-        known = {size: statistics.median(times) for (rows, size), times in self.seconds.items() if rows == num_rows}
-        if block_size in known:
-            return known[block_size]
-        below = max((size for size in known if size < block_size), default=None)
-        above = min((size for size in known if size > block_size), default=None)
-        if below is not None and above is not None:
-            share = (block_size - below) / (above - below)
-            return known[below] + share * (known[above] - known[below])
-        nearest = below if below is not None else above
-        assert nearest is not None
-        # Cheaper than it will prove to be, so that it gets tried.
-        return known[nearest] * (block_size / nearest) ** 0.5
+        return block_size in self._seconds.get(num_rows.bit_length(), ())
 
-    def gain(self, block_size: int) -> float:
+    def costs(self, num_rows: int) -> Callable[[int], float]:
         """
-        Tokens that a row gains in an iteration.
+        Time of an iteration by block size, in units that are the same for all block sizes.
 
         Args:
-            block_size (`int`): positions checked.
+            num_rows (`int`): rows that take part.
 
         Returns:
-            `float`: the mean over what this block size brought, or wider ones cut to it; beyond the widest that was
-            tried, as if every further token were as likely to be right.
+            `Callable[[int], float]`: on the line through the nearest measured times. Needs a measured time.
         """
-        own = [count for size, count in self.samples if size == block_size]
-        if len(own) >= _ENOUGH:
-            return statistics.fmean(own)
-        widest = max(size for size, _ in self.samples)
-        capped = [min(count, block_size) for size, count in self.samples if size >= min(block_size, widest)]
-        gain = statistics.fmean(capped)
-        if block_size > widest:
-            full = sum(count == widest for count in capped) / len(capped)
-            going_on = 1 - 1 / gain  # of a geometric distribution with this mean
-            gain += full * sum(going_on**step for step in range(1, block_size - widest + 1))
-        return gain
+        nearest = min(self._seconds, key=lambda rows: (abs(rows - num_rows.bit_length()), -len(self._seconds[rows])))
+        known = sorted(self._seconds[nearest].items())
+
+        def cost(block_size: int) -> float:
+            if len(known) == 1:
+                size, seconds = known[0]
+                return seconds * (block_size / size) ** 0.5
+            above = next((index for index, (size, _) in enumerate(known) if size >= block_size), len(known) - 1)
+            (low, low_seconds), (high, high_seconds) = known[max(above - 1, 0)], known[max(above, 1)]
+            slope = max((high_seconds - low_seconds) / (high - low), 0.0)
+            return low_seconds + slope * (block_size - low)
+
+        return cost
 
 
 _EXPERIENCES: WeakKeyDictionary[Any, Experience] = WeakKeyDictionary()
@@ -103,6 +158,9 @@ class FixedPace:
 
     Args:
         block_size (`int`): positions checked.
+
+    Attributes:
+        max_block_size (`int`): most positions that are ever checked.
     """
 
     def __init__(self, block_size: int):
@@ -140,14 +198,15 @@ class AutoPace(FixedPace):
     """
 
     def __init__(self, experience: Experience, clock: Callable[[], float] = time.perf_counter):
-        super().__init__(_CANDIDATES[-1])
+        super().__init__(_WIDEST)
         self._experience = experience
         self._clock = clock
         self._last_time: float | None = None
         self._last_size = 1
-        self._current = _FIRST
-        self._left_to_stay = _STAY if not experience.samples else 0
-        self._probes = False
+        self._current, self._left_to_stay = _FIRST, _FIRST_STAY
+        if experience.acceptance.widest > 1:
+            self._left_to_stay = 0
+        self._is_probing = False
 
     def block_size(self, num_rows: int) -> int:
         if self._left_to_stay <= 0:
@@ -156,40 +215,40 @@ class AutoPace(FixedPace):
 
     def record(self, block_size: int, counts: list[int]) -> None:
         now = self._clock()
-        # The first iteration is the prefill, whose time says nothing of the others, and whose draft is a mere guess.
-        if self._last_time is not None:
+        # The prefill takes a time of its own, and the end of a text is cut.
+        if self._last_time is not None and block_size == self._current:
             seconds = now - self._last_time
-            times = self._experience.seconds.setdefault((len(counts), block_size), deque(maxlen=9))
-            times.append(seconds)
+            self._experience.add_time(len(counts), block_size, seconds)
             self._experience.total_seconds += seconds
-            if self._probes:
+            if self._is_probing:
                 self._experience.probing_seconds += seconds
-            if 1 < self._last_size and 1 < block_size:
-                self._experience.samples.extend((block_size, count) for count in counts)
-            self._left_to_stay -= 1
+            # Behind a forward without a draft there is nothing to draft from.
+            if self._last_size > 1 and block_size > 1:
+                for count in counts:
+                    self._experience.acceptance.add(block_size, count)
+        self._left_to_stay -= 1
         self._last_time = now
         self._last_size = block_size
 
     def _choose(self, num_rows: int) -> None:
         experience = self._experience
-        measured = [size for rows, size in experience.seconds if rows == num_rows]
-        if not experience.samples or not measured:
-            self._current, self._left_to_stay, self._probes = max(self._current, _PROBE_SIZE), _STAY, False
+        self._is_probing = False
+        if experience.acceptance.widest == 1:
+            self._current, self._left_to_stay = _FIRST, _FIRST_STAY
             return
-        widest = max(size for size, _ in experience.samples)
-        candidates = [size for size in _CANDIDATES if size <= 2 * widest]
-        best = max(candidates, key=lambda size: self._rate(num_rows, size))
-        stay, self._probes = _STAY if best > self._current else 1, False
-        if best < _PROBE_SIZE:
-            allowed = _PROBING_SHARE * experience.total_seconds
-            probe_seconds = _STAY * experience.cost(num_rows, _PROBE_SIZE)
-            if experience.probing_seconds + probe_seconds <= allowed:
-                best, stay, self._probes = _PROBE_SIZE, _STAY, True
-        self._current, self._left_to_stay = best, stay
-
-    def _rate(self, num_rows: int, block_size: int) -> float:
-        gain = 1.0 if block_size == 1 else self._experience.gain(block_size)
-        return gain / self._experience.cost(num_rows, block_size)
+        if not experience.knows(num_rows, 1) and not experience.knows(1, 1):
+            self._current, self._left_to_stay = 1, _NARROWEST_STAY
+            return
+        gains, cost = experience.acceptance.gains(), experience.costs(num_rows)
+        best = max(
+            (size for size in _CANDIDATES if size <= 2 * experience.acceptance.widest),
+            key=lambda size: gains[size - 1] / cost(size),
+        )
+        self._current, self._left_to_stay = best, _STAY
+        if best == 1:
+            seconds = experience.probing_seconds + _PROBE_STAY * cost(_PROBE_SIZE)
+            if seconds <= _PROBING_SHARE * experience.total_seconds:
+                self._current, self._left_to_stay, self._is_probing = _PROBE_SIZE, _PROBE_STAY, True
 
 
 def make_pace(model: Any, block_size: int | str) -> FixedPace:

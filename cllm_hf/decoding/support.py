@@ -116,16 +116,25 @@ def check_model_inputs(model: PreTrainedModel, extended: dict[str, Any], others:
 
 def check_positions(model: PreTrainedModel, num_positions: int) -> None:
     """
-    Refuse positions whose rotation depends on how far a forward reaches, and so on the draft.
+    Refuse positions at which a forward over several tokens says something else than a step over one.
+
+    Some rotations depend on how far a forward reaches, and so on the draft.
 
     Args:
         model (`transformers.PreTrainedModel`): the model to decode.
         num_positions (`int`): positions that prompt and response may take.
 
     Raises:
-        ValueError: for dynamic and long rotary embeddings beyond the length that the model was first trained for.
+        ValueError: for dynamic and long rotary embeddings beyond the length that the model was first trained for, and
+            for Moshi beyond its window.
     """
     config = model.config.get_text_config(decoder=True)
+    if config.model_type == "moshi" and num_positions > config.sliding_window:
+        raise ValueError(
+            f'`decoding="jacobi"` supports {type(model).__name__} up to its window of {config.sliding_window} tokens, '
+            f"behind which {_DISAGREES}, got {num_positions}. Lower `max_new_tokens` or pass "
+            '`decoding="autoregressive"`.'
+        )
     parameters = getattr(config, "rope_parameters", None) or {}
     for entry in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         if entry.get("rope_type") in ("dynamic", "longrope"):

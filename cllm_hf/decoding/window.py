@@ -11,7 +11,8 @@ from transformers.utils import ModelOutput
 from . import caches
 from .blocks import draw_context_tokens, next_draft
 from .memory import choose_memory
-from .support import check_model, check_model_inputs
+from .static import make_static_memory
+from .support import check_model, check_model_inputs, check_positions
 
 
 # The output does not depend on the first guess, only the number of forwards does: keep that repeatable.
@@ -27,18 +28,19 @@ class Window:
     Args:
         model (`transformers.PreTrainedModel`): the model to call.
         input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
+        model_kwargs (`dict`): model inputs as the host prepared them.
         max_block_size (`int`): most positions checked in a forward.
+        num_new_tokens (`int`): longest response.
+        compiles (`bool`): whether forwards shall run as a compiled graph of fixed shape, where the model can.
         context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`, *optional*): tokens to draw the first
             draft from; by default the prompts.
         num_given (`int`, *optional*): length of the prompt with its cached part, where `input_ids` holds only the
             part that is new.
         is_user_cache (`bool`): whether `past_key_values` comes from the user.
-        model_kwargs (`dict`): model inputs as the host prepared them.
 
     Attributes:
         rows (`list[int]`): rows of the batch that are still decoded.
-        memory (`Memory`): what the model remembers.
-        num_prompt (`int`): length of the prompt, cached tokens included.
+        memory (`Memory`): what the model remembers; another one may show in the prefill.
 
     Raises:
         ValueError: for a model, a cache or a model input that Jacobi decoding cannot take, or `past_key_values` that
@@ -49,11 +51,14 @@ class Window:
         self,
         model: Any,
         input_ids: torch.Tensor,
-        max_block_size: int,
-        context_ids: torch.Tensor | None,
-        num_given: int | None,
-        is_user_cache: bool,
         model_kwargs: dict[str, Any],
+        *,
+        max_block_size: int,
+        num_new_tokens: int,
+        compiles: bool = False,
+        context_ids: torch.Tensor | None = None,
+        num_given: int | None = None,
+        is_user_cache: bool = False,
     ):
         self.model = model
         self.rows = list(range(input_ids.shape[0]))
@@ -62,12 +67,16 @@ class Window:
         names = [self._prefix + "attention_mask", self._prefix + "position_ids", "token_type_ids", "inputs_embeds"]
         inputs = {name: model_kwargs.pop(name, None) for name in names}
         check_model(model, len(self.rows), is_padded=inputs[names[0]] is not None)
-        self.memory = choose_memory(model, model_kwargs, len(self.rows), is_user_cache)
+        embeds = inputs["inputs_embeds"]
+        num_prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        static = None
+        if compiles:
+            max_columns = num_prompt + num_new_tokens + max_block_size
+            static = make_static_memory(model, model_kwargs, len(self.rows), max_columns, is_user_cache)
+        self.memory = static or choose_memory(model, model_kwargs, len(self.rows), is_user_cache)
         check_model_inputs(model, inputs, model_kwargs)
         self._kwargs = model_kwargs
 
-        embeds = inputs["inputs_embeds"]
-        num_prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
         num_cached = self.memory.num_cached
         num_new = num_prompt - num_cached if num_given in (None, num_prompt) else num_prompt
         if num_new < 1:
@@ -75,7 +84,8 @@ class Window:
                 f"`past_key_values` already hold {num_cached} tokens and the prompt has {num_prompt}: nothing is left "
                 "to feed. Pass at least one token that is not in the cache, or crop the cache."
             )
-        self.num_prompt = num_cached + num_new
+        self._num_positions = num_cached + num_new + num_new_tokens
+        check_positions(model, self._num_positions)
         # What is fed next, one column a token that the model does not remember; at last the anchor.
         self._new_ids = input_ids[:, -num_new:]
         self._new_embeds = None if embeds is None else embeds[:, -num_new:]
@@ -141,7 +151,7 @@ class Window:
         inputs = self.model.prepare_inputs_for_generation(self._new_ids, is_first_iteration=self._is_prefill, **kwargs)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = draft_length + 1  # some models put their own default here
-        return self.model(**inputs, return_dict=True).logits[:, -(draft_length + 1) :]
+        return self.memory.call(self.model, **inputs, return_dict=True).logits[:, -(draft_length + 1) :]
 
     def advance(self, predicted_ids: torch.Tensor, counts: list[int], finished: list[bool]) -> None:
         """
@@ -181,7 +191,9 @@ class Window:
         self._new_ids = torch.cat([self._new_ids, ids], dim=1)
         if self._new_positions is not None:
             ahead = torch.arange(1, length + 1, device=self._new_positions.device)
-            self._new_positions = torch.cat([self._new_positions, self._new_positions[:, -1:] + ahead], dim=1)
+            # Behind the end of the text nothing is committed, but a fixed shape has it fed.
+            positions = (self._new_positions[:, -1:] + ahead).clamp(max=self._num_positions - 1)
+            self._new_positions = torch.cat([self._new_positions, positions], dim=1)
         if self._new_token_types is not None:
             ahead = self._new_token_types[:, -1:].expand(-1, length)
             self._new_token_types = torch.cat([self._new_token_types, ahead], dim=1)

@@ -1,0 +1,104 @@
+"""
+Iterations of fixed shape on a static cache, run as one compiled graph.
+
+Tokens behind the end of what is remembered stay in the tensors of a static cache, hidden by the mask, until others are
+written over them. So rejected tokens are taken out by setting back the position at which the cache goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from transformers import CompileConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.utils import logging
+
+from .._host import compiles_whole
+from .memory import CACHE_NAMES, Memory
+from .support import forgets_between_steps
+
+
+logger = logging.get_logger(__name__)
+
+# The graph depends on the length of the cache: round it up, and never shorten it, so that calls share a graph.
+_LENGTH_STEP = 256
+_LENGTHS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+class StaticMemory(Memory):
+    """
+    A static key/value cache.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to compile.
+        cache (`transformers.StaticCache`): with layers of full attention alone.
+        batch_size (`int`): number of rows; they must commit equally many tokens, and none leaves the batch.
+    """
+
+    fixed_shape = True
+
+    def __init__(self, model: Any, cache: StaticCache, batch_size: int):
+        self.cache: StaticCache = cache
+        self.same_length = batch_size > 1
+        config = model.generation_config.compile_config or CompileConfig(fullgraph=True, dynamic=False)
+        self._compiled = model.get_compiled_call(config)
+        self._is_prefill = True
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        return {"past_key_values": self.cache, "use_cache": True}
+
+    def call(self, model: Any, **inputs: Any) -> Any:
+        # The prompt has a length of its own in every call.
+        return model(**inputs) if self._is_prefill else self._compiled(**inputs)
+
+    def settle(self, num_rejected: list[int]) -> bool:
+        if num_rejected[0]:
+            layers: Any = self.cache.layers
+            for layer in layers:
+                layer.cumulative_length.sub_(num_rejected[0])  # in place: its address is part of the graph
+        return True
+
+    def after_prefill(self) -> Memory:
+        self._is_prefill = False
+        return self
+
+
+def make_static_memory(
+    model: Any, model_kwargs: dict[str, Any], batch_size: int, max_columns: int, is_user_cache: bool
+) -> StaticMemory | None:
+    """
+    Make a static memory, or say once why this model has to go without one.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to decode.
+        model_kwargs (`dict`): model inputs as the host prepared them; the host's cache is taken out if ours replaces
+            it.
+        batch_size (`int`): number of rows.
+        max_columns (`int`): most columns that the cache will hold.
+        is_user_cache (`bool`): whether the cache comes from the user.
+
+    Returns:
+        `StaticMemory` or `None`: `None` where the model, its cache or its layers do not allow one.
+    """
+    length = max(-(-max_columns // _LENGTH_STEP) * _LENGTH_STEP, _LENGTHS.get(model, 0))
+    cache = None
+    if is_user_cache:
+        reason = "`past_key_values` are given"
+    elif model.config.is_encoder_decoder:
+        reason = "it is an encoder-decoder model"
+    elif not compiles_whole(model) or forgets_between_steps(model):
+        reason = "the host does not compile it into one graph"
+    else:
+        cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+        other = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
+        reason = f"rejected tokens cannot be taken out of {', '.join(sorted(other))}" if other else ""
+    if cache is None or reason:
+        logger.warning_once(f"{type(model).__name__} decodes by Jacobi without being compiled: {reason}.")
+        return None
+    for name in CACHE_NAMES:
+        model_kwargs.pop(name, None)
+    model_kwargs.pop("use_cache", None)
+    _LENGTHS[model] = length
+    return StaticMemory(model, cache, batch_size)
