@@ -45,7 +45,21 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output-dir", type=Path, help="where to keep the two models and the trajectories")
     demo.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
     demo.set_defaults(run=_run_demo)
+    export = commands.add_parser(
+        "export",
+        help="put Jacobi decoding beside a saved model, for people who have not installed cllm_hf",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    export.add_argument("folder", help="folder of a saved model or adapter, or its id on the Hub")
+    export.add_argument("--block-size", type=_block_size, help="if not that of the model's generation_config.json")
+    export.add_argument("--overwrite", action="store_true", help="replace a custom_generate that is not from here")
+    export.add_argument("--revision", help="branch of the Hub repository")
+    export.set_defaults(run=_run_export)
     return parser
+
+
+def _block_size(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _run_demo(parsed: argparse.Namespace) -> int:
@@ -60,4 +74,14 @@ def _run_demo(parsed: argparse.Namespace) -> int:
     print(f"\n{sum(report.seconds.values()):.0f} s in all: {laps}.")
     if parsed.output_dir is not None:
         print(f"Kept in {parsed.output_dir}: target, trajectories, cllm.")
+    return 0
+
+
+def _run_export(parsed: argparse.Namespace) -> int:
+    from .export import export_custom_generate
+
+    written = export_custom_generate(
+        parsed.folder, block_size=parsed.block_size, overwrite=parsed.overwrite, revision=parsed.revision
+    )
+    print(f"Written: {written}\nThe model card says how to decode with it.")
     return 0

@@ -48,3 +48,18 @@ def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
             if earlier.exists() and not folder.exists():
                 earlier.rename(folder)
             raise
+
+
+def replace_file(path: Path, text: str) -> None:
+    """
+    Write a text file that appears under its name only when it is complete, in place of an earlier one.
+
+    Args:
+        path (`pathlib.Path`): the file; its folder exists.
+        text (`str`): what it will hold; line ends are written as they are.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as unfinished:
+        new = Path(unfinished) / path.name
+        with new.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        new.replace(path)
