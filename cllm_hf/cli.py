@@ -7,8 +7,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
+
+
+_SERVE_HELP = "the OpenAI-compatible server of transformers, with Jacobi decoding"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         `int`: exit status: 0, 1 for an error that is explained on stderr, 130 after Ctrl-C.
     """
-    parsed = _make_parser().parse_args(arguments)
+    parser = _make_parser()
+    parsed, others = parser.parse_known_args(arguments)
+    if parsed.command == "serve":
+        parsed.arguments = others  # are for the host
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         return parsed.run(parsed)
     except KeyboardInterrupt:
@@ -55,6 +64,9 @@ def _make_parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace a custom_generate that is not from here")
     export.add_argument("--revision", help="branch of the Hub repository")
     export.set_defaults(run=_run_export)
+    serve = commands.add_parser("serve", help=_SERVE_HELP, add_help=False, allow_abbrev=False)
+    serve.add_argument("--block-size", type=_block_size)
+    serve.set_defaults(run=_run_serve)
     return parser
 
 
@@ -85,3 +97,29 @@ def _run_export(parsed: argparse.Namespace) -> int:
     )
     print(f"Written: {written}\nThe model card says how to decode with it.")
     return 0
+
+
+def _run_serve(parsed: argparse.Namespace) -> int:
+    from .serving import serve
+
+    if {"-h", "--help"} & set(parsed.arguments):
+        print(f"cllm serve: {_SERVE_HELP}. To the options of the host, below, it adds\n")
+        print("  --block-size N  decode by Jacobi with this block size, whatever the model's defaults are\n")
+    try:
+        serve(parsed.arguments, parsed.block_size, report=_report_model)
+    except ImportError as error:
+        print(f"cllm: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cllm: the server has been stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _report_model(model: Any) -> None:
+    config: Any = getattr(model, "generation_config", None)
+    if getattr(config, "decoding", None) == "jacobi":
+        how = f"by Jacobi, with block size {config.jacobi_block_size}"
+    else:
+        how = "one token a forward: it has no Jacobi defaults, and no `--block-size` was given"
+    print(f"cllm: {model.name_or_path} decodes {how}.", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import httpx
 
 from .bundling import bundle
-from .files import check_writable, replace_file, save_whole
+from .files import check_writable, save_whole, write_whole
 from .integration import DEFAULT_BLOCK_SIZE, check_block_size
 
 
@@ -113,7 +113,7 @@ class _Folder:
                 (new / Path(name).name).write_text(files[name], encoding="utf-8", newline="")
 
         save_whole(folder, save)
-        replace_file(self.path / _CARD, files[_CARD])
+        write_whole(self.path / _CARD, files[_CARD])
         return str(self.path / _GENERATE)
 
 

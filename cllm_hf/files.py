@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,16 +51,15 @@ def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
             raise
 
 
-def replace_file(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """
-    Write a text file that appears under its name only when it is complete, in place of an earlier one.
+    Write a file that appears under its name only when it is complete, in place of an earlier one.
 
     Args:
         path (`pathlib.Path`): the file; its folder exists.
-        text (`str`): what it will hold; line ends are written as they are.
+        text (`str`): what to write, with its own line ends.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as unfinished:
         new = Path(unfinished) / path.name
-        with new.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        new.replace(path)
+        new.write_text(text, encoding="utf-8", newline="")
+        os.replace(new, path)
