@@ -120,6 +120,8 @@ def _report_model(model: Any) -> None:
     config: Any = getattr(model, "generation_config", None)
     if getattr(config, "decoding", None) == "jacobi":
         how = f"by Jacobi, with block size {config.jacobi_block_size}"
+    elif "generate" in vars(model):
+        how = "as the `custom_generate` of its repository says"
     else:
         how = "one token a forward: it has no Jacobi defaults, and no `--block-size` was given"
     print(f"cllm: {model.name_or_path} decodes {how}.", file=sys.stderr, flush=True)

@@ -292,7 +292,7 @@ def _render_card(place: _Folder | _Repository, is_adapter: bool) -> str:
     text = place.read(_CARD)
     if text is None:
         new = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=[TAG])
-        return f"---\n{new.to_yaml()}\n---\n\n{_card_text(place.name, is_adapter)}"
+        return f"---\n{new.to_yaml()}\n---\n\n{_card_text(place.title, is_adapter)}"
     try:
         card = ModelCard(text)
     except Exception as error:  # the parser of YAML has errors of its own

@@ -152,6 +152,9 @@ def test_options_of_a_request(server):
     penalized = expected_answers(server.folder, repetition_penalty=1.5)
     answers = server.answers(frequency_penalty=0.5)
     assert {name: text for name, (text, _) in answers.items()} == {name: text for name, (text, _) in penalized.items()}
+    biased = greedy_text(server.folder, "user:Hello.|assistant:", sequence_bias={(5,): 4.0})[0]
+    asked = {"model": server.folder, "messages": MESSAGES, "max_tokens": LENGTH, "logit_bias": {"5": 4.0}}
+    assert server.client.chat.completions.create(**asked).choices[0].message.content == biased
     # A generation config in the request comes before the model's.
     config = {"generation_config": json.dumps({"jacobi_block_size": 2})}
     assert_fewer_forwards(server.answers(extra_body=config), expected_answers(server.folder))
