@@ -15,6 +15,7 @@ from .integration import register, set_jacobi_defaults, unregister
 
 if TYPE_CHECKING:
     from .decoding.output import JacobiOutput, JacobiStats
+    from .export import export_custom_generate
     from .loading import load_cllm
     from .training.config import CLLMConfig
     from .training.trainer import CLLMTrainer
@@ -29,6 +30,7 @@ __all__ = [
     "JacobiOutput",
     "JacobiStats",
     "TrajectoryBuilder",
+    "export_custom_generate",
     "load_cllm",
     "register",
     "set_jacobi_defaults",
@@ -41,6 +43,7 @@ _LAZY = {
     "JacobiOutput": ".decoding.output",
     "JacobiStats": ".decoding.output",
     "TrajectoryBuilder": ".trajectories.builder",
+    "export_custom_generate": ".export",
     "load_cllm": ".loading",
 }
 

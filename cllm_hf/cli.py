@@ -8,9 +8,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .evaluation.arguments import add_benchmark_commands
+
+
+_SERVE_HELP = "the OpenAI-compatible server of transformers, with Jacobi decoding"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,8 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         `int`: exit status: 0, 1 for an error that is explained on stderr, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parsed = _make_parser().parse_args(arguments)
+    parser = _make_parser()
+    parsed, others = parser.parse_known_args(arguments)
     parsed.command_line = shlex.join(["cllm", *arguments])
+    if parsed.command == "serve":
+        parsed.arguments = others  # are for the host
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         return parsed.run(parsed)
     except KeyboardInterrupt:
@@ -50,7 +59,24 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
     demo.set_defaults(run=_run_demo)
     add_benchmark_commands(commands, run=_run_benchmark)
+    export = commands.add_parser(
+        "export",
+        help="put Jacobi decoding beside a saved model, for people who have not installed cllm_hf",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    export.add_argument("folder", help="folder of a saved model or adapter, or its id on the Hub")
+    export.add_argument("--block-size", type=_block_size, help="if not that of the model's generation_config.json")
+    export.add_argument("--overwrite", action="store_true", help="replace a custom_generate that is not from here")
+    export.add_argument("--revision", help="branch of the Hub repository")
+    export.set_defaults(run=_run_export)
+    serve = commands.add_parser("serve", help=_SERVE_HELP, add_help=False, allow_abbrev=False)
+    serve.add_argument("--block-size", type=_block_size)
+    serve.set_defaults(run=_run_serve)
     return parser
+
+
+def _block_size(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _run_demo(parsed: argparse.Namespace) -> int:
@@ -74,3 +100,41 @@ def _run_benchmark(parsed: argparse.Namespace) -> int:
 
     print(run_benchmark(parsed))
     return 0
+
+
+def _run_export(parsed: argparse.Namespace) -> int:
+    from .export import export_custom_generate
+
+    written = export_custom_generate(
+        parsed.folder, block_size=parsed.block_size, overwrite=parsed.overwrite, revision=parsed.revision
+    )
+    print(f"Written: {written}\nThe model card says how to decode with it.")
+    return 0
+
+
+def _run_serve(parsed: argparse.Namespace) -> int:
+    from .serving import serve
+
+    if {"-h", "--help"} & set(parsed.arguments):
+        print(f"cllm serve: {_SERVE_HELP}. To the options of the host, below, it adds\n")
+        print("  --block-size N  decode by Jacobi with this block size, whatever the model's defaults are\n")
+    try:
+        serve(parsed.arguments, parsed.block_size, report=_report_model)
+    except ImportError as error:
+        print(f"cllm: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cllm: the server has been stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _report_model(model: Any) -> None:
+    config: Any = getattr(model, "generation_config", None)
+    if getattr(config, "decoding", None) == "jacobi":
+        how = f"by Jacobi, with block size {config.jacobi_block_size}"
+    elif "generate" in vars(model):
+        how = "as the `custom_generate` of its repository says"
+    else:
+        how = "one token a forward: it has no Jacobi defaults, and no `--block-size` was given"
+    print(f"cllm: {model.name_or_path} decodes {how}.", file=sys.stderr, flush=True)

@@ -72,9 +72,9 @@ def write_whole(path: Path, text: str) -> None:
 
     Args:
         path (`pathlib.Path`): the file; its folder exists.
-        text (`str`): what to write.
+        text (`str`): what to write, with its own line ends.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as unfinished:
         new = Path(unfinished) / path.name
-        new.write_text(text, encoding="utf-8")
+        new.write_text(text, encoding="utf-8", newline="")
         os.replace(new, path)

@@ -2,11 +2,15 @@
 
 import inspect
 
+import click
 import torch
 from conftest import make_prompts
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, LlamaConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cli.serve import Serve
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.transformers import app as transformers_commands
 from trl import SFTTrainer
 
 from cllm_hf._host import attention_implementation, mark_as_edited, mixes_adapters
@@ -87,3 +91,26 @@ def test_adapters_given_to_each_row_show_as_hooks(llama):
     for options in ({}, {"adapter_names": ["__base__", "default"]}, {}):
         model.generate(input_ids=ids, max_new_tokens=2, custom_generate=loop, **options)
     assert seen == [False, True, False]
+
+
+def test_the_server_makes_its_model_manager_by_this_name():
+    source = inspect.getsource(Serve.__init__)
+    assert "from .serving.model_manager import ModelManager" in source and "ModelManager(" in source
+    parameters = inspect.signature(ModelManager.load_model_and_processor).parameters
+    assert list(parameters)[:2] == ["self", "model_id_and_revision"]
+    assert "self.load_model_and_processor(" in inspect.getsource(ModelManager.__init__)
+    assert isinstance(transformers_commands, click.Group) and "serve" in transformers_commands.commands
+
+
+def test_remote_generate_is_bound_to_its_model(llama, tmp_path):
+    """The model comes by name, and with `custom_generate=` all arguments of `generate` do."""
+    llama.save_pretrained(tmp_path)
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(
+        "def generate(*args, model, **kwargs):\n    return args, sorted(kwargs)\n"
+    )
+    loaded = type(llama).from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.generate(1, max_length=2) == ((1,), ["max_length"])
+    args, names = llama.generate(make_prompts(1)[0], custom_generate=str(tmp_path), trust_remote_code=True)
+    assert args == () and {"inputs", "generation_config", "streamer"} <= set(names)
+    assert not {"custom_generate", "trust_remote_code"} & set(names)
