@@ -89,7 +89,7 @@ def test_every_way_to_call_it(results):
 
 def test_errors_are_as_clear(results):
     refused = results["refused"]
-    assert "integer of at least 1, got 0. Typical values" in refused["block size"] == refused["named"]
+    assert 'integer of at least 1 or "auto", got 0. Typical values' in refused["block size"] == refused["named"]
     assert 'must be "jacobi" or "autoregressive", got \'jacoby\'' in refused["decoding"]
     assert "pass `num_beams=1`" in refused["beams"]
     assert "not used by the model: ['jacobi_blok_size']" in refused["unknown"]

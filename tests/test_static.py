@@ -34,7 +34,7 @@ def assert_equal_to_greedy(model, input_ids, mask, block_size=8, **options):
     greedy = model.generate(input_ids, **options)
     output = model.generate(input_ids, **options, **compiled)
     assert output.sequences.tolist() == greedy.tolist()
-    assert output.jacobi_stats.num_forwards <= greedy.shape[1] - input_ids.shape[1]
+    assert output.jacobi_stats.num_forwards <= max(output.jacobi_stats.num_generated)
     return output
 
 

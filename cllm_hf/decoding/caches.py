@@ -12,7 +12,7 @@ A recurrent state cannot be rolled back. It is saved before a forward, and put b
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
@@ -98,6 +98,18 @@ def roll_back(cache: Cache, num_rejected: list[int]) -> None:
                 _roll_back_rows(layer, num_rejected)
     else:
         cache.crop(-fewest)
+
+
+def select_rows(cache: Cache, indices: torch.Tensor) -> None:
+    """
+    Keep some rows of a cache only.
+
+    Args:
+        cache (`transformers.Cache`): any cache.
+        indices (`torch.LongTensor` of shape `(num_rows,)`): the rows.
+    """
+    # Recurrent layers have no method to select rows, but one to reorder them, for beams.
+    cache.reorder_cache(cast(torch.LongTensor, indices))
 
 
 def save_states(cache: Cache) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ There are three ways, and `choose_memory` picks one for a model and its cache:
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -134,7 +134,7 @@ class CroppedMemory(Memory):
         return self
 
     def select(self, indices: torch.Tensor) -> None:
-        self.cache.batch_select_indices(indices)
+        caches.select_rows(self.cache, indices)
 
     def close(self) -> None:
         caches.stop_recording(self.cache)
@@ -186,8 +186,7 @@ class ReplayedMemory(Memory):
         return CroppedMemory(self.cache, self._batch_size) if self.cache.is_croppable else self
 
     def select(self, indices: torch.Tensor) -> None:
-        # Recurrent layers can be reordered, as for beams, but have no method to select rows.
-        self.cache.reorder_cache(cast(torch.LongTensor, indices))
+        caches.select_rows(self.cache, indices)
 
 
 def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_user_cache: bool) -> Memory:

@@ -165,14 +165,18 @@ class Window:
         if self._is_prefill:
             self.memory = self.memory.after_prefill()
         left = [index for index, is_finished in enumerate(finished) if not is_finished]
-        if left and len(left) < len(self.rows):
-            self._select(torch.tensor(left, device=predicted_ids.device), left)
-            predicted_ids, counts = predicted_ids[left], [counts[index] for index in left]
-        # The bonus token was committed but not fed: a row that took all tokens has rejected none.
-        is_remembered = self._forget([self._draft_length + 1 - count for count in counts])
+        # The bonus token was committed but not fed: a row that took all tokens has rejected none. A row that leaves
+        # must not keep the others' columns from going.
+        most = max(counts[index] for index in left or range(len(counts)))
+        is_going_on = [not left or not is_finished for is_finished in finished]
+        kept = [count if goes_on else most for count, goes_on in zip(counts, is_going_on)]
+        is_remembered = self._forget([self._draft_length + 1 - count for count in kept])
         if not left:
             self.rows = []
             return
+        if len(left) < len(self.rows):
+            self._select(torch.tensor(left, device=predicted_ids.device), left)
+            predicted_ids, counts = predicted_ids[left], [counts[index] for index in left]
         committed = torch.tensor(counts, device=predicted_ids.device)
         self._append(predicted_ids.gather(1, committed[:, None] - 1))
         if is_remembered:

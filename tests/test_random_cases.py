@@ -1,0 +1,134 @@
+"""Everything at once, drawn at random: architecture, batch, padding, block size, options, dtype."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from architectures import make_architecture
+from conftest import CONFIGS, VOCAB_SIZE, make_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_parity import AtLength, EveryThirdCall
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+import cllm_hf  # noqa: F401
+
+
+SINGLE_ROWS = ["mamba", "mamba2", "openai-gpt", "rwkv", "deepseek_v4"]
+OTHERS = ["qwen3_next", "falcon_h1", "lfm2", "llama4_text", "bloom", "opt", "roberta", "gemma3n_text", "deepseek_v3"]
+NAMES = sorted([*CONFIGS, *SINGLE_ROWS, *OTHERS])
+
+
+@functools.cache
+def model_of(name, scale=4.0, dtype=torch.float32):
+    model = make_model(name, scale=scale) if name in CONFIGS else make_architecture(name)
+    model.generation_config.update(max_length=None, min_length=None)
+    return model.to(dtype)
+
+
+@functools.cache
+def rounded_model_of(name):
+    """In float32, with the weights that the model has in bfloat16."""
+    return copy.deepcopy(model_of(name, scale=2.0, dtype=torch.bfloat16)).float()
+
+
+def draw_prompts(draw, name):
+    batch_size = 1 if name in SINGLE_ROWS else draw(st.integers(1, 4))
+    length = draw(st.integers(1, 24))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    ids = torch.randint(3, VOCAB_SIZE, (batch_size, length), generator=generator)
+    padding = [draw(st.integers(0, length - 1)) for _ in range(batch_size)]
+    if draw(st.booleans()) or name in SINGLE_ROWS:
+        padding = [0] * batch_size
+    mask = (torch.arange(length) >= torch.tensor(padding)[:, None]).long()
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+OPTIONS = [
+    {"repetition_penalty": 1.4},
+    {"no_repeat_ngram_size": 2},
+    {"min_new_tokens": 4},
+    {"bad_words_ids": [[5], [7, 9]]},
+    {"suppress_tokens": list(range(10, 30))},
+    {"sequence_bias": {(11,): 5.0}},
+    {"exponential_decay_length_penalty": (5, 1.5)},
+]
+SAMPLING = [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}]
+
+
+@st.composite
+def cases(draw):
+    name = draw(st.sampled_from(NAMES))
+    options = {"max_new_tokens": draw(st.integers(1, 40)), "do_sample": draw(st.sampled_from([False, False, True]))}
+    for entry in draw(st.lists(st.sampled_from(OPTIONS + (SAMPLING if options["do_sample"] else [])), max_size=2)):
+        options.update(entry)
+    stops = draw(st.lists(st.integers(3, VOCAB_SIZE - 1), max_size=5))
+    if stops or "exponential_decay_length_penalty" in options:
+        options["eos_token_id"] = stops or [4]
+    own = (draw(st.sampled_from([False, False, False, True])), draw(st.sampled_from([False, False, False, True])))
+    block_size = draw(st.one_of(st.integers(1, 8), st.sampled_from([16, 33, "auto"])))
+    return name, draw_prompts(draw, name), options, own, block_size, draw(st.booleans())
+
+
+def generate(model, prompts, options, own, **extra):
+    return model.generate(
+        **prompts,
+        **options,
+        logits_processor=LogitsProcessorList([EveryThirdCall()] if own[0] else []),
+        stopping_criteria=StoppingCriteriaList([AtLength()] if own[1] else []),
+        return_dict_in_generate=True,
+        **extra,
+    )
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(cases())
+def test_random_cases(case):
+    name, prompts, options, own, block_size, uses_cache = case
+    model = model_of(name)
+    if options["do_sample"]:
+        options = {**options, "jacobi_seed": 7}
+        expected = generate(model, prompts, options, own, jacobi_block_size=1)
+    else:
+        expected = generate(model, prompts, options, own)
+    output = generate(model, prompts, options, own, jacobi_block_size=block_size, use_cache=uses_cache)
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    stats = output.jacobi_stats
+    assert stats.num_forwards <= output.sequences.shape[1] - prompts["input_ids"].shape[1]
+    assert max(map(max, stats.num_committed)) <= (64 if block_size == "auto" else block_size)
+
+
+@st.composite
+def bfloat16_cases(draw):
+    name = draw(st.sampled_from([name for name in NAMES if name not in SINGLE_ROWS]))
+    return name, draw_prompts(draw, name), draw(st.sampled_from([2, 5, 16]))
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(bfloat16_cases())
+@torch.no_grad()
+def test_differences_in_bfloat16_sit_at_near_ties(case):
+    """
+    Where texts part, the two tokens were closer than what rounding does to logits there: greedy decoding's own differ
+    as much from those that the same weights have in float32.
+    """
+    name, prompts, block_size = case
+    model = model_of(name, scale=2.0, dtype=torch.bfloat16)
+    exact_model = rounded_model_of(name)
+    options = {**prompts, "do_sample": False, "max_new_tokens": 30}
+    greedy = model.generate(**options, return_dict_in_generate=True, output_logits=True)
+    decoded = model.generate(**options, jacobi_block_size=block_size)
+    length = prompts["input_ids"].shape[1]
+    for row in range(decoded.shape[0]):
+        apart = (greedy.sequences[row] != decoded[row]).nonzero()
+        if not len(apart):
+            continue
+        place = apart[0].item()
+        logits = greedy.logits[place - length][row].float()
+        gap = logits[greedy.sequences[row, place]] - logits[decoded[row, place]]
+        text = greedy.sequences[row : row + 1, :place][:, -(prompts["attention_mask"][row].sum() + place - length) :]
+        rounding = (exact_model(text).logits[0, -1] - logits).abs().max()
+        assert 0 <= gap <= 4 * rounding
