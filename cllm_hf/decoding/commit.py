@@ -139,12 +139,11 @@ class Committer:
 
     def _predict(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
         """The token of each position, or a guess of it where it takes processors that look at the text."""
-        scores = logits
+        scores = logits.float()  # as the host has them; an argmax over bfloat16 takes a CPU longer than this
         if self._whole_blocks and self.logits_processor:
             no_text = self.canvas[:0]
-            scores = self.logits_processor(no_text, logits.float().flatten(0, 1)).view(logits.shape)
+            scores = self.logits_processor(no_text, scores.flatten(0, 1)).view(logits.shape)
         if self._noise is not None:
-            scores = scores.float()
             scores = scores + self._noise.of_blocks(rows, [self.lengths[row] for row in rows], scores)
         return scores.argmax(-1).to(self.canvas.device)
 
