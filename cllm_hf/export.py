@@ -19,8 +19,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import httpx
 
 from .bundling import bundle
+from .decoding.options import DEFAULT_BLOCK_SIZE, check_block_size
 from .files import check_writable, save_whole, write_whole
-from .integration import DEFAULT_BLOCK_SIZE, check_block_size
 
 
 # Lower bounds as in `pyproject.toml`; the host compares one bound a line and installs nothing.
@@ -49,7 +49,7 @@ EXPORTED_BLOCK_SIZE = {block_size!r}
 
 def generate(*args: Any, model: Any, **kwargs: Any) -> Any:
     """
-    `generate` with Jacobi decoding: several tokens a forward, and exactly the tokens of greedy decoding.
+    `generate` with Jacobi decoding: several tokens a forward, and exactly those of decoding one at a time.
 
     Args:
         args: as for `GenerationMixin.generate`, without the model.
@@ -164,7 +164,7 @@ def _open_place(folder_or_repo: str | Path, revision: str | None, token: str | N
 
 def export_custom_generate(
     folder_or_repo: str | Path,
-    block_size: int | None = None,
+    block_size: int | str | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -180,8 +180,8 @@ def export_custom_generate(
     Args:
         folder_or_repo (`str` or `pathlib.Path`): folder of a saved model or adapter, or its id on the Hub, which gets
             all files in one commit.
-        block_size (`int`, *optional*): `jacobi_block_size` where neither a call nor a generation config has one. By
-            default that of the folder's `generation_config.json`, or else the package's default.
+        block_size (`int` or `"auto"`, *optional*): `jacobi_block_size` where neither a call nor a generation config
+            has one. By default that of the folder's `generation_config.json`, or else the package's default.
         overwrite (`bool`): whether to replace a `custom_generate` that was not written by this function.
         revision (`str`, *optional*): branch of the Hub repository.
         token (`str`, *optional*): access token for the Hub; by default the stored one.
@@ -218,12 +218,12 @@ def export_custom_generate(
     )
 
 
-def render_generate(block_size: int = DEFAULT_BLOCK_SIZE) -> str:
+def render_generate(block_size: int | str = DEFAULT_BLOCK_SIZE) -> str:
     """
     The text of `custom_generate/generate.py`.
 
     Args:
-        block_size (`int`): `jacobi_block_size` where neither a call nor a generation config has one.
+        block_size (`int` or `"auto"`): `jacobi_block_size` where neither a call nor a generation config has one.
 
     Returns:
         `str`: a module with a function `generate`, which needs torch and transformers only.
@@ -239,7 +239,7 @@ def render_generate(block_size: int = DEFAULT_BLOCK_SIZE) -> str:
         _marked("put together from the modules of the package; change those and export again"),
         "# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0",
         '"""',
-        "Jacobi decoding for `generate`: several tokens a forward, and exactly the tokens of greedy decoding.",
+        "Jacobi decoding for `generate`: several tokens a forward, and exactly those of decoding one at a time.",
         "",
         "transformers calls `generate`, at the end of this file. Nothing outside this file is changed.",
         '"""',
@@ -280,12 +280,12 @@ def _without_patching(source: str) -> str:
     return "\n".join(lines)
 
 
-def _choose_block_size(place: _Folder | _Repository, block_size: int | None) -> int:
+def _choose_block_size(place: _Folder | _Repository, block_size: int | str | None) -> int | str:
     if block_size is not None:
-        return check_block_size(block_size, "block_size")
+        return check_block_size(block_size, "block_size", allows_auto=True)
     text = place.read("generation_config.json")
     saved = json.loads(text).get("jacobi_block_size") if text else None
-    return DEFAULT_BLOCK_SIZE if saved is None else check_block_size(saved)
+    return DEFAULT_BLOCK_SIZE if saved is None else check_block_size(saved, allows_auto=True)
 
 
 def _render_card(place: _Folder | _Repository, is_adapter: bool) -> str:
@@ -316,7 +316,7 @@ def _card_text(title: str, is_adapter: bool) -> str:
     return f"""# {title}
 
 This {"adapter" if is_adapter else "model"} comes with Jacobi decoding: it writes several tokens a forward, and
-exactly the text of greedy decoding.
+exactly the text of decoding one at a time.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -332,13 +332,15 @@ print(output.jacobi_stats.tokens_per_forward)
 
 ## Compatibility
 
-Decoder-only models with full or sliding attention and a dynamic cache. What is not supported is refused, with a
-message that names the way out.
+Text generation with the models of transformers. What is not supported is refused, with a message that names the way
+out.
 
 ## Additional arguments
 
 - `decoding`: `"jacobi"` by default; `"autoregressive"` is the decoding of transformers.
-- `jacobi_block_size`: tokens checked in a forward.
+- `jacobi_block_size`: tokens checked in a forward, or `"auto"`.
+- `jacobi_seed`: of sampling, with `do_sample=True`.
+- `jacobi_compile`: whether to run compiled iterations of fixed shape.
 
 ## Output changes
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from transformers.utils.import_utils import is_serve_available
 
-from .integration import check_block_size, set_jacobi_defaults
+from .decoding.options import check_block_size
 
 
 def serve(
     arguments: Sequence[str],
-    block_size: int | None = None,
+    block_size: int | str | None = None,
     report: Callable[[Any], object] | None = None,
 ) -> None:
     """
@@ -28,8 +28,8 @@ def serve(
 
     Args:
         arguments (`Sequence[str]`): those of `transformers serve`, the model among them.
-        block_size (`int`, *optional*): makes Jacobi decoding, with this block size, the default of every model that is
-            loaded. By default each model keeps the defaults it was saved with.
+        block_size (`int` or `"auto"`, *optional*): makes Jacobi decoding, with this block size, the default of every
+            model that is loaded. By default each model keeps the defaults it was saved with.
         report (`Callable`, *optional*): called with every model that has been loaded.
 
     Raises:
@@ -40,7 +40,7 @@ def serve(
         ValueError: if `block_size` is not valid, or is given together with continuous batching.
     """
     if block_size is not None:
-        block_size = check_block_size(block_size, "block_size")
+        block_size = check_block_size(block_size, "block_size", allows_auto=True)
         if "--continuous-batching" in arguments:
             raise ValueError(
                 "Continuous batching has its own decoding, got `--block-size` for Jacobi decoding too. Drop one of "
@@ -65,12 +65,14 @@ def serve(
 
 
 @contextmanager
-def jacobi_models(block_size: int | None = None, report: Callable[[Any], object] | None = None) -> Iterator[None]:
+def jacobi_models(
+    block_size: int | str | None = None, report: Callable[[Any], object] | None = None
+) -> Iterator[None]:
     """
     Servers that are made inside load their models with Jacobi defaults.
 
     Args:
-        block_size (`int`, *optional*): as for `serve`.
+        block_size (`int` or `"auto"`, *optional*): as for `serve`.
         report (`Callable`, *optional*): as for `serve`.
     """
     from transformers.cli.serving import model_manager
@@ -97,6 +99,8 @@ def jacobi_models(block_size: int | None = None, report: Callable[[Any], object]
         module.ModelManager = original
 
 
-def _prepare(model: Any, block_size: int | None) -> None:
-    if block_size is not None and model.can_generate() and not model.config.is_encoder_decoder:
-        set_jacobi_defaults(model, block_size)
+def _prepare(model: Any, block_size: int | str | None) -> None:
+    if block_size is not None and model.can_generate():
+        # Other defaults stay as they are: whether a request is answered by sampling is not for us to say.
+        model.generation_config.decoding = "jacobi"
+        model.generation_config.jacobi_block_size = block_size

@@ -18,33 +18,33 @@ def test_count_accepted_counts_leading_matches():
         while count < 5 and guess[count] == said[count]:
             count += 1
         expected.append(count)
-    assert count_accepted(draft, predicted).tolist() == expected
+        assert count_accepted(guess, said) == count
     assert set(expected) == set(range(6))
 
 
 def test_count_accepted_of_an_empty_draft_is_zero():
-    assert count_accepted(random_ids(3, 0), random_ids(3, 1)).tolist() == [0, 0, 0]
+    assert count_accepted([], [5]) == 0
 
 
 def test_count_accepted_refuses_other_lengths():
     with pytest.raises(ValueError, match="exactly one token longer"):
-        count_accepted(random_ids(2, 4), random_ids(2, 4))
+        count_accepted([1, 2], [1, 2])
 
 
 def test_count_until_stop_counts_the_stop_token_too():
-    tokens = random_ids(200, 4, high=6)
-    stops = torch.tensor([1, 4])
-    expected = [next((i + 1 for i, token in enumerate(row) if token in (1, 4)), 5) for row in tokens.tolist()]
-    assert count_until_stop(tokens, stops).tolist() == expected
+    for row in random_ids(200, 4, high=6).tolist():
+        count = 1
+        while count <= 4 and row[count - 1] not in (1, 4):
+            count += 1
+        assert count_until_stop(row, {1, 4}) == count
+    assert count_until_stop([1, 4], ()) == 3
 
 
 def test_next_draft_is_the_rest_of_the_prediction_and_then_filler():
-    predicted, filler = random_ids(20, 5, high=50), random_ids(20, 4, high=50, seed=1) + 100
-    committed = random_ids(20, high=5) + 1
-    draft = next_draft(predicted, committed, filler)
-    for row in range(20):
-        tail = predicted[row, committed[row] :].tolist()
-        assert draft[row].tolist() == (tail + filler[row, len(tail) :].tolist())[:4]
+    assert next_draft([], [7, 8, 9]) == [7, 8, 9]
+    assert next_draft([1, 2], [7, 8, 9]) == [1, 2, 7]
+    assert next_draft([1, 2, 3, 4], [7, 8, 9]) == [1, 2, 3]
+    assert next_draft([1], []) == []
 
 
 def test_drawn_tokens_come_from_the_allowed_context_and_repeat_with_the_seed():

@@ -207,3 +207,27 @@ def test_import_is_light():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_caches_of_other_kinds_are_refused(llama):
+    from architectures import make_architecture
+    from transformers import StaticCache
+
+    ids, _ = make_prompts(1)
+    options = {"decoding": "jacobi", "max_new_tokens": 3}
+    cache = StaticCache(config=llama.config, max_cache_len=32)
+    with pytest.raises(ValueError, match="needs a dynamic key/value cache, got StaticCache"):
+        llama.generate(ids, past_key_values=cache, **options)
+    for name, message in (("qwen3_next", "such `past_key_values`, to be extended"), ("jamba", "feeds the whole")):
+        model = make_architecture(name)
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, past_key_values=cache, **options)
+    output = make_architecture("qwen3_next").generate(ids, return_dict_in_generate=True, **options)
+    assert output.past_key_values is None
+
+
+def test_use_cache_false_decodes_the_whole_text_each_time(llama):
+    ids, mask = make_prompts(3)
+    options = {"attention_mask": mask, "max_new_tokens": 20, "jacobi_block_size": 8}
+    assert llama.generate(ids, use_cache=False, **options).tolist() == greedy(llama, ids, attention_mask=mask).tolist()

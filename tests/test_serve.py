@@ -200,7 +200,7 @@ def test_two_threads_that_load_one_model_prepare_it_once(folders):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--block-size", "0"], "integer of at least 1, got 0"),
+        (["--block-size", "0"], 'integer of at least 1 or "auto", got 0'),
         (["--block-size", "many"], "got 'many'"),
         (["--block-size=8", "--continuous-batching"], "Drop one of the two"),
         (["--dtype", "float17"], "float17"),

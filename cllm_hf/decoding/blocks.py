@@ -1,11 +1,13 @@
 """
-Pure tensor functions over blocks: first draft, accepted tokens, next draft, cut at a stop token.
+Pure functions over blocks: first draft, accepted tokens, next draft, cut at a stop token.
 
 Words (one forward over a block of size `n`): the input is `[anchor, draft_0 .. draft_{n-2}]`, the prediction at input
 position `i` checks `draft_i`, and the prediction behind the last accepted draft token is the bonus token.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 
@@ -37,58 +39,51 @@ def draw_context_tokens(
     return context_ids.gather(1, picked.to(context_ids.device))
 
 
-def count_accepted(draft_ids: torch.Tensor, predicted_ids: torch.Tensor) -> torch.Tensor:
+def count_accepted(draft: list[int], predicted: list[int]) -> int:
     """
     Count the leading draft tokens that the model confirms.
 
     Args:
-        draft_ids (`torch.LongTensor` of shape `(batch_size, draft_length)`): guess that was fed after the anchor.
-        predicted_ids (`torch.LongTensor` of shape `(batch_size, draft_length + 1)`): the model's token at each
-            position; the token at `i` checks `draft_ids[:, i]`.
+        draft (`list[int]`): guess that was fed after the anchor.
+        predicted (`list[int]`): the model's token at each position; the token at `i` checks `draft[i]`.
 
     Returns:
-        `torch.LongTensor` of shape `(batch_size,)`: between 0 and `draft_length`.
+        `int`: between 0 and the length of the draft.
 
     Raises:
         ValueError: if the two lengths do not differ by exactly one.
     """
-    if predicted_ids.shape[1] != draft_ids.shape[1] + 1:
+    if len(predicted) != len(draft) + 1:
         raise ValueError(
-            "`predicted_ids` must be exactly one token longer than `draft_ids`, got lengths "
-            f"{predicted_ids.shape[1]} and {draft_ids.shape[1]}."
+            "`predicted` must be exactly one token longer than `draft`, got lengths "
+            f"{len(predicted)} and {len(draft)}."
         )
-    return (draft_ids == predicted_ids[:, :-1]).long().cumprod(-1).sum(-1)
+    return next((place for place, token in enumerate(draft) if token != predicted[place]), len(draft))
 
 
-def count_until_stop(token_ids: torch.Tensor, stop_ids: torch.Tensor) -> torch.Tensor:
+def count_until_stop(tokens: list[int], stop_ids: Collection[int]) -> int:
     """
     Count the tokens up to and including the first stop token.
 
     Args:
-        token_ids (`torch.LongTensor` of shape `(batch_size, length)`): tokens to search.
-        stop_ids (`torch.LongTensor` of shape `(num_stop_ids,)`): tokens that end a sequence.
+        tokens (`list[int]`): tokens to search.
+        stop_ids (`Collection[int]`): tokens that end a sequence.
 
     Returns:
-        `torch.LongTensor` of shape `(batch_size,)`: 1 to `length`, or `length + 1` where no stop token occurs.
+        `int`: 1 to the number of tokens, or one more where no stop token occurs.
     """
-    before_stop = ~torch.isin(token_ids, stop_ids)
-    return before_stop.long().cumprod(-1).sum(-1) + 1
+    return next((place for place, token in enumerate(tokens, start=1) if token in stop_ids), len(tokens) + 1)
 
 
-def next_draft(predicted_ids: torch.Tensor, num_committed: torch.Tensor, filler_ids: torch.Tensor) -> torch.Tensor:
+def next_draft(rest: list[int], filler: list[int]) -> list[int]:
     """
     Slide the window: the predictions behind the committed tokens lead the next draft, fresh tokens fill its end.
 
     Args:
-        predicted_ids (`torch.LongTensor` of shape `(batch_size, length)`): the model's tokens of this iteration.
-        num_committed (`torch.LongTensor` of shape `(batch_size,)`): how many of them were committed, at least 1.
-        filler_ids (`torch.LongTensor` of shape `(batch_size, draft_length)`): tokens for positions with no prediction.
+        rest (`list[int]`): what the model predicted behind the committed tokens.
+        filler (`list[int]`): tokens for positions with no prediction, as many as the draft shall have.
 
     Returns:
-        `torch.LongTensor` of shape `(batch_size, draft_length)`: `predicted_ids[num_committed + i]` where it exists,
-        `filler_ids[i]` elsewhere.
+        `list[int]`: as long as `filler`; `rest[i]` where it exists, elsewhere `filler[i - len(rest)]`.
     """
-    draft_length, length = filler_ids.shape[1], predicted_ids.shape[1]
-    source = torch.arange(draft_length, device=predicted_ids.device) + num_committed[:, None]
-    shifted = predicted_ids.gather(1, source.clamp(max=length - 1))
-    return torch.where(source < length, shifted, filler_ids)
+    return (rest + filler)[: len(filler)]

@@ -112,6 +112,30 @@ def select_rows(cache: Cache, indices: torch.Tensor) -> None:
     cache.reorder_cache(cast(torch.LongTensor, indices))
 
 
+def drop_leading_columns(cache: Cache, count: int) -> None:
+    """
+    Remove columns that are padding in every row.
+
+    Args:
+        cache (`transformers.Cache`): a cache that `rolls_back_rows`.
+        count (`int`): how many columns to remove.
+    """
+    layers: Any = cache.layers
+    for layer in layers:
+        if not layer.is_initialized or isinstance(layer, DummyLayer):
+            continue
+        seen = layer.get_seq_length() - count
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = seen
+        surplus = max(layer.keys.shape[-2] - seen, 0)
+        layer.keys, layer.values = layer.keys[:, :, surplus:], layer.values[:, :, surplus:]
+        if isinstance(layer, DynamicIndexedLayer):
+            if layer.indexer_keys is not None:
+                layer.indexer_keys = layer.indexer_keys[:, surplus:]
+            if layer.indexer_position_ids is not None:
+                layer.indexer_position_ids = layer.indexer_position_ids[..., surplus:]
+
+
 def save_states(cache: Cache) -> list[dict[str, Any]]:
     """
     Save what a cache holds, so that `restore_states` can put it back.

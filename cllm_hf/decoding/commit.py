@@ -65,7 +65,8 @@ class Committer:
         noise (`GumbelNoise`, *optional*): makes the choice a sample; without it the best token is chosen.
 
     Attributes:
-        canvas (`torch.LongTensor` of shape `(batch_size, max_length)`): the sequences as the host lays them out.
+        canvas (`torch.LongTensor` of shape `(batch_size, max_length)`): the sequences as the host lays them out; what
+            whole blocks have committed is on it only after `sequences`.
         lengths (`list[int]`): length of each row in the canvas.
         finished (`list[bool]`): rows that take no more tokens.
         num_generated (`list[int]`): tokens generated in each row, without the padding behind its end.
@@ -99,6 +100,9 @@ class Committer:
         self.num_generated = [0] * batch_size
         self.finished = [False] * batch_size
         self._stopped = [False] * batch_size
+        # Tokens that were committed by whole blocks, and are yet to be written to the canvas.
+        self._whole_tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        self._stop_set = frozenset(self.stop_ids.tolist() if self.stop_ids is not None else ())
 
         kinds = {type(criterion) for criterion in stopping_criteria}
         self._whole_blocks = (
@@ -115,27 +119,43 @@ class Committer:
         )
         self._same_length = self._leave_together or (batch_size > 1 and (same_length or streamer is not None))
 
-    def commit(self, rows: list[int], draft_ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    def commit(
+        self, rows: list[int], drafts: list[list[int]], logits: torch.Tensor
+    ) -> tuple[list[list[int]], list[int]]:
         """
         Commit the accepted draft tokens and the bonus token of each row.
 
         Args:
             rows (`list[int]`): canvas rows that took part in the forward.
-            draft_ids (`torch.LongTensor` of shape `(num_rows, draft_length)`): what was fed after the anchors.
+            drafts (`list[list[int]]`): for each of them, what was fed after the anchor.
             logits (`torch.Tensor` of shape `(num_rows, draft_length + 1, vocab_size)`): what the model said.
 
         Returns:
-            `tuple`: the predicted tokens, `torch.LongTensor` of shape `(num_rows, draft_length + 1)`, and how many of
-            them were committed in each row (`list[int]`, each at least 1).
+            `tuple`: for each row the predicted tokens (`list[list[int]]`, one more than the draft has), and how many
+            of them were committed (`list[int]`, each at least 1).
         """
-        predicted_ids = self._predict(rows, logits)
-        if self._whole_blocks:
-            counts = self._commit_whole(rows, draft_ids, predicted_ids)
+        predicted = self._predict(rows, logits).tolist()  # the only host sync of an iteration, for whole blocks
+        if not self._whole_blocks:
+            counts = self._commit_stepwise(rows, drafts, predicted, logits)
+        elif self._leave_together:
+            counts = self._commit_together(rows, drafts, predicted)
         else:
-            counts = self._commit_stepwise(rows, draft_ids, predicted_ids, logits)
+            counts = self._commit_whole(rows, drafts, predicted)
         if self._noise is not None:
             self._noise.let_go(min(self.lengths[row] for row in rows))
-        return predicted_ids, counts
+        return predicted, counts
+
+    def sequences(self) -> torch.Tensor:
+        """
+        The text of all rows.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, longest)`: with padding behind rows that ended early.
+        """
+        for row, tokens in enumerate(self._whole_tokens):
+            start = self.lengths[row] - len(tokens)
+            self.canvas[row, start : self.lengths[row]] = torch.tensor(tokens, dtype=self.canvas.dtype)
+        return self.canvas[:, : max(self.lengths)]
 
     def _predict(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
         """The token of each position, or a guess of it where it takes processors that look at the text."""
@@ -145,53 +165,46 @@ class Committer:
             scores = self.logits_processor(no_text, scores.flatten(0, 1)).view(logits.shape)
         if self._noise is not None:
             scores = scores + self._noise.of_blocks(rows, [self.lengths[row] for row in rows], scores)
-        return scores.argmax(-1).to(self.canvas.device)
+        return scores.argmax(-1)
 
-    def _commit_whole(self, rows: list[int], draft_ids: torch.Tensor, predicted_ids: torch.Tensor) -> list[int]:
-        accepted = count_accepted(draft_ids, predicted_ids)
-        if self.stop_ids is None:
-            until_stop = torch.full_like(accepted, predicted_ids.shape[1] + 1)
-        else:
-            until_stop = count_until_stop(predicted_ids, self.stop_ids)
-        # The only host sync of an iteration.
-        pairs = torch.stack([accepted, until_stop], dim=1).tolist()
-        if self._leave_together:
-            return self._commit_together(rows, pairs, predicted_ids)
-        together = 1 + min(num_accepted for num_accepted, _ in pairs) if self._same_length else self.max_length
+    def _commit_whole(self, rows: list[int], drafts: list[list[int]], predicted: list[list[int]]) -> list[int]:
+        accepted = [count_accepted(draft, tokens) for draft, tokens in zip(drafts, predicted)]
+        together = 1 + min(accepted) if self._same_length else self.max_length
         counts = []
-        for index, (num_accepted, num_until_stop) in enumerate(pairs):
-            row = rows[index]
-            start = self.lengths[row]
-            count = min(num_accepted + 1, num_until_stop, self.max_length - start, together)
-            self.canvas[row, start : start + count] = predicted_ids[index, :count]
-            self.lengths[row] += count
-            self.num_generated[row] += count
-            self.finished[row] = count == num_until_stop or self.lengths[row] == self.max_length
+        for row, tokens, num_accepted in zip(rows, predicted, accepted):
+            until_stop = count_until_stop(tokens, self._stop_set)
+            count = min(num_accepted + 1, until_stop, self.max_length - self.lengths[row], together)
+            self._add(row, tokens[:count], count)
+            self.finished[row] = count == until_stop or self.lengths[row] == self.max_length
             counts.append(count)
         if self.streamer is not None:
-            for token in predicted_ids[0, : counts[0]].cpu():
-                self.streamer.put(token[None])
+            for token in predicted[0][: counts[0]]:
+                self.streamer.put(torch.tensor([token]))
         return counts
 
-    def _commit_together(self, rows: list[int], pairs: list[list[int]], predicted_ids: torch.Tensor) -> list[int]:
+    def _commit_together(self, rows: list[int], drafts: list[list[int]], predicted: list[list[int]]) -> list[int]:
         """Commit as many tokens to every row as the slowest one takes; rows that have stopped take padding."""
-        start = self.lengths[rows[0]]
         going = [index for index, row in enumerate(rows) if not self._stopped[row]]
-        count = min(self.max_length - start, *(pairs[index][0] + 1 for index in going))
-        if all(pairs[index][1] <= count for index in going):  # the last of them ends the batch
-            count = max(pairs[index][1] for index in going)
+        until_stop = {index: count_until_stop(predicted[index], self._stop_set) for index in going}
+        accepted = [count_accepted(drafts[index], predicted[index]) for index in going]
+        count = min(min(accepted) + 1, self.max_length - self.lengths[rows[0]])
+        if max(until_stop.values()) <= count:  # the last of them ends the batch
+            count = max(until_stop.values())
         for index, row in enumerate(rows):
-            num_own = min(count, pairs[index][1]) if index in going else 0
-            predicted_ids[index, num_own:count] = self._pad_id
-            self.canvas[row, start : start + count] = predicted_ids[index, :count]
-            self.lengths[row] += count
-            self.num_generated[row] += num_own
-            self._stopped[row] |= num_own == pairs[index][1] or self.lengths[row] == self.max_length
+            num_own = min(count, until_stop.get(index, 0))
+            predicted[index][num_own:count] = [self._pad_id] * (count - num_own)
+            self._add(row, predicted[index][:count], num_own)
+            self._stopped[row] |= num_own == until_stop.get(index) or self.lengths[row] == self.max_length
         self._mark_finished()
         return [count] * len(rows)
 
+    def _add(self, row: int, tokens: list[int], num_own: int) -> None:
+        self._whole_tokens[row] += tokens
+        self.lengths[row] += len(tokens)
+        self.num_generated[row] += num_own
+
     def _commit_stepwise(
-        self, rows: list[int], draft_ids: torch.Tensor, predicted_ids: torch.Tensor, logits: torch.Tensor
+        self, rows: list[int], drafts: list[list[int]], predicted: list[list[int]], logits: torch.Tensor
     ) -> list[int]:
         counts = [0] * len(rows)
         walking = set(range(len(rows)))
@@ -207,15 +220,15 @@ class Committer:
             scores = self.logits_processor(self.canvas[:, :length], scores)
             if self._noise is not None:
                 scores = scores + self._noise.at(length, logits).to(scores.device)
-            tokens = scores.argmax(-1)
+            tokens = scores.argmax(-1).tolist()
             for index in here:
                 row = rows[index]
                 if self._stopped[row] and self.stop_ids is not None:
-                    predicted_ids[index, counts[index] :] = self._pad_id
+                    predicted[index][counts[index] :] = [self._pad_id] * (len(predicted[index]) - counts[index])
                 else:
-                    predicted_ids[index, counts[index]] = tokens[row]
+                    predicted[index][counts[index]] = tokens[row]
                     self.num_generated[row] += 1
-                self.canvas[row, length] = predicted_ids[index, counts[index]]
+                self.canvas[row, length] = predicted[index][counts[index]]
                 self.lengths[row] += 1
                 counts[index] += 1
             if self.streamer is not None:
@@ -224,7 +237,7 @@ class Committer:
             for index in here:
                 self._stopped[rows[index]] |= stopped[rows[index]]
             self._mark_finished()
-            walking -= {index for index in here if not self._goes_on(rows, index, counts, draft_ids, predicted_ids)}
+            walking -= {index for index in here if not self._goes_on(rows, index, counts, drafts, predicted)}
             if not walking or (
                 self._same_length and any(not self.finished[rows[i]] and i not in walking for i in here)
             ):
@@ -235,13 +248,18 @@ class Committer:
         self.finished = [all(self._stopped)] * len(self._stopped) if self._leave_together else list(self._stopped)
 
     def _goes_on(
-        self, rows: list[int], index: int, counts: list[int], draft_ids: torch.Tensor, predicted_ids: torch.Tensor
+        self,
+        rows: list[int],
+        index: int,
+        counts: list[int],
+        drafts: list[list[int]],
+        predicted: list[list[int]],
     ) -> bool:
         """Whether the next logits of this row stand on the right context."""
         last = counts[index] - 1
-        if self.finished[rows[index]] or last == draft_ids.shape[1]:
+        if self.finished[rows[index]] or last == len(drafts[index]):
             return False
-        return bool(draft_ids[index, last] == predicted_ids[index, last])
+        return drafts[index][last] == predicted[index][last]
 
 
 def length_limit(stopping_criteria: StoppingCriteriaList, prompt_length: int) -> int:

@@ -21,7 +21,6 @@ from .options import JacobiOptions
 from .output import JacobiOutput, JacobiStats
 from .pacing import make_pace
 from .sampling import GumbelNoise
-from .support import needs_same_length
 from .window import Window
 
 
@@ -83,7 +82,7 @@ def jacobi_decode(
         generation_config.pad_token_id,
         streamer,
         leave_together=window.memory.fixed_shape,
-        same_length=window.memory.same_length or needs_same_length(model),
+        same_length=window.same_length,
         noise=_noise(generation_config, input_ids, options.seed),
     )
     stats = JacobiStats(num_committed=[[] for _ in range(batch_size)])
@@ -94,12 +93,12 @@ def jacobi_decode(
             if not window.memory.fixed_shape:
                 # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
                 block_size = min(block_size, committer.max_length - max(committer.lengths[row] for row in rows))
-            draft_ids = window.draft(block_size - 1)
-            logits = window.forward(draft_ids)
-            predicted_ids, counts = committer.commit(rows, draft_ids, logits)
+            drafts = window.draft(block_size - 1)
+            logits = window.forward(drafts)
+            predicted, counts = committer.commit(rows, drafts, logits)
             del logits  # large in the prefill
-            window.advance(predicted_ids, counts, [committer.finished[row] for row in rows])
-            pace.record(draft_ids.shape[1] + 1, counts)
+            window.advance(predicted, counts, [committer.finished[row] for row in rows])
+            pace.record(len(drafts[0]) + 1, counts)
             stats.num_forwards += 1
             for row in rows:
                 if committer.num_generated[row] > num_generated[row]:
@@ -109,10 +108,11 @@ def jacobi_decode(
     if streamer is not None:
         streamer.end()
 
-    sequences = committer.canvas[:, : max(committer.lengths)]
+    sequences = committer.sequences()
     if not generation_config.return_dict_in_generate:
         return sequences
-    cache = window.memory.cache if batch_size == 1 else None
+    # A recurrent state may lag behind the text, and the cache of a batch has lost the rows that finished.
+    cache = window.memory.cache if batch_size == 1 and not window.memory.replays else None
     return JacobiOutput(sequences=cast(torch.LongTensor, sequences), past_key_values=cache, jacobi_stats=stats)
 
 

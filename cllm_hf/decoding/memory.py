@@ -82,6 +82,9 @@ class Memory:
     def select(self, indices: torch.Tensor) -> None:
         """Keep these rows (`torch.LongTensor` of shape `(num_rows,)`) only."""
 
+    def drop_leading(self, count: int) -> None:
+        """Forget this many first columns, which are padding in all rows."""
+
     def close(self) -> None:
         """Leave the cache fit for other uses."""
 
@@ -135,6 +138,9 @@ class CroppedMemory(Memory):
 
     def select(self, indices: torch.Tensor) -> None:
         caches.select_rows(self.cache, indices)
+
+    def drop_leading(self, count: int) -> None:
+        caches.drop_leading_columns(self.cache, count)
 
     def close(self) -> None:
         caches.stop_recording(self.cache)
@@ -224,6 +230,12 @@ def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_
             '`cache_implementation` and static or quantized caches, or pass `decoding="autoregressive"`.'
         )
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in own.layers):
+        if is_user_cache:
+            raise ValueError(
+                '`decoding="jacobi"` leaves recurrent and convolutional states behind the end of the text, got such '
+                "`past_key_values`, to be extended. Drop them and pass the whole prompt, or pass "
+                '`decoding="autoregressive"`.'
+            )
         return ReplayedMemory(name, cache, batch_size)
     if is_user_cache and batch_size > 1:
         cache = caches.copy_cache(cache)

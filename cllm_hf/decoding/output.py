@@ -52,7 +52,8 @@ class JacobiOutput(GenerateDecoderOnlyOutput):
         sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`): prompt and generated tokens; rows that
             ended early are padded on the right.
         past_key_values (`transformers.Cache` or `None`): for one row, the cache of all tokens but the last, as the
-            host returns it. `None` for a batch, whose rows leave the cache as they finish.
+            host returns it. `None` for a batch, whose rows leave the cache as they finish, and for recurrent states,
+            which may lag behind the text.
         jacobi_stats (`JacobiStats`): forwards and accepted tokens of this call.
     """
 

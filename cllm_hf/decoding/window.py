@@ -12,13 +12,13 @@ from . import caches
 from .blocks import draw_context_tokens, next_draft
 from .memory import choose_memory
 from .static import make_static_memory
-from .support import check_model, check_model_inputs, check_positions
+from .support import check_model, check_model_inputs, check_positions, needs_same_length
 
 
 # The output does not depend on the first guess, only the number of forwards does: keep that repeatable.
 _DRAFT_SEED = 0
 # Attributes with one column a token that is fed next.
-_FED_COLUMNS = ("_new_ids", "_new_positions", "_new_token_types")
+_FED_COLUMNS = ("_ids", "_positions", "_token_types")
 
 
 class Window:
@@ -41,6 +41,7 @@ class Window:
     Attributes:
         rows (`list[int]`): rows of the batch that are still decoded.
         memory (`Memory`): what the model remembers; another one may show in the prefill.
+        same_length (`bool`): whether all rows must commit equally many tokens.
 
     Raises:
         ValueError: for a model, a cache or a model input that Jacobi decoding cannot take, or `past_key_values` that
@@ -74,6 +75,7 @@ class Window:
             max_columns = num_prompt + num_new_tokens + max_block_size
             static = make_static_memory(model, model_kwargs, len(self.rows), max_columns, is_user_cache)
         self.memory = static or choose_memory(model, model_kwargs, len(self.rows), is_user_cache)
+        self.same_length = self.memory.same_length or needs_same_length(model)
         check_model_inputs(model, inputs, model_kwargs)
         self._kwargs = model_kwargs
 
@@ -86,27 +88,34 @@ class Window:
             )
         self._num_positions = num_cached + num_new + num_new_tokens
         check_positions(model, self._num_positions)
-        # What is fed next, one column a token that the model does not remember; at last the anchor.
-        self._new_ids = input_ids[:, -num_new:]
-        self._new_embeds = None if embeds is None else embeds[:, -num_new:]
-        self._new_positions = _last_columns(inputs[self._prefix + "position_ids"], num_new, len(self.rows))
-        self._new_token_types = _last_columns(inputs["token_type_ids"], num_new, len(self.rows))
+        # What is fed next, one column a token that the model does not remember; at last the anchor. As lists, since
+        # drafts are compared and cut token by token, and a device is slow at that.
+        self._device = input_ids.device
+        self._ids: list[list[int]] = input_ids[:, -num_new:].tolist()
+        self._positions = _last_columns(inputs[self._prefix + "position_ids"], num_new, len(self.rows))
+        self._token_types = _last_columns(inputs["token_type_ids"], num_new, len(self.rows))
+        self._embeds = None if embeds is None else embeds[:, -num_new:]
         # Of remembered and new columns; `None` while there is no padding.
         self._mask = inputs[self._prefix + "attention_mask"]
+        # For each row, its first columns that are padding.
+        self._num_padding = [0] * len(self.rows)
+        if self._mask is not None:
+            self._num_padding = (self._mask.cumsum(-1) == 0).sum(-1).tolist()
         self._draft_length = 0  # of the last forward
         self._is_prefill = True
 
         self._max_draft_length = max_block_size - 1
-        self._filler_ids = input_ids.new_empty((len(self.rows), 0))
-        self._predicted: tuple[torch.Tensor, torch.Tensor] | None = None
+        # What was predicted behind the committed tokens, and what tops it up.
+        self._rests: list[list[int]] = [[] for _ in self.rows]
+        self._fillers: list[list[int]] = [[] for _ in self.rows]
         # Token ids cannot follow a prompt of embeddings.
         self._can_draft = embeds is None and self.memory.drafts_in_prefill
         if context_ids is not None:
-            self._draw_filler(context_ids, None)
+            self._draw_fillers(context_ids, None)
         elif embeds is None:
-            self._draw_filler(input_ids, None if self._mask is None else self._mask[:, -num_prompt:])
+            self._draw_fillers(input_ids, None if self._mask is None else self._mask[:, -num_prompt:])
 
-    def draft(self, length: int) -> torch.Tensor:
+    def draft(self, length: int) -> list[list[int]]:
         """
         The current guess of what follows.
 
@@ -114,128 +123,146 @@ class Window:
             length (`int`): most tokens that are wanted of it.
 
         Returns:
-            `torch.LongTensor` of shape `(num_rows, draft_length)`: of no tokens where a draft would cost more than it
-            brings.
+            `list[list[int]]`: for each row, equally many tokens; none where a draft would cost more than it brings.
         """
-        is_overdue = self.memory.replays and self._new_ids.shape[1] > length + 1
+        is_overdue = self.memory.replays and len(self._ids[0]) > length + 1
         length = min(length, self._max_draft_length) if self._can_draft and not is_overdue else 0
-        if length == 0:
-            return self._new_ids.new_empty((len(self.rows), 0))
-        if self._predicted is None:
-            return self._filler_ids[:, :length]
-        return next_draft(*self._predicted, self._filler_ids[:, :length])
+        return [next_draft(rest, filler[:length]) for rest, filler in zip(self._rests, self._fillers)]
 
-    def forward(self, draft_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, drafts: list[list[int]]) -> torch.Tensor:
         """
         Run the model over what it does not remember and a draft.
 
         Args:
-            draft_ids (`torch.LongTensor` of shape `(num_rows, draft_length)`): a return value of `draft`.
+            drafts (`list[list[int]]`): a return value of `draft`.
 
         Returns:
             `torch.Tensor` of shape `(num_rows, draft_length + 1, vocab_size)`: logits from the anchor on.
         """
-        draft_length = self._draft_length = draft_ids.shape[1]
+        draft_length = self._draft_length = len(drafts[0])
         if draft_length:
-            self._append(draft_ids)
+            self._feed(drafts)
         self.memory.begin(draft_length)
         kwargs = {**self._kwargs, **self.memory.model_inputs}
-        if self._new_positions is not None:
-            kwargs[self._prefix + "position_ids"] = self._new_positions
-        if self._new_token_types is not None:
-            kwargs["token_type_ids"] = self._new_token_types
+        if self._positions is not None:
+            kwargs[self._prefix + "position_ids"] = self._to_tensor(self._positions)
+        if self._token_types is not None:
+            kwargs["token_type_ids"] = self._to_tensor(self._token_types)
         if self._mask is not None:
             kwargs[self._prefix + "attention_mask"] = self._mask
-        if self._new_embeds is not None:
-            kwargs["inputs_embeds"] = self._new_embeds
-        inputs = self.model.prepare_inputs_for_generation(self._new_ids, is_first_iteration=self._is_prefill, **kwargs)
+        if self._embeds is not None:
+            kwargs["inputs_embeds"] = self._embeds
+        inputs = self.model.prepare_inputs_for_generation(
+            self._to_tensor(self._ids), is_first_iteration=self._is_prefill, **kwargs
+        )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = draft_length + 1  # some models put their own default here
         return self.memory.call(self.model, **inputs, return_dict=True).logits[:, -(draft_length + 1) :]
 
-    def advance(self, predicted_ids: torch.Tensor, counts: list[int], finished: list[bool]) -> None:
+    def advance(self, predicted: list[list[int]], counts: list[int], finished: list[bool]) -> None:
         """
         Slide each row's window behind its committed tokens, let go of rejected tokens and of finished rows.
 
         Args:
-            predicted_ids (`torch.LongTensor` of shape `(num_rows, draft_length + 1)`): tokens of the last forward.
+            predicted (`list[list[int]]`): tokens of the last forward, for each row.
             counts (`list[int]`): how many of them were committed in each row.
             finished (`list[bool]`): which of the rows take no more tokens.
         """
         if self._is_prefill:
             self.memory = self.memory.after_prefill()
         left = [index for index, is_finished in enumerate(finished) if not is_finished]
-        # The bonus token was committed but not fed: a row that took all tokens has rejected none. A row that leaves
-        # must not keep the others' columns from going.
+        # A row that leaves must not keep the others' columns from going.
         most = max(counts[index] for index in left or range(len(counts)))
-        is_going_on = [not left or not is_finished for is_finished in finished]
-        kept = [count if goes_on else most for count, goes_on in zip(counts, is_going_on)]
+        kept = [most if left and finished[index] else count for index, count in enumerate(counts)]
         is_remembered = self._forget([self._draft_length + 1 - count for count in kept])
         if not left:
             self.rows = []
             return
         if len(left) < len(self.rows):
-            self._select(torch.tensor(left, device=predicted_ids.device), left)
-            predicted_ids, counts = predicted_ids[left], [counts[index] for index in left]
-        committed = torch.tensor(counts, device=predicted_ids.device)
-        self._append(predicted_ids.gather(1, committed[:, None] - 1))
+            self._select(left)
+            predicted, counts = [predicted[index] for index in left], [counts[index] for index in left]
+        self._drop_leading()
+        self._feed([[tokens[count - 1]] for tokens, count in zip(predicted, counts)])
         if is_remembered:
             for name in _FED_COLUMNS:
-                self._replace(name, lambda columns: columns[:, -1:])
-        if self._new_embeds is not None:
-            self._new_embeds = None
-            self._draw_filler(predicted_ids, None)
-        self._predicted = (predicted_ids, committed)
+                self._change(name, lambda row: row[-1:])
+        if self._embeds is not None:
+            self._embeds = None
+            self._draw_fillers(self._to_tensor(predicted), None)
+        self._rests = [tokens[count:] for tokens, count in zip(predicted, counts)]
         self._can_draft = True
         self._is_prefill = False
 
-    def _append(self, ids: torch.Tensor) -> None:
-        """Have these tokens fed too."""
-        length = ids.shape[1]
-        self._new_ids = torch.cat([self._new_ids, ids], dim=1)
-        if self._new_positions is not None:
-            ahead = torch.arange(1, length + 1, device=self._new_positions.device)
-            # Behind the end of the text nothing is committed, but a fixed shape has it fed.
-            positions = (self._new_positions[:, -1:] + ahead).clamp(max=self._num_positions - 1)
-            self._new_positions = torch.cat([self._new_positions, positions], dim=1)
-        if self._new_token_types is not None:
-            ahead = self._new_token_types[:, -1:].expand(-1, length)
-            self._new_token_types = torch.cat([self._new_token_types, ahead], dim=1)
+    def _feed(self, ids: list[list[int]]) -> None:
+        """Have these tokens, equally many in each row, fed too."""
+        ahead = range(1, len(ids[0]) + 1)
+        last = self._num_positions - 1  # a fixed shape reaches behind it, where nothing is committed
+        self._ids = [row + new for row, new in zip(self._ids, ids)]
+        self._change("_positions", lambda row: row + [min(row[-1] + step, last) for step in ahead])
+        self._change("_token_types", lambda row: row + [row[-1] for _ in ahead])
         if self._mask is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones((len(self.rows), length))], dim=1)
+            self._mask = torch.cat([self._mask, self._mask.new_ones((len(ids), len(ahead)))], dim=1)
 
     def _forget(self, num_rejected: list[int]) -> bool:
         """Take the rejected tokens out; says whether the model remembers the others."""
-        if self._mask is None and min(num_rejected) < max(num_rejected):
-            num_columns = self.memory.num_cached if self.memory.cache is not None else self._new_ids.shape[1]
-            self._mask = self._new_ids.new_ones((len(num_rejected), num_columns))
-        for name in ("_mask", *_FED_COLUMNS):
-            self._replace(name, lambda columns: caches.roll_back_columns(columns, num_rejected, fill=0))
+        fewest, most = min(num_rejected), max(num_rejected)
+        if self._mask is None and fewest < most:
+            num_columns = self.memory.num_cached if self.memory.cache is not None else len(self._ids[0])
+            self._mask = torch.ones((len(num_rejected), num_columns), dtype=torch.long, device=self._device)
+        if self._mask is not None:
+            self._mask = caches.roll_back_columns(self._mask, num_rejected, fill=0)
+        self._num_padding = [padding + count - fewest for padding, count in zip(self._num_padding, num_rejected)]
+        if most:
+            # Rows stay aligned on the right. Nothing is ever rejected of a prompt of embeddings, which has no ids.
+            for name in _FED_COLUMNS:
+                rows = getattr(self, name)
+                if rows is not None:
+                    kept = (row[: len(row) - count] for row, count in zip(rows, num_rejected))
+                    setattr(self, name, [[0] * (count - fewest) + row for row, count in zip(kept, num_rejected)])
         return self.memory.settle(num_rejected)
 
-    def _replace(self, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        value = getattr(self, name)
-        if value is not None:
-            setattr(self, name, change(value))
+    def _change(self, name: str, change: Callable[[list[int]], list[int]]) -> None:
+        rows = getattr(self, name)
+        if rows is not None:
+            setattr(self, name, [change(row) for row in rows])
 
-    def _select(self, indices: torch.Tensor, left: list[int]) -> None:
-        self.rows = [self.rows[index] for index in left]
+    def _select(self, left: list[int]) -> None:
+        indices = torch.tensor(left, device=self._device)
         self.memory.select(indices)
-        for name in ("_mask", *_FED_COLUMNS, "_new_embeds", "_filler_ids"):
-            self._replace(name, lambda value: value[indices.to(value.device)])
+        for name in ("rows", *_FED_COLUMNS, "_fillers", "_num_padding"):
+            rows = getattr(self, name)
+            if rows is not None:
+                setattr(self, name, [rows[index] for index in left])
+        self._mask = _rows_of(self._mask, indices)
         self._kwargs = {name: _rows_of(value, indices) for name, value in self._kwargs.items()}
 
-    def _draw_filler(self, context_ids: torch.Tensor, context_mask: torch.Tensor | None) -> None:
+    def _drop_leading(self) -> None:
+        """Let go of columns that are padding in all rows."""
+        count = min(self._num_padding)
+        if count == 0 or self._mask is None or self.same_length:
+            return
+        self._num_padding = [number - count for number in self._num_padding]
+        self._mask = self._mask[:, count:]
+        self.memory.drop_leading(count)
+        surplus = max(len(self._ids[0]) - self._mask.shape[1], 0)
+        for name in _FED_COLUMNS:
+            self._change(name, lambda row: row[surplus:])
+
+    def _draw_fillers(self, context_ids: torch.Tensor, context_mask: torch.Tensor | None) -> None:
         if context_mask is None:
             context_mask = torch.ones_like(context_ids)
         # A row that is all padding has no context to draw from, but any guess will do.
         context_mask = torch.where(context_mask.any(-1, keepdim=True), context_mask, 1)
         generator = torch.Generator().manual_seed(_DRAFT_SEED)
-        self._filler_ids = draw_context_tokens(context_ids, context_mask, self._max_draft_length, generator)
+        drawn = draw_context_tokens(context_ids, context_mask, self._max_draft_length, generator)
+        self._fillers = drawn.tolist()
+
+    def _to_tensor(self, rows: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=self._device)
 
 
-def _last_columns(values: torch.Tensor | None, length: int, batch_size: int) -> torch.Tensor | None:
-    return None if values is None else values[:, -length:].expand(batch_size, -1)
+def _last_columns(values: torch.Tensor | None, length: int, batch_size: int) -> list[list[int]] | None:
+    return None if values is None else values[:, -length:].expand(batch_size, -1).tolist()
 
 
 def _rows_of(value: Any, indices: torch.Tensor) -> Any:

@@ -1,0 +1,108 @@
+"""The measured block size, on simulated devices and models with a clock of their own."""
+
+import random
+
+import pytest
+
+from cllm_hf.decoding.options import DEFAULT_BLOCK_SIZE
+from cllm_hf.decoding.pacing import Acceptance, AutoPace, Experience, FixedPace, make_pace
+
+
+class Simulation:
+    """
+    A forward of n tokens takes `1 + slope * (n - 1)` seconds; a draft token behind right ones is right with
+    probability `chance`, if there was a prediction to draft from.
+    """
+
+    def __init__(self, slope, chance, num_tokens=300, seed=0):
+        self.slope, self.chance, self.num_tokens = slope, chance, num_tokens
+        self.random = random.Random(seed)
+        self.now = 0.0
+
+    def run(self, pace):
+        """Decode a text; returns how long it took behind the prefill, and the block sizes."""
+        sizes, generated = [], 1
+        pace.block_size(1)
+        self.now += 5.0
+        pace.record(1, [1])
+        start, last_size = self.now, 1
+        while generated < self.num_tokens:
+            size = min(pace.block_size(1), self.num_tokens - generated)
+            count = 1
+            while count < size and self.random.random() < (self.chance if last_size > 1 else 0):
+                count += 1
+            self.now += (1 + self.slope * (size - 1)) * self.random.uniform(1.0, 1.05)
+            pace.record(size, [count])
+            generated += count
+            sizes.append(size)
+            last_size = size
+        return self.now - start, sizes
+
+
+DEVICES = [0.3, 0.1, 0.03, 0.002]
+
+
+def seconds_of_the_best_fixed_size(slope, chance):
+    simulation = Simulation(slope, chance)
+    sizes = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    return min(sum(simulation.run(FixedPace(size))[0] for _ in range(30)) / 30 for size in sizes)
+
+
+@pytest.mark.parametrize("slope", DEVICES)
+@pytest.mark.parametrize("chance", [0.0, 0.02, 0.5, 0.8, 0.95])
+def test_close_to_the_best_fixed_size_once_it_has_seen_a_text(slope, chance):
+    simulation, experience = Simulation(slope, chance), Experience()
+    times = [simulation.run(AutoPace(experience, lambda: simulation.now))[0] for _ in range(32)]
+    assert sum(times[2:]) / 30 <= 1.08 * seconds_of_the_best_fixed_size(slope, chance)
+
+
+@pytest.mark.parametrize("slope", DEVICES[:3])
+def test_drafts_that_never_pay_are_given_up(slope):
+    simulation, experience = Simulation(slope, 0.0), Experience()
+    first, sizes = simulation.run(AutoPace(experience, lambda: simulation.now))
+    later, later_sizes = simulation.run(AutoPace(experience, lambda: simulation.now))
+    assert sizes.count(1) > 280 and later_sizes.count(1) > 290
+    assert first < 1.05 * 299 * 1.025 and later < 1.03 * 299 * 1.025
+
+
+def test_drafts_that_begin_to_pay_are_found():
+    simulation, experience = Simulation(0.03, 0.0), Experience()
+    simulation.run(AutoPace(experience, lambda: simulation.now))
+    simulation.chance = 0.95
+    for _ in range(8):
+        _, sizes = simulation.run(AutoPace(experience, lambda: simulation.now))
+    assert max(set(sizes), key=sizes.count) >= 8
+
+
+def test_samples_tell_of_the_positions_up_to_the_first_wrong_one():
+    acceptance = Acceptance()
+    assert acceptance.widest == 1
+    for _ in range(200):
+        acceptance.add(8, 3)  # two right, the third wrong, nothing is known of the others
+    assert acceptance.widest == 4
+    gains = acceptance.gains()
+    assert gains[0] == 1 and len(gains) == 64
+    assert gains[2] == pytest.approx(3, abs=0.05) and gains[7] - gains[2] < 0.2
+
+
+def test_times_between_measured_ones_lie_on_a_line():
+    experience = Experience()
+    experience.add_time(1, 1, 2.0)
+    experience.add_time(1, 9, 6.0)
+    cost = experience.costs(1)
+    assert [cost(size) for size in (1, 5, 9, 17)] == [2.0, 4.0, 6.0, 10.0]
+    assert experience.knows(1, 9) and not experience.knows(8, 9)
+    assert experience.costs(8)(5) == 4.0  # of the nearest number of rows
+    experience.add_time(1, 1, 50.0)  # the machine was busy with something else
+    assert experience.costs(1)(1) < 2.5
+
+
+def test_experience_belongs_to_a_model():
+    class Model:
+        pass
+
+    model, other = Model(), Model()
+    make_pace(model, "auto")._experience.add_time(1, 1, 1.0)
+    assert make_pace(model, "auto")._experience.knows(1, 1)
+    assert not make_pace(other, "auto")._experience.knows(1, 1)
+    assert make_pace(model, DEFAULT_BLOCK_SIZE).block_size(3) == DEFAULT_BLOCK_SIZE
