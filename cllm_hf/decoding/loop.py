@@ -89,11 +89,11 @@ def jacobi_decode(
     try:
         while window.rows:
             rows, num_generated = window.rows, list(committer.num_generated)
-            block_size = pace.block_size(len(rows))
-            if not window.memory.fixed_shape:
-                # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
-                block_size = min(block_size, committer.max_length - max(committer.lengths[row] for row in rows))
-            drafts = window.draft(block_size - 1)
+            # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
+            limit = committer.max_length - max(committer.lengths[row] for row in rows)
+            if window.memory.fixed_shape:
+                limit = pace.max_block_size
+            drafts = window.draft(pace.block_size(len(rows), limit) - 1)
             logits = window.forward(drafts)
             predicted, counts = committer.commit(rows, drafts, logits)
             del logits  # large in the prefill

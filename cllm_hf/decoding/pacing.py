@@ -16,66 +16,102 @@ from .options import AUTO
 
 
 _CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-_WIDEST = _CANDIDATES[-1]
-# Block sizes to begin with, and iterations at each: the first is for the acceptance, the second for the time.
-_FIRST, _FIRST_STAY = 8, 5
+# Block size to begin with, and iterations at it and then without drafts: the former show the acceptance, the latter
+# the time.
+_FIRST, _FIRST_STAY = 16, 5
 _NARROWEST_STAY = 3
+# Widest that is tried where nothing is known any more.
+_PROBE = 8
 # Iterations until the choice is looked at again.
-_STAY = 6
-# Where drafts do not pay, share of the time that may go into finding out whether they do by now.
-_PROBING_SHARE = 0.015
-_PROBE_SIZE, _PROBE_STAY = 4, 4
-# Samples after which old ones count half.
-_MEMORY = 256
+_STAY = 5
+# Times of a block size of which the least counts. Later ones change it, and some of the change is taken to be one of
+# the machine's speed, which meets all sizes alike.
+_FIRST_TIMES = 3
+_SHARED_CHANGE, _OWN_CHANGE = 0.1, 0.05
+# A sample loses this share of its weight with every iteration, so that what is known follows the text.
+_FADING = 0.003
+# Weight of samples that say something of a block size.
+_ENOUGH = 2.5
+# Least that a wider block gains over what is certain of a narrower one.
+_CONTRADICTION = 0.6
+_CERTAIN = 12.0
+# Weight of the hope that all of a block is accepted: sizes with few samples are tried again.
+_OPTIMISM = 0.1
 
 
-class Acceptance:
+class Gains:
     """
-    How likely a token of the draft is right where all before it are.
+    Tokens that a row gained from blocks of every size.
 
-    A sample tells of the positions up to the first wrong one, and of no more than its block has; those beyond the
-    widest block that was tried are taken to be like the ones before.
+    What a size is worth is known from its own samples only, since a draft gets better with every iteration that it
+    stays in the block. Samples of other sizes give upper bounds: of a wider block, cut to this size; of a narrower
+    one, times the square root of the ratio.
     """
 
     def __init__(self) -> None:
-        # One entry a position of the block, the anchor's successor first.
-        self._checked = [0.0] * _WIDEST
-        self._right = [0.0] * _WIDEST
+        # By block size: weight of the samples by the tokens gained, and the iteration in which they were last faded.
+        self._samples: dict[int, dict[int, float]] = {}
+        self._faded: dict[int, int] = {}
+        self._iteration = 0
 
-    @property
-    def widest(self) -> int:
-        """`int`: positions that samples tell of."""
-        return sum(count >= 1 for count in self._checked) + 1
-
-    def add(self, block_size: int, count: int) -> None:
+    def add(self, block_size: int, counts: list[int]) -> None:
         """
-        Take note of a sample.
+        Take note of an iteration.
 
         Args:
             block_size (`int`): positions that were checked.
-            count (`int`): tokens that were gained, at least 1 and at most `block_size`.
+            counts (`list[int]`): tokens that each row gained, from 1 to `block_size`.
         """
-        for position in range(min(count, block_size - 1)):
-            self._checked[position] += 1
-            self._right[position] += position < count - 1
-        if self._checked[0] > _MEMORY:
-            self._checked = [value / 2 for value in self._checked]
-            self._right = [value / 2 for value in self._right]
+        self._iteration += 1
+        samples = self._current(block_size)
+        for count in counts:
+            samples[count] = samples.get(count, 0.0) + 1.0
+        self._samples[block_size], self._faded[block_size] = samples, self._iteration
 
-    def gains(self) -> list[float]:
+    @property
+    def is_empty(self) -> bool:
+        """`bool`: whether there are no samples yet."""
+        return not self._samples
+
+    def hopes(self) -> dict[int, float]:
         """
-        Tokens that blocks of every size are expected to gain.
+        What blocks may well gain.
 
         Returns:
-            `list[float]`: entry `n` belongs to block size `n + 1`.
+            `dict[int, float]`: by block size, up to twice what is known of: the mean of its samples with an allowance
+            for few of them, or the upper bounds from other sizes.
         """
-        overall = (sum(self._right) + 0.5) / (sum(self._checked) + 1)
-        gains, reaching = [1.0], 1.0
-        for checked, right in zip(self._checked, self._right):
-            # A few samples of a far position weigh little against what is known of the others.
-            reaching *= (right + 4 * overall) / (checked + 4)
-            gains.append(gains[-1] + reaching)
-        return gains[:_WIDEST]
+        known: dict[int, dict[int, float]] = {}
+        most = 1.0
+        for size in sorted(self._samples):
+            samples = self._current(size)
+            # A wider block does not gain less: samples that say so by far are of another text.
+            if sum(samples.values()) >= _ENOUGH and _hopeful_mean(samples, size) >= _CONTRADICTION * most:
+                known[size] = samples
+                if sum(samples.values()) >= _CERTAIN:
+                    most = _hopeful_mean(samples, size)
+        widest = max(2 * max(known, default=1), _PROBE)
+        return {size: 1.0 if size == 1 else self._hope(size, known) for size in _CANDIDATES if size <= widest}
+
+    def _hope(self, size: int, known: dict[int, dict[int, float]]) -> float:
+        bounds = [_hopeful_mean(known[other], size) for other in known if other >= size][:2]
+        if not bounds:
+            narrower = max(known, default=1)
+            reached = _hopeful_mean(known[narrower], size) if known else 1.0
+            bounds.append(reached * (size / narrower) ** 0.5)
+        return min(bounds)
+
+    def _current(self, block_size: int) -> dict[int, float]:
+        """Samples of a size with the weight that they have by now."""
+        share = (1 - _FADING) ** (self._iteration - self._faded.get(block_size, 0))
+        return {count: weight * share for count, weight in self._samples.get(block_size, {}).items()}
+
+
+def _hopeful_mean(samples: dict[int, float], limit: int) -> float:
+    """Mean of weighted counts, each cut to a limit, with a little weight on the limit itself."""
+    total = sum(samples.values())
+    gained = sum(weight * min(count, limit) for count, weight in samples.items())
+    return (gained + _OPTIMISM * limit) / (total + _OPTIMISM)
 
 
 class Experience:
@@ -83,17 +119,14 @@ class Experience:
     What was measured with a model, over all calls of `generate`.
 
     Attributes:
-        acceptance (`Acceptance`): of its drafts.
-        total_seconds (`float`): time of all iterations.
-        probing_seconds (`float`): the part of it that went into wider blocks than seemed best.
+        gains (`Gains`): of its blocks.
     """
 
     def __init__(self) -> None:
-        self.acceptance = Acceptance()
-        self.total_seconds = 0.0
-        self.probing_seconds = 0.0
+        self.gains = Gains()
         # Seconds of an iteration, by the number of rows (in powers of two) and by block size.
         self._seconds: dict[int, dict[int, float]] = {}
+        self._num_times: dict[tuple[int, int], int] = {}
 
     def add_time(self, num_rows: int, block_size: int, seconds: float) -> None:
         """
@@ -105,11 +138,16 @@ class Experience:
             seconds (`float`): time.
         """
         known = self._seconds.setdefault(num_rows.bit_length(), {})
-        before = known.get(block_size)
-        if before is None or seconds < before:
-            known[block_size] = seconds
-        else:  # whatever else the machine does makes an iteration slower, never faster
-            known[block_size] = before + 0.1 * min(seconds - before, before)
+        self._num_times[num_rows.bit_length(), block_size] = number = (
+            self._num_times.get((num_rows.bit_length(), block_size), 0) + 1
+        )
+        if number <= _FIRST_TIMES:  # the first ones pay for what is set up once
+            known[block_size] = min(seconds, known.get(block_size, seconds))
+            return
+        change = min(max(seconds / known[block_size], 0.5), 2.0)
+        for size in known:
+            known[size] *= change**_SHARED_CHANGE
+        known[block_size] *= change**_OWN_CHANGE
 
     def knows(self, num_rows: int, block_size: int) -> bool:
         """
@@ -135,7 +173,9 @@ class Experience:
             `Callable[[int], float]`: on the line through the nearest measured times. Needs a measured time.
         """
         nearest = min(self._seconds, key=lambda rows: (abs(rows - num_rows.bit_length()), -len(self._seconds[rows])))
-        known = sorted(self._seconds[nearest].items())
+        times = self._seconds[nearest]
+        # No block is slower than a wider one: what says so was measured while the machine did something else.
+        known = [(size, min(times[wider] for wider in times if wider >= size)) for size in sorted(times)]
 
         def cost(block_size: int) -> float:
             if len(known) == 1:
@@ -166,17 +206,18 @@ class FixedPace:
     def __init__(self, block_size: int):
         self.max_block_size = block_size
 
-    def block_size(self, num_rows: int) -> int:
+    def block_size(self, num_rows: int, limit: int) -> int:
         """
         Positions to check in the next forward.
 
         Args:
             num_rows (`int`): rows that take part.
+            limit (`int`): most that there are, at least 1.
 
         Returns:
-            `int`: at least 1.
+            `int`: 1 to `limit`.
         """
-        return self.max_block_size
+        return min(self.max_block_size, limit)
 
     def record(self, block_size: int, counts: list[int]) -> None:
         """
@@ -198,57 +239,44 @@ class AutoPace(FixedPace):
     """
 
     def __init__(self, experience: Experience, clock: Callable[[], float] = time.perf_counter):
-        super().__init__(_WIDEST)
+        super().__init__(_CANDIDATES[-1])
         self._experience = experience
         self._clock = clock
         self._last_time: float | None = None
         self._last_size = 1
         self._current, self._left_to_stay = _FIRST, _FIRST_STAY
-        if experience.acceptance.widest > 1:
+        if not experience.gains.is_empty:
             self._left_to_stay = 0
-        self._is_probing = False
 
-    def block_size(self, num_rows: int) -> int:
+    def block_size(self, num_rows: int, limit: int) -> int:
         if self._left_to_stay <= 0:
             self._choose(num_rows)
-        return self._current
+        return min(self._current, limit)
 
     def record(self, block_size: int, counts: list[int]) -> None:
         now = self._clock()
-        # The prefill takes a time of its own, and the end of a text is cut.
-        if self._last_time is not None and block_size == self._current:
-            seconds = now - self._last_time
-            self._experience.add_time(len(counts), block_size, seconds)
-            self._experience.total_seconds += seconds
-            if self._is_probing:
-                self._experience.probing_seconds += seconds
-            # Behind a forward without a draft there is nothing to draft from.
-            if self._last_size > 1 and block_size > 1:
-                for count in counts:
-                    self._experience.acceptance.add(block_size, count)
+        # The prefill takes a time of its own.
+        if self._last_time is not None:
+            if block_size == self._current:
+                self._experience.add_time(len(counts), block_size, now - self._last_time)
+            # Behind a forward without a draft there is nothing to draft from. Blocks that the end of the text cuts
+            # count too: otherwise wide ones would be judged by beginnings of texts, narrow ones by ends.
+            if self._last_size > 1 or self._current == 1:
+                self._experience.gains.add(self._current, counts)
         self._left_to_stay -= 1
         self._last_time = now
         self._last_size = block_size
 
     def _choose(self, num_rows: int) -> None:
         experience = self._experience
-        self._is_probing = False
-        if experience.acceptance.widest == 1:
+        if experience.gains.is_empty:
             self._current, self._left_to_stay = _FIRST, _FIRST_STAY
-            return
-        if not experience.knows(num_rows, 1) and not experience.knows(1, 1):
+        elif not experience.knows(num_rows, 1) and not experience.knows(1, 1):
             self._current, self._left_to_stay = 1, _NARROWEST_STAY
-            return
-        gains, cost = experience.acceptance.gains(), experience.costs(num_rows)
-        best = max(
-            (size for size in _CANDIDATES if size <= 2 * experience.acceptance.widest),
-            key=lambda size: gains[size - 1] / cost(size),
-        )
-        self._current, self._left_to_stay = best, _STAY
-        if best == 1:
-            seconds = experience.probing_seconds + _PROBE_STAY * cost(_PROBE_SIZE)
-            if seconds <= _PROBING_SHARE * experience.total_seconds:
-                self._current, self._left_to_stay, self._is_probing = _PROBE_SIZE, _PROBE_STAY, True
+        else:
+            cost = experience.costs(num_rows)
+            rates = {size: hope / cost(size) for size, hope in experience.gains.hopes().items()}
+            self._current, self._left_to_stay = max(rates, key=lambda size: rates[size]), _STAY
 
 
 def make_pace(model: Any, block_size: int | str) -> FixedPace:
