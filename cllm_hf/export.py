@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import httpx
 
 from .bundling import bundle
-from .decoding.options import DEFAULT_BLOCK_SIZE, check_block_size
+from .decoding.options import AUTO, check_block_size
 from .files import check_writable, save_whole, write_whole
 
 
@@ -218,7 +218,7 @@ def export_custom_generate(
     )
 
 
-def render_generate(block_size: int | str = DEFAULT_BLOCK_SIZE) -> str:
+def render_generate(block_size: int | str = AUTO) -> str:
     """
     The text of `custom_generate/generate.py`.
 
@@ -285,7 +285,7 @@ def _choose_block_size(place: _Folder | _Repository, block_size: int | str | Non
         return check_block_size(block_size, "block_size", allows_auto=True)
     text = place.read("generation_config.json")
     saved = json.loads(text).get("jacobi_block_size") if text else None
-    return DEFAULT_BLOCK_SIZE if saved is None else check_block_size(saved, allows_auto=True)
+    return AUTO if saved is None else check_block_size(saved, allows_auto=True)
 
 
 def _render_card(place: _Folder | _Repository, is_adapter: bool) -> str:

@@ -8,7 +8,6 @@ Where `decoding="jacobi"` meets transformers: the only file that touches `Genera
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -132,15 +131,15 @@ def _generate(
     if requested != "jacobi" or is_assistant or (decoding is None and call.get("custom_generate") is not None):
         return original(model, *args, **kwargs)
 
+    if _option(call, configs, "cache_implementation") == "static":
+        given = {**given, "jacobi_compile": True}
+        call["cache_implementation"] = "dynamic"  # the host's static one has no room for a last full block
     options = _jacobi_options(given, configs)
     _check_supported(model, call, configs)
     if given["jacobi_seed"] is not None and not _option(call, configs, "do_sample"):
         raise ValueError(
             "`jacobi_seed` is the seed of sampling, got it without `do_sample=True`. Drop one of the two."
         )
-    if _option(call, configs, "cache_implementation") == "static":
-        options = dataclasses.replace(options, compile=True)
-        call["cache_implementation"] = "dynamic"  # the host's static one has no room for a last full block
     call.pop("custom_generate", None)  # it is `None`: ours takes its place
     call = _with_stop_strings(call, configs)
     if model.generation_config.use_cache is False:
@@ -150,6 +149,8 @@ def _generate(
 
 def _jacobi_options(given: dict[str, Any], configs: list[GenerationConfig]) -> JacobiOptions:
     values = {name: value if value is not None else _first_set(configs, name) for name, value in given.items()}
+    if values["jacobi_block_size"] is None and values["jacobi_compile"]:
+        values["jacobi_block_size"] = DEFAULT_BLOCK_SIZE  # a compiled forward has one shape
     return JacobiOptions(
         **{name.removeprefix("jacobi_"): value for name, value in values.items() if value is not None}
     )

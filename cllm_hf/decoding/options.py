@@ -26,13 +26,12 @@ class JacobiOptions:
         ValueError: for a value of the wrong kind or out of range.
     """
 
-    block_size: int | str = DEFAULT_BLOCK_SIZE
+    block_size: int | str = AUTO
     seed: int | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_size != AUTO:
-            check_block_size(self.block_size, allows_auto=True)
+        check_block_size(self.block_size, allows_auto=True)
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 2**63):
             raise ValueError(f"`jacobi_seed` must be an integer of at least 0 and below 2**63, got {self.seed!r}.")
         if not isinstance(self.compile, bool):

@@ -29,14 +29,16 @@ _STAY = 5
 _FIRST_TIMES = 3
 _SHARED_CHANGE, _OWN_CHANGE = 0.1, 0.05
 # A sample loses this share of its weight with every iteration, so that what is known follows the text.
-_FADING = 0.003
+_FADING = 0.002
 # Weight of samples that say something of a block size.
 _ENOUGH = 2.5
 # Least that a wider block gains over what is certain of a narrower one.
 _CONTRADICTION = 0.6
 _CERTAIN = 12.0
+# Where drafts hardly pay, noise would have them tried forever: they have to promise this much more than none.
+_MARGIN = 1.04
 # Weight of the hope that all of a block is accepted: sizes with few samples are tried again.
-_OPTIMISM = 0.1
+_OPTIMISM = 0.05
 
 
 class Gains:
@@ -276,6 +278,7 @@ class AutoPace(FixedPace):
         else:
             cost = experience.costs(num_rows)
             rates = {size: hope / cost(size) for size, hope in experience.gains.hopes().items()}
+            rates[1] *= _MARGIN
             self._current, self._left_to_stay = max(rates, key=lambda size: rates[size]), _STAY
 
 
