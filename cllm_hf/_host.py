@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 
 # Layer types whose masks this project knows; the host names others for chunked, linear and sparse attention.
@@ -32,6 +32,11 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
 def compiles_whole(model: PreTrainedModel) -> bool:
     """Whether the host says that this architecture compiles into one graph."""
     return model._can_compile_fullgraph
+
+
+def has_own_loop(model: PreTrainedModel) -> bool:
+    """Whether a model decodes in a way of its own, which a `custom_generate` callable would go around."""
+    return any(getattr(type(model), name) is not getattr(GenerationMixin, name) for name in ("_sample", "_prefill"))
 
 
 def base_model_of(model: Any) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import httpx
 
 from .bundling import bundle
-from .decoding.options import AUTO, check_block_size
+from .decoding.options import check_block_size
 from .files import check_writable, save_whole, write_whole
 
 
@@ -43,7 +43,7 @@ from transformers import GenerationMixin
 from .integration import _ORIGINAL, _with_decoding
 
 
-# What the one who exported this file has chosen; arguments and generation configs come first.
+# What the one who exported this file has chosen, or `None`; arguments and generation configs come first.
 EXPORTED_BLOCK_SIZE = {block_size!r}
 
 
@@ -80,7 +80,8 @@ def _with_exported_defaults(model: Any, args: tuple[Any, ...], kwargs: dict[str,
 
     if chosen("decoding") is None:
         kwargs = {{**kwargs, "decoding": "jacobi"}}
-    if chosen("decoding") == "jacobi" and chosen("jacobi_block_size") is None:
+    is_open = EXPORTED_BLOCK_SIZE is not None and chosen("jacobi_block_size") is None
+    if is_open and chosen("decoding") == "jacobi":
         kwargs = {{**kwargs, "jacobi_block_size": EXPORTED_BLOCK_SIZE}}
     return kwargs
 '''
@@ -218,12 +219,13 @@ def export_custom_generate(
     )
 
 
-def render_generate(block_size: int | str = AUTO) -> str:
+def render_generate(block_size: int | str | None = None) -> str:
     """
     The text of `custom_generate/generate.py`.
 
     Args:
-        block_size (`int` or `"auto"`): `jacobi_block_size` where neither a call nor a generation config has one.
+        block_size (`int` or `"auto"`, *optional*): `jacobi_block_size` where neither a call nor a generation config
+            has one.
 
     Returns:
         `str`: a module with a function `generate`, which needs torch and transformers only.
@@ -280,12 +282,12 @@ def _without_patching(source: str) -> str:
     return "\n".join(lines)
 
 
-def _choose_block_size(place: _Folder | _Repository, block_size: int | str | None) -> int | str:
+def _choose_block_size(place: _Folder | _Repository, block_size: int | str | None) -> int | str | None:
     if block_size is not None:
         return check_block_size(block_size, "block_size", allows_auto=True)
     text = place.read("generation_config.json")
     saved = json.loads(text).get("jacobi_block_size") if text else None
-    return AUTO if saved is None else check_block_size(saved, allows_auto=True)
+    return None if saved is None else check_block_size(saved, allows_auto=True)
 
 
 def _render_card(place: _Folder | _Repository, is_adapter: bool) -> str:

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from ._host import mark_as_edited, mixes_adapters
+from ._host import has_own_loop, mark_as_edited, mixes_adapters
 from .decoding.options import DEFAULT_BLOCK_SIZE, OPTION_NAMES, JacobiOptions, check_block_size
 
 
@@ -118,7 +118,7 @@ def _generate(
     call = _named_arguments(original, model, args, kwargs)
     user_config = call.get("generation_config")
     configs = [config for config in (user_config, model.generation_config) if config is not None]
-    named = [name for name, value in given.items() if value is not None]
+    named = [name for name, value in given.items() if value is not None and value is not False]
     if decoding is None and named:
         decoding = "jacobi"
     elif decoding == "autoregressive" and named:
@@ -142,7 +142,7 @@ def _generate(
         )
     call.pop("custom_generate", None)  # it is `None`: ours takes its place
     call = _with_stop_strings(call, configs)
-    if model.generation_config.use_cache is False:
+    if model.generation_config.use_cache is False and _option(call, configs[:-1], "use_cache") is None:
         call["use_cache"] = True  # a default that training leaves behind, not a wish of the caller
     return original(model, **call, custom_generate=_custom_generate(model, call, options))
 
@@ -215,6 +215,8 @@ def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list
 
     if call.get("custom_generate") is not None:
         refuse("`custom_generate`", repr(call["custom_generate"]), "pass only one of the two")
+    if has_own_loop(model):
+        refuse("models with a decoding loop of their own", type(model).__name__, _GREEDY)
     if (option("num_beams") or 1) > 1:
         refuse("beam search", f"num_beams={option('num_beams')}", f"pass `num_beams=1` or {_GREEDY}")
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
@@ -295,7 +297,8 @@ def _decoding_of(configs: list[GenerationConfig]) -> Any:
         decoding = getattr(config, "decoding", None)
         if decoding is not None:
             return decoding
-        if any(getattr(config, name, None) is not None for name in OPTION_NAMES):
+        values = (getattr(config, name, None) for name in OPTION_NAMES)
+        if any(value is not None and value is not False for value in values):
             return "jacobi"
     return None
 

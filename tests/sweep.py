@@ -75,10 +75,10 @@ def examine(model_type):
     single = compare(model, 1, False)
     if single.outcome != EXACT:
         return [single, single]
-    batch = compare(model, 3, True)
-    if batch.outcome == REFUSED and compare(model, 3, False).outcome == EXACT:
-        batch = Finding("exact without padding", batch.note)
-    return [single, batch]
+    padded, unpadded = compare(model, 3, True), compare(model, 3, False, seeds=(2,))
+    if padded.outcome == REFUSED and unpadded.outcome == EXACT:
+        return [single, Finding("exact without padding", padded.note)]
+    return [single, unpadded if padded.outcome == EXACT else padded]
 
 
 def quiet():

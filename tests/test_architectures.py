@@ -15,7 +15,7 @@ KINDS = ["lfm2", "qwen3_next", "mamba", "mamba2", "falcon_h1", "openai-gpt", "ro
 
 
 def documented():
-    rows = re.findall(r"^\| (\S+) \| \S+ \| ([^|]+) \| ([^|]+) \|", PAGE.read_text(), flags=re.MULTILINE)
+    rows = re.findall(r"^\| ([\w-]+) \| \w+ \| ([^|]+) \| ([^|]+) \|", PAGE.read_text(), flags=re.MULTILINE)
     return {model_type: [single, batch] for model_type, single, batch in rows}
 
 

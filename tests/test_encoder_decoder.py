@@ -114,3 +114,18 @@ def test_whisper(batch_size):
         handle.remove()
         assert decoded.tolist() == greedy.tolist()
         assert len(calls) - num_greedy <= num_greedy
+
+
+def test_a_decoder_that_knows_fewer_tokens_than_its_encoder():
+    sizes = {**_BART_LIKE, "vocab_size": 90, "decoder_vocab_size": 40, "share_encoder_decoder_embeddings": False}
+    torch.manual_seed(0)
+    model = prepared(transformers.MarianMTModel(transformers.MarianConfig(**sizes)))
+    assert_equal_to_greedy(model, 8, input_ids=torch.tensor([[80, 70, 60, 85]]))
+
+
+def test_a_cache_of_the_user_is_refused():
+    model = make_model("t5")
+    ids, _ = make_prompts(2, padding=False)
+    cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+    with pytest.raises(ValueError, match="`past_key_values` of an encoder-decoder model"):
+        model.generate(ids, past_key_values=cache, decoding="jacobi", max_new_tokens=3)

@@ -4,16 +4,17 @@ import inspect
 
 import click
 import torch
+from architectures import make_architecture
 from conftest import make_prompts
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, LlamaConfig
+from transformers import CsmForConditionalGeneration, DynamicCache, GenerationConfig, GenerationMixin, LlamaConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.cli.serve import Serve
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.transformers import app as transformers_commands
 from trl import SFTTrainer
 
-from cllm_hf._host import attention_implementation, mark_as_edited, mixes_adapters
+from cllm_hf._host import attention_implementation, compiles_whole, has_own_loop, mark_as_edited, mixes_adapters
 
 
 def test_extras_of_a_derived_generation_config_are_lost_unless_marked(llama, tmp_path):
@@ -33,6 +34,12 @@ def test_attention_implementation(llama):
     assert attention_implementation(llama.config) == "sdpa"
     llama.set_attn_implementation("eager")
     assert attention_implementation(llama.config) == "eager"
+
+
+def test_what_the_host_says_of_a_model(llama):
+    assert compiles_whole(llama) and not compiles_whole(make_architecture("mamba"))
+    assert not has_own_loop(llama)
+    assert has_own_loop(CsmForConditionalGeneration.__new__(CsmForConditionalGeneration))
 
 
 def test_custom_generate_gets_prepared_inputs_and_loses_the_streamer(llama):

@@ -8,8 +8,11 @@ import torch
 from conftest import make_model, make_prompts
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
     pipeline,
 )
 
@@ -231,3 +234,93 @@ def test_use_cache_false_decodes_the_whole_text_each_time(llama):
     ids, mask = make_prompts(3)
     options = {"attention_mask": mask, "max_new_tokens": 20, "jacobi_block_size": 8}
     assert llama.generate(ids, use_cache=False, **options).tolist() == greedy(llama, ids, attention_mask=mask).tolist()
+
+
+def padded_row():
+    ids = torch.tensor([[0, 0, 0, 5, 9, 33, 21, 8, 40]])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_next", "lfm2", "mamba2", "openai-gpt"])
+def test_one_row_with_padding(name):
+    from architectures import make_architecture
+    from conftest import CONFIGS
+
+    model = make_model(name) if name in CONFIGS else make_architecture(name)
+    expected = greedy(model, **padded_row())
+    for block_size in (1, 4, 16):
+        decoded = model.generate(**padded_row(), do_sample=False, max_new_tokens=20, jacobi_block_size=block_size)
+        assert decoded.tolist() == expected.tolist()
+
+
+def test_two_turns_of_one_row_with_padding(llama):
+    sequences = []
+    for extra in ({}, {"jacobi_block_size": 8}):
+        inputs, cache = padded_row(), DynamicCache(config=llama.config)
+        for _ in range(2):
+            ids = llama.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=9, **extra)
+            ids = torch.cat([ids, torch.tensor([[7, 11]])], dim=1)
+            mask = inputs["attention_mask"]
+            inputs = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(mask, (0, 11), value=1)}
+        sequences.append(ids.tolist())
+    assert sequences[0] == sequences[1]
+
+
+def test_positions_of_the_user(llama):
+    ids, _ = make_prompts(1)
+    positions = torch.arange(9)[None] + 50
+    options = {"position_ids": positions, "do_sample": False, "max_new_tokens": 20}
+    decoded = llama.generate(ids, jacobi_block_size=8, **options)
+    assert decoded.tolist() == llama.generate(ids, **options).tolist()
+
+
+def test_embeddings_that_would_be_forgotten_are_refused():
+    from architectures import make_architecture
+
+    model = make_architecture("jamba")
+    embeds = model.get_input_embeddings()(make_prompts(1)[0])
+    with pytest.raises(ValueError, match="got a prompt of `inputs_embeds`"):
+        model.generate(inputs_embeds=embeds, decoding="jacobi", max_new_tokens=3)
+
+
+def test_what_belongs_to_the_prompt_alone_is_refused(llama):
+    from cllm_hf.decoding.support import check_model_inputs
+
+    check_model_inputs(llama, {}, {"use_cache": True, "mm_encoder_outputs": {}, "output_attentions": None})
+    for value in (torch.ones(1), {"image": object()}, [1]):
+        with pytest.raises(ValueError, match="model input `pixel_values`"):
+            check_model_inputs(llama, {}, {"pixel_values": value})
+
+
+def test_an_error_leaves_the_cache_of_the_user_as_it_was():
+    model = make_model("mistral")  # of which every layer has a window
+    ids, mask = make_prompts(1, 20)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :15], past_key_values=cache)
+
+    class Fails(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            raise RuntimeError("stop")
+
+    options = {"attention_mask": mask, "past_key_values": cache, "decoding": "jacobi", "max_new_tokens": 5}
+    with pytest.raises(RuntimeError, match="stop"):
+        model.generate(ids, logits_processor=LogitsProcessorList([Fails()]), jacobi_block_size=8, **options)
+    assert cache.get_seq_length() == 15
+    assert not any(layer.record_past for layer in cache.layers)
+    expected = greedy(model, ids, attention_mask=mask)
+    decoded = model.generate(ids, **{**options, "max_new_tokens": 20}, do_sample=False)
+    assert decoded.tolist() == expected.tolist()
+
+
+def test_options_that_are_switched_off_do_not_switch_jacobi_on(llama):
+    output = llama.generate(make_prompts(1)[0], max_new_tokens=3, jacobi_compile=False, return_dict_in_generate=True)
+    assert not isinstance(output, cllm_hf.JacobiOutput)
+    llama.generation_config.use_cache = False
+    options = {"max_new_tokens": 4, "decoding": "jacobi", "use_cache": False, "return_dict_in_generate": True}
+    assert llama.generate(make_prompts(1)[0], **options).past_key_values is None
+
+
+def test_models_with_a_loop_of_their_own_are_refused(llama, monkeypatch):
+    monkeypatch.setattr(type(llama), "_sample", lambda *args, **kwargs: None, raising=False)
+    with pytest.raises(ValueError, match="a decoding loop of their own"):
+        llama.generate(make_prompts(1)[0], decoding="jacobi", max_new_tokens=3)

@@ -104,6 +104,11 @@ def test_models_that_cannot_be_compiled_go_without(graphs, caplog):
     assert not graphs
 
 
+def test_one_row_with_padding(graphs, llama):
+    ids = torch.tensor([[0, 0, 0, 5, 9, 33, 21, 8, 40]])
+    assert_equal_to_greedy(llama, ids, (ids > 0).long())
+
+
 def test_a_block_size_that_changes_is_refused(llama):
     with pytest.raises(ValueError, match='one shape, got `jacobi_block_size="auto"`'):
         llama.generate(make_prompts(1)[0], jacobi_compile=True, jacobi_block_size="auto")

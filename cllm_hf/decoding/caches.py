@@ -40,7 +40,7 @@ def rolls_back_rows(cache: Cache) -> bool:
     Whether `roll_back` can remove a different number of tokens from each row.
 
     Args:
-        cache (`transformers.Cache`): a croppable cache, after the prefill.
+        cache (`transformers.Cache`): a croppable cache; layers that are yet to be made are the plain ones.
 
     Returns:
         `bool`.
@@ -68,7 +68,7 @@ def copy_cache(cache: Cache) -> Cache:
     Copy a cache, sharing its tensors: layers that grow by concatenation replace them and never write into them.
 
     Args:
-        cache (`transformers.Cache`): a cache that `rolls_back_rows`.
+        cache (`transformers.Cache`): a croppable dynamic cache.
 
     Returns:
         `transformers.Cache`: what happens to it leaves the original as it is.
@@ -220,5 +220,5 @@ def _roll_back_rows(layer: Any, num_rejected: list[int]) -> None:
 
 def _source_columns(num_rejected: list[int], start: int, end: int, device: torch.device) -> torch.Tensor:
     """For each row, the old column that becomes new column `start .. end - 1`; negative ones are padding."""
-    shift = torch.tensor([count - min(num_rejected) for count in num_rejected], device=device)
+    shift = torch.tensor([count - min(num_rejected) for count in num_rejected]).to(device, non_blocking=True)
     return torch.arange(start, end, device=device)[None, :] - shift[:, None]

@@ -141,8 +141,6 @@ class Committer:
             counts = self._commit_together(rows, drafts, predicted)
         else:
             counts = self._commit_whole(rows, drafts, predicted)
-        if self._noise is not None:
-            self._noise.let_go(min(self.lengths[row] for row in rows))
         return predicted, counts
 
     def sequences(self) -> torch.Tensor:

@@ -42,7 +42,7 @@ def jacobi_decode(
     Decode several tokens a forward, and return exactly the tokens of decoding one at a time.
 
     Args:
-        model (`transformers.PreTrainedModel`): a decoder-only model.
+        model (`transformers.PreTrainedModel`): a causal or an encoder-decoder model.
         input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left; of length 0
             when the prompt comes as `inputs_embeds`.
         logits_processor (`transformers.LogitsProcessorList`): applied at every position before its argmax.
@@ -70,7 +70,7 @@ def jacobi_decode(
         model_kwargs,
         max_block_size=pace.max_block_size,
         num_new_tokens=length_limit(stopping_criteria, input_ids.shape[1]) - input_ids.shape[1],
-        compiles=options.compile,
+        compile_options=generation_config if options.compile else None,
         context_ids=context_ids,
         num_given=num_given,
         is_user_cache=is_user_cache,
@@ -121,4 +121,4 @@ def _noise(generation_config: GenerationConfig, input_ids: torch.Tensor, seed: i
         return None
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    return GumbelNoise(seed, *input_ids.shape)
+    return GumbelNoise(seed, input_ids.shape[0])

@@ -111,7 +111,7 @@ class CroppedMemory(Memory):
 
     def __init__(self, cache: Cache, batch_size: int):
         self.cache: Cache = cache
-        self.cache.activate_past_recording()
+        self._num_settled: int | None = None  # columns before a forward that is not settled yet
         self.same_length = batch_size > 1 and not caches.rolls_back_rows(cache)
 
     @property
@@ -122,8 +122,14 @@ class CroppedMemory(Memory):
     def model_inputs(self) -> dict[str, Any]:
         return {"past_key_values": self.cache, "use_cache": True}
 
+    def begin(self, draft_length: int) -> None:
+        if self._num_settled is None:
+            self._num_settled = self.cache.get_seq_length()
+        self.cache.activate_past_recording()
+
     def settle(self, num_rejected: list[int]) -> bool:
         caches.roll_back(self.cache, num_rejected)
+        self._num_settled = None
         return True
 
     def after_prefill(self) -> Memory:
@@ -143,6 +149,9 @@ class CroppedMemory(Memory):
         caches.drop_leading_columns(self.cache, count)
 
     def close(self) -> None:
+        if self._num_settled is not None:  # something was raised after a forward: leave no draft behind
+            surplus = self.cache.get_seq_length() - self._num_settled
+            caches.roll_back(self.cache, [surplus])
         caches.stop_recording(self.cache)
 
 
@@ -189,7 +198,11 @@ class ReplayedMemory(Memory):
 
     def after_prefill(self) -> Memory:
         # Convolutional states alone, as in LFM2, can be cropped; layers know only now that they hold nothing else.
-        return CroppedMemory(self.cache, self._batch_size) if self.cache.is_croppable else self
+        if not self.cache.is_croppable:
+            return self
+        cropped = CroppedMemory(self.cache, self._batch_size)
+        cropped.begin(0)
+        return cropped
 
     def select(self, indices: torch.Tensor) -> None:
         caches.select_rows(self.cache, indices)
@@ -228,6 +241,11 @@ def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_
         raise ValueError(
             f'`decoding="jacobi"` needs a dynamic key/value cache, got {type(own).__name__}. Drop '
             '`cache_implementation` and static or quantized caches, or pass `decoding="autoregressive"`.'
+        )
+    if is_user_cache and (cache is not own or own.offloading):
+        raise ValueError(
+            '`decoding="jacobi"` does not go on from the `past_key_values` of an encoder-decoder model, nor from '
+            'offloaded ones, got such. Drop them, or pass `decoding="autoregressive"`.'
         )
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in own.layers):
         if is_user_cache:

@@ -29,7 +29,7 @@ _STAY = 5
 _FIRST_TIMES = 3
 _SHARED_CHANGE, _OWN_CHANGE = 0.1, 0.05
 # A sample loses this share of its weight with every iteration, so that what is known follows the text.
-_FADING = 0.002
+_FADING = 0.003
 # Weight of samples that say something of a block size.
 _ENOUGH = 2.5
 # Least that a wider block gains over what is certain of a narrower one.
@@ -38,7 +38,7 @@ _CERTAIN = 12.0
 # Where drafts hardly pay, noise would have them tried forever: they have to promise this much more than none.
 _MARGIN = 1.04
 # Weight of the hope that all of a block is accepted: sizes with few samples are tried again.
-_OPTIMISM = 0.05
+_OPTIMISM = 0.1
 
 
 class Gains:
@@ -147,7 +147,7 @@ class Experience:
             known[block_size] = min(seconds, known.get(block_size, seconds))
             return
         change = min(max(seconds / known[block_size], 0.5), 2.0)
-        for size in known:
+        for size in list(known):  # other threads may add to it
             known[size] *= change**_SHARED_CHANGE
         known[block_size] *= change**_OWN_CHANGE
 

@@ -11,44 +11,47 @@ from __future__ import annotations
 import torch
 
 
+# Noise that is kept, in bytes, so that it is not drawn again while a position stays in a block.
+_KEPT_BYTES = 2**28
+
+
 class GumbelNoise:
     """
-    One noise vector for each row and each position of the text, drawn in the order of the positions.
+    One noise vector for each row and each position of the text.
 
     Args:
-        seed (`int`): of the generator; the same noise comes from the same seed, number of rows, vocabulary and kind of
-            device.
+        seed (`int`): the same noise comes from the same seed, number of rows, vocabulary and kind of device.
         batch_size (`int`): number of rows.
-        first_position (`int`): position that the first vector belongs to.
     """
 
-    def __init__(self, seed: int, batch_size: int, first_position: int):
+    def __init__(self, seed: int, batch_size: int):
         self._seed = seed
         self._batch_size = batch_size
-        self._next_position = first_position
         self._generator: torch.Generator | None = None
-        self._drawn: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, torch.Tensor] = {}
 
     def at(self, position: int, like: torch.Tensor) -> torch.Tensor:
         """
         The noise of a position.
 
         Args:
-            position (`int`): of the text; not one that was let go.
+            position (`int`): of the text.
             like (`torch.FloatTensor` of shape `(..., vocab_size)`): scores that the noise will be added to.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`.
         """
-        if self._generator is None:
-            self._generator = torch.Generator(like.device).manual_seed(self._seed)
-        while self._next_position <= position:
-            # One draw a position: drawing several at once would make the noise depend on the block size.
+        if position not in self._kept:
+            if self._generator is None:
+                self._generator = torch.Generator(like.device)
+            # Every position has a seed of its own, so that noise can be drawn again in any order.
+            self._generator.manual_seed(_mix(self._seed, position))
             noise = torch.empty((self._batch_size, like.shape[-1]), dtype=torch.float32, device=like.device)
             noise.exponential_(generator=self._generator)
-            self._drawn[self._next_position] = -noise.clamp(min=torch.finfo(torch.float32).tiny).log()
-            self._next_position += 1
-        return self._drawn[position]
+            self._kept[position] = -noise.clamp(min=torch.finfo(torch.float32).tiny).log()
+            if len(self._kept) > max(_KEPT_BYTES // self._kept[position].nbytes, 1):
+                del self._kept[next(iter(self._kept))]
+        return self._kept[position]
 
     def of_blocks(self, rows: list[int], starts: list[int], like: torch.Tensor) -> torch.Tensor:
         """
@@ -68,12 +71,10 @@ class GumbelNoise:
         ]
         return torch.stack(blocks)
 
-    def let_go(self, position: int) -> None:
-        """
-        Forget the noise before a position.
 
-        Args:
-            position (`int`): the first that is still needed.
-        """
-        for old in [drawn for drawn in self._drawn if drawn < position]:
-            del self._drawn[old]
+def _mix(seed: int, position: int) -> int:
+    """A seed for a position; nearby pairs have seeds that are nothing alike (the finalizer of SplitMix64)."""
+    value = (seed + (position + 1) * 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return (value ^ (value >> 31)) % 2**63

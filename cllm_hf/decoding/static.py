@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.utils import logging
 
-from .._host import compiles_whole
+from .._host import attention_implementation, compiles_whole
 from .memory import CACHE_NAMES, Memory
 from .support import forgets_between_steps
 
@@ -34,14 +34,15 @@ class StaticMemory(Memory):
         model (`transformers.PreTrainedModel`): the model to compile.
         cache (`transformers.StaticCache`): with layers of full attention alone.
         batch_size (`int`): number of rows; they must commit equally many tokens, and none leaves the batch.
+        compile_config (`transformers.CompileConfig`, *optional*): options of the compiler.
     """
 
     fixed_shape = True
 
-    def __init__(self, model: Any, cache: StaticCache, batch_size: int):
+    def __init__(self, model: Any, cache: StaticCache, batch_size: int, compile_config: CompileConfig | None):
         self.cache: StaticCache = cache
         self.same_length = batch_size > 1
-        config = model.generation_config.compile_config or CompileConfig(fullgraph=True, dynamic=False)
+        config = compile_config or CompileConfig(fullgraph=True, dynamic=False)
         self._compiled = model.get_compiled_call(config)
         self._is_prefill = True
 
@@ -66,7 +67,12 @@ class StaticMemory(Memory):
 
 
 def make_static_memory(
-    model: Any, model_kwargs: dict[str, Any], batch_size: int, max_columns: int, is_user_cache: bool
+    model: Any,
+    model_kwargs: dict[str, Any],
+    batch_size: int,
+    max_columns: int,
+    is_user_cache: bool,
+    options: GenerationConfig,
 ) -> StaticMemory | None:
     """
     Make a static memory, or say once why this model has to go without one.
@@ -78,19 +84,14 @@ def make_static_memory(
         batch_size (`int`): number of rows.
         max_columns (`int`): most columns that the cache will hold.
         is_user_cache (`bool`): whether the cache comes from the user.
+        options (`transformers.GenerationConfig`): of which those of compiling and of static caches are used.
 
     Returns:
         `StaticMemory` or `None`: `None` where the model, its cache or its layers do not allow one.
     """
-    length = max(-(-max_columns // _LENGTH_STEP) * _LENGTH_STEP, _LENGTHS.get(model, 0))
-    cache = None
-    if is_user_cache:
-        reason = "`past_key_values` are given"
-    elif model.config.is_encoder_decoder:
-        reason = "it is an encoder-decoder model"
-    elif not compiles_whole(model) or forgets_between_steps(model):
-        reason = "the host does not compile it into one graph"
-    else:
+    length = max(-(-max_columns // _LENGTH_STEP) * _LENGTH_STEP, _LENGTHS.get(model, 0), options.max_cache_len or 0)
+    reason, cache = _why_not(model, options, is_user_cache), None
+    if not reason:
         cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
         other = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
         reason = f"rejected tokens cannot be taken out of {', '.join(sorted(other))}" if other else ""
@@ -101,4 +102,25 @@ def make_static_memory(
         model_kwargs.pop(name, None)
     model_kwargs.pop("use_cache", None)
     _LENGTHS[model] = length
-    return StaticMemory(model, cache, batch_size)
+    return StaticMemory(model, cache, batch_size, options.compile_config)
+
+
+def _why_not(model: Any, options: GenerationConfig, is_user_cache: bool) -> str:
+    """What keeps a model from being compiled; empty if nothing does."""
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    quantizer = getattr(model, "hf_quantizer", None)
+    if is_user_cache:
+        return "`past_key_values` are given"
+    if options.disable_compile:
+        return "`disable_compile=True`"
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    if not compiles_whole(model) or forgets_between_steps(model):
+        return "the host does not compile it into one graph"
+    if "flash" in (attention_implementation(model.config) or ""):
+        return "flash attention does not hide what is not in use of a static cache"
+    if quantizer is not None and not quantizer.is_compileable:
+        return "its quantization cannot be compiled"
+    if len(devices) > 1 and devices & {"cpu", "disk"}:
+        return "parts of it are offloaded"
+    return ""

@@ -58,7 +58,8 @@ def needs_same_length(model: PreTrainedModel) -> bool:
         `bool`.
     """
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    return not takes_positions or model.config.model_type in _COUNTS_PADDING
+    # Rows of different lengths are padded, be it by the user or by the window.
+    return not takes_positions or model.config.model_type in _COUNTS_PADDING | _NO_PADDING
 
 
 def check_model(model: PreTrainedModel, batch_size: int, is_padded: bool) -> None:
@@ -100,8 +101,8 @@ def check_model_inputs(model: PreTrainedModel, extended: dict[str, Any], others:
         others (`dict`): the other inputs, as the host prepared them.
 
     Raises:
-        ValueError: for positions of more than one dimension, and for tensors that belong to the prompt alone (images
-            and the like).
+        ValueError: for positions of more than one dimension, and for what belongs to the prompt alone (images and the
+            like).
     """
     positions = extended.get("position_ids")
     if positions is not None and positions.dim() != 2:
@@ -109,9 +110,30 @@ def check_model_inputs(model: PreTrainedModel, extended: dict[str, Any], others:
             f'`decoding="jacobi"` needs `position_ids` of two dimensions, got shape {tuple(positions.shape)}. '
             + _REMEDY
         )
-    tensors = [name for name, value in others.items() if isinstance(value, torch.Tensor)]
-    if tensors and not model.config.is_encoder_decoder:
-        raise ValueError(f'`decoding="jacobi"` does not support the model input `{tensors[0]}` yet. {_REMEDY}')
+    unknown = [
+        name for name, value in others.items() if isinstance(value, (torch.Tensor, dict, list, tuple)) and len(value)
+    ]
+    if unknown and not model.config.is_encoder_decoder:
+        raise ValueError(f'`decoding="jacobi"` does not support the model input `{unknown[0]}` yet. {_REMEDY}')
+
+
+def check_embeds(model: PreTrainedModel, embeds: torch.Tensor | None, is_remembered: bool) -> None:
+    """
+    Refuse a prompt of embeddings that would have to be fed again in every forward.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to decode.
+        embeds (`torch.Tensor`, *optional*): the prompt, if it comes as embeddings.
+        is_remembered (`bool`): whether the model has a cache that holds it.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if embeds is not None and not is_remembered:
+        raise ValueError(
+            f'`decoding="jacobi"` feeds the whole text to {type(model).__name__} in every forward, got a prompt of '
+            f"`inputs_embeds`. Pass `input_ids`. {_REMEDY}"
+        )
 
 
 def check_positions(model: PreTrainedModel, num_positions: int) -> None:

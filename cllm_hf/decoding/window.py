@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from . import caches
 from .blocks import draw_context_tokens, next_draft
 from .memory import choose_memory
 from .static import make_static_memory
-from .support import check_model, check_model_inputs, check_positions, needs_same_length
+from .support import check_embeds, check_model, check_model_inputs, check_positions, needs_same_length
 
 
 # The output does not depend on the first guess, only the number of forwards does: keep that repeatable.
@@ -31,7 +32,8 @@ class Window:
         model_kwargs (`dict`): model inputs as the host prepared them.
         max_block_size (`int`): most positions checked in a forward.
         num_new_tokens (`int`): longest response.
-        compiles (`bool`): whether forwards shall run as a compiled graph of fixed shape, where the model can.
+        compile_options (`transformers.GenerationConfig`, *optional*): has forwards run as a compiled graph of fixed
+            shape, where the model can.
         context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`, *optional*): tokens to draw the first
             draft from; by default the prompts.
         num_given (`int`, *optional*): length of the prompt with its cached part, where `input_ids` holds only the
@@ -56,7 +58,7 @@ class Window:
         *,
         max_block_size: int,
         num_new_tokens: int,
-        compiles: bool = False,
+        compile_options: GenerationConfig | None = None,
         context_ids: torch.Tensor | None = None,
         num_given: int | None = None,
         is_user_cache: bool = False,
@@ -71,12 +73,16 @@ class Window:
         embeds = inputs["inputs_embeds"]
         num_prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
         static = None
-        if compiles:
+        if compile_options is not None:
             max_columns = num_prompt + num_new_tokens + max_block_size
-            static = make_static_memory(model, model_kwargs, len(self.rows), max_columns, is_user_cache)
+            static = make_static_memory(
+                model, model_kwargs, len(self.rows), max_columns, is_user_cache, compile_options
+            )
         self.memory = static or choose_memory(model, model_kwargs, len(self.rows), is_user_cache)
         self.same_length = self.memory.same_length or needs_same_length(model)
+        self._is_ragged = len(self.rows) > 1 and not self.same_length
         check_model_inputs(model, inputs, model_kwargs)
+        check_embeds(model, embeds, self.memory.cache is not None)
         self._kwargs = model_kwargs
 
         num_cached = self.memory.num_cached
@@ -86,13 +92,16 @@ class Window:
                 f"`past_key_values` already hold {num_cached} tokens and the prompt has {num_prompt}: nothing is left "
                 "to feed. Pass at least one token that is not in the cache, or crop the cache."
             )
-        self._num_positions = num_cached + num_new + num_new_tokens
-        check_positions(model, self._num_positions)
         # What is fed next, one column a token that the model does not remember; at last the anchor. As lists, since
         # drafts are compared and cut token by token, and a device is slow at that.
         self._device = input_ids.device
         self._ids: list[list[int]] = input_ids[:, -num_new:].tolist()
         self._positions = _last_columns(inputs[self._prefix + "position_ids"], num_new, len(self.rows))
+        # A fixed shape reaches behind it, where nothing is committed and there may be no position.
+        self._last_position = num_cached + num_new - 1 + num_new_tokens
+        if self._positions is not None:
+            self._last_position = max(row[-1] for row in self._positions) + num_new_tokens
+        check_positions(model, self._last_position + 1)
         self._token_types = _last_columns(inputs["token_type_ids"], num_new, len(self.rows))
         self._embeds = None if embeds is None else embeds[:, -num_new:]
         # Of remembered and new columns; `None` while there is no padding.
@@ -111,7 +120,8 @@ class Window:
         # Token ids cannot follow a prompt of embeddings.
         self._can_draft = embeds is None and self.memory.drafts_in_prefill
         if context_ids is not None:
-            self._draw_fillers(context_ids, None)
+            # A decoder may know fewer tokens than its encoder, and any guess will do.
+            self._draw_fillers(context_ids % model.config.get_text_config(decoder=True).vocab_size, None)
         elif embeds is None:
             self._draw_fillers(input_ids, None if self._mask is None else self._mask[:, -num_prompt:])
 
@@ -170,6 +180,7 @@ class Window:
         """
         if self._is_prefill:
             self.memory = self.memory.after_prefill()
+            check_embeds(self.model, self._embeds, self.memory.cache is not None)
         left = [index for index, is_finished in enumerate(finished) if not is_finished]
         # A row that leaves must not keep the others' columns from going.
         most = max(counts[index] for index in left or range(len(counts)))
@@ -196,9 +207,8 @@ class Window:
     def _feed(self, ids: list[list[int]]) -> None:
         """Have these tokens, equally many in each row, fed too."""
         ahead = range(1, len(ids[0]) + 1)
-        last = self._num_positions - 1  # a fixed shape reaches behind it, where nothing is committed
         self._ids = [row + new for row, new in zip(self._ids, ids)]
-        self._change("_positions", lambda row: row + [min(row[-1] + step, last) for step in ahead])
+        self._change("_positions", lambda row: row + [min(row[-1] + step, self._last_position) for step in ahead])
         self._change("_token_types", lambda row: row + [row[-1] for _ in ahead])
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones((len(ids), len(ahead)))], dim=1)
@@ -239,7 +249,7 @@ class Window:
     def _drop_leading(self) -> None:
         """Let go of columns that are padding in all rows."""
         count = min(self._num_padding)
-        if count == 0 or self._mask is None or self.same_length:
+        if count == 0 or self._mask is None or not self._is_ragged:
             return
         self._num_padding = [number - count for number in self._num_padding]
         self._mask = self._mask[:, count:]
@@ -258,7 +268,8 @@ class Window:
         self._fillers = drawn.tolist()
 
     def _to_tensor(self, rows: list[list[int]]) -> torch.Tensor:
-        return torch.tensor(rows, dtype=torch.long, device=self._device)
+        # Without waiting for the device: an iteration has one sync, when its tokens are read.
+        return torch.tensor(rows, dtype=torch.long).to(self._device, non_blocking=True)
 
 
 def _last_columns(values: torch.Tensor | None, length: int, batch_size: int) -> list[list[int]] | None:
