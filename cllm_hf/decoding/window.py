@@ -106,10 +106,11 @@ class Window:
         self._embeds = None if embeds is None else embeds[:, -num_new:]
         # Of remembered and new columns; `None` while there is no padding.
         self._mask = inputs[self._prefix + "attention_mask"]
-        # For each row, its first columns that are padding.
+        # For each row, its first columns that are padding, without those that all rows begin with.
         self._num_padding = [0] * len(self.rows)
         if self._mask is not None:
-            self._num_padding = (self._mask.cumsum(-1) == 0).sum(-1).tolist()
+            padding = (self._mask.cumsum(-1) == 0).sum(-1)
+            self._num_padding = (padding - padding.min()).tolist()
         self._draft_length = 0  # of the last forward
         self._is_prefill = True
 
