@@ -22,8 +22,8 @@ _FIRST, _FIRST_STAY = 16, 5
 _NARROWEST_STAY = 3
 # Widest that is tried where nothing is known any more.
 _PROBE = 8
-# Iterations until the choice is looked at again.
-_STAY = 5
+# Iterations until the choice is looked at again: longer and longer while it stays the same.
+_STAY, _LONGEST_STAY = 5, 40
 # Times of a block size of which the least counts. Later ones change it, and some of the change is taken to be one of
 # the machine's speed, which meets all sizes alike.
 _FIRST_TIMES = 3
@@ -51,10 +51,10 @@ class Gains:
     """
 
     def __init__(self) -> None:
-        # By block size: weight of the samples by the tokens gained, and the iteration in which they were last faded.
+        # By block size, the weight of the samples by the tokens gained, in units of an old sample: instead of the old
+        # ones fading, new ones weigh more.
         self._samples: dict[int, dict[int, float]] = {}
-        self._faded: dict[int, int] = {}
-        self._iteration = 0
+        self._unit = 1.0
 
     def add(self, block_size: int, counts: list[int]) -> None:
         """
@@ -64,11 +64,13 @@ class Gains:
             block_size (`int`): positions that were checked.
             counts (`list[int]`): tokens that each row gained, from 1 to `block_size`.
         """
-        self._iteration += 1
-        samples = self._current(block_size)
+        self._unit /= 1 - _FADING
+        samples = self._samples.setdefault(block_size, {})
         for count in counts:
-            samples[count] = samples.get(count, 0.0) + 1.0
-        self._samples[block_size], self._faded[block_size] = samples, self._iteration
+            samples[count] = samples.get(count, 0.0) + self._unit
+        if self._unit > 1e9:
+            self._samples = {size: self._current(size) for size in self._samples}
+            self._unit = 1.0
 
     @property
     def is_empty(self) -> bool:
@@ -104,9 +106,8 @@ class Gains:
         return min(bounds)
 
     def _current(self, block_size: int) -> dict[int, float]:
-        """Samples of a size with the weight that they have by now."""
-        share = (1 - _FADING) ** (self._iteration - self._faded.get(block_size, 0))
-        return {count: weight * share for count, weight in self._samples.get(block_size, {}).items()}
+        """Samples of a size with the weight that they have by now, where a new one has 1."""
+        return {count: weight / self._unit for count, weight in list(self._samples[block_size].items())}
 
 
 def _hopeful_mean(samples: dict[int, float], limit: int) -> float:
@@ -247,6 +248,7 @@ class AutoPace(FixedPace):
         self._last_time: float | None = None
         self._last_size = 1
         self._current, self._left_to_stay = _FIRST, _FIRST_STAY
+        self._stay = _STAY
         if not experience.gains.is_empty:
             self._left_to_stay = 0
 
@@ -279,7 +281,9 @@ class AutoPace(FixedPace):
             cost = experience.costs(num_rows)
             rates = {size: hope / cost(size) for size, hope in experience.gains.hopes().items()}
             rates[1] *= _MARGIN
-            self._current, self._left_to_stay = max(rates, key=lambda size: rates[size]), _STAY
+            best = max(rates, key=lambda size: rates[size])
+            self._stay = min(2 * self._stay, _LONGEST_STAY) if best == self._current else _STAY
+            self._current, self._left_to_stay = best, self._stay
 
 
 def make_pace(model: Any, block_size: int | str) -> FixedPace:
