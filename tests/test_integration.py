@@ -324,3 +324,15 @@ def test_models_with_a_loop_of_their_own_are_refused(llama, monkeypatch):
     monkeypatch.setattr(type(llama), "_sample", lambda *args, **kwargs: None, raising=False)
     with pytest.raises(ValueError, match="a decoding loop of their own"):
         llama.generate(make_prompts(1)[0], decoding="jacobi", max_new_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_an_error_in_the_first_forward_is_the_one_that_is_seen(name):
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    model = make_model(name)
+    handle = model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        model.generate(make_prompts(1)[0], decoding="jacobi", max_new_tokens=5)
+    handle.remove()

@@ -3,8 +3,8 @@ Taking rejected tokens out of a cache: the one place that knows the host's cache
 
 After a forward over drafts the cache also holds rejected tokens. Rows of a batch reject different numbers of them. The
 rows are kept aligned on the right: every row's tokens stay contiguous and end in the last column, and rows that are
-behind get more padding on the left. Sliding-window layers, whose masks count columns, thus stay exact, and the cache
-never grows beyond the longest row.
+behind get more padding on the left. Sliding-window layers, whose masks count columns, thus stay exact. Columns that
+are padding in all rows are dropped, so that the cache never grows beyond the longest row.
 
 A recurrent state cannot be rolled back. It is saved before a forward, and put back if anything was rejected.
 """

@@ -90,9 +90,10 @@ class Committer:
         self.streamer = streamer
         self._noise = noise
         self.max_length = length_limit(stopping_criteria, prompt_length)
-        self.stop_ids = _stop_ids(stopping_criteria, input_ids.device)
+        stop_ids = _stop_ids(stopping_criteria)
+        self._stop_ids = frozenset(stop_ids)
         if pad_id is None:
-            pad_id = int(self.stop_ids[0]) if self.stop_ids is not None else 0
+            pad_id = stop_ids[0] if stop_ids else 0
         self._pad_id = pad_id
         self.canvas = input_ids.new_full((batch_size, self.max_length), pad_id)
         self.canvas[:, :prompt_length] = input_ids
@@ -102,7 +103,6 @@ class Committer:
         self._stopped = [False] * batch_size
         # Tokens that were committed by whole blocks, and are yet to be written to the canvas.
         self._whole_tokens: list[list[int]] = [[] for _ in range(batch_size)]
-        self._stop_set = frozenset(self.stop_ids.tolist() if self.stop_ids is not None else ())
 
         kinds = {type(criterion) for criterion in stopping_criteria}
         self._whole_blocks = (
@@ -114,7 +114,7 @@ class Committer:
         # on in the end: without a stop token the host does not pad them.
         self._leave_together = batch_size > 1 and (
             leave_together
-            or (self.stop_ids is None and kinds != {MaxLengthCriteria})
+            or (not stop_ids and kinds != {MaxLengthCriteria})
             or _depends_on_call_order(logits_processor, stopping_criteria)
         )
         self._same_length = self._leave_together or (batch_size > 1 and (same_length or streamer is not None))
@@ -170,7 +170,7 @@ class Committer:
         together = 1 + min(accepted) if self._same_length else self.max_length
         counts = []
         for row, tokens, num_accepted in zip(rows, predicted, accepted):
-            until_stop = count_until_stop(tokens, self._stop_set)
+            until_stop = count_until_stop(tokens, self._stop_ids)
             count = min(num_accepted + 1, until_stop, self.max_length - self.lengths[row], together)
             self._add(row, tokens[:count], count)
             self.finished[row] = count == until_stop or self.lengths[row] == self.max_length
@@ -183,7 +183,7 @@ class Committer:
     def _commit_together(self, rows: list[int], drafts: list[list[int]], predicted: list[list[int]]) -> list[int]:
         """Commit as many tokens to every row as the slowest one takes; rows that have stopped take padding."""
         going = [index for index, row in enumerate(rows) if not self._stopped[row]]
-        until_stop = {index: count_until_stop(predicted[index], self._stop_set) for index in going}
+        until_stop = {index: count_until_stop(predicted[index], self._stop_ids) for index in going}
         accepted = [count_accepted(drafts[index], predicted[index]) for index in going]
         count = min(min(accepted) + 1, self.max_length - self.lengths[rows[0]])
         if max(until_stop.values()) <= count:  # the last of them ends the batch
@@ -221,7 +221,7 @@ class Committer:
             tokens = scores.argmax(-1).tolist()
             for index in here:
                 row = rows[index]
-                if self._stopped[row] and self.stop_ids is not None:
+                if self._stopped[row] and self._stop_ids:
                     predicted[index][counts[index] :] = [self._pad_id] * (len(predicted[index]) - counts[index])
                 else:
                     predicted[index][counts[index]] = tokens[row]
@@ -289,6 +289,6 @@ def _depends_on_call_order(logits_processor: LogitsProcessorList, stopping_crite
     ) or any(type(criterion) not in stateless_criteria for criterion in stopping_criteria)
 
 
-def _stop_ids(stopping_criteria: StoppingCriteriaList, device: torch.device) -> torch.Tensor | None:
-    ids = [c.eos_token_id.flatten() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-    return torch.cat(ids).to(device) if ids else None
+def _stop_ids(stopping_criteria: StoppingCriteriaList) -> list[int]:
+    criteria = [criterion for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
+    return [token for criterion in criteria for token in criterion.eos_token_id.flatten().tolist()]

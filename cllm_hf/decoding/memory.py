@@ -13,6 +13,7 @@ There are three ways, and `choose_memory` picks one for a model and its cache:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .support import forgets_between_steps
 CACHE_NAMES = ("past_key_values", "cache_params")
 
 
-class Memory:
+class Memory(ABC):
     """
     What the loop asks of a memory.
 
@@ -52,9 +53,9 @@ class Memory:
         return 0
 
     @property
+    @abstractmethod
     def model_inputs(self) -> dict[str, Any]:
         """`dict`: arguments of the forward."""
-        raise NotImplementedError
 
     def begin(self, draft_length: int) -> None:
         """Prepare for a forward that ends in a draft of this length."""
@@ -63,6 +64,7 @@ class Memory:
         """Run the model."""
         return model(**inputs)
 
+    @abstractmethod
     def settle(self, num_rejected: list[int]) -> bool:
         """
         Forget the rejected tokens of the last forward.
@@ -73,7 +75,6 @@ class Memory:
         Returns:
             `bool`: whether the other tokens of that forward are remembered, so that they need not be fed again.
         """
-        raise NotImplementedError
 
     def after_prefill(self) -> Memory:
         """The memory to go on with, now that the model has shown what its cache holds."""
@@ -111,6 +112,7 @@ class CroppedMemory(Memory):
 
     def __init__(self, cache: Cache, batch_size: int):
         self.cache: Cache = cache
+        self._is_recording = False
         self._num_settled: int | None = None  # columns before a forward that is not settled yet
         self.same_length = batch_size > 1 and not caches.rolls_back_rows(cache)
 
@@ -123,9 +125,10 @@ class CroppedMemory(Memory):
         return {"past_key_values": self.cache, "use_cache": True}
 
     def begin(self, draft_length: int) -> None:
-        if self._num_settled is None:
-            self._num_settled = self.cache.get_seq_length()
-        self.cache.activate_past_recording()
+        if not self._is_recording:
+            self.cache.activate_past_recording()
+            self._is_recording = True
+        self._num_settled = self.cache.get_seq_length()
 
     def settle(self, num_rejected: list[int]) -> bool:
         caches.roll_back(self.cache, num_rejected)
@@ -149,7 +152,8 @@ class CroppedMemory(Memory):
         caches.drop_leading_columns(self.cache, count)
 
     def close(self) -> None:
-        if self._num_settled is not None:  # something was raised after a forward: leave no draft behind
+        # Something was raised after a forward: leave no draft behind.
+        if self._num_settled is not None and self.cache.is_initialized and self.cache.is_croppable:
             surplus = self.cache.get_seq_length() - self._num_settled
             caches.roll_back(self.cache, [surplus])
         caches.stop_recording(self.cache)
