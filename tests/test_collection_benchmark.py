@@ -143,6 +143,16 @@ def test_peak_memory_is_above_what_was_there_and_of_the_whole_time():
     assert 0 <= little.num_bytes < 20 * 2**20 and freed.num_bytes < 20 * 2**20
 
 
+def test_peak_memory_of_a_cuda_device_is_that_of_tensors(monkeypatch):
+    calls = []
+    for name, value in (("reset_peak_memory_stats", None), ("memory_allocated", 100), ("max_memory_allocated", 350)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name, value=value: calls.append(name) or value)
+    with PeakMemory(torch.device("cuda", 0)) as peak:
+        calls.append("work")
+    assert peak.num_bytes == 250
+    assert calls == ["reset_peak_memory_stats", "memory_allocated", "work", "max_memory_allocated"]
+
+
 def test_no_peak_memory_where_nobody_can_say(monkeypatch, tmp_path):
     with PeakMemory(torch.device("meta")) as peak:
         pass
@@ -279,6 +289,13 @@ def test_comparisons_that_are_refused(word_model, tokenizer, monkeypatch, texts,
         compare(word_model, tokenizer, texts, **options)
 
 
+def test_models_that_cannot_be_packed_are_refused_first(word_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(collection, "measure_collection", None)
+    word_model.config.layer_types = ["linear_attention"] * 3
+    with pytest.raises(ValueError, match="Packed forwards need a decoder with full or sliding attention"):
+        compare(word_model, tokenizer, ["Mia"])
+
+
 # The command
 
 
@@ -349,8 +366,3 @@ def test_numbers_that_are_refused(option, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["benchmark", "collect", "--shape", "4m", option, "0"])
     assert stop.value.code == 2 and "integer of at least 1, got '0'" in capsys.readouterr().err
-
-
-def test_models_without_a_limit_take_any_length():
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
-    collection._check(SimpleNamespace(config=config), [[1]], 1, 1, [10**6])

@@ -89,10 +89,10 @@ def _add_collect(kinds: Any) -> None:
     collect.add_argument("--block-size", type=positive, default=16, help="tokens of a block")
     collect.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     collect.add_argument(
-        "--response-lengths", type=positive, nargs="*", default=[], help="values of --max-new-tokens for a table"
+        "--response-lengths", type=positive, nargs="+", default=[], help="values of --max-new-tokens for a table"
     )
     collect.add_argument(
-        "--block-sizes", type=positive, nargs="*", default=[], help="values of --block-size for a table"
+        "--block-sizes", type=positive, nargs="+", default=[], help="values of --block-size for a table"
     )
     collect.add_argument(
         "--max-tokens-per-batch", type=positive, help="of the builder; by default as the builder chooses"

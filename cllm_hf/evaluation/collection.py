@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .._host import base_model_of
+from ..packing import check_packable
 from .collectors import (
     BUILDER,
     PUBLISHED,
@@ -327,6 +329,7 @@ def _check(
     if not prompt_ids or not all(prompt_ids):
         got = "an empty one" if prompt_ids else "none"
         raise ValueError(f"`prompts` must hold at least one prompt, each with at least one token, got {got}.")
+    check_packable(base_model_of(model))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest, longest_response = max(map(len, prompt_ids)), max(max_new_tokens)
     if limit is not None and longest + longest_response > limit:
