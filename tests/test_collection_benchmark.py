@@ -235,7 +235,11 @@ def test_both_ways_record_the_same(word_model, tokenizer, texts):
     for point in report["response_lengths"] + report["block_sizes"]:
         assert [row["num_prompts"] for row in point["rows"]] == [1, len(texts)] and point["rows"][1]["num_equal"] == 1
     text = format_collection(report)
-    assert text.count("3/3") == 3 and text.count("1/1") == 3 and "Longer responses, on 1 and 10 prompts" in text
+    assert (
+        text.count("3/3") == 3
+        and text.count("1/1") == 3
+        and "procedure on 1 and TrajectoryBuilder on 10 prompts" in text
+    )
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 5 + 4 + 3 and "Dropped" not in text
 
@@ -320,7 +324,7 @@ def test_collect_of_a_shape(tiny_shape, tmp_path, capsys):
     assert report["settings"]["max_tokens_per_batch"] == 40 and report["prompt_lengths"] == [6] * 4
     assert [row["num_tokens"] for row in report["rows"]] == [16, 16, 32]
     assert [row["num_equal"] for row in report["rows"]] == [2, 2, 2]
-    assert "Larger blocks, on 1 and 4 prompts" in printed and "Longer responses" not in printed
+    assert "Larger blocks, published procedure on 1" in printed and "Longer responses" not in printed
 
 
 def test_collect_of_a_model(tmp_path, tokenizer, texts, capsys):

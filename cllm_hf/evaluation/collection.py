@@ -291,8 +291,8 @@ def _format_points(title: str, points: list[dict[str, Any]], key: str, settings:
             ]
         )
     what = "Longer responses" if key == "max_new_tokens" else "Larger blocks"
-    numbers = f"{settings['num_published_varied']} and {settings['num_prompts']} prompts"
-    return [f"{what}, on {numbers}:", format_table(header, rows)]
+    numbers = f"{PUBLISHED} on {settings['num_published_varied']} and {BUILDER} on {settings['num_prompts']} prompts"
+    return [f"{what}, {numbers}:", format_table(header, rows)]
 
 
 def _rate(value: float) -> str:
