@@ -3,6 +3,9 @@ The trajectory record: one row a response, and the checks that a dataset holds s
 
 `states[b][j]` is state `j` of block `b`: `states[b][0]` is its first draft and `states[b][-1]` its fixed point, which
 is stored once. Every state has `block_size` tokens; behind the end of the response they are padding and mean nothing.
+`is_greedy` is whether the response is the target model's own greedy output; where it is not, the blocks in which it
+departs from that hold one state, the response's own tokens. `augmented_states[b]`, where a dataset has that column, are
+further states of block `b`: for training, and no part of its trajectory.
 """
 
 from __future__ import annotations
@@ -22,13 +25,28 @@ FEATURES = Features(
         "prompt_ids": List(Value("int32")),
         "response_ids": List(Value("int32")),
         "states": List(List(List(Value("int32")))),
+        "is_greedy": Value("bool"),
     }
 )
 REQUIRED_COLUMNS = ("prompt_ids", "response_ids", "states")
-# Columns that some datasets have and others do not.
-OPTIONAL_FEATURES = Features({"is_greedy": Value("bool"), "augmented_states": List(List(List(Value("int32"))))})
 # Rows that are checked at once: a few megabytes.
 _ROWS_AT_ONCE = 1000
+
+
+def features(augmented: bool = False) -> Features:
+    """
+    The columns of a trajectory dataset.
+
+    Args:
+        augmented (`bool`): whether each block has further states to train on, in the column `augmented_states`.
+
+    Returns:
+        `datasets.Features`: a new one; `FEATURES` are those without `augmented_states`.
+    """
+    columns = Features(dict(FEATURES))
+    if augmented:
+        columns["augmented_states"] = List(List(List(Value("int32"))))
+    return columns
 
 
 def num_blocks(response_length: int, block_size: int) -> int:
@@ -59,26 +77,26 @@ def end_points(states: list[list[list[int]]], response_length: int) -> list[int]
     return [token for block in states for token in block[-1]][:response_length]
 
 
-def check_columns(features: Features, names: Iterable[str] | None = None) -> None:
+def check_columns(columns: Features, names: Iterable[str] | None = None) -> None:
     """
     Check that a dataset has the columns of trajectories, and that they have the right types.
 
     Integers may have any width. Further columns may be there; they are not looked at.
 
     Args:
-        features (`datasets.Features`): the columns of the dataset.
+        columns (`datasets.Features`): the columns of the dataset.
         names (`Iterable[str]`, *optional*): which columns to look at, where there are such; by default all that a
             trajectory dataset may have. Those of `REQUIRED_COLUMNS` must be there.
 
     Raises:
         ValueError: for a missing column or one of another type.
     """
-    _check_names(features)
-    known = {**OPTIONAL_FEATURES, **FEATURES}
+    _check_names(columns)
+    known = features(augmented=True)
     for name in known if names is None else names:
-        if name in features and not _same_kind(features[name], known[name]):
+        if name in columns and not _same_kind(columns[name], known[name]):
             raise ValueError(
-                f"Column `{name}` of a trajectory dataset must be of type {known[name]}, got {features[name]}. Build "
+                f"Column `{name}` of a trajectory dataset must be of type {known[name]}, got {columns[name]}. Build "
                 "the dataset with `cllm_hf.TrajectoryBuilder`, or convert the column with `dataset.cast_column`."
             )
 
@@ -96,18 +114,18 @@ def _check_names(columns: Iterable[str]) -> None:
 def _same_kind(feature: Any, known: Any) -> bool:
     import pyarrow.types as kinds
 
-    (depth, leaf), (known_depth, known_leaf) = (_leaf(Features({"it": one})) for one in (feature, known))
+    (depth, leaf), (known_depth, known_leaf) = (_leaf(one) for one in (feature, known))
     if kinds.is_null(leaf):  # nothing but empty lists: the rows say what is wrong
         return depth <= known_depth
     tests = (kinds.is_integer, kinds.is_boolean, lambda leaf: kinds.is_string(leaf) or kinds.is_large_string(leaf))
     return depth == known_depth and any(test(leaf) and test(known_leaf) for test in tests)
 
 
-def _leaf(features: Features) -> tuple[int, Any]:
-    """How many lists the only column of `features` nests, and the Arrow type of what is in them."""
+def _leaf(feature: Any) -> tuple[int, Any]:
+    """How many lists a column nests, and the Arrow type of what is in them."""
     import pyarrow.types as kinds
 
-    inner, depth = features.arrow_schema.field(0).type, 0
+    inner, depth = Features({"column": feature}).arrow_schema.field(0).type, 0
     while kinds.is_list(inner) or kinds.is_large_list(inner) or kinds.is_fixed_size_list(inner):
         inner, depth = inner.value_type, depth + 1
     return depth, inner
@@ -118,8 +136,8 @@ def check_record(record: Mapping[str, Any], block_size: int | None = None) -> in
     Check one trajectory record.
 
     Args:
-        record (`Mapping[str, Any]`): a row with the columns of `REQUIRED_COLUMNS`; `augmented_states` is checked where
-            there are any.
+        record (`Mapping[str, Any]`): a row with the columns of `REQUIRED_COLUMNS`, and `augmented_states` or
+            not.
         block_size (`int`, *optional*): what every state must have; by default what the first state has.
 
     Returns:
@@ -127,7 +145,8 @@ def check_record(record: Mapping[str, Any], block_size: int | None = None) -> in
 
     Raises:
         ValueError: for a missing column, an empty prompt or response, missing values, states of different lengths, a
-            number of blocks that does not cover the response, or fixed points that are not the response.
+            number of blocks that does not cover the response, fixed points that are not the response, or augmented
+            states that do not fit the blocks.
     """
     _check_names(record)
     name = record.get("data_id", "?")
@@ -151,15 +170,15 @@ def check_record(record: Mapping[str, Any], block_size: int | None = None) -> in
         )
     if end_points(states, len(response)) != list(response):
         raise ValueError(f"The blocks of record {name} do not end in its response. Drop it from the dataset.")
-    augmented = record.get("augmented_states")
+    augmented = record.get("augmented_states")  # `None` too where datasets with and without it were joined
     if augmented is not None:
         _check_missing(name, augmented, "`augmented_states`")
         lengths = {len(state) for block in augmented for state in block}
         if len(augmented) != blocks or lengths - {expected}:
             raise ValueError(
-                f"`augmented_states` must hold a list of states for each of the {blocks} blocks, all of {expected} "
-                f"tokens, got {len(augmented)} lists and lengths {sorted(lengths)} in record {name}. Build the "
-                "dataset again, or drop the column."
+                f"`augmented_states` must have a list of states for each block, with {expected} tokens each, got "
+                f"{len(augmented)} lists for {blocks} blocks and lengths {sorted(lengths)} in record {name}. Build "
+                "the dataset again, or remove the column."
             )
     return expected
 
@@ -206,7 +225,7 @@ def check_dataset(dataset: Dataset, block_size: int | None = None) -> int:
 def _holds_integers(feature: Any) -> bool:
     import pyarrow.types as kinds
 
-    return kinds.is_integer(_leaf(Features({"it": feature}))[1])
+    return kinds.is_integer(_leaf(feature)[1])
 
 
 def _count_good(tables: Dataset, block_size: int) -> int:
