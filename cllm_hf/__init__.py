@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .training.config import CLLMConfig
     from .training.trainer import CLLMTrainer
     from .trajectories.builder import TrajectoryBuilder
+    from .trajectories.hub import push_trajectories
+    from .trajectories.loading import load_trajectories
     from .trajectories.schema import FEATURES
 
 __version__ = "0.1.0"
@@ -32,6 +34,8 @@ __all__ = [
     "TrajectoryBuilder",
     "export_custom_generate",
     "load_cllm",
+    "load_trajectories",
+    "push_trajectories",
     "register",
     "set_jacobi_defaults",
     "unregister",
@@ -45,6 +49,8 @@ _LAZY = {
     "TrajectoryBuilder": ".trajectories.builder",
     "export_custom_generate": ".export",
     "load_cllm": ".loading",
+    "load_trajectories": ".trajectories.loading",
+    "push_trajectories": ".trajectories.hub",
 }
 
 
