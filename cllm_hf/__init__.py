@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .training.trainer import CLLMTrainer
     from .trajectories.builder import TrajectoryBuilder
     from .trajectories.cleaning import CleaningRules
+    from .trajectories.hub import push_trajectories
+    from .trajectories.loading import load_trajectories
     from .trajectories.schema import FEATURES
     from .trajectories.statistics import TrajectoryStatistics, measure_trajectories
 
@@ -37,6 +39,8 @@ __all__ = [
     "export_custom_generate",
     "load_cllm",
     "measure_trajectories",
+    "load_trajectories",
+    "push_trajectories",
     "register",
     "set_jacobi_defaults",
     "unregister",
@@ -53,6 +57,8 @@ _LAZY = {
     "export_custom_generate": ".export",
     "load_cllm": ".loading",
     "measure_trajectories": ".trajectories.statistics",
+    "load_trajectories": ".trajectories.loading",
+    "push_trajectories": ".trajectories.hub",
 }
 
 
