@@ -52,7 +52,7 @@ def base_model_of(model: Any) -> PreTrainedModel:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the inputs of a model go: the device of its embeddings, which may lie elsewhere than its other layers."""
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
     if device.type != "meta":
         return device

@@ -142,7 +142,9 @@ class Handler(BaseHTTPRequestHandler):
         commit = self.commit_of(repository, revision)
         siblings = [{"rfilename": name} for name in sorted(repository.commits[commit])]
         details = {"private": repository.is_private, "lastModified": DATE, "downloads": 0, "likes": 0, "tags": []}
-        self.reply({"id": id, "_id": id, "sha": commit, "siblings": siblings, "disabled": False, "gated": False, **details})
+        self.reply(
+            {"id": id, "_id": id, "sha": commit, "siblings": siblings, "disabled": False, "gated": False, **details}
+        )
 
     def answer_branch(self, id, branch):
         repository = self.repository(id, writes=True)
@@ -168,7 +170,9 @@ class Handler(BaseHTTPRequestHandler):
         for wanted in json.loads(self.body)["objects"]:
             answer = dict(wanted)
             if wanted["oid"] not in self.server.hub.large_files:
-                answer["actions"] = {"upload": {"href": f"{self.server.hub.address}/large/{wanted['oid']}", "header": {}}}
+                answer["actions"] = {
+                    "upload": {"href": f"{self.server.hub.address}/large/{wanted['oid']}", "header": {}}
+                }
             objects.append(answer)
         self.reply({"transfer": "basic", "objects": objects})
 

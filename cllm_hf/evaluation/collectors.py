@@ -11,7 +11,10 @@ from datasets import Dataset
 
 from .._host import base_model_of
 from ..trajectories.builder import TrajectoryBuilder
+from ..trajectories.cleaning import CleaningRules
 from ..trajectories.collector import draw_first_states
+from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH
+from ..trajectories.responding import find_stop_ids
 from .published import collect_one_by_one
 
 
@@ -29,13 +32,13 @@ class CollectionSetting:
         block_size (`int`): tokens of a block.
         max_new_tokens (`int`): longest response.
         seed (`int`): of the first drafts.
-        max_tokens_per_batch (`int`, *optional*): for the builder, which otherwise chooses by itself.
+        max_tokens_per_batch (`int`): for the builder.
     """
 
     block_size: int = 16
     max_new_tokens: int = 128
     seed: int = 0
-    max_tokens_per_batch: int | None = None
+    max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH
 
 
 @dataclass
@@ -70,7 +73,7 @@ def published_method(model: Any, processing_class: Any, prompt_ids: list[list[in
         `CollectionMethod`.
     """
     base_model = base_model_of(model)
-    stop_ids = _stop_ids(base_model, processing_class)
+    stop_ids = find_stop_ids(base_model, processing_class)
     pad_id = processing_class.pad_token_id
     if pad_id is None:
         pad_id = stop_ids[0] if stop_ids else 0
@@ -114,21 +117,14 @@ def builder_method(model: Any, processing_class: Any, prompts: Sequence[str]) ->
 
 def _make_builder(model: Any, processing_class: Any, setting: CollectionSetting) -> TrajectoryBuilder:
     """A builder that leaves out nothing but what went wrong, since the published procedure leaves out nothing."""
-    batch_size = 32
-    if setting.max_tokens_per_batch is not None:
-        batch_size = max(setting.max_tokens_per_batch // setting.max_new_tokens, 1)
     return TrajectoryBuilder(
         model,
         processing_class,
         block_size=setting.block_size,
         max_new_tokens=setting.max_new_tokens,
         seed=setting.seed,
-        batch_size=batch_size,
+        max_tokens_per_batch=setting.max_tokens_per_batch,
+        cleaning=CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False),
+        drop_duplicates=False,
         show_progress=False,
     )
-
-
-def _stop_ids(model: Any, processing_class: Any) -> list[int]:
-    stop = model.generation_config.eos_token_id
-    stop = processing_class.eos_token_id if stop is None else stop
-    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)

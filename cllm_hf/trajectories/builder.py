@@ -20,7 +20,7 @@ from .fingerprints import describe_model, describe_tokenizer
 from .folder import OutputFolder, Process
 from .journal import Journal
 from .manifest import FORMAT, read_manifest
-from .options import CollectionOptions
+from .options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
 from .progress import Progress
 from .prompts import Prompt, PromptRow, Response, find_duplicates, fingerprint_rows, is_held_out, read_rows
 from .responding import find_stop_ids
@@ -79,7 +79,7 @@ class TrajectoryBuilder:
         max_new_tokens: int = 512,
         seed: int = 0,
         *,
-        max_tokens_per_batch: int = 16384,
+        max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
         prompts_per_shard: int = 1000,
         augment: bool = False,
         test_fraction: float = 0.0,

@@ -175,36 +175,30 @@ class _Blocks:
     departed: np.ndarray = field(repr=False)
 
     @classmethod
-    def of(
-        cls, requests: list[Request], clean: _Clean, rows: list[int], block_size: int, pad_id: int
-    ) -> _Blocks:
+    def of(cls, requests: list[Request], clean: _Clean, rows: list[int], block_size: int, pad_id: int) -> _Blocks:
         """The blocks of some rows, with their first drafts."""
-        parts: list[tuple[np.ndarray, ...]] = []
+        parts: list[tuple[np.ndarray, ...]] = [_no_blocks(block_size)]
         for row in rows:
             request, response = requests[row], np.asarray(clean.responses[row])
             count = num_blocks(len(response), block_size)
-            offsets = np.arange(count) * block_size
-            targets = np.full(count * block_size, pad_id)
-            targets[: len(response)] = response
-            departures = np.zeros(count * block_size, dtype=bool)
-            departures[: len(response)] = clean.departures[row]
-            departed = departures.reshape(count, block_size).any(-1)
-            targets = targets.reshape(count, block_size)
+            starts = np.arange(count) * block_size
+            padded = np.pad(response, (0, count * block_size - len(response)), constant_values=pad_id)
+            targets: np.ndarray = padded.reshape(count, block_size)
+            departed = np.zeros(count, dtype=bool)
+            departed[np.flatnonzero(clean.departures[row]) // block_size] = True
             drafts = draw_first_states(request.prompt_ids, len(response), block_size, pad_id, request.seed)
             parts.append(
                 (
                     np.full(count, row),
-                    len(request.prompt_ids) - 1 + offsets,
-                    np.minimum(len(response) - offsets, block_size),
-                    np.concatenate([request.prompt_ids[-1:], response[offsets[1:] - 1]]),
+                    len(request.prompt_ids) - 1 + starts,
+                    np.minimum(len(response) - starts, block_size),
+                    np.concatenate([request.prompt_ids[-1:], response[starts[1:] - 1]]),
                     targets,
                     np.where(departed[:, None], targets, drafts),
                     departed,
                 )
             )
-        empty = np.zeros(0, dtype=np.int64)
-        none = (empty, empty, empty, empty, np.zeros((0, block_size)), np.zeros((0, block_size)), empty.astype(bool))
-        return cls(*(np.concatenate(arrays) for arrays in zip(*(parts or [none]))))
+        return cls(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
     def select(self, which: np.ndarray) -> _Blocks:
         """Some of the blocks, by a mask."""
@@ -214,6 +208,13 @@ class _Blocks:
     def count_settled(self) -> np.ndarray:
         """Leading tokens of each state that are those of the response; padding counts too."""
         return np.cumprod(self.states == self.targets, axis=1).sum(axis=1).clip(max=self.lengths)
+
+
+def _no_blocks(block_size: int) -> tuple[np.ndarray, ...]:
+    """The arrays of `_Blocks` without a block, for batches in which no response is kept."""
+    none = np.zeros(0, dtype=np.int64)
+    tokens = np.zeros((0, block_size), dtype=np.int64)
+    return none, none, none, none, tokens, tokens, none.astype(bool)
 
 
 def _read_clean(model: PreTrainedModel, requests: list[Request], stop_ids: Collection[int]) -> _Clean:

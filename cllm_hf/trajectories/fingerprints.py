@@ -84,5 +84,9 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     rules = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
     if isinstance(rules, dict):  # a call with padding or truncation leaves them there
         rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
-    parts = [rules, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}, tokenizer.chat_template]
+    parts = [
+        rules,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        tokenizer.chat_template,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -197,8 +197,8 @@ class OutputFolder:
             done = self.num_shards - len(self._missing())
             raise OSError(
                 f"The collection stopped: {error.strerror or error}. {done} of {self.num_shards} shards in "
-                f"{str(self.path)!r} are finished and whole. Make room or repair the disk, and run the same collection "
-                "again: it goes on there."
+                f"{str(self.path)!r} are finished and whole. Make room or repair the disk, and run the same "
+                "collection again: it goes on there."
             ) from error
 
     def finish(self, wait: bool) -> bool:
@@ -244,7 +244,9 @@ class OutputFolder:
 
     def _manifest(self, complete: bool) -> dict[str, Any]:
         """The manifest of the shards that are there."""
-        shards, counts, done = {}, Counter(), 0
+        shards: dict[str, Any] = {}
+        counts: Counter[str] = Counter()
+        done = 0
         statistics = {split: TrajectoryStatistics(self.header["options"]["block_size"]) for split in self.splits}
         for number in sorted(set(range(self.num_shards)) - set(self._missing())):
             entry = self._entries.get(number) or self._read_entry(number)

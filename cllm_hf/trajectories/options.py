@@ -9,6 +9,9 @@ from ..decoding.options import check_block_size
 from .cleaning import CleaningRules
 
 
+DEFAULT_TOKENS_PER_BATCH = 16384
+
+
 @dataclass(frozen=True)
 class CollectionOptions:
     """
@@ -21,7 +24,7 @@ class CollectionOptions:
     block_size: int = 16
     max_new_tokens: int = 512
     seed: int = 0
-    max_tokens_per_batch: int = 16384
+    max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH
     prompts_per_shard: int = 1000
     augment: bool = False
     test_fraction: float = 0.0

@@ -129,8 +129,8 @@ def is_held_out(text: str, fraction: float) -> bool:
     """
     Say whether a prompt belongs to the test split.
 
-    The text alone decides. So equal prompts are never on both sides, and a prompt stays on its side when others come or
-    go, on another machine, and with another tokenizer.
+    The text alone decides. So equal prompts are never on both sides, and a prompt stays on its side when others come
+    or go, on another machine, and with another tokenizer.
 
     Args:
         text (`str`): the prompt.

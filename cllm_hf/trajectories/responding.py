@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -59,8 +60,9 @@ def respond(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids or None, pad_token_id=pad_id
     )
     device = input_device(model)
+    generate: Any = model.generate
     with _without_defaults(model):
-        output = model.generate(input_ids.to(device), attention_mask=mask.to(device), generation_config=options)
+        output = generate(input_ids.to(device), attention_mask=mask.to(device), generation_config=options)
     return [_until_stop(response, stop_ids) for response in output[:, longest:].tolist()]
 
 

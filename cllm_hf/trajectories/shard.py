@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,9 @@ class ShardCollector:
         records = []
         for row in rows:
             trajectory = trajectories[row.index]
-            if keep(row, self._reason_to_drop(trajectory.response_ids) or (None if trajectory.states else "not_greedy")):
+            if keep(
+                row, self._reason_to_drop(trajectory.response_ids) or (None if trajectory.states else "not_greedy")
+            ):
                 counts["kept"] += 1
                 counts["kept_not_greedy"] += not trajectory.is_greedy
                 records.append(self._record(row, trajectory))
@@ -126,7 +129,7 @@ class ShardCollector:
         for number, batch in enumerate(batch_by_tokens(sizes, self.options.max_tokens_per_batch)):
             progress.say(f"responses {len(responses)}/{len(rows)}")
             prompts = [asked[place].prompt_ids for place in batch]
-            decoded = journal.once(f"responses-{number:05d}", lambda: self._decode(prompts))
+            decoded = journal.once(f"responses-{number:05d}", partial(self._decode, prompts))
             responses.update((asked[place].index, response) for place, response in zip(batch, decoded))
         return responses
 
@@ -145,7 +148,7 @@ class ShardCollector:
         for number, batch in enumerate(batch_by_tokens(sizes, self._most_tokens)):
             progress.say(f"trajectories {len(trajectories)}/{len(rows)}")
             chosen = [requests[place] for place in batch]
-            found = journal.once(f"trajectories-{number:05d}", lambda: self._collect(chosen))
+            found = journal.once(f"trajectories-{number:05d}", partial(self._collect, chosen))
             trajectories.update((rows[place].index, Trajectory(**values)) for place, values in zip(batch, found))
         return trajectories
 
