@@ -248,7 +248,9 @@ def test_shards_that_are_not_whole(folder):
     data = shard.read_bytes()
     shard.write_bytes(data[:-50])
     for streaming in (False, True):
-        with pytest.raises(OSError, match="train-00002-of-00003.parquet .* bytes instead of .*only that shard is made"):
+        with pytest.raises(
+            OSError, match="train-00002-of-00003.parquet .* bytes instead of .*only that shard is made"
+        ):
             load_trajectories(folder, streaming=streaming)
     middle = len(data) // 2
     shard.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
@@ -312,7 +314,9 @@ def test_unfinished_collections(folder):
     manifest |= {"complete": False, "prompts_done": 12, "prompts": prompts, "shards": done}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for streaming in (False, True):
-        with pytest.raises(ValueError, match="12 of 40 prompts are done. Run the same `build` or `cllm collect` again"):
+        with pytest.raises(
+            ValueError, match="12 of 40 prompts are done. Run the same `build` or `cllm collect` again"
+        ):
             load_trajectories(folder, streaming=streaming)
     assert rows(load_trajectories(folder, allow_incomplete=True)) == RECORDS[:9]
     assert list(load_trajectories(folder, streaming=True, allow_incomplete=True)) == RECORDS[:9]
@@ -390,6 +394,11 @@ def test_paths_that_are_nothing(tmp_path):
         (b"\xff\xfe", ValueError, "must be JSON, got"),
         ("[]", ValueError, "must be the manifest of a trajectory dataset"),
         ('{"format": 1}', ValueError, "must be the manifest of a trajectory dataset"),
+        (
+            '{"format": 1, "shards": {"data/a.parquet": {}}}',
+            ValueError,
+            "must be the manifest of a trajectory dataset",
+        ),
         ('{"format": 2, "shards": {}}', ValueError, "`format` 1 or older, got 2.*pip install -U cllm_hf"),
     ],
 )
