@@ -37,23 +37,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise OSError(f"{path} must be readable, got: {error.strerror}. Change its permissions.") from error
     except ValueError as error:  # no JSON, or no text at all
         raise ValueError(f"{path} must be JSON, got: {error}. Delete it and run the same collection again.") from error
-    if not _is_manifest(manifest):
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise ValueError(
+            f"{path} must have `format` {FORMAT} or older, got {version}. It was written by a newer version of this "
+            "package: update `cllm_hf`."
+        )
+    shards = manifest.get("shards") if isinstance(version, int) else None
+    entries = shards.values() if isinstance(shards, dict) else [None]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("records"), int) for entry in entries):
         raise ValueError(
             f"{path} must be the manifest of a trajectory dataset, with entries `format` and `shards`, got another "
             "file of that name. Pass the `output_dir` of a collection."
         )
-    if manifest["format"] > FORMAT:
-        raise ValueError(
-            f"{path} must have `format` {FORMAT} or older, got {manifest['format']}. It was written by a newer version: update "
-            "with `pip install -U cllm_hf`."
-        )
     return manifest
-
-
-def _is_manifest(manifest: Any) -> bool:
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
-        return False
-    shards = manifest.get("shards")
-    return isinstance(shards, dict) and all(
-        isinstance(entry, dict) and isinstance(entry.get("records"), int) for entry in shards.values()
-    )
