@@ -493,3 +493,11 @@ def test_differences_name_what_differs():
     assert describe_difference(before, after) == (
         "other weights of the model; `seed` is 1 there and 2 here; `drop_empty` is True there and False here"
     )
+
+
+def test_a_shard_may_have_no_records(word_model, tokenizer, prompts, tmp_path):
+    wanted = [*prompts[:8], *prompts[:8], *prompts[8:12]]
+    dataset = make_builder(word_model, tokenizer).build(wanted, output_dir=tmp_path)
+    assert pq.read_metadata(tmp_path / "data/train-00001-of-00003.parquet").num_rows == 0
+    assert dataset["prompt"] == prompts[:12]
+    assert read_manifest(tmp_path)["counts"] == {"duplicate": 8, "kept": 12}
