@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cllm_hf import CleaningRules
 from cllm_hf.cli import main
 from cllm_hf.demo import run
 from cllm_hf.demo.problems import LARGEST, make_problem, make_problems, make_tokenizer, read_answer
@@ -80,6 +81,8 @@ def test_all_steps_and_the_readme(tmp_path, monkeypatch, capsys):
     assert report.table.count("\n") == 5 and "iterations to the fixed point" in report.trajectories
 
     readme = (Path(__file__).parent.parent / "README.md").read_text()
+    # A model that has hardly been trained repeats itself.
+    monkeypatch.setattr(CleaningRules, "reason_to_drop", lambda *_: None)
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert len(blocks) == 3
     names = {}
@@ -98,7 +101,7 @@ def test_ctrl_c_leaves_only_complete_parts(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "trajectories"]
     assert "interrupted" in capsys.readouterr().err
 
-    monkeypatch.setattr(run.Dataset, "save_to_disk", interrupt)
+    monkeypatch.setattr(run.TrajectoryBuilder, "collect", interrupt)
     assert main(["demo", "--output-dir", str(tmp_path / "other")]) == 130
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["target"]
 

@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cllm_hf
-from cllm_hf import CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_cllm
+from cllm_hf import CleaningRules, CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_cllm
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.training.collator import TrajectoryCollator, wrong_context
 from cllm_hf.training.losses import ar_cross_entropy, forward_kl
@@ -31,6 +31,7 @@ def dataset(tokenizer):
         processing_class=tokenizer,
         block_size=BLOCK_SIZE,
         max_new_tokens=18,
+        cleaning=CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False),
         show_progress=False,
     )
     return builder.build([problem.prompt for problem in make_problems(16, seed=5)])

@@ -25,12 +25,14 @@ from ..files import check_writable, save_whole
 from ..training.config import CLLMConfig
 from ..training.trainer import CLLMTrainer
 from ..trajectories.builder import TrajectoryBuilder
+from ..trajectories.cleaning import CleaningRules
+from ..trajectories.loading import load_trajectories
 from .problems import Problem, make_problems, make_tokenizer, read_answer
 from .progress import Clock, quiet, show_progress
 
 
 # What is kept, in this order, and a file that each part always holds.
-_PARTS = {"target": "config.json", "trajectories": "dataset_info.json", "cllm": "config.json"}
+_PARTS = {"target": "config.json", "trajectories": "manifest.json", "cllm": "config.json"}
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,15 @@ def run_demo(
         clock.lap("target model")
 
         say("\n[2/4] Collecting the Jacobi trajectories of its answers")
-        builder = TrajectoryBuilder(target, tokenizer, options.block_size, options.max_new_tokens, options.seed)
-        dataset = builder.build([problem.prompt for problem in training[: options.num_trajectories]])
-        keep("trajectories", lambda folder: dataset.save_to_disk(str(folder)))
+        builder = _make_builder(target, tokenizer, options)
+        prompts = [problem.prompt for problem in training[: options.num_trajectories]]
+        if output_dir is None:
+            dataset: Any = builder.build(prompts)
+        else:
+            # The folder says by whom its trajectories are.
+            target.name_or_path = tokenizer.name_or_path = str(output_dir / "target")
+            keep("trajectories", lambda folder: builder.collect(prompts, folder))
+            dataset = load_trajectories(output_dir / "trajectories")
         clock.lap("trajectories")
 
         say("\n[3/4] Training the CLLM on them")
@@ -314,9 +322,7 @@ def draw_block(
     prompts = [problem.prompt for problem in problems]
     records = []
     for model in (target, cllm):
-        builder = TrajectoryBuilder(
-            model, tokenizer, options.block_size, options.max_new_tokens, options.seed, show_progress=False
-        )
+        builder = _make_builder(model, tokenizer, options, show_progress=False)
         records.append({record["prompt"]: record for record in builder.build(prompts)})
     shown = next((prompt for prompt in prompts if all(prompt in kept for kept in records)), None)
     pictures = []
@@ -327,6 +333,21 @@ def draw_block(
             picture = format_trajectory(block, lambda token: str(tokenizer.decode([token])), color)
             pictures.append(f"{name}: {len(block) - 1} iterations to the fixed point\n{picture}")
     return "\n\n".join(pictures)
+
+
+def _make_builder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: DemoOptions, show_progress: bool = True
+) -> TrajectoryBuilder:
+    return TrajectoryBuilder(
+        model,
+        tokenizer,
+        options.block_size,
+        options.max_new_tokens,
+        options.seed,
+        # Whatever the target model says: if it was trained for too short, the demo shows that.
+        cleaning=CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False),
+        show_progress=show_progress,
+    )
 
 
 def _check_parts(output_dir: Path) -> None:

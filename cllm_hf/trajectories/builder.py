@@ -52,12 +52,12 @@ class TrajectoryBuilder:
         prompts_per_shard (`int`): prompts whose records make a parquet file.
         augment (`bool`): whether to add a column `augmented_states`: for each block further states to train on, with
             some wrong tokens put right.
-        test_fraction (`float`): share of the prompts whose records go to a split `test`, from 0 to below 1. The text of
-            a prompt decides, so that equal prompts are never in both.
+        test_fraction (`float`): share of the prompts whose records go to a split `test`, from 0 to below 1. The text
+            of a prompt decides, so that equal prompts are never in both.
         cleaning (`CleaningRules`, *optional*): which responses are dropped.
         drop_duplicates (`bool`): whether a prompt that stands in the list before is dropped.
-        not_greedy (`str`): what to do with a response that is not the model's own greedy output: one from elsewhere,
-            or one in which two tokens were equally good but for rounding. `"drop"` it, or `"keep"` it without states in
+        not_greedy (`str`): what to do with a response that is not the model's own greedy output: one from elsewhere
+            or one in which two tokens were equally good but for rounding: `"drop"` it, or `"keep"` it without states in
             the blocks in which it departs.
         show_progress (`bool`): whether to draw a progress bar.
 
