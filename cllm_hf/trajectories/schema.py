@@ -3,6 +3,9 @@ The trajectory record: one row a response, and the checks that a dataset holds s
 
 `states[b][j]` is state `j` of block `b`: `states[b][0]` is its first draft and `states[b][-1]` its fixed point, which
 is stored once. Every state has `block_size` tokens; behind the end of the response they are padding and mean nothing.
+`is_greedy` is whether the response is the target model's own greedy output; where it is not, the blocks in which it
+departs from that hold one state, the response's own tokens. `augmented_states[b]`, where a dataset has that column, are
+further states of block `b`: for training, and no part of its trajectory.
 """
 
 from __future__ import annotations
@@ -18,9 +21,26 @@ FEATURES = Features(
         "prompt_ids": List(Value("int32")),
         "response_ids": List(Value("int32")),
         "states": List(List(List(Value("int32")))),
+        "is_greedy": Value("bool"),
     }
 )
 REQUIRED_COLUMNS = ("prompt_ids", "response_ids", "states")
+
+
+def features(augmented: bool = False) -> Features:
+    """
+    The columns of a trajectory dataset.
+
+    Args:
+        augmented (`bool`): whether each block has further states to train on, in the column `augmented_states`.
+
+    Returns:
+        `datasets.Features`: a new one; `FEATURES` are those without `augmented_states`.
+    """
+    columns = Features(dict(FEATURES))
+    if augmented:
+        columns["augmented_states"] = List(List(List(Value("int32"))))
+    return columns
 
 
 def num_blocks(response_length: int, block_size: int) -> int:
@@ -56,7 +76,7 @@ def check_record(record: dict, block_size: int | None = None) -> int:
     Check one trajectory record.
 
     Args:
-        record (`dict`): a row with the columns of `REQUIRED_COLUMNS`.
+        record (`dict`): a row with the columns of `REQUIRED_COLUMNS`, and `augmented_states` or not.
         block_size (`int`, *optional*): what every state must have; by default what the first state has.
 
     Returns:
@@ -64,7 +84,8 @@ def check_record(record: dict, block_size: int | None = None) -> int:
 
     Raises:
         ValueError: for a missing column, an empty prompt or response, states of different lengths, a number of blocks
-            that does not cover the response, or fixed points that are not the response.
+            that does not cover the response, fixed points that are not the response, or augmented states that do not
+            fit the blocks.
     """
     missing = [name for name in REQUIRED_COLUMNS if name not in record]
     if missing:
@@ -90,6 +111,15 @@ def check_record(record: dict, block_size: int | None = None) -> int:
         )
     if end_points(record["states"], len(record["response_ids"])) != list(record["response_ids"]):
         raise ValueError(f"The blocks of record {name} do not end in its response. Drop it from the dataset.")
+    augmented = record.get("augmented_states")  # `None` too where datasets with and without it were joined
+    if augmented is not None:
+        lengths = {len(state) for block in augmented for state in block}
+        if len(augmented) != blocks or lengths - {expected}:
+            raise ValueError(
+                f"`augmented_states` must have a list of states for each block, with {expected} tokens each, got "
+                f"{len(augmented)} lists for {blocks} blocks and lengths {sorted(lengths)} in record {name}. Build the "
+                "dataset again, or remove the column."
+            )
     return expected
 
 
