@@ -48,7 +48,9 @@ def format_trajectory(
     shown = [state[:length] for state in states]
     texts = [[decode(token) for token in state] for state in shown]
     # Without color the brackets take two columns.
-    widths = [max(display_width(text[column]) for text in texts) + (0 if color else 2) for column in range(len(shown[-1]))]
+    widths = [
+        max(display_width(text[column]) for text in texts) + (0 if color else 2) for column in range(len(shown[-1]))
+    ]
     lines = []
     for number, (state, text) in enumerate(zip(shown, texts)):
         cells = []
