@@ -246,8 +246,8 @@ def load_model(
     if revision is not None:
         if find_adapter_config_file(name, revision=revision) is not None:
             raise ValueError(
-                f"`revision` is that of a whole model, got {revision!r} for the adapter {name}. Download that revision "
-                "and pass its folder."
+                f"`revision` is that of a whole model, got {revision!r} for the adapter {name}. Download that "
+                "revision and pass its folder."
             )
         options["revision"] = revision
     if trust_remote_code:
@@ -257,7 +257,7 @@ def load_model(
     return model if device is None else model.to(device)
 
 
-def _make_builder(options: CollectArguments, cleaning: CleaningRules, show_progress: bool) -> TrajectoryBuilder:
+def _make_builder(options: CollectArguments, cleaning: CleaningRules, show_progress: bool) -> Any:
     device = None
     if options.device_map is None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -326,12 +326,14 @@ def _statistics_of(dataset: Dataset, options: argparse.Namespace) -> str:
 
 def _find_record(dataset: Dataset, number: int, data_id: str | None) -> Mapping[str, Any]:
     if data_id is not None:
-        ids = dataset.select_columns(["data_id"]).with_format("arrow")[:]["data_id"]
-        number = pc.index(ids, data_id).as_py()
+        number = -1
+        if "data_id" in dataset.column_names:
+            ids = dataset.select_columns(["data_id"]).with_format("arrow")[:]["data_id"]
+            number = pc.index(ids, data_id).as_py()
         if number < 0:
             raise ValueError(
-                f"`--data-id` must be that of a record, got {data_id!r}, which none of {len(dataset)} has. It may have "
-                "been dropped; `--record N` takes a record by its number."
+                f"`--data-id` must be that of a record, got {data_id!r}, which none of {len(dataset)} has. It may "
+                "have been dropped; `--record N` takes a record by its number."
             )
     if number >= len(dataset):
         raise ValueError(f"`--record` must be from 0 to {len(dataset) - 1}, got {number}. Choose one of those.")
