@@ -66,15 +66,15 @@ def check_writable_file(path: Path) -> None:
     check_writable(path.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """
     Write a file that appears under its name only when it is complete, in place of an earlier one.
 
     Args:
         path (`pathlib.Path`): the file; its folder exists.
-        text (`str`): what to write, with its own line ends.
+        content (`str` or `bytes`): what to write; a text with its own line ends, as UTF-8.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as unfinished:
         new = Path(unfinished) / path.name
-        new.write_text(text, encoding="utf-8", newline="")
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(new, path)

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from ..decoding.options import check_block_size
-from .schema import REQUIRED_COLUMNS
+from ..evaluation.report import format_table
+from ..files import check_writable_file, write_whole
+from .arrays import RecordArrays, count_by_block, lay_out
 
 
-_COUNTERS = ("iterations", "fast_forwarded", "stationary")
+# Counters of `TrajectoryStatistics`, and what they count.
+_TITLES = {
+    "iterations": "Iterations to converge a block",
+    "fast_forwarded": "Fast-forwarded tokens of a block",
+    "stationary": "Stationary tokens of a block",
+}
+_COUNTERS = tuple(_TITLES)
 _SUMS = ("num_records", "num_tokens", "num_left_out_blocks", "num_left_out_tokens")
-# Rows that are measured at once: a few MB of states.
-_CHUNK = 500
+# Rows of the table.
+_SIZES = (("responses", "num_records"), ("tokens", "num_tokens"), ("blocks", "num_blocks"))
+_MEANS = (
+    ("iterations to converge a block", "mean_iterations"),
+    ("tokens per iteration", "tokens_per_iteration"),
+    ("fast-forwarded tokens a block", "mean_fast_forwarded"),
+    ("stationary tokens a block", "mean_stationary"),
+)
+_MOST_BARS, _MOST_STAIRS, _BAR_WIDTH = 20, 64, 60
+# Told apart also by those who are color-blind.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,7 @@ class TrajectoryStatistics:
     """
     Iterations, fast-forwarded and stationary tokens of the blocks of a dataset (CLLM, arXiv 2403.00835, section 3).
 
-    These are sums and counts only, so that those of two shards can be added. Let `s_0 .. s_k` be the states of a block,
+    These are sums and counts only, so that those of two shards can be added. Let `s_0 .. s_k` be a block's states,
     `s_k` its fixed point, and `p_j` the number of leading right tokens of `s_j`, all within the response. Then the
     block takes `k` iterations, its iteration `j` fast-forwards `max(p_{j+1} - p_j - 1, 0)` tokens, and a position is a
     stationary token if some state has it right behind a wrong token, and all later states have it right too.
@@ -169,8 +187,8 @@ def measure_trajectories(
 
     Args:
         records (`Iterable[Mapping]` or `datasets.Dataset`): trajectory records. Without a column `is_greedy` all are
-            taken as greedy. Of a dataset nothing but the columns that are needed is read, a chunk at a time.
-        block_size (`int`, *optional*): what every state must have; by default what the first state has.
+            taken as greedy. Of a dataset only the columns that are needed are read, some hundred rows at a time.
+        block_size (`int`, *optional*): what every state must have; by default what the first ones have.
 
     Returns:
         `TrajectoryStatistics`.
@@ -179,158 +197,179 @@ def measure_trajectories(
         ValueError: if there are no records and no `block_size`, a column is missing, or the states of a record are not
             of the block size or do not cover its response.
     """
-    total = TrajectoryStatistics(block_size) if block_size is not None else None
-    chunks = _dataset_chunks(records) if isinstance(records, Dataset) else _record_chunks(records)
-    for chunk in chunks:
-        measured = _measure(chunk, total.block_size if total is not None else None)
+    total = None if block_size is None else TrajectoryStatistics(block_size)
+    for arrays in lay_out(records):
+        measured = _measure(arrays, None if total is None else total.block_size)
         total = measured if total is None else total + measured
     if total is None:
-        raise ValueError("There are no trajectories to measure, and no `block_size`. Pass records, or `block_size`.")
+        raise ValueError("There are no trajectories to measure, got no records. Pass some, or a `block_size`.")
     return total
 
 
-@dataclass
-class _Chunk:
-    """
-    Records one after another: `response_lengths`, `num_blocks` and `is_greedy` have an entry a record, `num_states` an
-    entry a block, `state_lengths` an entry a state, and `tokens` holds the states end to end.
-    """
-
-    response_lengths: np.ndarray
-    is_greedy: np.ndarray
-    num_blocks: np.ndarray
-    num_states: np.ndarray
-    state_lengths: np.ndarray
-    tokens: np.ndarray
-
-
-def _record_chunks(records: Iterable[Mapping[str, Any]]) -> Iterator[_Chunk]:
-    iterator = iter(records)
-    while rows := list(islice(iterator, _CHUNK)):
-        for row in rows:
-            _check_columns(row)
-        blocks = [block for row in rows for block in row["states"]]
-        states = [state for block in blocks for state in block]
-        yield _Chunk(
-            response_lengths=np.array([len(row["response_ids"]) for row in rows]),
-            is_greedy=np.array([row.get("is_greedy") is not False for row in rows]),
-            num_blocks=np.array([len(row["states"]) for row in rows]),
-            num_states=np.array([len(block) for block in blocks], dtype=np.int64),
-            state_lengths=np.array([len(state) for state in states], dtype=np.int64),
-            tokens=np.array([token for state in states for token in state], dtype=np.int64),
-        )
-
-
-def _dataset_chunks(dataset: Dataset) -> Iterator[_Chunk]:
-    _check_columns(dict.fromkeys(dataset.column_names))
-    has_greedy = "is_greedy" in dataset.column_names
-    names = ["response_ids", "states", *["is_greedy"] * has_greedy]
-    for table in dataset.select_columns(names).with_format("arrow").iter(_CHUNK):
-        rows, responses = (table[name].combine_chunks() for name in ("states", "response_ids"))
-        blocks = rows.flatten()
-        states = blocks.flatten()
-        greedy = table["is_greedy"].fill_null(True).to_numpy() if has_greedy else np.ones(len(rows))
-        yield _Chunk(
-            response_lengths=_lengths(responses),
-            is_greedy=greedy.astype(bool),
-            num_blocks=_lengths(rows),
-            num_states=_lengths(blocks),
-            state_lengths=_lengths(states),
-            tokens=states.flatten().to_numpy(zero_copy_only=False),
-        )
-
-
-def _lengths(lists: Any) -> np.ndarray:
-    """Lengths of the lists of an Arrow array; a missing list has none."""
-    import pyarrow.compute
-
-    return pyarrow.compute.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _check_columns(columns: Mapping[str, Any]) -> None:
-    missing = [name for name in REQUIRED_COLUMNS[1:] if name not in columns]
-    if missing:
-        raise ValueError(
-            f"Trajectories are measured on the columns response_ids and states; {', '.join(missing)} missing, got "
-            f"{', '.join(columns) or 'none'}. Build the dataset with `cllm_hf.TrajectoryBuilder`."
-        )
-
-
-def _measure(chunk: _Chunk, block_size: int | None) -> TrajectoryStatistics:
-    block_size = _check_chunk(chunk, block_size)
-    states = chunk.tokens.reshape(-1, block_size)
-    # Tokens of each block that lie in its response.
-    record = np.repeat(np.arange(len(chunk.num_blocks)), chunk.num_blocks)
-    number = np.arange(len(record)) - _starts(chunk.num_blocks)[record]
-    valid = np.clip(chunk.response_lengths[record] - number * block_size, 0, block_size)
-    figures = _figures(states, chunk.num_states, valid)
-    is_kept = chunk.is_greedy[record] | (chunk.num_states > 1)
+def _measure(arrays: RecordArrays, block_size: int | None) -> TrajectoryStatistics:
+    block_size = arrays.check(block_size)
+    lengths = arrays.block_lengths(block_size)
+    figures = count_by_block(arrays.tokens.reshape(-1, block_size), arrays.num_states, lengths)
+    is_trajectory = arrays.is_greedy[arrays.record_of_block] | (arrays.num_states > 1)
+    counters = {name: _count(figure[is_trajectory]) for name, figure in zip(_COUNTERS, figures)}
     return TrajectoryStatistics(
         block_size,
-        num_records=len(chunk.num_blocks),
-        num_tokens=int(chunk.response_lengths.sum()),
-        num_left_out_blocks=int((~is_kept).sum()),
-        num_left_out_tokens=int(valid[~is_kept].sum()),
-        **{name: _count(figure[is_kept]) for name, figure in zip(_COUNTERS, figures)},
+        num_records=len(arrays.num_blocks),
+        num_tokens=int(arrays.response_lengths.sum()),
+        num_left_out_blocks=int((~is_trajectory).sum()),
+        num_left_out_tokens=int(lengths[~is_trajectory].sum()),
+        **counters,
     )
 
 
-def _check_chunk(chunk: _Chunk, block_size: int | None) -> int:
-    """The block size of the chunk, if all is in order."""
-    lengths = set(np.unique(chunk.state_lengths).tolist())
-    expected = block_size if block_size is not None else min(lengths, default=0)
-    needed = -(-chunk.response_lengths // max(expected, 1))
-    if lengths - {expected} or expected < 1:
-        raise ValueError(
-            f"Every state must have `block_size` tokens, {expected or 'at least 1'}, got lengths {sorted(lengths)}. "
-            "Measure datasets of different block sizes apart."
-        )
-    if (needed != chunk.num_blocks).any() or (chunk.num_states < 1).any():
-        raise ValueError(
-            "The blocks of a record must cover its response, each with at least one state, got "
-            f"{int(chunk.num_blocks.sum())} blocks in {len(needed)} records whose responses take {int(needed.sum())}, "
-            f"and {int((chunk.num_states < 1).sum())} blocks without a state. Build the dataset again."
-        )
-    return expected
-
-
-def _figures(
-    states: np.ndarray, num_states: np.ndarray, valid: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def format_statistics(named: Mapping[str, TrajectoryStatistics]) -> str:
     """
-    Iterations, fast-forwarded and stationary tokens of each block.
+    Format a Markdown table of the means of one or more datasets.
 
     Args:
-        states (`numpy.ndarray` of shape `(total_states, block_size)`): of all blocks, one after another.
-        num_states (`numpy.ndarray` of shape `(num_blocks,)`): states of each block, at least one.
-        valid (`numpy.ndarray` of shape `(num_blocks,)`): tokens of each block that lie in its response.
+        named (`Mapping[str, TrajectoryStatistics]`): statistics by the title of their column, such as
+            `{"before": .., "after": ..}`. With two of them the ratio of the second to the first stands in a further
+            column.
+
+    Returns:
+        `str`.
+
+    Raises:
+        ValueError: for none, or for different block sizes.
     """
-    if not len(num_states):
-        return num_states, num_states, num_states
-    total_states, block_size = states.shape
-    starts = _starts(num_states)
-    block = np.repeat(np.arange(len(num_states)), num_states)
-    # States are numbered from 1 within their block, so that 0 can stand for none.
-    number = (np.arange(total_states) - starts[block] + 1)[:, None]
-    positions = np.arange(block_size)
-    wrong = (states != states[(starts + num_states - 1)[block]]) & (positions < valid[block][:, None])
-    leading = np.where(wrong.any(1), wrong.argmax(1), valid[block])
-
-    gained = np.diff(leading, append=0) - 1
-    gained[starts + num_states - 1] = 0  # behind a fixed point stands another block
-    fast_forwarded = np.add.reduceat(np.maximum(gained, 0), starts)
-
-    # From the state after the last in which it is wrong, a token is right for good. It is stationary if in that state,
-    # or a later one, something before it is still wrong.
-    last_wrong = np.maximum.reduceat(np.where(wrong, number, 0), starts)
-    last_behind_wrong = np.maximum.reduceat(np.where(leading[:, None] < positions, number, 0), starts)
-    is_stationary = (last_behind_wrong > last_wrong) & (positions < valid[:, None])
-    return num_states - 1, fast_forwarded, is_stationary.sum(1)
+    _check_comparable(named)
+    columns = list(named.values())
+    rows = [(title, *(f"{getattr(one, name):,}" for one in columns)) for title, name in _SIZES]
+    rows += [(title, *(_decimals(getattr(one, name)) for one in columns)) for title, name in _MEANS]
+    header = [f"block size {columns[0].block_size}", *named]
+    if len(named) == 2:
+        before, after = columns
+        ratios = [_ratio(getattr(after, name), getattr(before, name)) for _, name in _MEANS]
+        header.append(" / ".join(reversed(header[1:])))
+        rows = [(*row, ratio) for row, ratio in zip(rows, [""] * len(_SIZES) + ratios)]
+    return format_table(header, rows)
 
 
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each of a row of pieces of these lengths begins."""
-    return np.cumsum(lengths) - lengths
+def format_histogram(statistics: TrajectoryStatistics) -> str:
+    """
+    Draw how many blocks take how many iterations, and have how many fast-forwarded and stationary tokens, as text.
+
+    Args:
+        statistics (`TrajectoryStatistics`): of a dataset.
+
+    Returns:
+        `str`: lines of at most 100 columns; the longest bar of a histogram is its most frequent value.
+
+    Raises:
+        ValueError: if there are no blocks.
+    """
+    if not statistics.num_blocks:
+        raise ValueError("A histogram needs at least one block with a trajectory, got none. Build from more prompts.")
+    parts = []
+    for name, title in _TITLES.items():
+        counter = getattr(statistics, name)
+        lines = [f"{title} (mean {_mean(counter):.2f}, {statistics.num_blocks:,} blocks)"]
+        edges = _edges([counter], _MOST_BARS)
+        counts = _heights(counter, edges)
+        labels = [_label(low, high - 1) for low, high in zip(edges, edges[1:])]
+        width, digits = max(map(len, labels)), len(f"{max(counts):,}")
+        for label, count in zip(labels, counts):
+            figures = f"{count:{digits},} {count / statistics.num_blocks:6.1%}"
+            lines.append(f"{label:>{width}} {figures} {_bar(count / max(counts), _BAR_WIDTH)}".rstrip())
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def plot_statistics(named: Mapping[str, TrajectoryStatistics], path: Path) -> None:
+    """
+    Plot the shares of blocks by iterations to converge, fast-forwarded and stationary tokens, one panel each.
+
+    Args:
+        named (`Mapping[str, TrajectoryStatistics]`): statistics by their name in the legend, drawn over each other.
+        path (`pathlib.Path`): PNG file to write; the same statistics give the same bytes.
+
+    Raises:
+        OSError: if the file cannot be written.
+        ValueError: for none, or for different block sizes.
+    """
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    _check_comparable(named)
+    check_writable_file(path)
+    with style.context("default"):  # whatever the user has set for plots of their own
+        figure = Figure(figsize=(12, 3.8), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        block_size = next(iter(named.values())).block_size
+        figure.suptitle(f"How blocks of {block_size} tokens converge", fontsize=12)
+        panels = figure.subplots(1, len(_TITLES), squeeze=False)[0]
+        for axes, (name, title) in zip(panels, _TITLES.items()):
+            _draw_panel(axes, title, {label: getattr(one, name) for label, one in named.items()})
+        panels[0].set_ylabel("share of blocks")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", metadata={"Software": None})
+    write_whole(path, picture.getvalue())
+
+
+def _draw_panel(axes: Any, title: str, counters: Mapping[str, Mapping[int, int]]) -> None:
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    edges = _edges(counters.values(), _MOST_STAIRS)
+    shifted = [edge - 0.5 for edge in edges]  # so that a bar stands over its value
+    handles = []
+    for number, (label, counter) in enumerate(counters.items()):
+        color = _COLORS[number % len(_COLORS)]
+        blocks = sum(counter.values())
+        shares = [height / max(blocks, 1) for height in _heights(counter, edges)]
+        axes.stairs(shares, shifted, fill=True, color=color, alpha=0.35, linewidth=0)
+        axes.stairs(shares, shifted, color=color, linewidth=1.3)
+        if blocks:
+            axes.axvline(_mean(counter), color=color, linestyle="--", linewidth=1.2)
+        text = f"{label}, mean {_mean(counter):.2f}" if blocks else f"{label}, no blocks"
+        # A dollar sign would begin a formula.
+        handles.append(Patch(facecolor=(color, 0.35), edgecolor=color, label=text.replace("$", r"\$")))
+    axes.set_xlabel(f"{title[0].lower()}{title[1:]}")
+    axes.set_xlim(shifted[0], shifted[-1])
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(handles=handles, frameon=False, fontsize=9)
+
+
+def _edges(counters: Iterable[Mapping[int, int]], most: int) -> list[int]:
+    """Edges of at most so many bars of equal width, from 0 to beyond the largest value."""
+    largest = max((value for counter in counters for value in counter), default=0)
+    width = -(-(largest + 1) // most)
+    return list(range(0, largest + width + 1, width))
+
+
+def _heights(counter: Mapping[int, int], edges: list[int]) -> list[int]:
+    """Blocks between each two edges."""
+    heights = [0] * (len(edges) - 1)
+    for value, number in counter.items():
+        heights[value // (edges[1] - edges[0])] += number
+    return heights
+
+
+def _bar(share: float, width: int) -> str:
+    """A bar of a share of a width, in eighths of a column; a share above 0 shows."""
+    eighths = max(round(share * width * 8), 1) if share else 0
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _label(lowest: int, highest: int) -> str:
+    return str(lowest) if lowest == highest else f"{lowest}-{highest}"
+
+
+def _decimals(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _ratio(after: float, before: float) -> str:
+    return f"{after / before:.2f}x" if before > 0 and not math.isnan(after) else "-"
 
 
 def _count(values: np.ndarray) -> Counter[int]:
@@ -342,7 +381,13 @@ def _mean(counter: Mapping[int, int]) -> float:
     return sum(value * number for value, number in counter.items()) / blocks if blocks else math.nan
 
 
-def _check_one_block_size(statistics: Sequence[TrajectoryStatistics]) -> None:
+def _check_comparable(named: Mapping[str, TrajectoryStatistics]) -> None:
+    if not named:
+        raise ValueError("There are no statistics to show, got an empty mapping. Pass those of at least one dataset.")
+    _check_one_block_size(named.values())
+
+
+def _check_one_block_size(statistics: Iterable[TrajectoryStatistics]) -> None:
     sizes = sorted({one.block_size for one in statistics})
     if len(sizes) > 1:
         raise ValueError(

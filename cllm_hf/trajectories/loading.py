@@ -1,0 +1,332 @@
+"""`load_trajectories`: datasets of trajectories from a folder or the Hub, checked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
+
+from .manifest import MANIFEST_NAME, read_manifest
+from .schema import check_columns, check_dataset, check_record
+
+
+UNFINISHED_NAME = ".unfinished"
+# Which files `save_to_disk` leaves for one dataset, and for several splits.
+_SAVED_NAMES = ("state.json", "dataset_dict.json")
+_EMPTY = "The trajectory dataset is empty. Build it from more prompts, or look at its drop counts."
+
+
+def load_trajectories(
+    path: str | Path,
+    split: str | None = "train",
+    *,
+    name: str | None = None,
+    streaming: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    allow_incomplete: bool = False,
+) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
+    """
+    Load a dataset of trajectories and check that it is one.
+
+    The columns are always checked. Every row is too: at once by default, and with `streaming=True` as it comes. The
+    shards of a collection are compared with its manifest first, so that a damaged one is found before it is used.
+
+    Args:
+        path (`str` or `pathlib.Path`): the output folder of a `TrajectoryBuilder`, a folder made by `save_to_disk`, or
+            the id of a dataset on the Hub.
+        split (`str`, *optional*): which part: `"train"`, `"test"`, or a slice such as `"train[:100]"`. `None` loads
+            all as a dictionary.
+        name (`str`, *optional*): which of several configurations.
+        streaming (`bool`): whether to read rows when they are asked for, instead of all at once.
+        revision (`str`, *optional*): branch, tag or commit of the Hub repository.
+        token (`str`, *optional*): access token for the Hub; by default the stored one.
+        allow_incomplete (`bool`): whether to load what there is of an unfinished collection, instead of refusing it.
+
+    Returns:
+        `datasets.Dataset`, or `datasets.IterableDataset` with `streaming=True`, or a dictionary of them with
+        `split=None`.
+
+    Raises:
+        OSError: if there is no such folder or dataset, the Hub cannot be reached, or a shard is missing or damaged.
+        ValueError: if it does not hold trajectories of one block size, the collection is unfinished, there is no such
+            split or configuration, or an argument is given that only the other kind of `path` takes.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if revision is not None or token is not None:
+            raise ValueError(f"{folder} is a folder, got `revision` or `token` for the Hub too. Drop them.")
+        if any((folder / file).is_file() for file in _SAVED_NAMES):
+            loaded = _load_saved(folder, split, name, streaming)
+        else:
+            loaded = _load_output(_choose(folder, name), split, streaming, allow_incomplete)
+    elif isinstance(path, Path) or folder.exists():
+        raise FileNotFoundError(f"`path` must be a folder, or the id of a dataset on the Hub, got {str(path)!r}.")
+    else:
+        loaded = _load_from_hub(path, split, name, streaming, revision, token)
+    if not isinstance(loaded, dict):
+        return _check(loaded)
+    if all(isinstance(one, Dataset) and not len(one) for one in loaded.values()):
+        raise ValueError(_EMPTY)
+    # A small dataset may have no row in one of its splits.
+    checked = {key: one if isinstance(one, Dataset) and not len(one) else _check(one) for key, one in loaded.items()}
+    return IterableDatasetDict(checked) if streaming else DatasetDict(checked)
+
+
+def _check(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    if isinstance(dataset, Dataset):
+        check_columns(dataset.features)
+        check_dataset(dataset)
+        return dataset
+    if dataset.features is not None:
+        check_columns(dataset.features)
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(_EMPTY)
+    return dataset.map(_RowCheck(check_record(first)), features=dataset.features)
+
+
+class _RowCheck:
+    """Lets the rows of a stream pass that are trajectories of one block size."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+
+    def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        check_record(record, self.block_size)
+        return {}  # nothing to change
+
+
+def _load_saved(
+    folder: Path, split: str | None, name: str | None, streaming: bool
+) -> Dataset | IterableDataset | dict[str, Any]:
+    """What `save_to_disk` has written."""
+    if name is not None:
+        raise ValueError(f"{folder} was made by `save_to_disk` and holds one dataset, got `name` {name!r}. Drop it.")
+    try:
+        saved = load_from_disk(str(folder))
+    except (OSError, ValueError) as error:  # errors of Arrow are such
+        raise OSError(
+            f"The dataset in {str(folder)!r} must be whole, got: {str(error).strip()}. Save it again."
+        ) from error
+    # A dataset that never was part of others has no split.
+    splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    if streaming:
+        splits = {key: dataset.to_iterable_dataset() for key, dataset in splits.items() if len(dataset)}
+    if split is None:
+        return splits
+    if split not in splits:
+        raise ValueError(
+            f"`split` must be one of {', '.join(splits)} or `None`, which {str(folder)!r} holds, got {split!r}."
+        )
+    return splits[split]
+
+
+def _choose(folder: Path, name: str | None) -> Path:
+    """The folder of a configuration: the default one lies at the top, as in a repository on the Hub."""
+    chosen = folder if name in (None, "default") else folder / str(name)
+    if (chosen / MANIFEST_NAME).is_file() or (chosen / UNFINISHED_NAME).is_dir():
+        return chosen
+    others = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
+    if others:
+        raise ValueError(f"`name` must be one of {', '.join(others)}, which {str(folder)!r} holds, got {name!r}.")
+    raise FileNotFoundError(
+        f"A folder of trajectories must hold `{MANIFEST_NAME}` of `TrajectoryBuilder`, or be made by `save_to_disk`, "
+        f"got {str(chosen)!r}. Check the name; other files can be loaded with `datasets.load_dataset`."
+    )
+
+
+def _load_output(
+    folder: Path, split: str | None, streaming: bool, allow_incomplete: bool
+) -> Dataset | IterableDataset | dict[str, Any]:
+    """What `TrajectoryBuilder` has written."""
+    manifest = _read_manifest(folder, allow_incomplete)
+    check_shards(folder, manifest, contents=not streaming)
+    files, empty = _files_by_split(folder, manifest)
+    if split in empty or not files:
+        raise ValueError(_EMPTY)
+    features = _common_features([Path(file) for group in files.values() for file in group])
+    # Datasets are converted into a cache whose key holds the names and times of the files. With what is in them in the
+    # key too, new shards can never be mistaken for old ones.
+    shards = manifest["shards"]
+    contents = "".join(f"{shard} {shards[shard].get('sha256')}\n" for shard in sorted(shards))
+    key = f"trajectories-{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
+    loaded = load_dataset("parquet", key, data_files=files, features=features, split=split, streaming=streaming)
+    if split is None and not streaming:
+        nothing = {column: [] for column in features}
+        loaded = {**loaded, **{part: Dataset.from_dict(nothing, features=features) for part in empty}}
+    return loaded
+
+
+def _read_manifest(folder: Path, allow_incomplete: bool) -> dict[str, Any]:
+    if not (folder / MANIFEST_NAME).is_file() and (folder / UNFINISHED_NAME).is_dir():
+        raise ValueError(
+            f"{str(folder)!r} is an unfinished collection of which no shard is done yet. Run the same `build` or "
+            "`cllm collect` again, which finishes it."
+        )
+    manifest = read_manifest(folder)
+    if not manifest.get("complete") and not allow_incomplete:
+        raise ValueError(
+            f"{describe_unfinished(folder, manifest)} Or pass `allow_incomplete=True` to load what there is."
+        )
+    return manifest
+
+
+def describe_unfinished(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """
+    Say that a collection is unfinished, and how to finish it.
+
+    Args:
+        folder (`pathlib.Path`): its folder.
+        manifest (`Mapping[str, Any]`): its manifest.
+
+    Returns:
+        `str`: two sentences.
+    """
+    count = manifest.get("prompts", {}).get("count", "?")
+    return (
+        f"{str(folder)!r} is an unfinished collection: {manifest.get('prompts_done', '?')} of {count} prompts are done. "
+        "Run the same `build` or `cllm collect` again, which finishes it."
+    )
+
+
+def check_shards(folder: Path, manifest: Mapping[str, Any], contents: bool = True) -> None:
+    """
+    Compare the shards of a collection with its manifest.
+
+    Args:
+        folder (`pathlib.Path`): the folder of the manifest.
+        manifest (`Mapping[str, Any]`): the manifest. Shards without records may be missing: they need not be
+            published.
+        contents (`bool`): whether to read all shards and compare what is in them, not just their sizes.
+
+    Raises:
+        OSError: for the first shard that is missing or differs, with the way to make it anew.
+    """
+    for name, entry in manifest["shards"].items():
+        file = folder / name
+        if not file.is_file():
+            if entry.get("records") == 0:
+                continue
+            raise FileNotFoundError(
+                f"Shard {name} of {str(folder)!r} must be there, as `{MANIFEST_NAME}` says, but is missing. Run the "
+                "same collection again: only that shard is made anew."
+            )
+        size, problem = file.stat().st_size, None
+        if entry.get("bytes") not in (None, size):
+            problem = f"has {size:,} bytes instead of {entry['bytes']:,}"
+        elif contents and entry.get("sha256") not in (None, _sha256(file)):
+            problem = "holds other bytes than were written"
+        if problem:
+            raise OSError(
+                f"Shard {name} of {str(folder)!r} {problem}, as `{MANIFEST_NAME}` says. Delete it and run the same "
+                "collection again: only that shard is made anew."
+            )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def records_by_split(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """
+    Count the records of each split of a collection.
+
+    Args:
+        manifest (`Mapping[str, Any]`): its manifest.
+
+    Returns:
+        `dict[str, int]`: by the name of the split, `"train"` first.
+    """
+    counts: dict[str, int] = {}
+    for name in sorted(manifest["shards"], key=lambda name: (not _split_of(name) == "train", name)):
+        counts[_split_of(name)] = counts.get(_split_of(name), 0) + manifest["shards"][name]["records"]
+    return counts
+
+
+def _split_of(shard: str) -> str:
+    return os.path.basename(shard).split("-")[0]
+
+
+def _files_by_split(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
+    """Shards that have records, by split, and the splits that have none."""
+    # The host cannot read splits without rows, and not every file without rows.
+    files: dict[str, list[str]] = {}
+    for name, entry in sorted(manifest["shards"].items()):
+        if entry["records"]:
+            files.setdefault(_split_of(name), []).append(str(folder / name))
+    return files, [split for split in records_by_split(manifest) if split not in files]
+
+
+def _common_features(files: list[Path]) -> Features:
+    """The columns that all shards have."""
+    import pyarrow
+    from pyarrow import parquet
+
+    common: Features | None = None
+    for file in files:
+        try:
+            features = Features.from_arrow_schema(parquet.read_schema(file))
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise OSError(
+                f"Shard {str(file)!r} must be a Parquet file, got: {str(error).strip()}. Delete it and run the same "
+                "collection again: only that shard is made anew."
+            ) from error
+        if common is not None and features != common:
+            raise ValueError(
+                f"All shards must have the same columns, got {', '.join(features)} in {str(file)!r}, and "
+                f"{', '.join(common)} in those before it. Build the dataset again into a new folder."
+            )
+        common = features
+    assert common is not None
+    return common
+
+
+def _load_from_hub(
+    repo_id: str, split: str | None, name: str | None, streaming: bool, revision: str | None, token: str | None
+) -> Dataset | IterableDataset | dict[str, Any]:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"`path` must be a folder, or the id of a dataset on the Hub such as 'user/name', got {repo_id!r}. There "
+            "is no such folder, and it cannot be an id. Check the name."
+        ) from error
+    try:
+        return load_dataset(repo_id, name, split=split, streaming=streaming, revision=revision, token=token)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"`path` must be a folder, or the id of a dataset on the Hub, got {repo_id!r}. There is no such folder, "
+            f"and of the Hub: {_first_line(error)} Check the name; for a private dataset run `hf auth login` or pass "
+            "`token`."
+        ) from error
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"`path` must be a folder, or the id of a dataset on the Hub, got {repo_id!r}. There is no such folder, "
+            f"and the Hub did not answer: {_first_line(error)} Check the name and the network, and that "
+            "`HF_HUB_OFFLINE` is not set."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0]
+    return line if line.endswith(".") else f"{line}."
