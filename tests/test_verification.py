@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from cllm_hf import FEATURES, TrajectoryBuilder
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.trajectories import verification
+from cllm_hf.trajectories import arrays, verification
 from cllm_hf.trajectories.verification import (
     VerificationReport,
     count_transitions,
@@ -86,8 +86,8 @@ def test_every_transition_is_counted_and_recomputed(word_model, dataset, monkeyp
         before = record["prompt_ids"] + record["response_ids"][: block * BLOCK_SIZE]
         inputs.append((before + record["states"][block][state][:-1], ["use_cache"]))
     assert fed == inputs
-    # Neither the size of what is read at once nor an order of rows changes what is counted.
-    monkeypatch.setattr(verification, "_ROWS_AT_ONCE", 5)
+    # Neither the number of rows that are read at once nor their order changes what is counted.
+    monkeypatch.setattr(arrays, "_CHUNK", 5)
     order = list(range(len(dataset)))[::-1]
     assert count_transitions(dataset.select(order))[0].tolist() == per_record[::-1].tolist()
 
@@ -206,9 +206,9 @@ RECORD = {"data_id": "7", "prompt_ids": [1, 2], "response_ids": [3, 4, 5], "stat
     [
         ({"response_ids": [3, 4, 60]}, "vocabulary of 60, got 60 in record 7. Pass the model"),
         ({"states": [[[-1, 1], [3, 4]], [[5, 0]]]}, "vocabulary of 60, got -1 in record 7"),
-        ({"states": [[[1, 1], [3]], [[5, 0]]]}, r"`block_size` tokens, 2, got lengths \[1, 2\] in records 0 to 0"),
-        ({"states": [[[1, 1], [3, 4]]]}, "got 1 blocks of 2 for 3 tokens in record 0"),
-        ({"states": []}, "got 0 blocks of 0 for 3 tokens"),
+        ({"states": [[[1, 1], [3]], [[5, 0]]]}, r"`block_size` tokens, 1, got lengths \[1, 2\]"),
+        ({"states": [[[1, 1], [3, 4]]]}, "got 1 blocks of 2 for 3 tokens"),
+        ({"states": []}, "at least 1, got lengths"),
     ],
 )
 def test_records_that_are_refused(changes, message):

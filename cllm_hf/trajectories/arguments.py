@@ -130,10 +130,11 @@ def parse_collect(arguments: Sequence[str]) -> CollectArguments:
         ValueError: for options that there are not, values that the class refuses, or a file that is not YAML.
         SystemExit: after `--help`, and with status 2 for missing options and values that cannot be read.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]
     from trl import TrlParser
 
-    parser: Any = TrlParser([CollectArguments], prog="cllm collect", description=COLLECT_HELP, allow_abbrev=False)
+    kinds: Any = [CollectArguments]
+    parser: Any = TrlParser(kinds, prog="cllm collect", description=COLLECT_HELP, allow_abbrev=False)
     # TRL's parser takes the option itself, but neither lists it nor knows its other spelling.
     parser.add_argument("--config", metavar="FILE", help="YAML file with options by name; those given here win")
     arguments = [part for argument in arguments for part in _split_config(argument)]

@@ -353,7 +353,7 @@ def _token_decoder(options: argparse.Namespace) -> tuple[Callable[[int], str], l
             raise ValueError(f"`--tokenizer` must be that of the dataset, got {name!r} ({reason}).") from error
         note = f"Tokens are shown by their ids: there is no tokenizer ({reason}). Pass it as `--tokenizer`."
         return str, [note]
-    return lambda token: tokenizer.decode([token]), []
+    return lambda token: str(tokenizer.decode([token])), []
 
 
 def _manifest_of(name: str, config_name: str | None) -> dict[str, Any]:

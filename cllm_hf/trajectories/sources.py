@@ -146,6 +146,8 @@ def _load(name: str, config: str | None, split: str) -> Any:
             f"`dataset_name` must be a file of one of the kinds {', '.join(_FORMATS)}, got {name!r}. Convert it, or "
             "pass the folder it is in."
         )
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"`dataset_name` must hold at least one prompt, got the empty file {name!r}.")
     loaded: Any
     try:
         if path.is_file():

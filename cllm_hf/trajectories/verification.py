@@ -8,21 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..evaluation.report import format_table
+from .arrays import lay_out
 from .schema import REQUIRED_COLUMNS
 
 
 # Gaps below these parts of the largest logit come from the order in which numbers are added, which batches, masks and
 # caches change.
 _NEAR_TIES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-_ROWS_AT_ONCE = 1000
 _FAILURES_SHOWN = 20
 
 
@@ -145,37 +143,19 @@ def count_transitions(dataset: Dataset) -> tuple[np.ndarray, int]:
         ValueError: if columns are missing, the dataset has no transitions, blocks do not cover their response, or
             states differ in length.
     """
-    missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"A trajectory dataset needs the columns {', '.join(REQUIRED_COLUMNS)}; {', '.join(missing)} missing, got "
-            f"{', '.join(dataset.column_names)}. Build the dataset with `cllm_hf.TrajectoryBuilder`."
-        )
-    names = ["response_ids", "states", *(["is_greedy"] if "is_greedy" in dataset.column_names else [])]
-    counts: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    block_size, first_row = 0, 0
-    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
-        blocks = table["states"].combine_chunks()
-        states = blocks.flatten()
-        sizes = pc.unique(_lengths(states.flatten())).to_pylist()
-        block_size = block_size or (sizes[0] if sizes else 0)
-        if set(sizes) - {block_size}:
-            raise ValueError(
-                f"Every state must have `block_size` tokens, {block_size}, got lengths {sorted(sizes)} in records "
-                f"{first_row} to {first_row + len(table) - 1}. Build the dataset with one block size."
-            )
-        num_blocks = _lengths(blocks).to_numpy()
-        _check_cover(num_blocks, _lengths(table["response_ids"]).to_numpy(), block_size, first_row)
-        is_greedy = table["is_greedy"].to_numpy() if "is_greedy" in names else np.ones(len(table), dtype=bool)
-        num_states = _lengths(states).to_numpy()
-        # A state is left once, also the fixed point, which leads to itself.
-        transitions = np.where((num_states == 1) & ~np.repeat(is_greedy, num_blocks), 0, num_states)
-        owners = np.repeat(np.arange(len(table)), num_blocks)
-        counts.append(np.bincount(owners, weights=transitions, minlength=len(table)).astype(np.int64))
-        first_row += len(table)
+    _check_columns(dataset)
+    counts, block_size = [np.zeros(0, dtype=np.int64)], None
+    for arrays in lay_out(dataset):
+        block_size = arrays.check(block_size)
+        owners = arrays.record_of_block
+        # Each state is left once, also the fixed point, which leads to itself.
+        is_alone = (arrays.num_states == 1) & ~arrays.is_greedy[owners]
+        transitions = np.where(is_alone, 0, arrays.num_states)
+        counts.append(np.bincount(owners, transitions, minlength=len(arrays.num_blocks)).astype(np.int64))
     per_record = np.concatenate(counts)
     if not per_record.sum():
         raise ValueError(f"The dataset must have transitions to check, got none in its {len(per_record)} records.")
+    assert block_size is not None
     return per_record, block_size
 
 
@@ -220,16 +200,12 @@ def format_verification(report: VerificationReport) -> str:
     )
 
 
-def _lengths(lists: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    return pc.fill_null(pc.list_value_length(lists), 0)
-
-
-def _check_cover(num_blocks: np.ndarray, response_lengths: np.ndarray, block_size: int, first_row: int) -> None:
-    wrong = np.flatnonzero(num_blocks != -(-response_lengths // max(block_size, 1)))
-    if len(wrong):
+def _check_columns(dataset: Dataset) -> None:
+    missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
+    if missing:
         raise ValueError(
-            f"The blocks of a record must cover its response, got {num_blocks[wrong[0]]} blocks of {block_size} for "
-            f"{response_lengths[wrong[0]]} tokens in record {first_row + wrong[0]}. Drop it from the dataset."
+            f"A trajectory dataset needs the columns {', '.join(REQUIRED_COLUMNS)}; {', '.join(missing)} missing, got "
+            f"{', '.join(dataset.column_names)}. Build the dataset with `cllm_hf.TrajectoryBuilder`."
         )
 
 
@@ -244,7 +220,7 @@ def _check_record(
     model: PreTrainedModel, record: dict[str, Any], row: int, numbers: list[int], block_size: int
 ) -> list[TransitionFailure]:
     """The failures among some transitions of a record, which are counted through its blocks."""
-    is_greedy = record.get("is_greedy", True)
+    is_greedy = record.get("is_greedy") is not False
     places = [
         (block, state)
         for block, states in enumerate(record["states"])
