@@ -20,18 +20,23 @@ if TYPE_CHECKING:
     from .training.config import CLLMConfig
     from .training.trainer import CLLMTrainer
     from .trajectories.builder import TrajectoryBuilder
+    from .trajectories.cleaning import CleaningRules
     from .trajectories.schema import FEATURES
+    from .trajectories.statistics import TrajectoryStatistics, measure_trajectories
 
 __version__ = "0.1.0"
 __all__ = [
     "CLLMConfig",
     "CLLMTrainer",
+    "CleaningRules",
     "FEATURES",
     "JacobiOutput",
     "JacobiStats",
     "TrajectoryBuilder",
+    "TrajectoryStatistics",
     "export_custom_generate",
     "load_cllm",
+    "measure_trajectories",
     "register",
     "set_jacobi_defaults",
     "unregister",
@@ -39,12 +44,15 @@ __all__ = [
 _LAZY = {
     "CLLMConfig": ".training.config",
     "CLLMTrainer": ".training.trainer",
+    "CleaningRules": ".trajectories.cleaning",
     "FEATURES": ".trajectories.schema",
     "JacobiOutput": ".decoding.output",
     "JacobiStats": ".decoding.output",
     "TrajectoryBuilder": ".trajectories.builder",
+    "TrajectoryStatistics": ".trajectories.statistics",
     "export_custom_generate": ".export",
     "load_cllm": ".loading",
+    "measure_trajectories": ".trajectories.statistics",
 }
 
 

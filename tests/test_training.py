@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_word_model
@@ -15,6 +17,8 @@ from cllm_hf import CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_cllm
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.training.collator import TrajectoryCollator, wrong_context
 from cllm_hf.training.losses import ar_cross_entropy, forward_kl
+from cllm_hf.trajectories.augmentation import augment_states
+from cllm_hf.trajectories.schema import features
 
 
 BLOCK_SIZE = 5
@@ -248,6 +252,82 @@ def test_collator_draws_any_state_but_the_fixed_point(dataset):
             seen[number].add(tuple(state))
     for states, drawn in zip(record["states"], seen):
         assert drawn == {tuple(state) for state in states[:-1]}
+
+
+def test_collator_draws_augmented_states_as_often_as_others(dataset):
+    record = max(dataset, key=lambda record: len(record["states"]))
+    states = [[[number, j, 0, 0, 0] for j in range(3)] + [block[-1]] for number, block in enumerate(record["states"])]
+    augmented = [[[number, 5 + j, 0, 0, 0] for j in range(number % 3)] for number in range(len(states))]
+    record = {**record, "states": states, "augmented_states": augmented}
+    collator = TrajectoryCollator(BLOCK_SIZE)
+    torch.manual_seed(0)
+    drawn = [Counter() for _ in states]
+    for _ in range(600):
+        batch = collator([record])
+        for number, state in enumerate(batch["states"][0].tolist()):
+            drawn[number][tuple(state)] += 1
+    for counts, block, extra in zip(drawn, states, augmented):
+        candidates = {tuple(state) for state in block[:-1] + extra}
+        assert counts.keys() == candidates
+        assert min(counts.values()) > 600 / len(candidates) * 0.7
+    assert sorted(map(len, drawn))[-1] == 5
+    # The targets are the fixed points still, and a response that is cut loses the augmented states of its last blocks.
+    fixed_points = torch.tensor([block[-1] for block in states])
+    mask, expected = batch["consistency_mask"][0], wrong_context(batch["states"][0], fixed_points)
+    length = len(record["response_ids"])
+    assert torch.equal(mask.flatten()[:length], expected.flatten()[:length]) and mask.any()
+    short = TrajectoryCollator(BLOCK_SIZE, max_length=len(record["prompt_ids"]) + 2 * BLOCK_SIZE)([record])
+    assert short["states"].shape == (1, 2, BLOCK_SIZE)
+
+
+def test_augmented_states_of_a_dataset_reach_the_collator(word_model, tokenizer, dataset, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for record in dataset:
+        lengths = [len(record["response_ids"]) - BLOCK_SIZE * number for number in range(len(record["states"]))]
+        augmented = [
+            augment_states(block, min(length, BLOCK_SIZE), rng) for block, length in zip(record["states"], lengths)
+        ]
+        rows.append({**record, "augmented_states": augmented})
+    assert sum(len(block) for row in rows for block in row["augmented_states"]) > 20
+    trainer = make_trainer(
+        word_model, Dataset.from_list(rows, features=features(augmented=True)), tokenizer, tmp_path, max_steps=2
+    )
+    collate, seen = trainer.data_collator, []
+    trainer.data_collator = lambda records: seen.extend(records) or collate(records)
+    trainer.train()
+    assert len(seen) >= 8 and all(record["augmented_states"] is not None for record in seen)
+    assert list(features(augmented=True)) == [*cllm_hf.FEATURES, "augmented_states"] and features() == cllm_hf.FEATURES
+
+
+def test_without_augmented_states_the_same_states_are_drawn(dataset):
+    rows = list(dataset)
+    none = [{**row, "augmented_states": None} for row in rows]
+    empty = [{**row, "augmented_states": [[] for _ in row["states"]]} for row in rows]
+    batches = []
+    for same in (rows, none, empty):
+        torch.manual_seed(0)
+        batches.append(TrajectoryCollator(BLOCK_SIZE)(same))
+    for batch in batches[1:]:
+        assert all(torch.equal(batch[name], batches[0][name]) for name in batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda extra: extra[:-1],
+            "`augmented_states` must have a list of states for each block, with 5 tokens",
+        ),
+        (lambda extra: [[[1, 2, 3]], *extra[1:]], r"lengths \[3\] in record"),
+        (lambda extra: [*extra, []], "`augmented_states` must have"),
+    ],
+)
+def test_augmented_states_that_do_not_fit_are_refused(dataset, change, message):
+    record = dataset[0]
+    record = {**record, "augmented_states": change([[] for _ in record["states"]])}
+    with pytest.raises(ValueError, match=message):
+        TrajectoryCollator(BLOCK_SIZE)([record])
 
 
 def test_consistency_mask_is_where_the_context_holds_a_wrong_token(dataset):

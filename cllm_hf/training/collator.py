@@ -13,7 +13,8 @@ class TrajectoryCollator:
     """
     Draws one state of every block and pads the records of a batch to one shape.
 
-    A state is drawn uniformly from all states before the fixed point, by torch's global generator.
+    A state is drawn uniformly from all states before the fixed point and, where the records have them, the augmented
+    states of the block, by torch's global generator.
 
     Args:
         block_size (`int`): tokens of a block.
@@ -58,8 +59,8 @@ class TrajectoryCollator:
             labels[row, len(prompt) : length] = clean_ids[row, len(prompt) : length]
             block_mask[row, : len(blocks)] = 1
             anchors[row, : len(blocks)] = len(prompt) - 1 + self.block_size * torch.arange(len(blocks))
-            drawn = torch.tensor([_draw_state(trajectory) for trajectory in blocks])
-            fixed_points = torch.tensor([trajectory[-1] for trajectory in blocks])
+            drawn = torch.tensor([_draw_state(candidates) for candidates in blocks])
+            fixed_points = torch.tensor([candidates[-1] for candidates in blocks])
             states[row, : len(blocks)] = drawn
             in_response = torch.arange(drawn.numel()).view_as(drawn) < len(response)
             consistency_mask[row, : len(blocks)] = wrong_context(drawn, fixed_points) & in_response
@@ -75,7 +76,8 @@ class TrajectoryCollator:
 
     def _fit(self, record: dict[str, Any]) -> tuple[list[int], list[int], list[list[list[int]]]]:
         check_record(record, self.block_size)
-        prompt, response, states = list(record["prompt_ids"]), list(record["response_ids"]), record["states"]
+        prompt, response = list(record["prompt_ids"]), list(record["response_ids"])
+        states = _with_augmented(record["states"], record.get("augmented_states"))
         room = None if self.max_length is None else self.max_length - len(prompt)
         if room is not None and room < len(response):
             if room < self.block_size:
@@ -105,6 +107,13 @@ def wrong_context(states: torch.Tensor, fixed_points: torch.Tensor) -> torch.Ten
     return torch.nn.functional.pad(num_wrong[..., :-1], (1, 0)) > 0
 
 
-def _draw_state(trajectory: list[list[int]]) -> list[int]:
+def _with_augmented(states: list[list[list[int]]], augmented: list[list[list[int]]] | None) -> list[list[list[int]]]:
+    """What may be drawn for each block: its augmented states and its trajectory, with the fixed point at the end."""
+    if augmented is None:
+        return states
+    return [[*extra, *trajectory] for extra, trajectory in zip(augmented, states)]
+
+
+def _draw_state(candidates: list[list[int]]) -> list[int]:
     """A random state before the fixed point; the fixed point itself where the first draft already was it."""
-    return trajectory[int(torch.randint(max(len(trajectory) - 1, 1), ()))]
+    return candidates[int(torch.randint(max(len(candidates) - 1, 1), ()))]

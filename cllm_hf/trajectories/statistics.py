@@ -299,7 +299,7 @@ def plot_statistics(named: Mapping[str, TrajectoryStatistics], path: Path) -> No
     _check_comparable(named)
     check_writable_file(path)
     with style.context("default"):  # whatever the user has set for plots of their own
-        figure = Figure(figsize=(12, 3.8), dpi=150, layout="constrained")
+        figure = Figure(figsize=(12, 4), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         block_size = next(iter(named.values())).block_size
         figure.suptitle(f"How blocks of {block_size} tokens converge", fontsize=12)
@@ -314,7 +314,7 @@ def plot_statistics(named: Mapping[str, TrajectoryStatistics], path: Path) -> No
 
 def _draw_panel(axes: Any, title: str, counters: Mapping[str, Mapping[int, int]]) -> None:
     from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     edges = _edges(counters.values(), _MOST_STAIRS)
     shifted = [edge - 0.5 for edge in edges]  # so that a bar stands over its value
@@ -330,13 +330,14 @@ def _draw_panel(axes: Any, title: str, counters: Mapping[str, Mapping[int, int]]
         text = f"{label}, mean {_mean(counter):.2f}" if blocks else f"{label}, no blocks"
         # A dollar sign would begin a formula.
         handles.append(Patch(facecolor=(color, 0.35), edgecolor=color, label=text.replace("$", r"\$")))
-    axes.set_xlabel(f"{title[0].lower()}{title[1:]}")
-    axes.set_xlim(shifted[0], shifted[-1])
+    axes.set_xlabel(title.lower() + (f" (bars of {edges[1]})" if edges[1] > 1 else ""))
+    axes.set_xlim(shifted[0] - 0.2, shifted[-1] + 0.2)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(handles=handles, frameon=False, fontsize=9)
+    # Above the panel, where it covers nothing.
+    axes.legend(handles=handles, frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def _edges(counters: Iterable[Mapping[int, int]], most: int) -> list[int]:
