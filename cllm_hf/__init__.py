@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .training.trainer import CLLMTrainer
     from .trajectories.builder import TrajectoryBuilder
     from .trajectories.cleaning import CleaningRules
+    from .trajectories.hub import push_trajectories
+    from .trajectories.loading import load_trajectories
     from .trajectories.schema import FEATURES
     from .trajectories.statistics import TrajectoryStatistics, measure_trajectories
 
@@ -36,7 +38,9 @@ __all__ = [
     "TrajectoryStatistics",
     "export_custom_generate",
     "load_cllm",
+    "load_trajectories",
     "measure_trajectories",
+    "push_trajectories",
     "register",
     "set_jacobi_defaults",
     "unregister",
@@ -52,7 +56,9 @@ _LAZY = {
     "TrajectoryStatistics": ".trajectories.statistics",
     "export_custom_generate": ".export",
     "load_cllm": ".loading",
+    "load_trajectories": ".trajectories.loading",
     "measure_trajectories": ".trajectories.statistics",
+    "push_trajectories": ".trajectories.hub",
 }
 
 

@@ -165,7 +165,7 @@ def _load_output(
     key = f"trajectories-{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
     loaded = load_dataset("parquet", key, data_files=files, features=features, split=split, streaming=streaming)
     if split is None and not streaming:
-        nothing = {column: [] for column in features}
+        nothing: dict[str, list[Any]] = {column: [] for column in features}
         loaded = {**loaded, **{part: Dataset.from_dict(nothing, features=features) for part in empty}}
     return loaded
 
@@ -197,8 +197,8 @@ def describe_unfinished(folder: Path, manifest: Mapping[str, Any]) -> str:
     """
     count = manifest.get("prompts", {}).get("count", "?")
     return (
-        f"{str(folder)!r} is an unfinished collection: {manifest.get('prompts_done', '?')} of {count} prompts are done. "
-        "Run the same `build` or `cllm collect` again, which finishes it."
+        f"{str(folder)!r} is an unfinished collection: {manifest.get('prompts_done', '?')} of {count} prompts are "
+        "done. Run the same `build` or `cllm collect` again, which finishes it."
     )
 
 

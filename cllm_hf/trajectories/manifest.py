@@ -30,18 +30,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"A folder of trajectories must hold `{MANIFEST_NAME}`, got none in {str(folder)!r}. Pass the `output_dir` "
-            "of a collection."
+            f"A folder of trajectories must hold `{MANIFEST_NAME}`, got none in {str(folder)!r}. Pass the "
+            "`output_dir` of a collection."
         ) from error
     except OSError as error:
         raise OSError(f"{path} must be readable, got: {error.strerror}. Change its permissions.") from error
     except ValueError as error:  # no JSON, or no text at all
-        raise ValueError(
-            f"{path} must be JSON, got: {error}. Delete it and run the same collection again; finished shards are kept."
-        ) from error
+        raise ValueError(f"{path} must be JSON, got: {error}. Delete it and run the same collection again.") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    is_ours = isinstance(version, int) and isinstance(manifest.get("shards"), dict)
-    if not is_ours:
+    if not isinstance(version, int) or not isinstance(manifest.get("shards"), dict):
         raise ValueError(
             f"{path} must be the manifest of a trajectory dataset, with entries `format` and `shards`, got another "
             "file of that name. Pass the `output_dir` of a collection."
