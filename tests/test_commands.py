@@ -202,9 +202,9 @@ def test_prompts_of_files(tmp_path):
     assert read_source(str(lines)) == (["a", "c"], ["r", ""])
     assert read_source(str(lines), prompt_column="question", response_column="answer") == (["b", "d"], ["s", "t"])
     chat = [{"role": "user", "content": "hi"}]
-    lines.write_text(json.dumps({"prompt": chat}))
-    assert read_source(str(lines)) == ([chat], None)
-    with pytest.raises(ValueError, match="take the chat template of the tokenizer, got `prompt_template` 'Q: "):
+    lines.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in (chat, [3, 4])))
+    assert read_source(str(lines)) == ([chat, [3, 4]], None)
+    with pytest.raises(ValueError, match="that are text take a template, got `prompt_template` 'Q: "):
         read_source(str(lines), template="Q: {prompt}")
     assert apply_template("{prompt}{prompt}", "{x}\\n") == "{x}\\n{x}\\n"  # what a prompt says stays as it is
 
@@ -216,7 +216,7 @@ def test_prompts_of_files(tmp_path):
         ('{"prompt": "a"}', {"response_column": "answer"}, "Line 1 .* field `answer`, got none"),
         ('{"prompt": "a", "response": 3}', {"response_column": "response"}, "Line 1 .* field `response`"),
         ('{"prompt": "a"}\n\n{"question": "b"}', {"prompt_column": "prompt"}, "Line 3 .* in a field `prompt`, got"),
-        ('{"prompt": [1]}', {}, "Line 1 .* in a field `prompt` or `question`"),
+        ('{"prompt": [1, "a"]}', {}, "Line 1 .* in a field `prompt` or `question`"),
         ("plain", {"prompt_column": "question"}, "Only JSON lines have fields, got the field 'question'"),
     ],
 )
@@ -242,6 +242,9 @@ def test_prompts_of_datasets(tmp_path):
     assert read_source(dataset=str(tmp_path / "rows.tsv"), limit=2) == (expected[:2], None)
     options = {"dataset": str(tmp_path / "disk"), "split": "test", "response_column": "answer", "limit": 7}
     assert read_source(**options) == (["q3"], ["a3"])
+    Dataset.from_dict({"prompt_ids": [[1, 2]], "response_ids": [[3]]}).save_to_disk(str(tmp_path / "tokens"))
+    columns = {"prompt_column": "prompt_ids", "response_column": "response_ids"}
+    assert read_source(dataset=str(tmp_path / "tokens"), **columns) == ([[1, 2]], [[3]])
     chats = [[{"role": "user", "content": "hi"}]]
     Dataset.from_dict({"prompt": chats}).save_to_disk(str(tmp_path / "chats"))
     assert read_source(dataset=str(tmp_path / "chats")) == (chats, None)
@@ -257,8 +260,12 @@ def test_prompts_of_datasets(tmp_path):
         ),
         ([{"prompt": "a"}], {"prompt_column": "text"}, "got `text`. Pass one of those as `prompt_column`"),
         ([{"prompt": "a"}], {"response_column": "text"}, "got `text`. Pass one of those as `response_column`"),
-        ([{"prompt": "a"}, {"prompt": None}], {}, "`prompt` of .* must hold text, got 'None' in row 1"),
-        ([{"prompt": "a", "x": 3}], {"response_column": "x"}, "`x` of .* must hold text, got '3' in row 0"),
+        ([{"prompt": "a"}, {"prompt": None}], {}, "`prompt` of .* must hold text or token ids, got 'None' in row 1"),
+        (
+            [{"prompt": "a", "x": 3}],
+            {"response_column": "x"},
+            "`x` of .* must hold text or token ids, got '3' in row 0",
+        ),
         ([{"prompt": "a"}], {"split": "test"}, "test"),
         ([], {}, "must hold at least one prompt, got the empty file"),
         ([{"prompt": "a"}], {"limit": 0}, "must hold at least one prompt, got none in the split 'train'"),

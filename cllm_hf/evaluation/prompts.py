@@ -35,9 +35,9 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
 
 def read_prompts_and_responses(
     path: Path, limit: int | None = None, prompt_field: str | None = None, response_field: str | None = None
-) -> tuple[list[Any], list[str] | None]:
+) -> tuple[list[Any], list[Any] | None]:
     """
-    Read prompts, which may be chat messages, and responses to them where the file has some.
+    Read prompts, which may be chat messages or token ids too, and responses to them where the file has some.
 
     Args:
         path (`pathlib.Path`): as for `read_prompts`.
@@ -46,7 +46,7 @@ def read_prompts_and_responses(
         response_field (`str`, *optional*): JSON field of the responses, by default `response` if lines have it.
 
     Returns:
-        `tuple[list[str | list[dict]], list[str] | None]`: the prompts, and a response to each or `None`.
+        `tuple[list, list | None]`: the prompts, and a response to each or `None`.
 
     Raises:
         OSError: if the file cannot be read.
@@ -63,7 +63,7 @@ def read_prompts_and_responses(
             )
         return [line for _, line in lines], None
     fields = _FIELDS if prompt_field is None else (prompt_field,)
-    pairs = [_record_of(*line, path, fields, response_field or _RESPONSE_FIELD, takes_chats=True) for line in lines]
+    pairs = [_record_of(*line, path, fields, response_field or _RESPONSE_FIELD, only_text=False) for line in lines]
     with_response = [response is not None for _, response in pairs]
     if not any(with_response) and response_field is None:
         return [prompt for prompt, _ in pairs], None
@@ -73,20 +73,36 @@ def read_prompts_and_responses(
             f"Line {number} of {str(path)!r} must have text in the field `{response_field or _RESPONSE_FIELD}`, got "
             "none. Give every prompt a response, or none."
         )
-    return [prompt for prompt, _ in pairs], [str(response) for _, response in pairs]
+    return [prompt for prompt, _ in pairs], [response for _, response in pairs]
 
 
-def is_chat(prompt: Any) -> bool:
+def is_prompt(value: Any) -> bool:
     """
-    Whether a prompt is a list of chat messages.
+    Whether a value is text, a list of chat messages or a list of token ids.
 
     Args:
-        prompt (`Any`): what stands in a field or column.
+        value (`Any`): what stands in a field or column.
 
     Returns:
         `bool`.
     """
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) for message in prompt)
+    is_chat = isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+    return is_chat or is_response(value)
+
+
+def is_response(value: Any) -> bool:
+    """
+    Whether a value is text or a list of token ids.
+
+    Args:
+        value (`Any`): what stands in a field or column.
+
+    Returns:
+        `bool`.
+    """
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+    )
 
 
 def _read_lines(path: Path) -> tuple[list[tuple[int, str]], bool]:
@@ -111,8 +127,8 @@ def _record_of(
     path: Path,
     fields: Sequence[str],
     response_field: str = _RESPONSE_FIELD,
-    takes_chats: bool = False,
-) -> tuple[Any, str | None]:
+    only_text: bool = True,
+) -> tuple[Any, Any]:
     """The prompt of a JSON line, and the response if it has one."""
     where = f"Line {number} of {str(path)!r}"
     try:
@@ -123,9 +139,9 @@ def _record_of(
     if isinstance(record, dict):
         prompt = next((record[name] for name in fields if name in record), None)
         response = record.get(response_field)
-    if not (isinstance(prompt, str) and prompt.strip()) and not (takes_chats and is_chat(prompt)):
+    if not (prompt.strip() if isinstance(prompt, str) else not only_text and is_prompt(prompt)):
         names = " or ".join(f"`{name}`" for name in fields)
         raise ValueError(
             f"{where} must be a JSON object with text in a field {names}, got {line[:60]!r}. Correct that line."
         )
-    return prompt, response if isinstance(response, str) else None
+    return prompt, response if is_response(response) else None

@@ -14,7 +14,7 @@ from ..evaluation.arguments import positive
 COLLECT_HELP = "build a dataset of trajectories from a model and prompts"
 _LEAST = {
     **dict.fromkeys(("block_size", "max_new_tokens", "max_tokens_per_batch", "prompts_per_shard", "limit"), 1),
-    **dict.fromkeys(("max_token_run", "max_sentence_repeats"), 0),
+    **dict.fromkeys(("seed", "max_token_run", "max_sentence_repeats"), 0),
     "max_prompt_tokens": 1,
 }
 _Run = Callable[[argparse.Namespace], int]
@@ -47,12 +47,13 @@ class CollectArguments:
     dataset_config: str | None = _option(None, "configuration of that dataset")
     dataset_split: str = _option("train", "split of that dataset")
     prompt_column: str | None = _option(
-        None, "column or JSON field of the prompts, texts or chat messages; by default `prompt` or `question`"
+        None,
+        "column or JSON field of the prompts: texts, chat messages or token ids; by default `prompt` or `question`",
     )
     response_column: str | None = _option(
         None,
-        "column or JSON field of responses that the model has given already; by default the model writes them, unless "
-        "JSON lines have a field `response`",
+        "column or JSON field of responses, texts or token ids, that the model has given already; by default the model "
+        "writes them, unless JSON lines have a field `response`",
     )
     limit: int | None = _option(None, "how many prompts, the first ones")
     prompt_template: str = _option(

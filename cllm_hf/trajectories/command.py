@@ -274,13 +274,13 @@ def _make_builder(options: CollectArguments, cleaning: CleaningRules, show_progr
         device_map=options.device_map,
         attn_implementation=options.attn_implementation,
     )
+    budget = {} if options.max_tokens_per_batch is None else {"max_tokens_per_batch": options.max_tokens_per_batch}
     return TrajectoryBuilder(
         model,
         processing_class=tokenizer,
         block_size=options.block_size,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
-        max_tokens_per_batch=options.max_tokens_per_batch,
         prompts_per_shard=options.prompts_per_shard,
         augment=options.augment,
         test_fraction=options.test_fraction,
@@ -288,6 +288,7 @@ def _make_builder(options: CollectArguments, cleaning: CleaningRules, show_progr
         drop_duplicates=options.drop_duplicates,
         not_greedy=options.not_greedy,
         show_progress=show_progress,
+        **budget,
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.prompts import is_chat, read_prompts_and_responses
+from ..evaluation.prompts import is_prompt, is_response, read_prompts_and_responses
 
 
 PLACE = "{prompt}"
 _COLUMNS = ("prompt", "question")
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
-Prompts = tuple[list[Any], list[str] | None]
+Prompts = tuple[list[Any], list[Any] | None]
 
 
 def read_source(
@@ -36,15 +36,16 @@ def read_source(
         response_column (`str`, *optional*): column or JSON field of the responses, by default none, but `response` for
             JSON lines that have it.
         limit (`int`, *optional*): read only so many.
-        template (`str`): text around a prompt, which stands where `{prompt}` is; chat messages take none.
+        template (`str`): text around a prompt, which stands where `{prompt}` is; chat messages and tokens take none.
 
     Returns:
-        `tuple[list[str | list[dict]], list[str] | None]`: the prompts, and a response to each or `None`.
+        `tuple[list[str | list[dict] | list[int]], list[str | list[int]] | None]`: the prompts, and a response to each
+        or `None`.
 
     Raises:
         OSError: if the file or dataset cannot be read.
-        ValueError: if there are no prompts, a prompt or response is not text, a column is missing, or chat messages
-            meet a template.
+        ValueError: if there are no prompts, a value is no prompt or response, a column is missing, or chat messages
+            or token ids meet a template.
     """
     if file is not None:
         prompts, responses = read_prompts_and_responses(Path(file), limit, prompt_column, response_column)
@@ -60,20 +61,20 @@ def apply_template(template: str, prompt: Any) -> Any:
     Args:
         template (`str`): has `{prompt}` where the prompt goes; other braces mean themselves, and a backslash before an
             n is a new line, which a command line cannot hold otherwise.
-        prompt (`str` or `list[dict]`): text, or chat messages.
+        prompt (`str`, `list[dict]` or `list[int]`): text, chat messages or token ids.
 
     Returns:
-        `str`, or the chat messages.
+        `str`, or the messages or tokens as they are.
 
     Raises:
-        ValueError: for chat messages and a template with further text.
+        ValueError: for messages or tokens and a template with further text.
     """
     if isinstance(prompt, str):
         return template.replace("\\n", "\n").replace(PLACE, prompt)
     if template != PLACE:
         raise ValueError(
-            f"Chat messages take the chat template of the tokenizer, got `prompt_template` {template!r} for them too. "
-            "Drop it, or pass prompts as text."
+            f"Only prompts that are text take a template, got `prompt_template` {template!r} for chat messages or "
+            "token ids. Drop it, or pass text."
         )
     return prompt
 
@@ -115,11 +116,11 @@ def _from_dataset(
             f"`{'response_column' if missing and missing[0] == response_column else 'prompt_column'}`."
         )
     prompts = list(dataset[prompt_column])
-    _check_values(name, prompt_column, [isinstance(prompt, str) or is_chat(prompt) for prompt in prompts], prompts)
+    _check_values(name, prompt_column, [is_prompt(prompt) for prompt in prompts], prompts)
     if response_column is None:
         return prompts, None
     responses = list(dataset[response_column])
-    _check_values(name, response_column, [isinstance(response, str) for response in responses], responses)
+    _check_values(name, response_column, [is_response(response) for response in responses], responses)
     return prompts, responses
 
 
@@ -127,7 +128,7 @@ def _check_values(name: str, column: str, fits: list[bool], values: list[Any]) -
     if not all(fits):
         row = fits.index(False)
         raise ValueError(
-            f"The column `{column}` of {name!r} must hold text, got {str(values[row])[:60]!r} in row {row}. Choose "
+            f"The column `{column}` of {name!r} must hold text or token ids, got {str(values[row])[:60]!r} in row {row}. Choose "
             "another column, or drop that row."
         )
 
