@@ -43,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ncllm: interrupted; finished parts are kept, nothing half-written is left.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, ValueError) as error:
         print(f"cllm: {error}", file=sys.stderr)
         return 1
@@ -147,7 +150,7 @@ def _run_push(parsed: argparse.Namespace) -> int:
 
 def _print(text: str) -> None:
     if text:
-        print(text)
+        print(text, flush=True)
 
 
 def _run_export(parsed: argparse.Namespace) -> int:

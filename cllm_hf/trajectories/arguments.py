@@ -52,8 +52,8 @@ class CollectArguments:
     )
     response_column: str | None = _option(
         None,
-        "column or JSON field of responses, texts or token ids, that the model has given already; by default the model "
-        "writes them, unless JSON lines have a field `response`",
+        "column or JSON field of responses, texts or token ids, that the model has given already; by default the "
+        "model writes them, unless JSON lines have a field `response`",
     )
     limit: int | None = _option(None, "how many prompts, the first ones")
     prompt_template: str = _option(

@@ -89,7 +89,8 @@ def _format_block(
     start = number * len(states[0])
     tokens = list(record["response_ids"][start : start + len(states[0])])
     length = len(tokens)
-    where = f"Block {number}, tokens {start} to {start + length - 1} of the response"
+    span = f"tokens {start} to {start + length - 1}" if length > 1 else f"token {start}"
+    where = f"Block {number}, {span} of the response"
     if record.get("is_greedy") is False and len(states) == 1:
         heading = f"{where}: its own tokens, where it is not greedy"
     else:

@@ -128,8 +128,8 @@ def _check_values(name: str, column: str, fits: list[bool], values: list[Any]) -
     if not all(fits):
         row = fits.index(False)
         raise ValueError(
-            f"The column `{column}` of {name!r} must hold text or token ids, got {str(values[row])[:60]!r} in row {row}. Choose "
-            "another column, or drop that row."
+            f"The column `{column}` of {name!r} must hold text or token ids, got {str(values[row])[:60]!r} in row "
+            f"{row}. Choose another column, or drop that row."
         )
 
 
