@@ -470,6 +470,11 @@ def test_verify_refuses(saved, monkeypatch, capsys, arguments, message):
 
 
 def test_verify_needs_to_know_the_model(saved, capsys):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["model"]["name"] = "/moved/away"
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["verify", str(saved)]) == 1
+    assert "`--model` must be a folder or a name on the Hub, got '/moved/away'" in error_of(capsys)
     (saved / "manifest.json").unlink()
     assert main(["verify", str(saved)]) == 1
     assert "does not say which model it was made by. Pass it as `--model`" in error_of(capsys)
@@ -497,3 +502,96 @@ def test_push_passes_everything_on(tmp_path, monkeypatch, capsys):
 def test_push_of_what_is_no_dataset(tmp_path, capsys):
     assert main(["push", str(tmp_path), "user/name"]) == 1
     assert "manifest.json" in error_of(capsys)
+
+
+# From prompts to a checked dataset
+
+
+needs_collect = pytest.mark.skipif(
+    not hasattr(TrajectoryBuilder, "collect"), reason="needs `TrajectoryBuilder.collect`"
+)
+
+
+@pytest.fixture
+def collect_arguments(model_folder, tmp_path):
+    file = tmp_path / "options.yaml"
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]))
+    lines = [f"model: {model_folder}", f"prompts: {tmp_path / 'prompts.txt'}", f"output_dir: {tmp_path / 'out'}"]
+    lines += ["block_size: 5", "max_new_tokens: 23", "max_token_run: 0", "max_sentence_repeats: null"]
+    file.write_text("\n".join(lines + ["prompts_per_shard: 4"]))
+    return ["collect", "--config", str(file)]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@needs_collect
+def test_what_is_collected_can_be_inspected_and_verified(collect_arguments, dataset, tmp_path, capsys):
+    assert main(collect_arguments) == 0
+    text = capsys.readouterr().out
+    folder = tmp_path / "out"
+    assert text.startswith("Kept 12 of 13 responses; dropped: 1 duplicate.\n") and "| block size 5" in text
+    assert f"`cllm inspect {folder}`" in text and f"`cllm verify {folder}`" in text and f"cllm push {folder}" in text
+    records = command.load_trajectories(str(folder))
+    assert records["states"] == dataset["states"] and records["response_ids"] == dataset["response_ids"]
+
+    assert main(["inspect", str(folder), "--data-id", "7"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Record 7: ") and records[7]["response"] in shown
+    assert main(["inspect", str(folder), "--statistics"]) == 0
+    assert capsys.readouterr().out.startswith(text.split("\n\n")[1])
+    assert main(["verify", str(folder)]) == 0
+    assert " hold, 0 do not." in capsys.readouterr().out
+
+    files = files_of(folder)
+    assert main(collect_arguments) == 0  # there is nothing left to do
+    assert capsys.readouterr().out == text and files_of(folder) == files
+    assert main([*collect_arguments, "--seed", "1"]) == 1  # another collection does not mix with it
+    error_of(capsys)
+    assert files_of(folder) == files
+
+
+@needs_collect
+def test_given_responses_are_read_and_prompts_held_out(collect_arguments, dataset, tmp_path, capsys):
+    rows = [{"question": record["prompt"], "response": record["response"]} for record in dataset]
+    rows[3]["response"] = "game game game"
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = [*collect_arguments, "--prompts", str(tmp_path / "prompts.jsonl"), "--test_fraction", "0.5"]
+    assert main([*arguments, "--not_greedy", "keep", "--augment", "--no_drop_empty"]) == 0
+    text = capsys.readouterr().out
+    assert re.match(r"Kept \d+ of 12 responses \(\d+ of them not greedy\); dropped: ", text)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert main(["inspect", str(tmp_path / "out"), "--data-id", "3"]) == 0
+    assert "not all of it greedy" in capsys.readouterr().out
+
+
+@needs_collect
+def test_the_last_of_several_processes_completes_the_dataset(collect_arguments, tmp_path, monkeypatch, capsys):
+    assert main(collect_arguments) == 0
+    alone, text = files_of(tmp_path / "out"), capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = [*collect_arguments, "--no_wait", "--output_dir", str(tmp_path / "shared")]
+    outputs = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(arguments) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].startswith("The part of this process is done.")
+    assert outputs[1] == text.replace(str(tmp_path / "out"), str(tmp_path / "shared"))
+    assert files_of(tmp_path / "shared") == alone
+
+
+@needs_collect
+def test_a_finished_dataset_is_pushed(collect_arguments, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(command, "check_can_push", lambda repo_id: calls.append(repo_id))
+    monkeypatch.setattr(
+        command, "push_trajectories", lambda folder, repo_id, **options: calls.append((folder, repo_id, options))
+    )
+    assert main([*collect_arguments, "--push_to_hub", "user/name", "--private", "--config_name", "math"]) == 0
+    options = {"private": True, "config_name": "math"}
+    assert calls == ["user/name", (tmp_path / "out", "user/name", options)]
+    monkeypatch.setenv("RANK", "1")  # the others leave that to the first
+    assert main([*collect_arguments, "--push_to_hub", "user/name"]) == 0
+    assert len(calls) == 3 and capsys.readouterr().out.count("Kept ") == 1

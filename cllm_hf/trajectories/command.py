@@ -55,6 +55,7 @@ def run_collect(options: CollectArguments) -> str:
         ValueError: for options or prompts that are not usable.
     """
     check_model_name(options.model, "model")
+    is_first = int(os.environ.get("RANK", "0")) == 0
     cleaning = CleaningRules(
         max_token_run=options.max_token_run or None,
         max_sentence_repeats=options.max_sentence_repeats or None,
@@ -79,7 +80,6 @@ def run_collect(options: CollectArguments) -> str:
     source = options.source
     if source is None and options.dataset_name is not None and not is_local(options.dataset_name):
         source = options.dataset_name
-    is_first = int(os.environ.get("RANK", "0")) == 0
     with _quiet_hosts():
         builder = _make_builder(options, cleaning, show_progress=is_first and sys.stderr.isatty())
         is_complete = builder.collect(
@@ -177,16 +177,18 @@ def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
         OSError: if the dataset or the model cannot be loaded.
         ValueError: if the dataset names no model and none is given, or the model does not fit.
     """
+    if options.model is not None:
+        check_model_name(options.model, "model")
+    device = pick_device(options.device)
+    dataset = _load_all(options.dataset, options)
     made_by = _manifest_of(options.dataset, options.config_name).get("model", {})
     name, revision = options.model, None
     if name is None:
         name, revision = made_by.get("name"), made_by.get("revision")
         if not name:
             raise ValueError(f"{options.dataset} does not say which model it was made by. Pass it as `--model`.")
-    check_model_name(name, "model")
+        check_model_name(name, "model")
     dtype = options.dtype or made_by.get("dtype") or "float32"
-    dataset = _load_all(options.dataset, options)
-    device = pick_device(options.device)
     with _quiet_hosts():
         model = load_model(name, dtype, device, revision=revision, trust_remote_code=options.trust_remote_code)
         report = verify_transitions(model, dataset, options.transitions, options.seed, sys.stderr.isatty())
