@@ -9,7 +9,7 @@ import torch
 from conftest import make_word_model
 from datasets import Dataset, DatasetDict
 
-from cllm_hf import TrajectoryBuilder, set_jacobi_defaults
+from cllm_hf import CleaningRules, TrajectoryBuilder, set_jacobi_defaults
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.trajectories import command
@@ -18,6 +18,7 @@ from cllm_hf.trajectories.sources import apply_template, read_source
 
 
 PROMPTS = [problem.prompt for problem in make_problems(12, seed=3)]
+NO_CLEANING = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
 REQUIRED = ["--model", "m", "--output_dir", "o", "--prompts", "p"]
 
 
@@ -38,8 +39,8 @@ def model_folder(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def dataset(tokenizer):
-    builder = TrajectoryBuilder(make_word_model(tokenizer), tokenizer, 5, max_new_tokens=23, show_progress=False)
-    return builder.build(PROMPTS)
+    options = {"block_size": 5, "max_new_tokens": 23, "cleaning": NO_CLEANING, "show_progress": False}
+    return TrajectoryBuilder(make_word_model(tokenizer), tokenizer, **options).build(PROMPTS)
 
 
 @pytest.fixture
@@ -507,18 +508,13 @@ def test_push_of_what_is_no_dataset(tmp_path, capsys):
 # From prompts to a checked dataset
 
 
-needs_collect = pytest.mark.skipif(
-    not hasattr(TrajectoryBuilder, "collect"), reason="needs `TrajectoryBuilder.collect`"
-)
-
-
 @pytest.fixture
 def collect_arguments(model_folder, tmp_path):
     file = tmp_path / "options.yaml"
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]))
     lines = [f"model: {model_folder}", f"prompts: {tmp_path / 'prompts.txt'}", f"output_dir: {tmp_path / 'out'}"]
     lines += ["block_size: 5", "max_new_tokens: 23", "max_token_run: 0", "max_sentence_repeats: null"]
-    file.write_text("\n".join(lines + ["prompts_per_shard: 4"]))
+    file.write_text("\n".join([*lines, "drop_empty: false", "prompts_per_shard: 4"]))
     return ["collect", "--config", str(file)]
 
 
@@ -526,7 +522,6 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@needs_collect
 def test_what_is_collected_can_be_inspected_and_verified(collect_arguments, dataset, tmp_path, capsys):
     assert main(collect_arguments) == 0
     text = capsys.readouterr().out
@@ -548,17 +543,16 @@ def test_what_is_collected_can_be_inspected_and_verified(collect_arguments, data
     assert main(collect_arguments) == 0  # there is nothing left to do
     assert capsys.readouterr().out == text and files_of(folder) == files
     assert main([*collect_arguments, "--seed", "1"]) == 1  # another collection does not mix with it
-    error_of(capsys)
+    assert "seed" in capsys.readouterr().err
     assert files_of(folder) == files
 
 
-@needs_collect
 def test_given_responses_are_read_and_prompts_held_out(collect_arguments, dataset, tmp_path, capsys):
     rows = [{"question": record["prompt"], "response": record["response"]} for record in dataset]
-    rows[3]["response"] = "game game game"
+    rows[3]["response"] = "Eva has 7 Eva has 7"
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = [*collect_arguments, "--prompts", str(tmp_path / "prompts.jsonl"), "--test_fraction", "0.5"]
-    assert main([*arguments, "--not_greedy", "keep", "--augment", "--no_drop_empty"]) == 0
+    assert main([*arguments, "--not_greedy", "keep", "--augment"]) == 0
     text = capsys.readouterr().out
     assert re.match(r"Kept \d+ of 12 responses \(\d+ of them not greedy\); dropped: ", text)
     assert main(["verify", str(tmp_path / "out")]) == 0
@@ -566,7 +560,6 @@ def test_given_responses_are_read_and_prompts_held_out(collect_arguments, datase
     assert "not all of it greedy" in capsys.readouterr().out
 
 
-@needs_collect
 def test_the_last_of_several_processes_completes_the_dataset(collect_arguments, tmp_path, monkeypatch, capsys):
     assert main(collect_arguments) == 0
     alone, text = files_of(tmp_path / "out"), capsys.readouterr().out
@@ -582,7 +575,6 @@ def test_the_last_of_several_processes_completes_the_dataset(collect_arguments, 
     assert files_of(tmp_path / "shared") == alone
 
 
-@needs_collect
 def test_a_finished_dataset_is_pushed(collect_arguments, tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(command, "check_can_push", lambda repo_id: calls.append(repo_id))
@@ -592,6 +584,7 @@ def test_a_finished_dataset_is_pushed(collect_arguments, tmp_path, monkeypatch, 
     assert main([*collect_arguments, "--push_to_hub", "user/name", "--private", "--config_name", "math"]) == 0
     options = {"private": True, "config_name": "math"}
     assert calls == ["user/name", (tmp_path / "out", "user/name", options)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")  # the others leave that to the first
     assert main([*collect_arguments, "--push_to_hub", "user/name"]) == 0
     assert len(calls) == 3 and capsys.readouterr().out.count("Kept ") == 1

@@ -9,7 +9,7 @@ import torch
 from conftest import make_model, make_word_model
 from datasets import Dataset
 
-from cllm_hf import FEATURES, TrajectoryBuilder
+from cllm_hf import FEATURES, CleaningRules, TrajectoryBuilder
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.trajectories import arrays, verification
 from cllm_hf.trajectories.verification import (
@@ -25,8 +25,9 @@ PROMPTS = [problem.prompt for problem in make_problems(12, seed=3)]
 
 
 def build(model, tokenizer):
-    builder = TrajectoryBuilder(model, tokenizer, BLOCK_SIZE, max_new_tokens=23, show_progress=False)
-    return builder.build(PROMPTS)
+    cleaning = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
+    options = {"block_size": BLOCK_SIZE, "max_new_tokens": 23, "cleaning": cleaning, "show_progress": False}
+    return TrajectoryBuilder(model, tokenizer, **options).build(PROMPTS)
 
 
 @pytest.fixture(scope="module")
