@@ -60,7 +60,7 @@ def format_record(
 
 def visible_token(text: str) -> str:
     """
-    The text of a token for a table: what is not printable is escaped, and long texts are cut.
+    The text of a token for a table: what is not printable is escaped, long texts are cut, and none shows as `''`.
 
     Args:
         text (`str`): its text.
@@ -69,6 +69,8 @@ def visible_token(text: str) -> str:
         `str`: a line without tabs and control characters.
     """
     text = "".join(character if character.isprintable() else _escaped(character) for character in text)
+    if not text:
+        return "''"
     return text if len(text) <= _LONGEST_TOKEN else f"{text[: _LONGEST_TOKEN - 1]}…"
 
 
