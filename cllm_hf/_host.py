@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 
@@ -29,6 +30,11 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
     return config._attn_implementation
 
 
+def commit_of(config: PreTrainedConfig) -> str | None:
+    """Commit of the Hub repository that a config was loaded from, if it was."""
+    return getattr(config, "_commit_hash", None)
+
+
 def compiles_whole(model: PreTrainedModel) -> bool:
     """Whether the host says that this architecture compiles into one graph."""
     return model._can_compile_fullgraph
@@ -42,6 +48,16 @@ def has_own_loop(model: PreTrainedModel) -> bool:
 def base_model_of(model: Any) -> PreTrainedModel:
     """The transformers model inside a `peft.PeftModel`, with the adapter's layers in it; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the inputs of a model go: the device of its embeddings, which may lie elsewhere than its other layers."""
+    embeddings: Any = model.get_input_embeddings()
+    device = embeddings.weight.device
+    if device.type != "meta":
+        return device
+    # Offloaded by accelerate, which brings the weights where its hook says for the time of a forward.
+    return torch.device(embeddings._hf_hook.execution_device)
 
 
 def mixes_adapters(model: PreTrainedModel) -> bool:

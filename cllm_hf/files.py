@@ -78,3 +78,34 @@ def write_whole(path: Path, content: str | bytes) -> None:
         new = Path(unfinished) / path.name
         new.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(new, path)
+
+
+def replace_file(path: Path, content: bytes, unfinished: Path | None = None) -> None:
+    """
+    Write a file that appears under its name only when it is complete and on the disk, in place of an earlier one.
+
+    Unlike `write_whole` it also outlives a loss of power, and what a killed process leaves has a known place.
+
+    Args:
+        path (`pathlib.Path`): the file; its folder exists.
+        content (`bytes`): what to write.
+        unfinished (`pathlib.Path`, *optional*): the file to write first, on the same disk; by default one beside it.
+
+    Raises:
+        OSError: if it cannot be written; then there is no unfinished file either.
+    """
+    unfinished = unfinished or path.with_name(f".{path.name}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name
+    finally:
+        os.close(folder)

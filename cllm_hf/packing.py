@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,24 +20,22 @@ from transformers.masking_utils import create_causal_mask
 from ._host import PLAIN_ATTENTION, attention_implementation
 
 
-_CLEAN, _PADDING = 0, -1
+CLEAN_SEGMENT, PADDING_SEGMENT = 0, -1
 
 
 @dataclass
-class PackedBatch:
+class Packed:
     """
-    A batch in the packed layout, of `packed_length = clean_length + num_blocks * block_size` columns.
+    Clean sequences and draft tokens behind them, `packed_length` columns in all.
 
     Attributes:
-        input_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): clean tokens, then for each block its
-            anchor and all but the last token of its state.
+        input_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): clean tokens, then draft tokens.
         position_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): positions in the clean sequence.
-        segment_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): 0 for clean tokens, `b + 1` for tokens
-            of block `b`, -1 for padding.
+        segment_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): 0 for clean tokens, a number from 1 on
+            for tokens of the same block, -1 for padding.
         anchor_positions (`torch.LongTensor` of shape `(batch_size, packed_length)`): for a token of a block the
             position of its anchor, 0 elsewhere.
         clean_length (`int`): columns of the clean sequence.
-        block_size (`int`): tokens of a block.
     """
 
     input_ids: torch.Tensor
@@ -45,34 +43,21 @@ class PackedBatch:
     segment_ids: torch.Tensor
     anchor_positions: torch.Tensor
     clean_length: int
+
+
+@dataclass
+class PackedBatch(Packed):
+    """
+    Clean sequences and one state of each of their blocks: `clean_length + num_blocks * block_size` columns.
+
+    A block takes `block_size` columns: its anchor and all but the last token of its state. Block `b` is segment
+    `b + 1`. The other attributes are those of `Packed`.
+
+    Attributes:
+        block_size (`int`): tokens of a block.
+    """
+
     block_size: int
-
-    def with_states(self, states: torch.Tensor) -> PackedBatch:
-        """
-        The same layout with other states of the blocks.
-
-        Args:
-            states (`torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`): the states.
-
-        Returns:
-            `PackedBatch`.
-        """
-        clean, blocks = self.input_ids[:, : self.clean_length], self.input_ids[:, self.clean_length :]
-        blocks = torch.cat([blocks.view_as(states)[..., :1], states[..., :-1]], dim=-1)
-        return replace(self, input_ids=torch.cat([clean, blocks.flatten(1)], dim=1))
-
-    def select(self, rows: torch.Tensor) -> PackedBatch:
-        """
-        Some rows of the batch.
-
-        Args:
-            rows (`torch.LongTensor` of shape `(num_rows,)`): which.
-
-        Returns:
-            `PackedBatch`.
-        """
-        names = ("input_ids", "position_ids", "segment_ids", "anchor_positions")
-        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -134,7 +119,7 @@ def pack(
     return PackedBatch(
         input_ids=lay_out(clean_ids, block_ids, 0, 0),
         position_ids=lay_out(torch.arange(clean_length, device=device).expand_as(clean_ids), block_positions, 0, 0),
-        segment_ids=lay_out(torch.full_like(clean_ids, _CLEAN), segments, _PADDING, _PADDING),
+        segment_ids=lay_out(torch.full_like(clean_ids, CLEAN_SEGMENT), segments, PADDING_SEGMENT, PADDING_SEGMENT),
         anchor_positions=lay_out(torch.zeros_like(clean_ids), anchors[..., None].expand_as(states), 0, 0),
         clean_length=clean_length,
         block_size=block_size,
@@ -143,7 +128,7 @@ def pack(
 
 def packed_attention_mask(
     config: PreTrainedConfig,
-    packed: PackedBatch,
+    packed: Packed,
     dtype: torch.dtype = torch.float32,
     clean_cache: DynamicCache | None = None,
 ) -> Any:
@@ -152,10 +137,10 @@ def packed_attention_mask(
 
     Args:
         config (`transformers.PreTrainedConfig`): config of the model.
-        packed (`PackedBatch`): the batch.
+        packed (`Packed`): the batch.
         dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
-        clean_cache (`transformers.DynamicCache`, *optional*): from `cache_clean`; the mask then has only the rows of
-            the blocks.
+        clean_cache (`transformers.DynamicCache`, *optional*): from `forward_clean`; the mask then has only the rows
+            of the drafts.
 
     Returns:
         What to pass as `attention_mask`: a mask, or a `dict` of them for models that mix full and sliding attention.
@@ -165,7 +150,7 @@ def packed_attention_mask(
 
     def allowed(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         same_segment = segments[batch, query] == segments[batch, key]
-        clean_before = (segments[batch, key] == _CLEAN) & (positions[batch, key] < anchors[batch, query])
+        clean_before = (segments[batch, key] == CLEAN_SEGMENT) & (positions[batch, key] < anchors[batch, query])
         return same_segment | clean_before
 
     def allowed_in_window(
@@ -212,52 +197,58 @@ def packed_forward(
     ).logits
 
 
-def cache_clean(model: PreTrainedModel, packed: PackedBatch) -> DynamicCache:
+def forward_clean(
+    model: PreTrainedModel, clean_ids: torch.Tensor, clean_mask: torch.Tensor, num_logits: int
+) -> tuple[torch.Tensor, DynamicCache]:
     """
-    Run the clean sequences once, for several forwards over states of their blocks.
+    Run clean sequences once, for several forwards over drafts behind them.
 
     Args:
         model (`transformers.PreTrainedModel`): a causal language model.
-        packed (`PackedBatch`): the batch.
+        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
+        clean_mask (`torch.LongTensor` of shape `(batch_size, clean_length)`): 1 on tokens, 0 on padding.
+        num_logits (`int`): last columns whose logits are wanted.
 
     Returns:
-        `transformers.DynamicCache`: keys and values of the clean sequences.
+        `tuple[torch.Tensor, transformers.DynamicCache]`: logits of shape `(batch_size, num_logits, vocab_size)`, and
+        keys and values of the clean sequences.
     """
     # Without the config, sliding layers keep everything: early blocks stand far before the end of the sequence.
     cache = DynamicCache()
-    clean = slice(0, packed.clean_length)
-    model.base_model(
-        input_ids=packed.input_ids[:, clean],
-        attention_mask=(packed.segment_ids[:, clean] == _CLEAN).long(),
-        position_ids=packed.position_ids[:, clean],
+    takes_number = "logits_to_keep" in inspect.signature(model.forward).parameters
+    logits = model(
+        input_ids=clean_ids,
+        attention_mask=clean_mask,
+        position_ids=torch.arange(clean_ids.shape[1], device=clean_ids.device).expand_as(clean_ids),
         past_key_values=cache,
         use_cache=True,
-    )
-    return cache
+        **({"logits_to_keep": num_logits} if takes_number else {}),
+    ).logits
+    return logits[:, -num_logits:], cache
 
 
-def forward_blocks(model: PreTrainedModel, packed: PackedBatch, clean_cache: DynamicCache) -> torch.Tensor:
+def forward_drafts(model: PreTrainedModel, packed: Packed, clean_cache: DynamicCache) -> torch.Tensor:
     """
-    Run one forward over the blocks of a packed batch, behind its cached clean sequences.
+    Run one forward over the drafts of a packed batch, behind its cached clean sequences.
 
     Args:
         model (`transformers.PreTrainedModel`): a causal language model.
-        packed (`PackedBatch`): the batch.
-        clean_cache (`transformers.DynamicCache`): from `cache_clean`; it is left as it was.
+        packed (`Packed`): the batch.
+        clean_cache (`transformers.DynamicCache`): from `forward_clean`; it is left as it was.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, num_blocks, block_size, vocab_size)`: logits.
+        `torch.Tensor` of shape `(batch_size, packed_length - clean_length, vocab_size)`: logits.
     """
-    blocks = slice(packed.clean_length, None)
+    drafts = slice(packed.clean_length, None)
     logits = model(
-        input_ids=packed.input_ids[:, blocks],
+        input_ids=packed.input_ids[:, drafts],
         attention_mask=packed_attention_mask(model.config, packed, model.dtype, clean_cache),
-        position_ids=packed.position_ids[:, blocks],
+        position_ids=packed.position_ids[:, drafts],
         past_key_values=clean_cache,
         use_cache=True,
     ).logits
     clean_cache.crop(-logits.shape[1])
-    return logits.unflatten(1, (-1, packed.block_size))
+    return logits
 
 
 def check_packable(model: PreTrainedModel) -> None:

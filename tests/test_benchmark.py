@@ -170,7 +170,10 @@ def test_limit_is_the_gain_in_forwards_over_their_cost():
 # Shapes and prompts
 
 
-@pytest.mark.parametrize(("shape", "expected"), [("4m", 3_934_464), ("125m", 137_841_408), ("0.5b", 494_032_768)])
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [("4m", 3_934_464), ("30m", 29_893_120), ("125m", 137_841_408), ("0.5b", 494_032_768)],
+)
 def test_shapes_have_the_parameters_promised(shape, expected):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(shapes.shape_config(shape))
@@ -191,7 +194,7 @@ def test_random_models_accept_no_drafts_and_do_not_end():
         return_dict_in_generate=True,
     )
     assert output.jacobi_stats.num_generated == [24] and output.jacobi_stats.num_forwards >= 23
-    with pytest.raises(ValueError, match="must be one of 4m, 125m, 0.5b, got '7b'"):
+    with pytest.raises(ValueError, match="must be one of 4m, 30m, 125m, 0.5b, got '7b'"):
         shapes.shape_config("7b")
 
 

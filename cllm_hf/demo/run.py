@@ -136,7 +136,7 @@ def run_demo(
         clock.lap("target model")
 
         say("\n[2/4] Collecting the Jacobi trajectories of its answers")
-        builder = TrajectoryBuilder(target, tokenizer, options.block_size, options.max_new_tokens, options.seed, 64)
+        builder = TrajectoryBuilder(target, tokenizer, options.block_size, options.max_new_tokens, options.seed)
         dataset = builder.build([problem.prompt for problem in training[: options.num_trajectories]])
         keep("trajectories", lambda folder: dataset.save_to_disk(str(folder)))
         clock.lap("trajectories")

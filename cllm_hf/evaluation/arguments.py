@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 
-SHAPE_NAMES = ("4m", "125m", "0.5b")
+SHAPE_NAMES = ("4m", "30m", "125m", "0.5b")
 
 
 def add_benchmark_commands(commands: Any, run: Callable[[argparse.Namespace], int]) -> None:
     """
-    Add `benchmark decode` and `benchmark overhead` to a parser.
+    Add `benchmark decode`, `benchmark overhead` and `benchmark collect` to a parser.
 
     Args:
         commands (`argparse._SubParsersAction`): the commands of the parser.
-        run (`Callable[[argparse.Namespace], int]`): runs either; `kind` says which.
+        run (`Callable[[argparse.Namespace], int]`): runs any of them; `kind` says which.
     """
-    benchmark = commands.add_parser("benchmark", help="measure how fast models decode, and what that is made of")
+    benchmark = commands.add_parser("benchmark", help="measure how fast models decode and trajectories are collected")
     kinds = benchmark.add_subparsers(dest="kind", required=True, metavar="kind")
     _add_decode(kinds)
     _add_overhead(kinds)
+    _add_collect(kinds)
     for kind in kinds.choices.values():
         kind.set_defaults(run=run)
 
@@ -67,6 +68,37 @@ def _add_overhead(kinds: Any) -> None:
     )
     overhead.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
     _add_common(overhead)
+
+
+def _add_collect(kinds: Any) -> None:
+    collect = kinds.add_parser(
+        "collect",
+        help="compare how fast trajectories are collected with the published procedure",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    collect.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
+    collect.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights instead")
+    collect.add_argument(
+        "--prompts", type=Path, help="file with a prompt a line, as text or JSON (`prompt`, `question`)"
+    )
+    collect.add_argument("--prompt-length", type=positive, default=64, help="tokens of the random prompts of a shape")
+    collect.add_argument("--num-prompts", type=positive, default=32, help="how many, the first ones of a file")
+    collect.add_argument(
+        "--num-published", type=positive, default=4, help="how many of them for the published procedure, which is slow"
+    )
+    collect.add_argument("--block-size", type=positive, default=16, help="tokens of a block")
+    collect.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
+    collect.add_argument(
+        "--response-lengths", type=positive, nargs="+", default=[], help="values of --max-new-tokens for a table"
+    )
+    collect.add_argument(
+        "--block-sizes", type=positive, nargs="+", default=[], help="values of --block-size for a table"
+    )
+    collect.add_argument(
+        "--max-tokens-per-batch", type=positive, default=16384, help="of the builder"
+    )
+    collect.add_argument("--rounds", type=positive, default=3, help="turns of each method")
+    _add_common(collect)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,12 @@ from transformers.utils import logging as transformers_logging
 from .._host import base_model_of
 from ..files import check_writable_file, write_whole
 from ..loading import check_model_name, load_cllm, pick_device
+from .collection import compare_collection, format_collection
+from .collectors import CollectionSetting
 from .comparison import check_assistant, compare_decoding, format_comparison
 from .overhead import format_overhead, measure_overhead, overhead_methods
 from .prompts import read_prompts
-from .shapes import make_random_model, random_prompts
+from .shapes import make_number_tokenizer, make_random_model, random_prompts
 
 
 SCHEMA_VERSION = 1
@@ -26,7 +28,7 @@ SCHEMA_VERSION = 1
 
 def run_benchmark(options: argparse.Namespace) -> str:
     """
-    Run `cllm benchmark`, of either kind.
+    Run `cllm benchmark`, of any kind.
 
     Args:
         options (`argparse.Namespace`): its options, by their names, and the `command_line`.
@@ -41,7 +43,7 @@ def run_benchmark(options: argparse.Namespace) -> str:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # notices of the host about its own calls of `generate`
     try:
-        return run_decode(options) if options.kind == "decode" else run_overhead(options)
+        return {"decode": run_decode, "overhead": run_overhead, "collect": run_collect}[options.kind](options)
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -61,8 +63,7 @@ def run_decode(options: argparse.Namespace) -> str:
         ValueError: if options contradict each other or prompts are not usable.
     """
     _check_source(options)
-    if options.model is not None and options.prompts is None:
-        raise ValueError("A model needs prompts, got `--model` without `--prompts`. Pass a file with a prompt a line.")
+    _check_prompts(options)
     if options.shape is not None and (options.prompts is not None or options.assistant is not None):
         raise ValueError(
             "A shape has no tokenizer and no assistant, got `--shape` with `--prompts` or `--assistant`. Drop them, "
@@ -133,6 +134,58 @@ def run_overhead(options: argparse.Namespace) -> str:
         reports.append({**report, "name": name})
         del model, methods
     return _finish({"kind": "overhead", "reports": reports}, format_overhead(reports), options)
+
+
+def run_collect(options: argparse.Namespace) -> str:
+    """
+    Run `cllm benchmark collect`.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names, and the `command_line`.
+
+    Returns:
+        `str`: the result as Markdown.
+
+    Raises:
+        OSError: if a file cannot be read or written, or a model cannot be loaded.
+        ValueError: if options contradict each other or prompts are not usable.
+    """
+    _check_source(options)
+    _check_prompts(options)
+    if options.shape is not None and options.prompts is not None:
+        raise ValueError(
+            "A shape has prompts of its own, got `--shape` with `--prompts`. Drop one of the two, or pass `--model`."
+        )
+    texts = [] if options.prompts is None else read_prompts(options.prompts, options.num_prompts)
+    _check_outputs(options)
+    device = _prepare(options)
+    if options.model is None:
+        model = make_random_model(options.shape, options.seed, _shape_dtype(options, device), device)
+        tokenizer: Any = make_number_tokenizer(model.config.vocab_size)
+        rows = random_prompts(model.config.vocab_size, options.num_prompts, options.prompt_length, options.seed)
+        texts = [" ".join(map(str, row)) for row in rows]
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        _tokenize(tokenizer, texts)
+        model = _load(options.model, options, device)
+    setting = CollectionSetting(options.block_size, options.max_new_tokens, options.seed, options.max_tokens_per_batch)
+    report = compare_collection(
+        model,
+        tokenizer,
+        texts,
+        setting,
+        options.num_published,
+        options.rounds,
+        options.response_lengths,
+        options.block_sizes,
+        show_progress=sys.stderr.isatty(),
+    )
+    return _finish({**report, "name": options.model or options.shape}, format_collection(report), options)
+
+
+def _check_prompts(options: argparse.Namespace) -> None:
+    if options.model is not None and options.prompts is None:
+        raise ValueError("A model needs prompts, got `--model` without `--prompts`. Pass a file with a prompt a line.")
 
 
 def _check_source(options: argparse.Namespace) -> None:

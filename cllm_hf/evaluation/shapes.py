@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 
 _COMMON: dict[str, Any] = {
@@ -14,7 +22,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-# 3.9, 138 and 494 million parameters, embeddings counted once.
+# 3.9, 29.9, 138 and 494 million parameters, embeddings counted once.
 SHAPES: dict[str, dict[str, Any]] = {
     "4m": {
         "hidden_size": 256,
@@ -22,6 +30,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "intermediate_size": 768,
         "vocab_size": 2048,
+    },
+    "30m": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "intermediate_size": 1408,
+        "vocab_size": 8192,
     },
     # The sizes of GPT-2 small, with the gated layers of Llama.
     "125m": {
@@ -108,3 +123,18 @@ def random_prompts(vocab_size: int, count: int, length: int, seed: int) -> list[
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (count, length), generator=generator).tolist()
+
+
+def make_number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    Make a tokenizer for a model of a shape, which has no text: its words are the numbers of the tokens, as in "7 31".
+
+    Args:
+        vocab_size (`int`): number of tokens of the model.
+
+    Returns:
+        `transformers.PreTrainedTokenizerFast`, without special tokens.
+    """
+    tokenizer = Tokenizer(models.WordLevel({str(token): token for token in range(vocab_size)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

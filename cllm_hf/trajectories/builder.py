@@ -2,50 +2,73 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
-from datasets import Dataset
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._host import base_model_of
-from ..decoding.options import check_block_size
 from ..packing import check_packable
-from .collector import collect_states, draw_first_states
-from .schema import FEATURES, end_points
-
-
-logger = logging.getLogger(__name__)
-Prompt = str | Sequence[dict[str, str]]
+from .cleaning import CleaningRules
+from .fingerprints import describe_model, describe_tokenizer
+from .folder import OutputFolder, Process
+from .journal import Journal
+from .manifest import FORMAT, read_manifest
+from .options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
+from .progress import Progress
+from .prompts import Prompt, PromptRow, Response, find_duplicates, fingerprint_rows, is_held_out, read_rows
+from .responding import find_stop_ids
+from .schema import features
+from .shard import ShardCollector, explain_none_left
+from .statistics import measure_trajectories
 
 
 class TrajectoryBuilder:
     """
-    Records how blocks of a model's own greedy responses converge under Jacobi iteration (CLLM, arXiv 2403.00835).
+    Records how blocks of a model's greedy responses converge under Jacobi iteration (CLLM, arXiv 2403.00835).
 
-    The responses are decoded first, in batches. Then all blocks of a batch of responses iterate together in one packed
-    forward an iteration, from first drafts drawn at random from the prompt's tokens.
+    The responses are decoded first, in batches, unless they are given. Then all blocks of a batch of responses iterate
+    together in one packed forward an iteration, from first drafts drawn at random from the prompt's tokens; what has
+    converged leaves the forward.
+
+    With an `output_dir` every finished batch is kept on disk. A run that is interrupted or killed goes on where it was
+    when it is started again, and ends with the same bytes. Several processes (`torchrun`, `accelerate launch`) share
+    the work: each makes some of the shards.
 
     Args:
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the target model.
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the target model, on one device or several.
         processing_class (`transformers.PreTrainedTokenizerBase`): its tokenizer.
         block_size (`int`): tokens of a block.
         max_new_tokens (`int`): longest response, in tokens; longer ones are cut there.
-        seed (`int`): of the first drafts.
-        batch_size (`int`): responses decoded and iterated together.
-        show_progress (`bool`): whether to draw progress bars.
+        seed (`int`): of the first drafts and of the augmentation.
+        max_tokens_per_batch (`int`): tokens of prompts, responses and drafts that are computed together, padding
+            included. More are faster until the device is busy or its memory full.
+        prompts_per_shard (`int`): prompts whose records make a parquet file.
+        augment (`bool`): whether to add a column `augmented_states`: for each block further states to train on, with
+            some wrong tokens put right.
+        test_fraction (`float`): share of the prompts whose records go to a split `test`, from 0 to below 1. The text of
+            a prompt decides, so that equal prompts are never in both.
+        cleaning (`CleaningRules`, *optional*): which responses are dropped.
+        drop_duplicates (`bool`): whether a prompt that stands in the list before is dropped.
+        not_greedy (`str`): what to do with a response that is not the model's own greedy output: one from elsewhere,
+            or one in which two tokens were equally good but for rounding. `"drop"` it, or `"keep"` it without states in
+            the blocks in which it departs.
+        show_progress (`bool`): whether to draw a progress bar.
 
     Attributes:
-        counts (`collections.Counter`): of the last `build`: `"kept"`, and dropped records by reason: `"mismatch"`
-            counts responses whose blocks do not end in the response, as near ties of the two best logits can cause.
+        counts (`collections.Counter`): of the last collection: `"kept"`, and dropped prompts by reason: `"duplicate"`,
+            `"empty_prompt"`, `"long_prompt"`, `"long_response"`, `"empty"`, `"truncated"`, `"token_repetition"`,
+            `"sentence_repetition"`, `"not_greedy"`. `"kept_not_greedy"` is a part of `"kept"`.
+        output_dir (`pathlib.Path`, *optional*): of the last collection.
 
     Raises:
-        ValueError: for a block size or number of tokens below 1, or a model whose blocks cannot be packed.
+        ValueError: for an option of the wrong kind or out of range, or a model whose blocks cannot be packed.
     """
 
     def __init__(
@@ -55,167 +78,203 @@ class TrajectoryBuilder:
         block_size: int = 16,
         max_new_tokens: int = 512,
         seed: int = 0,
-        batch_size: int = 32,
+        *,
+        max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
+        prompts_per_shard: int = 1000,
+        augment: bool = False,
+        test_fraction: float = 0.0,
+        cleaning: CleaningRules | None = None,
+        drop_duplicates: bool = True,
+        not_greedy: str = "drop",
         show_progress: bool = True,
     ):
-        self.block_size = check_block_size(block_size, "block_size")
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self.options = CollectionOptions(
+            block_size=block_size,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            max_tokens_per_batch=max_tokens_per_batch,
+            prompts_per_shard=prompts_per_shard,
+            augment=augment,
+            test_fraction=test_fraction,
+            cleaning=CleaningRules() if cleaning is None else cleaning,
+            drop_duplicates=drop_duplicates,
+            not_greedy=not_greedy,
+        )
         # The layers of an adapter live in its base model; the wrapper has nothing else that is needed here.
         self.model: Any = base_model_of(model)
         check_packable(self.model)
         self.processing_class = processing_class
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
-        self.batch_size = batch_size
         self.show_progress = show_progress
         self.counts: Counter[str] = Counter()
-        self._eos_ids = _eos_ids(self.model, processing_class)
-        self._pad_id = processing_class.pad_token_id
-        if self._pad_id is None:
-            self._pad_id = self._eos_ids[0] if self._eos_ids else 0
+        self.output_dir: Path | None = None
 
-    def build(self, prompts: Iterable[Prompt]) -> Dataset:
+    def build(
+        self,
+        prompts: Iterable[Prompt] | Dataset,
+        responses: Iterable[Response] | None = None,
+        output_dir: str | Path | None = None,
+        source: str | None = None,
+        license: str | None = None,
+    ) -> Dataset | DatasetDict:
         """
-        Decode a response to every prompt and record the trajectories of its blocks.
+        Collect the trajectories of all prompts. See `collect` for the arguments.
 
-        Args:
-            prompts (`Iterable[str | Sequence[dict]]`): texts, or chat messages (`{"role": .., "content": ..}`), which
-                the tokenizer's chat template turns into text.
+        Without an `output_dir` they are kept in memory only, and each of several processes collects all of them.
 
         Returns:
-            `datasets.Dataset`: one record a response, in the order of the prompts, with `cllm_hf.FEATURES`.
+            `datasets.Dataset`: one record a response, in the order of the prompts, with `cllm_hf.FEATURES`; a
+            `datasets.DatasetDict` of `train` and `test` with a `test_fraction`.
 
         Raises:
-            ValueError: if there are no prompts, a prompt has no tokens, prompt and response do not fit into the
-                model's positions, or no record is left.
+            OSError: as `collect`.
+            ValueError: as `collect`.
         """
-        if isinstance(prompts, str):
-            raise ValueError(f"`prompts` must be a list of prompts, got the text {prompts[:60]!r}. Pass it in a list.")
-        texts, prompt_ids = self._tokenize(list(prompts))
-        self.counts = Counter()
-        # Prompts of similar length share a batch, so that little padding is computed.
-        order = sorted(range(len(texts)), key=lambda index: len(prompt_ids[index]))
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        records: dict[int, dict[str, Any]] = {}
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with tqdm(total=len(texts), desc="Collecting", unit="response", disable=not self.show_progress) as bar:
-                for batch in batches:
-                    records.update(self._collect(batch, texts, prompt_ids))
-                    bar.update(len(batch))
-                    bar.set_postfix(dropped=self.counts["mismatch"])
-        finally:
-            self.model.train(was_training)
-        if not records:
+        if output_dir is None:
+            splits = self._build_in_memory(read_rows(prompts, responses, self.processing_class))
+        else:
+            from .loading import load_trajectories
+
+            self.collect(prompts, output_dir, responses, source, license)
+            splits = {split: load_trajectories(output_dir, split=split) for split in self.options.splits}
+        return DatasetDict(splits) if self.options.test_fraction else splits["train"]
+
+    def collect(
+        self,
+        prompts: Iterable[Prompt] | Dataset,
+        output_dir: str | Path,
+        responses: Iterable[Response] | None = None,
+        source: str | None = None,
+        license: str | None = None,
+        wait: bool = True,
+    ) -> bool:
+        """
+        Collect the trajectories of all prompts into a folder, or go on with that.
+
+        Args:
+            prompts (`Iterable[str | Sequence[dict] | Sequence[int]]` or `datasets.Dataset`): texts, chat messages
+                (`{"role": .., "content": ..}`), which the tokenizer's chat template turns into text, or token ids; or
+                a dataset with them in a column `prompt`, and maybe columns `response` and `data_id`.
+            output_dir (`str` or `pathlib.Path`): where to write shards, `manifest.json`, the card and a plot.
+            responses (`Iterable[str | Sequence[int]]`, *optional*): a response to each prompt that was made elsewhere,
+                such as by a serving engine. They are not decoded again.
+            source (`str`, *optional*): where the prompts are from, such as `"openai/gsm8k"`, for the card.
+            license (`str`, *optional*): of the prompts, such as `"mit"`, for the card.
+            wait (`bool`): of several processes, whether this one returns when all are done. Otherwise the last one to
+                finish writes the card.
+
+        Returns:
+            `bool`: whether the folder is complete: not if other processes still have shards to make.
+
+        Raises:
+            OSError: if the folder cannot be written, another run is writing into it, or a shard in it is damaged. What
+                is finished stays.
+            ValueError: for prompts or responses of another kind, if the folder holds another collection, or if no
+                record is left.
+        """
+        rows = read_rows(prompts, responses, self.processing_class)
+        path, process = Path(output_dir), Process.current()
+        folder = OutputFolder(path, self._header(rows, source, license), self.options.splits, process)
+        complete = folder.is_complete()
+        if not complete:
+            with folder, folder.explained_errors():
+                self._make_shards(folder, rows)
+                complete = folder.finish(wait)
+        self.output_dir = path
+        self.counts = Counter(read_manifest(path)["counts"])
+        return complete
+
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, config_name: str | None = None, **kwargs: Any
+    ) -> str:
+        """
+        Publish the last collection. `cllm_hf.push_trajectories` does the same with a folder.
+
+        Args:
+            repo_id (`str`): of the dataset on the Hub, such as `"user/gsm8k-trajectories"`.
+            private (`bool`, *optional*): whether a new repository is private.
+            config_name (`str`, *optional*): of several datasets in a repository.
+            kwargs: `token`, `revision`, `commit_message`, `create_pr`, as in `push_trajectories`.
+
+        Returns:
+            `str`: address of the dataset.
+
+        Raises:
+            OSError: as `push_trajectories`.
+            ValueError: if nothing has been collected into a folder, or as `push_trajectories`.
+        """
+        from .hub import push_trajectories
+
+        if self.output_dir is None:
             raise ValueError(
-                f"None of the {len(texts)} responses gave a trajectory that ends in it. Collect in float32 "
-                "(`model.float()`), or check that the model is not one that cannot be packed."
+                "Only what is on disk can be pushed, got no `output_dir` in `build`. Build with one, or call "
+                "`push_to_hub` of the dataset."
             )
-        if self.counts["mismatch"]:
-            logger.warning(
-                "Dropped %d of %d responses that their blocks do not end in.", self.counts["mismatch"], len(texts)
-            )
-        return Dataset.from_list([records[index] for index in sorted(records)], features=FEATURES)
+        return push_trajectories(self.output_dir, repo_id, private=private, config_name=config_name, **kwargs)
 
-    def _collect(
-        self, batch: list[int], texts: list[str], all_prompt_ids: list[list[int]]
-    ) -> dict[int, dict[str, Any]]:
-        prompts = [all_prompt_ids[index] for index in batch]
-        responses = self._respond(prompts)
-        drafts = [
-            draw_first_states(prompt, len(response), self.block_size, self._pad_id, (self.seed, index))
-            for index, prompt, response in zip(batch, prompts, responses)
-        ]
-        records = {}
-        trajectories = collect_states(self.model, prompts, responses, drafts, self._pad_id)
-        for index, prompt, response, states in zip(batch, prompts, responses, trajectories):
-            if end_points(states, len(response)) != response:
-                self.counts["mismatch"] += 1
-                continue
-            self.counts["kept"] += 1
-            records[index] = {
-                "data_id": str(index),
-                "prompt": texts[index],
-                "response": self.processing_class.decode(response, skip_special_tokens=True),
-                "prompt_ids": prompt,
-                "response_ids": response,
-                "states": states,
-            }
-        return records
+    def _make_shards(self, folder: OutputFolder, rows: list[PromptRow]) -> None:
+        """Make the shards of this process that are not there yet."""
+        pending = folder.own_shards()
+        own = [n for n in range(folder.num_shards) if n % folder.process.count == folder.process.index]
+        total = sum(len(folder.prompts_of(number)) for number in own)
+        todo = sum(len(folder.prompts_of(number)) for number in pending)
+        table_schema = features(self.options.augment).arrow_schema
+        with self._collector(rows) as collector, Progress(total, total - todo, self.show_progress) as progress:
+            for number in pending:
+                part = [rows[index] for index in folder.prompts_of(number)]
+                records, counts = collector.collect(part, folder.journal(number), progress)
+                by_split = self._split(records)
+                tables = {split: pa.Table.from_pylist(found, table_schema) for split, found in by_split.items()}
+                statistics = {
+                    split: measure_trajectories(found, self.options.block_size).to_dict()
+                    for split, found in by_split.items()
+                }
+                folder.write_shard(number, tables, counts, statistics)
 
-    def _tokenize(self, prompts: list[Prompt]) -> tuple[list[str], list[list[int]]]:
-        if not prompts:
-            raise ValueError("`prompts` must hold at least one prompt, got none.")
-        texts, ids = [], []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                texts.append(prompt)
-                ids.append(list(self.processing_class(prompt)["input_ids"]))
-            elif not isinstance(prompt, Sequence) or not all(isinstance(message, dict) for message in prompt):
-                raise ValueError(
-                    "A prompt must be a text or a list of chat messages, got "
-                    f"{prompt!r}. Pass a column of a dataset, such as `dataset['question']`."
-                )
-            else:
-                messages: Any = list(prompt)
-                text = self.processing_class.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-                # The template already holds the special tokens.
-                texts.append(str(text))
-                ids.append(list(self.processing_class(str(text), add_special_tokens=False)["input_ids"]))
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        for text, token_ids in zip(texts, ids):
-            if not token_ids:
-                raise ValueError(f"Every prompt must have at least one token, got {text!r}.")
-            if limit is not None and len(token_ids) + self.max_new_tokens > limit:
-                raise ValueError(
-                    f"A prompt of {len(token_ids)} tokens and `max_new_tokens={self.max_new_tokens}` do not fit into "
-                    f"the model's {limit} positions: {text[:60]!r}. Drop such prompts or lower `max_new_tokens`."
-                )
-        return texts, ids
+    def _build_in_memory(self, rows: list[PromptRow]) -> dict[str, Dataset]:
+        size = self.options.prompts_per_shard
+        records: list[dict[str, Any]] = []
+        self.counts, self.output_dir = Counter(), None
+        with self._collector(rows) as collector, Progress(len(rows), 0, self.show_progress) as progress:
+            for start in range(0, len(rows), size):
+                found, counts = collector.collect(rows[start : start + size], Journal(), progress)
+                records += found
+                self.counts.update(counts)
+        if not records:
+            raise ValueError(explain_none_left(len(rows), self.counts))
+        schema = features(self.options.augment)
+        return {split: Dataset.from_list(found, features=schema) for split, found in self._split(records).items()}
 
-    def _respond(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Greedy responses, each up to its stop token."""
-        longest = max(map(len, prompts))
-        input_ids = torch.tensor([[self._pad_id] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        options = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=self._eos_ids or None,
-            pad_token_id=self._pad_id,
-        )
-        device = self.model.device
-        with _without_defaults(self.model):
-            output = self.model.generate(
-                input_ids.to(device), attention_mask=mask.to(device), generation_config=options
-            )
-        responses = output[:, longest:].tolist()
-        return [_until_stop(response, self._eos_ids) for response in responses]
+    def _collector(self, rows: list[PromptRow]) -> ShardCollector:
+        duplicates = find_duplicates(rows) if self.options.drop_duplicates else set()
+        return ShardCollector(self.model, self.processing_class, self.options, duplicates)
 
+    def _split(self, records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+        fraction = self.options.test_fraction
+        if not fraction:
+            return {"train": records}
+        sides = [is_held_out(record["prompt"], fraction) for record in records]
+        return {
+            split: [record for record, held_out in zip(records, sides) if held_out == (split == "test")]
+            for split in self.options.splits
+        }
 
-@contextmanager
-def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Leave out the model's own generation defaults: a fixed point is the plain argmax, without any processor."""
-    defaults = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = defaults
+    def _header(self, rows: list[PromptRow], source: str | None, license: str | None) -> dict[str, Any]:
+        """The parts of a manifest that are known before the collection."""
+        from .. import __version__
 
-
-def _eos_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        ids = processing_class.eos_token_id
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
-
-
-def _until_stop(response: list[int], eos_ids: list[int]) -> list[int]:
-    stops = [position for position, token in enumerate(response) if token in eos_ids]
-    return response[: stops[0] + 1] if stops else response
+        versions = {"cllm_hf": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
+        stop_ids = find_stop_ids(self.model, self.processing_class)
+        return {
+            "format": FORMAT,
+            "made_with": versions,
+            "model": {**describe_model(self.model), "stop_ids": stop_ids},
+            "tokenizer": describe_tokenizer(self.processing_class),
+            "prompts": {
+                "count": len(rows),
+                "fingerprint": fingerprint_rows(rows),
+                "with_responses": rows[0].response_ids is not None,
+                "source": source,
+                "license": license,
+            },
+            "options": self.options.to_dict(),
+        }

@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from ..packing import PackedBatch, cache_clean, forward_blocks, pack
+from .._host import input_device
+from ..packing import CLEAN_SEGMENT, PADDING_SEGMENT, Packed, forward_clean, forward_drafts
 from .schema import num_blocks
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    A response whose trajectory is wanted.
+
+    Attributes:
+        prompt_ids (`list[int]`): tokens of the prompt, at least one.
+        response_ids (`list[int]`): tokens of the response, at least one.
+        seed (`tuple[int, int]`): of its first drafts: seed of the run and number of the prompt.
+        may_stop (`bool`): whether the model's stop token may be missing behind the response, as in text from a serving
+            engine. It is added if that is the model's next token.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    seed: tuple[int, int]
+    may_stop: bool = False
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """
+    The trajectories of the blocks of a response.
+
+    Attributes:
+        response_ids (`list[int]`): the response, with its stop token if that was missing.
+        is_greedy (`bool`): whether the response is the model's own greedy output.
+        states (`list[list[list[int]]]`): for each block its states, from the first draft to the fixed point. A block
+            in which the response departs from greedy holds nothing but the response's own tokens. Empty for a response
+            that is not greedy, unless those were asked for.
+    """
+
+    response_ids: list[int]
+    is_greedy: bool
+    states: list[list[list[int]]]
 
 
 def draw_first_states(
@@ -34,71 +75,233 @@ def draw_first_states(
 
 
 @torch.no_grad()
-def collect_states(
+def collect_trajectories(
     model: PreTrainedModel,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    first_states: list[np.ndarray],
+    requests: list[Request],
+    block_size: int,
     pad_id: int,
-) -> list[list[list[list[int]]]]:
+    stop_ids: Collection[int] = (),
+    keep_not_greedy: bool = False,
+) -> list[Trajectory]:
     """
     Iterate all blocks of a batch of responses until every one has reached its fixed point.
 
     The context of a block is the response itself, so that the blocks of a response converge independently, each in at
-    most `block_size` iterations: an iteration makes at least one more leading token right.
+    most `block_size` iterations: an iteration makes at least one more leading token right. Only what is not settled is
+    computed: the response is read once into a cache, the leading tokens of a block that are right already are read
+    from there, and blocks and responses that are done leave the forward.
 
     Args:
         model (`transformers.PreTrainedModel`): the target model, in evaluation mode.
-        prompts (`list[list[int]]`): token ids of each prompt.
-        responses (`list[list[int]]`): token ids of each response.
-        first_states (`list[numpy.ndarray]`): for each response its first drafts, of shape `(num_blocks, block_size)`.
+        requests (`list[Request]`): the responses.
+        block_size (`int`): tokens of a block.
         pad_id (`int`): stands behind the end of a response.
+        stop_ids (`Collection[int]`): the model's stop tokens.
+        keep_not_greedy (`bool`): whether responses that are not the model's own get states too.
 
     Returns:
-        `list[list[list[list[int]]]]`: for each response, each of its blocks, the states from the first draft to the
-        fixed point.
+        `list[Trajectory]`: of each response.
     """
-    trajectories = [[[block.tolist()] for block in blocks] for blocks in first_states]
-    packed, states, in_response = _lay_out(prompts, responses, first_states, pad_id, model.device)
-    cache = cache_clean(model, packed)
-    rows = torch.arange(len(prompts), device=model.device)
-    for _ in range(states.shape[-1] + 1):  # the last iteration only confirms
-        predicted = forward_blocks(model, packed.with_states(states), cache).argmax(-1)
-        new_states = torch.where(in_response, predicted, pad_id)
-        changed = (new_states != states).any(-1)
-        for row, new_blocks, is_new in zip(rows.tolist(), new_states.tolist(), changed.tolist()):
-            for trajectory, state, new in zip(trajectories[row], new_blocks, is_new):
-                if new:
-                    trajectory.append(state)
-        left = changed.any(-1)
-        rows, states, in_response = rows[left], new_states[left], in_response[left]
-        if not left.any():
-            break
-        if not left.all():
-            packed = packed.select(left)
-            cache.batch_select_indices(left)
-    return trajectories
+    clean = _read_clean(model, requests, stop_ids)
+    keeps = [keep_not_greedy or not departures.any() for departures in clean.departures]
+    blocks = _Blocks.of(requests, clean, [row for row, kept in enumerate(keeps) if kept], block_size, pad_id)
+    settled = blocks.count_settled()
+    history = [blocks.states.copy()]
+    iterations = np.zeros(len(settled), dtype=np.int64)
+    active = settled < blocks.lengths
+    while active.any():
+        blocks.states[active] = _iterate(model, clean, blocks.select(active), settled[active])
+        before, settled = settled, blocks.count_settled()
+        # A near tie of the two best logits can come out differently here than in the clean sequence.
+        blocks.departed |= active & (settled <= before)
+        iterations += active
+        history.append(blocks.states.copy())
+        active = ~blocks.departed & (settled < blocks.lengths)
+    return _assemble(clean, blocks, np.stack(history), iterations, keep_not_greedy)
 
 
-def _lay_out(
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    first_states: list[np.ndarray],
-    pad_id: int,
-    device: torch.device,
-) -> tuple[PackedBatch, torch.Tensor, torch.Tensor]:
-    """The packed batch, its first states, and which of their positions lie in a response."""
-    block_size = first_states[0].shape[1]
-    sequences = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
-    clean_ids = pad_sequence(sequences, batch_first=True)
-    clean_mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
-    states = pad_sequence(
-        [torch.from_numpy(blocks) for blocks in first_states], batch_first=True, padding_value=pad_id
+@dataclass
+class _Clean:
+    """
+    The responses behind their prompts, read once.
+
+    Attributes:
+        ids (`torch.LongTensor` of shape `(num_rows, clean_length)`): prompts and responses, padded on the right.
+        mask (`torch.LongTensor` of shape `(num_rows, clean_length)`): 1 on tokens, 0 on padding.
+        cache (`transformers.DynamicCache`): their keys and values.
+        rows (`numpy.ndarray` of shape `(num_rows,)`): the requests that are still there.
+        responses (`list[list[int]]`): of all requests, with added stop tokens.
+        departures (`list[numpy.ndarray]`): of all requests: for each token of the response, whether the model would
+            have written another one.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cache: DynamicCache
+    rows: np.ndarray
+    responses: list[list[int]]
+    departures: list[np.ndarray]
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Let the other rows go; `rows` is sorted."""
+        if len(rows) == len(self.rows):
+            return
+        kept = torch.from_numpy(np.flatnonzero(np.isin(self.rows, rows))).to(self.ids.device)
+        self.ids, self.mask, self.rows = self.ids[kept], self.mask[kept], rows
+        self.cache.batch_select_indices(kept)
+
+
+@dataclass
+class _Blocks:
+    """
+    Blocks of all rows, in the order of the rows; `num_blocks` is their number.
+
+    Attributes:
+        rows (`numpy.ndarray` of shape `(num_blocks,)`): the request that a block belongs to.
+        starts (`numpy.ndarray` of shape `(num_blocks,)`): position of the block's anchor in prompt and response.
+        lengths (`numpy.ndarray` of shape `(num_blocks,)`): tokens of the response in the block.
+        anchors (`numpy.ndarray` of shape `(num_blocks,)`): the token before the block.
+        targets (`numpy.ndarray` of shape `(num_blocks, block_size)`): the response's tokens, padded.
+        states (`numpy.ndarray` of shape `(num_blocks, block_size)`): the current states.
+        departed (`numpy.ndarray` of shape `(num_blocks,)`): whether the response is not greedy in this block.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    anchors: np.ndarray
+    targets: np.ndarray
+    states: np.ndarray
+    departed: np.ndarray = field(repr=False)
+
+    @classmethod
+    def of(cls, requests: list[Request], clean: _Clean, rows: list[int], block_size: int, pad_id: int) -> _Blocks:
+        """The blocks of some rows, with their first drafts."""
+        parts: list[tuple[np.ndarray, ...]] = [_no_blocks(block_size)]
+        for row in rows:
+            request, response = requests[row], np.asarray(clean.responses[row])
+            count = num_blocks(len(response), block_size)
+            starts = np.arange(count) * block_size
+            padded = np.pad(response, (0, count * block_size - len(response)), constant_values=pad_id)
+            targets: np.ndarray = padded.reshape(count, block_size)
+            departed = np.zeros(count, dtype=bool)
+            departed[np.flatnonzero(clean.departures[row]) // block_size] = True
+            drafts = draw_first_states(request.prompt_ids, len(response), block_size, pad_id, request.seed)
+            parts.append(
+                (
+                    np.full(count, row),
+                    len(request.prompt_ids) - 1 + starts,
+                    np.minimum(len(response) - starts, block_size),
+                    np.concatenate([request.prompt_ids[-1:], response[starts[1:] - 1]]),
+                    targets,
+                    np.where(departed[:, None], targets, drafts),
+                    departed,
+                )
+            )
+        return cls(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+    def select(self, which: np.ndarray) -> _Blocks:
+        """Some of the blocks, by a mask."""
+        values = (self.rows, self.starts, self.lengths, self.anchors, self.targets, self.states, self.departed)
+        return _Blocks(*(value[which] for value in values))
+
+    def count_settled(self) -> np.ndarray:
+        """Leading tokens of each state that are those of the response; padding counts too."""
+        return np.cumprod(self.states == self.targets, axis=1).sum(axis=1).clip(max=self.lengths)
+
+
+def _no_blocks(block_size: int) -> tuple[np.ndarray, ...]:
+    """The arrays of `_Blocks` without a block, for batches in which no response is kept."""
+    none = np.zeros(0, dtype=np.int64)
+    tokens = np.zeros((0, block_size), dtype=np.int64)
+    return none, none, none, none, tokens, tokens, none.astype(bool)
+
+
+def _read_clean(model: PreTrainedModel, requests: list[Request], stop_ids: Collection[int]) -> _Clean:
+    """Read the responses once; what the model would have written instead is in the logits of that forward."""
+    device = input_device(model)
+    sequences = [torch.tensor(request.prompt_ids + request.response_ids) for request in requests]
+    ids = pad_sequence(sequences, batch_first=True).to(device)
+    mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True).to(device)
+    first = min(len(request.prompt_ids) for request in requests) - 1
+    logits, cache = forward_clean(model, ids, mask, ids.shape[1] - first)
+    predicted = logits.argmax(-1).cpu().numpy()
+    responses, departures = [], []
+    for request, row in zip(requests, predicted):
+        start, length = len(request.prompt_ids) - 1 - first, len(request.response_ids)
+        departs = row[start : start + length] != request.response_ids
+        following = int(row[start + length])
+        if request.may_stop and following in stop_ids and request.response_ids[-1] not in stop_ids:
+            responses.append([*request.response_ids, following])
+            departs = np.append(departs, False)
+        else:
+            responses.append(request.response_ids)
+        departures.append(departs)
+    return _Clean(ids, mask, cache, np.arange(len(requests)), responses, departures)
+
+
+def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np.ndarray) -> np.ndarray:
+    """
+    One forward over what is not settled of some blocks.
+
+    A block with `k` leading right tokens is fed from the last of them on. What stands before it, the block would read
+    from its own columns in an unpacked forward; it equals the clean sequence and is read from there.
+    """
+    clean.keep(np.unique(blocks.rows))
+    offsets = np.arange(blocks.states.shape[1])
+    fed = (offsets >= settled[:, None]) & (offsets < blocks.lengths[:, None])
+    block, offset = np.nonzero(fed)  # in the order of the rows
+    row = np.searchsorted(clean.rows, blocks.rows[block])
+    counts = np.bincount(row, minlength=len(clean.rows))
+    column = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
+    inputs = np.concatenate([blocks.anchors[:, None], blocks.states[:, :-1]], axis=1)
+
+    def lay_out(values: np.ndarray, fill: int) -> torch.Tensor:
+        out = np.full((len(clean.rows), counts.max()), fill, dtype=np.int64)
+        out[row, column] = values
+        return torch.from_numpy(out).to(clean.ids.device)
+
+    packed = _behind(
+        clean,
+        lay_out(inputs[fed], 0),
+        lay_out(blocks.starts[block] + offset, 0),
+        lay_out(block + 1, PADDING_SEGMENT),
+        lay_out((blocks.starts + settled)[block], 0),
     )
-    offsets = torch.arange(states[0].numel()).view_as(states[0])
-    in_response = offsets < torch.tensor([len(response) for response in responses])[:, None, None]
-    anchors = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None] + block_size * torch.arange(
-        states.shape[1]
+    predicted = forward_drafts(model, packed, clean.cache).argmax(-1).cpu().numpy()
+    states = blocks.states.copy()
+    states[fed] = predicted[row, column]
+    return states
+
+
+def _behind(
+    clean: _Clean, ids: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor, anchors: torch.Tensor
+) -> Packed:
+    """Draft tokens in their columns behind the clean ones."""
+    clean_positions = torch.arange(clean.ids.shape[1], device=clean.ids.device).expand_as(clean.ids)
+    clean_segments = torch.full_like(clean.ids, CLEAN_SEGMENT).masked_fill(clean.mask == 0, PADDING_SEGMENT)
+    return Packed(
+        input_ids=torch.cat([clean.ids, ids], dim=1),
+        position_ids=torch.cat([clean_positions, positions], dim=1),
+        segment_ids=torch.cat([clean_segments, segments], dim=1),
+        anchor_positions=torch.cat([torch.zeros_like(clean.ids), anchors], dim=1),
+        clean_length=clean.ids.shape[1],
     )
-    tensors = (clean_ids, clean_mask, states, anchors, in_response.any(-1))
-    return pack(*(tensor.to(device) for tensor in tensors)), states.to(device), in_response.to(device)
+
+
+def _assemble(
+    clean: _Clean, blocks: _Blocks, history: np.ndarray, iterations: np.ndarray, keep_not_greedy: bool
+) -> list[Trajectory]:
+    """From the states of all blocks at all iterations to the trajectories of each response."""
+    states: list[list[list[list[int]]]] = [[] for _ in clean.responses]
+    is_greedy = [not departures.any() for departures in clean.departures]
+    for number, row in enumerate(blocks.rows.tolist()):
+        if blocks.departed[number]:
+            is_greedy[row] = False
+            states[row].append([blocks.targets[number].tolist()])
+        else:
+            states[row].append(history[: iterations[number] + 1, number].tolist())
+    return [
+        Trajectory(response, greedy, kept if greedy or keep_not_greedy else [])
+        for response, greedy, kept in zip(clean.responses, is_greedy, states)
+    ]

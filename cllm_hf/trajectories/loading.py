@@ -268,10 +268,14 @@ def _files_by_split(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str
     """Shards that have records, by split, and the splits that have none."""
     # The host cannot read splits without rows, and not every file without rows.
     files: dict[str, list[str]] = {}
-    for name, entry in sorted(manifest["shards"].items()):
-        if entry["records"]:
-            files.setdefault(_split_of(name), []).append(str(folder / name))
-    return files, [split for split in records_by_split(manifest) if split not in files]
+    empty = []
+    for split, records in records_by_split(manifest).items():
+        if not records:
+            empty.append(split)
+            continue
+        shards = sorted(name for name in manifest["shards"] if _split_of(name) == split)
+        files[split] = [str(folder / name) for name in shards if manifest["shards"][name]["records"]]
+    return files, empty
 
 
 def _common_features(files: list[Path]) -> Features:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ..files import replace_file
 
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
+# For people: where things came from. All else in these parts decides which records come out.
+_COMPARED = ("model", "tokenizer", "prompts", "options")
+_FOR_PEOPLE = {"model.name", "model.revision", "model.num_parameters", "tokenizer.name"}
+_FOR_PEOPLE |= {"prompts.source", "prompts.license"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -49,3 +56,53 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "with `pip install -U cllm_hf`."
         )
     return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any], unfinished: Path) -> None:
+    """
+    Write the manifest of a folder, in place of an earlier one.
+
+    Args:
+        folder (`pathlib.Path`): the folder.
+        manifest (`Mapping[str, Any]`): the manifest; the same one gives the same bytes.
+        unfinished (`pathlib.Path`): the file to write first, on the same disk.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    content = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    replace_file(folder / MANIFEST_NAME, content.encode(), unfinished)
+
+
+def describe_difference(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """
+    Say in what two collections differ that decides which records come out.
+
+    Args:
+        earlier (`Mapping[str, Any]`): the manifest of the one.
+        present (`Mapping[str, Any]`): the manifest of the other, or its beginning.
+
+    Returns:
+        `str`: the differences, or nothing if both collect the same.
+    """
+    before, after = dict(_flatten(earlier)), dict(_flatten(present))
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    parts = []
+    for name in names:
+        if name.endswith(".fingerprint"):
+            what = {"model": "weights of the model", "tokenizer": "rules of the tokenizer"}.get(name.split(".")[0])
+            parts.append(f"other {what or 'prompts'}")
+        else:
+            option = name.removeprefix("options.").removeprefix("cleaning.")
+            parts.append(f"`{option}` is {before.get(name)!r} there and {after.get(name)!r} here")
+    return "; ".join(parts)
+
+
+def _flatten(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    pending = [(name, manifest.get(name, {})) for name in _COMPARED]
+    while pending:
+        name, value = pending.pop(0)
+        if isinstance(value, Mapping):
+            pending += [(f"{name}.{key}", part) for key, part in value.items()]
+        elif name not in _FOR_PEOPLE:
+            yield name, value

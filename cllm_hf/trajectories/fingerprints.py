@@ -1,0 +1,92 @@
+"""Numbers by which a model and a tokenizer are known again, wherever they were loaded from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .._host import attention_implementation, commit_of
+
+
+_SAMPLES = 256
+
+
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    """
+    Describe a model for a manifest.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model; an adapter's layers may be in it.
+
+    Returns:
+        `dict`: ready for JSON. `name` and `revision` are for people; the rest decides what the model says.
+    """
+    return {
+        "name": model.name_or_path or None,
+        "revision": commit_of(model.config),
+        "architecture": type(model).__name__,
+        "num_parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": attention_implementation(model.config.get_text_config()),
+        "fingerprint": fingerprint_weights(model),
+    }
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """
+    Describe a tokenizer for a manifest.
+
+    Args:
+        tokenizer (`transformers.PreTrainedTokenizerBase`): the tokenizer.
+
+    Returns:
+        `dict`: ready for JSON.
+    """
+    return {"name": tokenizer.name_or_path or None, "fingerprint": fingerprint_tokenizer(tokenizer)}
+
+
+@torch.no_grad()
+def fingerprint_weights(model: PreTrainedModel) -> str:
+    """
+    Hash some values of every weight: training changes them all, and reading them all would take long.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model. Weights that are offloaded to disk count by name and shape.
+
+    Returns:
+        `str`: hexadecimal.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        if weight.device.type != "meta":
+            values = weight.detach().flatten()
+            values = values[:: max(1, len(values) // _SAMPLES)]
+            digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    Hash what a tokenizer makes of text.
+
+    Args:
+        tokenizer (`transformers.PreTrainedTokenizerBase`): the tokenizer.
+
+    Returns:
+        `str`: hexadecimal.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(rules, dict):  # a call with padding or truncation leaves them there
+        rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
+    parts = [
+        rules,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        tokenizer.chat_template,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,335 @@
+"""The folder that a collection is written to: finished shards, a manifest, and what an unfinished shard has so far."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from ..files import check_writable, replace_file
+from .card import PLOT_NAME, make_card
+from .journal import Journal
+from .loading import check_shards
+from .manifest import MANIFEST_NAME, describe_difference, read_manifest, write_manifest
+from .shard import explain_none_left
+from .statistics import TrajectoryStatistics, plot_statistics
+
+
+DATA, UNFINISHED = "data", ".unfinished"
+_NOTES = "cllm_hf"  # key of what a shard says of itself, beside the host's own keys
+_COMPRESSION = 9  # of zstd: 15% smaller than its default, and still far quicker than what it compresses
+_WAIT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Process:
+    """
+    Which of several processes this one is.
+
+    Attributes:
+        index (`int`): from 0.
+        count (`int`): how many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls) -> Process:
+        """
+        This process, by the environment variables `RANK` and `WORLD_SIZE` of `torchrun` and `accelerate launch`.
+
+        Returns:
+            `Process`.
+
+        Raises:
+            ValueError: if they are not numbers that fit each other.
+        """
+        index, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise ValueError(
+                "The environment variables `RANK` and `WORLD_SIZE` must be numbers, `RANK` below `WORLD_SIZE`, got "
+                f"{index!r} and {count!r}. Unset both to run in one process."
+            )
+        return cls(int(index), int(count))
+
+
+class OutputFolder:
+    """
+    A folder of trajectories, from the first shard to the card.
+
+    A shard is a file for each split, of the records of `prompts_per_shard` consecutive prompts. It appears under its
+    name when it is complete, so what is there is finished, and what is not is made by the next run. All else is
+    derived from the shards: each says in its footer what was counted and measured while it was made.
+
+    Args:
+        path (`pathlib.Path`): the folder.
+        header (`dict`): the parts of the manifest that say what is collected, by which model and how.
+        splits (`tuple[str, ...]`): names of the splits.
+        process (`Process`): of several processes each makes every `count`-th shard.
+
+    Raises:
+        OSError: if the folder is not writable, another run is writing into it, or a finished shard is damaged.
+        ValueError: if it holds something else, or a collection of other prompts, options or another model.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], splits: tuple[str, ...], process: Process):
+        self.path = path
+        self.header = header
+        self.splits = splits
+        self.process = process
+        self._count = header["prompts"]["count"]
+        self._per_shard = header["options"]["prompts_per_shard"]
+        self.num_shards = -(-self._count // self._per_shard)
+        self._entries: dict[int, dict[str, Any]] = {}
+        self._lock = FileLock(path / UNFINISHED / f"process-{process.index}.lock", timeout=0)
+        check_writable(path)
+        self._check_earlier()
+
+    def __enter__(self) -> OutputFolder:
+        for folder in (DATA, UNFINISHED):
+            (self.path / folder).mkdir(exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise OSError(
+                f"Another run is writing into {str(self.path)!r}. Wait for its end, or choose another `output_dir`."
+            ) from error
+        self._write_manifest(complete=False)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def is_complete(self) -> bool:
+        """
+        Whether nothing is left to do.
+
+        Returns:
+            `bool`.
+        """
+        if not self._has_manifest() or self._missing():
+            return False
+        manifest = read_manifest(self.path)
+        return manifest["complete"] and manifest["prompts"] == self.header["prompts"]
+
+    def own_shards(self) -> list[int]:
+        """
+        The shards that this process makes and that are not there yet.
+
+        Returns:
+            `list[int]`.
+        """
+        return [number for number in self._missing() if number % self.process.count == self.process.index]
+
+    def prompts_of(self, number: int) -> range:
+        """
+        The prompts of a shard.
+
+        Args:
+            number (`int`): of the shard.
+
+        Returns:
+            `range`: of their places.
+        """
+        return range(number * self._per_shard, min((number + 1) * self._per_shard, self._count))
+
+    def journal(self, number: int) -> Journal:
+        """
+        The journal of an unfinished shard.
+
+        Args:
+            number (`int`): of the shard.
+
+        Returns:
+            `Journal`.
+        """
+        return Journal(self.path / UNFINISHED / f"shard-{number:05d}")
+
+    def write_shard(
+        self, number: int, tables: Mapping[str, pa.Table], counts: Mapping[str, int], statistics: Mapping[str, Any]
+    ) -> None:
+        """
+        Write a shard, and drop its journal.
+
+        Args:
+            number (`int`): of the shard.
+            tables (`Mapping[str, pyarrow.Table]`): its records, by split.
+            counts (`Mapping[str, int]`): kept and dropped prompts, by reason.
+            statistics (`Mapping[str, Any]`): for each split, `TrajectoryStatistics.to_dict()`.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        notes = {"shard": number, "counts": dict(counts), "statistics": dict(statistics)}
+        for split in reversed(self.splits):  # the first split is written last: with it the shard is complete
+            name = self._name(split, number)
+            content = _to_parquet(tables[split], notes)
+            replace_file(self.path / name, content, self.path / UNFINISHED / Path(name).name)
+        self.journal(number).clear()
+        if self.process.index == 0:
+            self._write_manifest(complete=False)
+
+    @contextmanager
+    def explained_errors(self) -> Iterator[None]:
+        """
+        Say of an error of the file system what is kept and how to go on.
+
+        Raises:
+            OSError: in place of one within the context.
+        """
+        try:
+            yield
+        except OSError as error:
+            done = self.num_shards - len(self._missing())
+            raise OSError(
+                f"The collection stopped: {error.strerror or error}. {done} of {self.num_shards} shards in "
+                f"{str(self.path)!r} are finished and whole. Make room or repair the disk, and run the same "
+                "collection again: it goes on there."
+            ) from error
+
+    def finish(self, wait: bool) -> bool:
+        """
+        Merge the shards of all processes: write the plot, the card and the last manifest.
+
+        The first process does it when it has waited for the others. Where nobody waits, the last one to finish does.
+
+        Args:
+            wait (`bool`): whether to wait for the shards of other processes, and until the folder is complete.
+
+        Returns:
+            `bool`: whether the folder is complete.
+
+        Raises:
+            OSError: if it cannot be written, or a shard is damaged.
+            ValueError: if no record is left.
+        """
+        while wait and not self.is_complete() and (self._missing() or self.process.index > 0):
+            time.sleep(_WAIT_SECONDS)
+        if self.is_complete() and self.process.index > 0:
+            return True
+        if self._missing():
+            return False
+        with FileLock(self.path / UNFINISHED / "merge.lock"):  # of processes that do not wait, two may be the last
+            if not self.is_complete():
+                self._merge()
+            shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
+        return True
+
+    def _merge(self) -> None:
+        manifest = self._manifest(complete=True)
+        if not manifest["counts"].get("kept"):
+            raise ValueError(explain_none_left(self._count, manifest["counts"]))
+        statistics = {
+            split: TrajectoryStatistics.from_dict(values) for split, values in manifest["statistics"].items()
+        }
+        plot = self.path / UNFINISHED / PLOT_NAME
+        plot_statistics(statistics, plot)
+        os.replace(plot, self.path / PLOT_NAME)
+        self._replace("README.md", make_card({"default": manifest}, None).encode())
+        write_manifest(self.path, manifest, self.path / UNFINISHED / MANIFEST_NAME)
+
+    def _manifest(self, complete: bool) -> dict[str, Any]:
+        """The manifest of the shards that are there."""
+        shards: dict[str, Any] = {}
+        counts: Counter[str] = Counter()
+        done = 0
+        statistics = {split: TrajectoryStatistics(self.header["options"]["block_size"]) for split in self.splits}
+        for number in sorted(set(range(self.num_shards)) - set(self._missing())):
+            entry = self._entries.get(number) or self._read_entry(number)
+            self._entries[number] = entry
+            shards.update(entry["files"])
+            counts.update(entry["counts"])
+            for split, values in entry["statistics"].items():
+                statistics[split] += TrajectoryStatistics.from_dict(values)
+            done += len(self.prompts_of(number))
+        return {
+            **self.header,
+            "complete": complete,
+            "prompts_done": done,
+            "counts": dict(sorted(counts.items())),
+            "statistics": {split: values.to_dict() for split, values in statistics.items()},
+            "shards": dict(sorted(shards.items())),
+        }
+
+    def _write_manifest(self, complete: bool) -> None:
+        # The other processes write nothing but their shards.
+        if self.process.index == 0 or not self._has_manifest():
+            manifest = self._manifest(complete)
+            write_manifest(self.path, manifest, self.path / UNFINISHED / f"{self.process.index}-{MANIFEST_NAME}")
+
+    def _read_entry(self, number: int) -> dict[str, Any]:
+        files = {}
+        for split in self.splits:
+            name = self._name(split, number)
+            content = (self.path / name).read_bytes()
+            try:
+                metadata = pq.read_metadata(io.BytesIO(content))
+                notes = json.loads(metadata.metadata[_NOTES.encode()])
+            except (pa.ArrowException, KeyError, ValueError) as error:
+                raise OSError(
+                    f"Shard {name} of {str(self.path)!r} cannot be read ({error}). Delete it and run the same "
+                    "collection again: only that shard is made anew."
+                ) from error
+            digest = hashlib.sha256(content).hexdigest()
+            files[name] = {"records": metadata.num_rows, "bytes": len(content), "sha256": digest}
+        return {"files": files, "counts": notes["counts"], "statistics": notes["statistics"]}
+
+    def _check_earlier(self) -> None:
+        """Compare with what an earlier run has left there."""
+        if not self._has_manifest():
+            if any((self.path / DATA).glob("*.parquet")):
+                raise ValueError(
+                    f"{str(self.path)!r} holds parquet files, but no `{MANIFEST_NAME}` that says what they are. "
+                    "Choose another `output_dir`."
+                )
+            return
+        earlier = read_manifest(self.path)
+        difference = describe_difference(earlier, self.header)
+        if difference:
+            raise ValueError(
+                f"{str(self.path)!r} holds another collection: {difference}. Choose another `output_dir`, or pass "
+                "what that one was begun with, which continues it."
+            )
+        prompts = dict(self.header["prompts"])
+        for name in ("source", "license"):  # said once, they stay
+            prompts[name] = prompts[name] or earlier["prompts"].get(name)
+        # The versions are those that it was begun with.
+        self.header = {**self.header, "prompts": prompts, "made_with": earlier["made_with"]}
+        there = {name: entry for name, entry in earlier["shards"].items() if (self.path / name).is_file()}
+        check_shards(self.path, {"shards": there})
+
+    def _has_manifest(self) -> bool:
+        return (self.path / MANIFEST_NAME).is_file()
+
+    def _missing(self) -> list[int]:
+        # The first split is written last.
+        names = set(os.listdir(self.path / DATA)) if (self.path / DATA).is_dir() else set()
+        return [n for n in range(self.num_shards) if Path(self._name(self.splits[0], n)).name not in names]
+
+    def _name(self, split: str, number: int) -> str:
+        return f"{DATA}/{split}-{number:05d}-of-{self.num_shards:05d}.parquet"
+
+    def _replace(self, name: str, content: bytes) -> None:
+        replace_file(self.path / name, content, self.path / UNFINISHED / name)
+
+
+def _to_parquet(table: pa.Table, notes: dict[str, Any]) -> bytes:
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=_COMPRESSION) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({_NOTES: json.dumps(notes, sort_keys=True)})
+    return sink.getvalue()

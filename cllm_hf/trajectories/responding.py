@@ -1,0 +1,101 @@
+"""The model's own greedy responses to prompts, and what goes into a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .._host import input_device
+
+
+def batch_by_tokens(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
+    """
+    Put items of similar size together, each batch within a budget of tokens.
+
+    Args:
+        sizes (`Sequence[tuple[int, int]]`): tokens of two parts of each item, which are padded apart in a batch.
+        budget (`int`): tokens of a batch, padding included; an item that is larger makes a batch of its own.
+
+    Returns:
+        `list[list[int]]`: indices of the items of each batch, largest items first, so that memory that does not
+        suffice shows at once.
+    """
+    order = sorted(range(len(sizes)), key=lambda index: (sum(sizes[index]), sizes[index], -index), reverse=True)
+    batches: list[list[int]] = []
+    first = second = 0
+    for index in order:
+        first, second = max(first, sizes[index][0]), max(second, sizes[index][1])
+        if batches and (len(batches[-1]) + 1) * (first + second) <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            first, second = sizes[index]
+    return batches
+
+
+def respond(
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], pad_id: int
+) -> list[list[int]]:
+    """
+    Decode the greedy responses to a batch of prompts, without the processors of the model's generation config.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target model.
+        prompts (`list[list[int]]`): token ids of each prompt.
+        max_new_tokens (`int`): longest response, in tokens.
+        stop_ids (`list[int]`): tokens that end a response.
+        pad_id (`int`): for padding.
+
+    Returns:
+        `list[list[int]]`: token ids of each response, its stop token included.
+    """
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids or None, pad_token_id=pad_id
+    )
+    device = input_device(model)
+    generate: Any = model.generate
+    with _without_defaults(model):
+        output = generate(input_ids.to(device), attention_mask=mask.to(device), generation_config=options)
+    return [_until_stop(response, stop_ids) for response in output[:, longest:].tolist()]
+
+
+def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Tokens that end a response: those of the model's generation config, otherwise that of the tokenizer.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
+
+    Returns:
+        `list[int]`: empty if there are none.
+    """
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+@contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out the model's own generation defaults: a fixed point is the plain argmax, without any processor."""
+    defaults = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = defaults
+
+
+def _until_stop(response: list[int], stop_ids: list[int]) -> list[int]:
+    stops = [position for position, token in enumerate(response) if token in stop_ids]
+    return response[: stops[0] + 1] if stops else response

@@ -1,0 +1,205 @@
+"""From the prompts of a shard to its records: responses, cleaning, trajectories, augmentation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .augmentation import augment_states
+from .collector import Request, Trajectory, collect_trajectories
+from .journal import Journal
+from .options import CollectionOptions
+from .progress import Progress
+from .prompts import PromptRow
+from .responding import batch_by_tokens, find_stop_ids, respond
+
+
+# Logits of a forward at most, so that a large vocabulary does not fill the memory: a gigabyte in float32.
+_MOST_LOGITS = 2**28
+
+
+class ShardCollector:
+    """
+    Collects the records of some prompts; within a `with` statement the model is in evaluation mode.
+
+    What it computes depends on the prompts of the shard alone, not on other shards nor on what a journal holds.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target model.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
+        options (`CollectionOptions`): what to collect.
+        duplicates (`Collection[int]`): the `index` of prompts to drop as duplicates.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: CollectionOptions,
+        duplicates: Collection[int] = (),
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options
+        self.duplicates = duplicates
+        self._stop_ids = find_stop_ids(model, tokenizer)
+        pad_id = tokenizer.pad_token_id
+        self._pad_id: int = pad_id if pad_id is not None else (self._stop_ids or [0])[0]
+        config: Any = model.config.get_text_config()
+        self._positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._most_tokens = min(options.max_tokens_per_batch, 2 * _MOST_LOGITS // config.vocab_size)
+
+    def __enter__(self) -> ShardCollector:
+        self._was_training = self.model.training
+        self.model.eval()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.model.train(self._was_training)
+
+    def collect(
+        self, rows: Sequence[PromptRow], journal: Journal, progress: Progress
+    ) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """
+        Collect the records of a shard.
+
+        Args:
+            rows (`Sequence[PromptRow]`): its prompts.
+            journal (`Journal`): what has been computed of it already.
+            progress (`Progress`): is told what is done.
+
+        Returns:
+            `tuple[list[dict], collections.Counter]`: the records in the order of the prompts, and the number of kept
+            and dropped prompts by reason.
+        """
+        counts: Counter[str] = Counter()
+
+        def keep(row: PromptRow, reason: str | None) -> bool:
+            if reason is not None:
+                counts[reason] += 1
+                progress.advance(dropped=True)
+            return reason is None
+
+        rows = [row for row in rows if keep(row, self._reason_to_drop_prompt(row))]
+        responses = self._respond(rows, journal, progress)
+        # Whether a text from elsewhere stops is known later.
+        rows = [row for row in rows if keep(row, self._reason_to_drop(responses[row.index], may_stop=row.may_stop))]
+        trajectories = self._iterate(rows, responses, journal, progress)
+        records = []
+        for row in rows:
+            trajectory = trajectories[row.index]
+            if keep(
+                row, self._reason_to_drop(trajectory.response_ids) or (None if trajectory.states else "not_greedy")
+            ):
+                counts["kept"] += 1
+                counts["kept_not_greedy"] += not trajectory.is_greedy
+                records.append(self._record(row, trajectory))
+                progress.advance(num_tokens=len(trajectory.response_ids))
+        return records, +counts
+
+    def _reason_to_drop_prompt(self, row: PromptRow) -> str | None:
+        rules, longest = self.options.cleaning, self.options.max_new_tokens
+        if row.index in self.duplicates:
+            return "duplicate"
+        if not row.prompt_ids:
+            return "empty_prompt"
+        if row.response_ids is not None:
+            longest = len(row.response_ids) + row.may_stop
+        too_long = self._positions is not None and len(row.prompt_ids) + longest > self._positions
+        if too_long or (rules.max_prompt_tokens is not None and len(row.prompt_ids) > rules.max_prompt_tokens):
+            return "long_prompt"
+        if row.response_ids is not None and len(row.response_ids) > self.options.max_new_tokens:
+            return "long_response"
+        return "empty" if row.response_ids == [] else None
+
+    def _reason_to_drop(self, response: list[int], may_stop: bool = False) -> str | None:
+        reason = self.options.cleaning.reason_to_drop(response, self._text(response), self._stop_ids)
+        return None if reason == "truncated" and may_stop else reason
+
+    def _respond(self, rows: list[PromptRow], journal: Journal, progress: Progress) -> dict[int, list[int]]:
+        """Responses by index: those that are given, and those of the model to the other prompts."""
+        responses = {row.index: row.response_ids for row in rows if row.response_ids is not None}
+        asked = [row for row in rows if row.response_ids is None]
+        sizes = [(len(row.prompt_ids), self.options.max_new_tokens) for row in asked]
+        for number, batch in enumerate(batch_by_tokens(sizes, self.options.max_tokens_per_batch)):
+            progress.say(f"responses {len(responses)}/{len(rows)}")
+            prompts = [asked[place].prompt_ids for place in batch]
+            decoded = journal.once(f"responses-{number:05d}", partial(self._decode, prompts))
+            responses.update((asked[place].index, response) for place, response in zip(batch, decoded))
+        return responses
+
+    def _decode(self, prompts: list[list[int]]) -> list[list[int]]:
+        return respond(self.model, prompts, self.options.max_new_tokens, self._stop_ids, self._pad_id)
+
+    def _iterate(
+        self, rows: list[PromptRow], responses: Mapping[int, list[int]], journal: Journal, progress: Progress
+    ) -> dict[int, Trajectory]:
+        """Trajectories by index."""
+        requests = [
+            Request(row.prompt_ids, responses[row.index], (self.options.seed, row.index), row.may_stop) for row in rows
+        ]
+        sizes = [(len(r.prompt_ids) + len(r.response_ids), len(r.response_ids)) for r in requests]
+        trajectories: dict[int, Trajectory] = {}
+        for number, batch in enumerate(batch_by_tokens(sizes, self._most_tokens)):
+            progress.say(f"trajectories {len(trajectories)}/{len(rows)}")
+            chosen = [requests[place] for place in batch]
+            found = journal.once(f"trajectories-{number:05d}", partial(self._collect, chosen))
+            trajectories.update((rows[place].index, Trajectory(**values)) for place, values in zip(batch, found))
+        return trajectories
+
+    def _collect(self, requests: list[Request]) -> list[dict[str, Any]]:
+        found = collect_trajectories(
+            self.model,
+            requests,
+            self.options.block_size,
+            self._pad_id,
+            self._stop_ids,
+            keep_not_greedy=self.options.not_greedy == "keep",
+        )
+        return [vars(trajectory) for trajectory in found]
+
+    def _record(self, row: PromptRow, trajectory: Trajectory) -> dict[str, Any]:
+        record = {
+            "data_id": row.data_id,
+            "prompt": row.text,
+            "response": self._text(trajectory.response_ids),
+            "prompt_ids": row.prompt_ids,
+            "response_ids": trajectory.response_ids,
+            "states": trajectory.states,
+            "is_greedy": trajectory.is_greedy,
+        }
+        if self.options.augment:
+            generator = np.random.default_rng((self.options.seed, row.index, 1))  # apart from the first drafts'
+            length, size = len(trajectory.response_ids), self.options.block_size
+            record["augmented_states"] = [
+                augment_states(states, min(length - start, size), generator)
+                for states, start in zip(trajectory.states, range(0, length, size))
+            ]
+        return record
+
+    def _text(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def explain_none_left(num_prompts: int, counts: Mapping[str, int]) -> str:
+    """
+    Say why a collection has no records.
+
+    Args:
+        num_prompts (`int`): how many prompts it began with.
+        counts (`Mapping[str, int]`): of dropped prompts, by reason.
+
+    Returns:
+        `str`: a few sentences.
+    """
+    reasons = ", ".join(f"{count} for `{reason}`" for reason, count in counts.items())
+    return (
+        f"No record is left of {num_prompts} prompts: {reasons} were dropped. For `not_greedy` collect in float32 "
+        "(`model.float()`), for `long_prompt` lower `max_new_tokens`; for others loosen the `CleaningRules`, or look "
+        "at what the model answers."
+    )
