@@ -121,8 +121,10 @@ def test_options_that_argparse_refuses(capsys, arguments, message):
         ([*REQUIRED, "--conf", "x.yaml"], "no such options, got --conf x.yaml"),
         ([*REQUIRED, "more"], "no such options, got more"),
         ([*REQUIRED, "--limit", "0"], "`limit` must be at least 1, got 0"),
-        ([*REQUIRED, "--max_token_run", "-1"], "`max_token_run` must be at least 0, got -1"),
+        ([*REQUIRED, "--max_token_run", "-1"], "`max_token_run` must be an integer of at least 2"),
         ([*REQUIRED, "--max_token_run", "1"], "`max_token_run` must be an integer of at least 2"),
+        ([*REQUIRED, "--block_size", "0"], "`block_size` must be an integer of at least 1, got 0"),
+        ([*REQUIRED, "--seed", "-1"], "`seed` must be an integer of at least 0, got -1"),
         ([*REQUIRED, "--test_fraction", "1"], "`test_fraction` must be at least 0 and below 1, got 1.0"),
         ([*REQUIRED, "--prompt_template", "{question}"], "must have {prompt} where the prompt goes"),
         ([*REQUIRED, "--push_to_hub", "a/b", "--no_wait"], "Run `cllm push` afterwards"),
@@ -522,13 +524,13 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_is_collected_can_be_inspected_and_verified(collect_arguments, dataset, tmp_path, capsys):
+def test_what_is_collected_can_be_inspected_and_verified(collect_arguments, dataset, tokenizer, tmp_path, capsys):
     assert main(collect_arguments) == 0
     text = capsys.readouterr().out
     folder = tmp_path / "out"
     assert text.startswith("Kept 12 of 13 responses; dropped: 1 duplicate.\n") and "| block size 5" in text
     assert f"`cllm inspect {folder}`" in text and f"`cllm verify {folder}`" in text and f"cllm push {folder}" in text
-    records = command.load_trajectories(str(folder))
+    records = command.load_trajectories(folder)
     assert records["states"] == dataset["states"] and records["response_ids"] == dataset["response_ids"]
 
     assert main(["inspect", str(folder), "--data-id", "7"]) == 0
@@ -538,6 +540,10 @@ def test_what_is_collected_can_be_inspected_and_verified(collect_arguments, data
     assert capsys.readouterr().out.startswith(text.split("\n\n")[1])
     assert main(["verify", str(folder)]) == 0
     assert " hold, 0 do not." in capsys.readouterr().out
+
+    make_word_model(tokenizer, "gpt2").save_pretrained(tmp_path / "other")
+    assert main(["verify", str(folder), "--model", str(tmp_path / "other")]) == 1
+    assert "The weights are not those that the dataset was built with" in capsys.readouterr().out
 
     files = files_of(folder)
     assert main(collect_arguments) == 0  # there is nothing left to do

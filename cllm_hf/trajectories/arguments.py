@@ -12,11 +12,6 @@ from ..evaluation.arguments import positive
 
 
 COLLECT_HELP = "build a dataset of trajectories from a model and prompts"
-_LEAST = {
-    **dict.fromkeys(("block_size", "max_new_tokens", "max_tokens_per_batch", "prompts_per_shard", "limit"), 1),
-    **dict.fromkeys(("seed", "max_token_run", "max_sentence_repeats"), 0),
-    "max_prompt_tokens": 1,
-}
 _Run = Callable[[argparse.Namespace], int]
 
 
@@ -27,11 +22,11 @@ def _option(default: Any, help: str) -> Any:
 @dataclasses.dataclass
 class CollectArguments:
     """
-    The options of `cllm collect`; each has its meaning in the `help` of its metadata.
+    The options of `cllm collect`; each has its meaning in the `help` of its metadata. Those of the collection itself
+    are checked further by `CollectionOptions` and `CleaningRules`.
 
     Raises:
-        ValueError: for values that are not of the type of their option or out of range, or options that contradict
-            each other.
+        ValueError: for values that are not of the type of their option, or options that contradict each other.
     """
 
     model: str = dataclasses.field(metadata={"help": "folder or Hub id of a model, a CLLM or an adapter"})
@@ -73,7 +68,7 @@ class CollectArguments:
     block_size: int = _option(16, "tokens of a block")
     max_new_tokens: int = _option(512, "longest response, in tokens; longer ones are cut there")
     seed: int = _option(0, "of the first drafts")
-    max_tokens_per_batch: int | None = _option(None, "tokens computed together; by default as memory allows")
+    max_tokens_per_batch: int = _option(16384, "tokens computed together; more are faster until the memory is full")
     prompts_per_shard: int = _option(1000, "prompts of a file of the dataset")
     augment: bool = _option(False, "add states with some wrong tokens made right, for training")
     test_fraction: float = _option(0.0, "part of the prompts that goes to a test split")
@@ -97,12 +92,8 @@ class CollectArguments:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-        if not 0 <= self.test_fraction < 1:
-            raise ValueError(f"`test_fraction` must be at least 0 and below 1, got {self.test_fraction}.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` must be at least 1, got {self.limit}.")
         if (self.prompts is None) == (self.dataset_name is None):
             got = "neither" if self.prompts is None else "both"
             raise ValueError(f"Exactly one of `--prompts` and `--dataset_name` says what to ask, got {got}.")

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -20,15 +21,18 @@ from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
+from .._host import base_model_of
 from ..files import check_writable, check_writable_file
 from ..loading import check_model_name, load_cllm, pick_device
 from .arguments import CollectArguments
 from .builder import TrajectoryBuilder
 from .cleaning import CleaningRules
+from .fingerprints import fingerprint_weights
 from .hub import check_can_push, push_trajectories
 from .inspection import format_record
 from .loading import load_trajectories
 from .manifest import MANIFEST_NAME, read_manifest
+from .options import CollectionOptions
 from .sources import is_local, read_source
 from .statistics import (
     TrajectoryStatistics,
@@ -56,13 +60,7 @@ def run_collect(options: CollectArguments) -> str:
     """
     check_model_name(options.model, "model")
     is_first = int(os.environ.get("RANK", "0")) == 0
-    cleaning = CleaningRules(
-        max_token_run=options.max_token_run or None,
-        max_sentence_repeats=options.max_sentence_repeats or None,
-        drop_empty=options.drop_empty,
-        drop_truncated=options.drop_truncated,
-        max_prompt_tokens=options.max_prompt_tokens,
-    )
+    collection = _collection_options(options)
     prompts, responses = read_source(
         options.prompts,
         options.dataset_name,
@@ -81,7 +79,7 @@ def run_collect(options: CollectArguments) -> str:
     if source is None and options.dataset_name is not None and not is_local(options.dataset_name):
         source = options.dataset_name
     with _quiet_hosts():
-        builder = _make_builder(options, cleaning, show_progress=is_first and sys.stderr.isatty())
+        builder = _make_builder(options, collection, show_progress=is_first and sys.stderr.isatty())
         is_complete = builder.collect(
             prompts, folder, responses=responses, source=source, license=options.license, wait=options.wait
         )
@@ -192,7 +190,14 @@ def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
     with _quiet_hosts():
         model = load_model(name, dtype, device, revision=revision, trust_remote_code=options.trust_remote_code)
         report = verify_transitions(model, dataset, options.transitions, options.seed, sys.stderr.isatty())
-    return format_verification(report), not report.failures
+        text = format_verification(report)
+        built_with = made_by.get("fingerprint")
+        if report.failures and built_with and built_with != fingerprint_weights(base_model_of(model)):
+            text += (
+                "\n\nThe weights are not those that the dataset was built with: they are of another model, revision "
+                "or dtype, or an adapter is missing."
+            )
+    return text, not report.failures
 
 
 def run_push(options: argparse.Namespace) -> str:
@@ -259,7 +264,19 @@ def load_model(
     return model if device is None else model.to(device)
 
 
-def _make_builder(options: CollectArguments, cleaning: CleaningRules, show_progress: bool) -> Any:
+def _collection_options(options: CollectArguments) -> CollectionOptions:
+    cleaning = CleaningRules(
+        max_token_run=options.max_token_run or None,
+        max_sentence_repeats=options.max_sentence_repeats or None,
+        drop_empty=options.drop_empty,
+        drop_truncated=options.drop_truncated,
+        max_prompt_tokens=options.max_prompt_tokens,
+    )
+    names = [field.name for field in fields(CollectionOptions) if field.name != "cleaning"]
+    return CollectionOptions(cleaning=cleaning, **{name: getattr(options, name) for name in names})
+
+
+def _make_builder(options: CollectArguments, collection: CollectionOptions, show_progress: bool) -> TrajectoryBuilder:
     device = None
     if options.device_map is None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -276,22 +293,7 @@ def _make_builder(options: CollectArguments, cleaning: CleaningRules, show_progr
         device_map=options.device_map,
         attn_implementation=options.attn_implementation,
     )
-    budget = {} if options.max_tokens_per_batch is None else {"max_tokens_per_batch": options.max_tokens_per_batch}
-    return TrajectoryBuilder(
-        model,
-        processing_class=tokenizer,
-        block_size=options.block_size,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-        prompts_per_shard=options.prompts_per_shard,
-        augment=options.augment,
-        test_fraction=options.test_fraction,
-        cleaning=cleaning,
-        drop_duplicates=options.drop_duplicates,
-        not_greedy=options.not_greedy,
-        show_progress=show_progress,
-        **budget,
-    )
+    return TrajectoryBuilder(model, processing_class=tokenizer, show_progress=show_progress, **vars(collection))
 
 
 @contextmanager

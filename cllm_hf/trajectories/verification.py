@@ -13,6 +13,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .._host import input_device
 from ..evaluation.report import format_table
 from .arrays import lay_out
 from .schema import REQUIRED_COLUMNS
@@ -227,13 +228,13 @@ def _check_record(
         for state in range(len(states) if is_greedy or len(states) > 1 else 0)
     ]
     _check_vocabulary(model, record, row)
-    failures = []
+    device, failures = input_device(model), []
     for number in numbers:
         block, state = places[number]
         states, start = record["states"][block], block * block_size
         length = min(block_size, len(record["response_ids"]) - start)
         fed = record["prompt_ids"] + record["response_ids"][:start] + states[state][:-1]
-        logits = model(torch.tensor([fed], device=model.device), use_cache=False).logits[0, -block_size:][:length]
+        logits = model(torch.tensor([fed], device=device), use_cache=False).logits[0, -block_size:][:length]
         following = torch.tensor(states[min(state + 1, len(states) - 1)][:length], device=logits.device)
         if not logits.argmax(-1).equal(following):
             place = (str(record.get("data_id", row)), block, state)
