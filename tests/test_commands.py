@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from conftest import make_word_model
 from datasets import Dataset, DatasetDict
 
@@ -41,6 +42,17 @@ def model_folder(tmp_path_factory, tokenizer):
 def dataset(tokenizer):
     options = {"block_size": 5, "max_new_tokens": 23, "cleaning": NO_CLEANING, "show_progress": False}
     return TrajectoryBuilder(make_word_model(tokenizer), tokenizer, **options).build(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(model_folder, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    options = {"target_modules": "all-linear", "init_lora_weights": False}
+    get_peft_model(model, LoraConfig(**options)).save_pretrained(model_folder.parent / "adapter")
+    tokenizer.save_pretrained(model_folder.parent / "adapter")
+    return model_folder.parent / "adapter"
 
 
 @pytest.fixture
@@ -339,15 +351,9 @@ def test_all_options_reach_the_builder(recording, model_folder, tmp_path, capsys
     }
 
 
-def test_a_revision_is_not_for_adapters(model_folder, tmp_path, tokenizer):
-    from peft import LoraConfig, get_peft_model
-
-    adapter = tmp_path / "adapter"
-    model = command.load_model(str(model_folder), "float32", torch.device("cpu"))
-    get_peft_model(model, LoraConfig(target_modules="all-linear")).save_pretrained(adapter)
-    assert hasattr(command.load_model(str(adapter), "float32", None), "peft_config")
+def test_a_revision_is_not_for_adapters(adapter_folder):
     with pytest.raises(ValueError, match="`revision` is that of a whole model, got 'v2' for the adapter"):
-        command.load_model(str(adapter), "float32", None, revision="v2")
+        command.load_model(str(adapter_folder), "float32", None, revision="v2")
 
 
 def test_interrupted_collections_can_go_on(recording, model_folder, tmp_path, monkeypatch, capsys):
@@ -551,6 +557,14 @@ def test_what_is_collected_can_be_inspected_and_verified(collect_arguments, data
     assert main([*collect_arguments, "--seed", "1"]) == 1  # another collection does not mix with it
     assert "seed" in capsys.readouterr().err
     assert files_of(folder) == files
+
+
+def test_adapters_collect_and_are_found_again(collect_arguments, adapter_folder, tmp_path, capsys):
+    assert main([*collect_arguments, "--model", str(adapter_folder), "--limit", "4"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["model"]["name"] == str(adapter_folder) and manifest["counts"]["kept"] == 4
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert " hold, 0 do not." in capsys.readouterr().out
 
 
 def test_given_responses_are_read_and_prompts_held_out(collect_arguments, dataset, tmp_path, capsys):

@@ -182,10 +182,12 @@ def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
     made_by = _manifest_of(options.dataset, options.config_name).get("model", {})
     name, revision = options.model, None
     if name is None:
-        name, revision = made_by.get("name"), made_by.get("revision")
+        name = made_by.get("name")
         if not name:
             raise ValueError(f"{options.dataset} does not say which model it was made by. Pass it as `--model`.")
         check_model_name(name, "model")
+        if find_adapter_config_file(name) is None:  # for an adapter it is that of the model below it
+            revision = made_by.get("revision")
     dtype = options.dtype or made_by.get("dtype") or "float32"
     with _quiet_hosts():
         model = load_model(name, dtype, device, revision=revision, trust_remote_code=options.trust_remote_code)
@@ -261,6 +263,7 @@ def load_model(
         options["trust_remote_code"] = True
     options = {option: value for option, value in options.items() if value is not None}
     model: Any = load_cllm(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
+    base_model_of(model).name_or_path = name  # with an adapter it is no longer the model that it was loaded as
     return model if device is None else model.to(device)
 
 
