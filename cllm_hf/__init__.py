@@ -38,8 +38,8 @@ __all__ = [
     "TrajectoryStatistics",
     "export_custom_generate",
     "load_cllm",
-    "measure_trajectories",
     "load_trajectories",
+    "measure_trajectories",
     "push_trajectories",
     "register",
     "set_jacobi_defaults",
@@ -56,8 +56,8 @@ _LAZY = {
     "TrajectoryStatistics": ".trajectories.statistics",
     "export_custom_generate": ".export",
     "load_cllm": ".loading",
-    "measure_trajectories": ".trajectories.statistics",
     "load_trajectories": ".trajectories.loading",
+    "measure_trajectories": ".trajectories.statistics",
     "push_trajectories": ".trajectories.hub",
 }
 

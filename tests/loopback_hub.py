@@ -160,7 +160,8 @@ class Handler(BaseHTTPRequestHandler):
         for file in json.loads(self.body)["files"]:
             name = file["path"]
             mode = "lfs" if name.endswith((".parquet", ".png")) else "regular"
-            oid = _describe(name, files[name])["oid"] if name in files and mode == "regular" else None
+            known = _describe(name, files[name]) if name in files else {}
+            oid = known.get("lfs", known).get("oid")
             answers.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.reply({"files": answers})
 
@@ -183,6 +184,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_commit(self, id, revision):
         repository = self.repository(id, writes=True)
+        if self.server.hub.meanwhile is not None:
+            self.server.hub.meanwhile(repository)
+            self.server.hub.meanwhile = None
         parent = self.commit_of(repository, revision)
         files, message = dict(repository.commits[parent]), ""
         for line in self.body.splitlines():
@@ -268,6 +272,7 @@ class LoopbackHub:
     def __init__(self):
         self.repositories, self.large_files, self.requests = {}, {}, []
         self.lock = threading.Lock()
+        self.meanwhile = None  # what somebody else does to a repository just before the next commit
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

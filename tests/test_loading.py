@@ -394,7 +394,12 @@ def test_paths_that_are_nothing(tmp_path):
         (b"\xff\xfe", ValueError, "must be JSON, got"),
         ("[]", ValueError, "must be the manifest of a trajectory dataset"),
         ('{"format": 1}', ValueError, "must be the manifest of a trajectory dataset"),
-        ('{"format": 2, "shards": {}}', ValueError, "`format` 1 or older, got 2.*pip install -U cllm_hf"),
+        (
+            '{"format": 1, "shards": {"data/a.parquet": {}}}',
+            ValueError,
+            "must be the manifest of a trajectory dataset",
+        ),
+        ('{"format": 2, "shards": []}', ValueError, "`format` 1 or older, got 2.*update `cllm_hf`"),
     ],
 )
 def test_manifests_that_are_refused(tmp_path, text, error, message):

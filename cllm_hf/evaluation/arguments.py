@@ -94,9 +94,7 @@ def _add_collect(kinds: Any) -> None:
     collect.add_argument(
         "--block-sizes", type=positive, nargs="+", default=[], help="values of --block-size for a table"
     )
-    collect.add_argument(
-        "--max-tokens-per-batch", type=positive, default=16384, help="of the builder"
-    )
+    collect.add_argument("--max-tokens-per-batch", type=positive, default=16384, help="of the builder")
     collect.add_argument("--rounds", type=positive, default=3, help="turns of each method")
     _add_common(collect)
 

@@ -56,7 +56,10 @@ _COLUMNS = (
         "`states`",
         "`states[b][j]` is state `j` of block `b`: `states[b][0]` its first draft, `states[b][-1]` its fixed point",
     ),
-    ("`is_greedy`", "whether the response is the model's own greedy output"),
+    (
+        "`is_greedy`",
+        "whether the response is the model's own greedy output; if not, blocks in which it departs have one state",
+    ),
 )
 _AUGMENTED = (
     "`augmented_states`",
@@ -246,9 +249,9 @@ def _columns_text(manifests: Collection[Mapping[str, Any]]) -> str:
     sizes = sorted({manifest["options"]["block_size"] for manifest in manifests})
     return (
         f"A row is one response. It is cut into blocks of {' or '.join(map(str, sizes))} tokens. A block starts as a "
-        "random draft; in each iteration one forward of the model over the draft gives the next state, until nothing "
-        "changes: the fixed point, which is the response's own text. Behind the end of a response states are padding "
-        "and mean nothing.\n\n" + _table(("column", "content"), rows)
+        "draft, drawn at random from the prompt's tokens; in each iteration one forward of the model over the draft "
+        "gives the next state, until nothing changes: the fixed point, which is the response's own text. Behind the "
+        "end of a response states are padding and mean nothing.\n\n" + _table(("column", "content"), rows)
     )
 
 
@@ -261,8 +264,8 @@ def _making_text(manifest: Mapping[str, Any]) -> str:
     options |= {f"cleaning.{name}": value for name, value in (options.pop("cleaning", None) or {}).items()}
     versions = ", ".join(f"{name} {version}" for name, version in made_with.items())
     return (
-        f"The model is {_model_text(manifest)}{revision} ({model['architecture']}, {model['num_parameters']:,} parameters), "
-        f"in {model['dtype']} with {model['attention']} attention. {responses}. Options: "
+        f"The model is {_model_text(manifest)}{revision} ({model['architecture']}, {model['num_parameters']:,} "
+        f"parameters), in {model['dtype']} with {model['attention']} attention. {responses}. Options: "
         + ", ".join(f"`{name}={value!r}`" for name, value in options.items())
         + f". Made with {versions}. `manifest.json` has all of this, and the checksums of the files."
     )
@@ -299,7 +302,8 @@ def _statistics_parts(manifest: Mapping[str, Any], plot: str) -> list[str]:
             f"Split `{split}`: {records_by_split(manifest).get(split, 0):,} responses, {statistics.num_blocks:,} "
             f"blocks. A block takes {statistics.mean_iterations:.2f} iterations on average"
             f"{f' ({pace:.2f} tokens an iteration)' if pace == pace else ''}, with "
-            f"{statistics.mean_fast_forwarded:.2f} fast-forwarded and {statistics.mean_stationary:.2f} stationary tokens."
+            f"{statistics.mean_fast_forwarded:.2f} fast-forwarded and {statistics.mean_stationary:.2f} stationary "
+            "tokens."
         )
         parts.append(f"```text\n{format_histogram(statistics)}\n```")
     return parts

@@ -330,6 +330,7 @@ class OutputFolder:
 def _to_parquet(table: pa.Table, notes: dict[str, Any]) -> bytes:
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=_COMPRESSION) as writer:
-        writer.write_table(table)
+        if len(table):  # the host cannot read a part without rows, but a file without parts it can
+            writer.write_table(table)
         writer.add_key_value_metadata({_NOTES: json.dumps(notes, sort_keys=True)})
     return sink.getvalue()

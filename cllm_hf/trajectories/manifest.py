@@ -45,15 +45,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:  # no JSON, or no text at all
         raise ValueError(f"{path} must be JSON, got: {error}. Delete it and run the same collection again.") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(version, int) or not isinstance(manifest.get("shards"), dict):
+    if isinstance(version, int) and version > FORMAT:
+        raise ValueError(
+            f"{path} must have `format` {FORMAT} or older, got {version}. It was written by a newer version of this "
+            "package: update `cllm_hf`."
+        )
+    shards = manifest.get("shards") if isinstance(version, int) else None
+    entries = shards.values() if isinstance(shards, dict) else [None]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("records"), int) for entry in entries):
         raise ValueError(
             f"{path} must be the manifest of a trajectory dataset, with entries `format` and `shards`, got another "
             "file of that name. Pass the `output_dir` of a collection."
-        )
-    if version > FORMAT:
-        raise ValueError(
-            f"{path} must have `format` {FORMAT} or older, got {version}. It was written by a newer version: update "
-            "with `pip install -U cllm_hf`."
         )
     return manifest
 
