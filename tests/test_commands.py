@@ -356,6 +356,17 @@ def test_a_revision_is_not_for_adapters(adapter_folder):
         command.load_model(str(adapter_folder), "float32", None, revision="v2")
 
 
+def test_an_adapter_may_have_the_tokenizer_of_the_model_below_it(adapter_folder, model_folder, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "adapter_config.json").write_bytes((adapter_folder / "adapter_config.json").read_bytes())
+    assert command._load_tokenizer(str(bare), None, False).name_or_path == str(model_folder)
+    (bare / "adapter_config.json").unlink()
+    with pytest.raises(OSError, match="The tokenizer of .*bare' must be beside the model") as caught:
+        command._load_tokenizer(str(bare), None, False)
+    assert "\n" not in str(caught.value)
+
+
 def test_interrupted_collections_can_go_on(recording, model_folder, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -284,9 +284,7 @@ def _make_builder(options: CollectArguments, collection: CollectionOptions, show
     if options.device_map is None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = pick_device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(
-        options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
-    )
+    tokenizer = _load_tokenizer(options.model, options.revision, options.trust_remote_code)
     model = load_model(
         options.model,
         options.dtype,
@@ -297,6 +295,23 @@ def _make_builder(options: CollectArguments, collection: CollectionOptions, show
         attn_implementation=options.attn_implementation,
     )
     return TrajectoryBuilder(model, processing_class=tokenizer, show_progress=show_progress, **vars(collection))
+
+
+def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """That of a model; for an adapter without one that of the model below it."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if revision is None and find_adapter_config_file(name) is not None:
+            from peft import PeftConfig
+
+            below = PeftConfig.from_pretrained(name).base_model_name_or_path
+            if below:
+                return _load_tokenizer(below, None, trust_remote_code)
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"The tokenizer of {name!r} must be beside the model, but cannot be loaded ({reason})."
+        ) from error
 
 
 @contextmanager
