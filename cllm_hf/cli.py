@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 from . import __version__
 from .evaluation.arguments import add_benchmark_commands
+from .trajectories.arguments import COLLECT_HELP, add_trajectory_commands, parse_collect
 
 
 _SERVE_HELP = "the OpenAI-compatible server of transformers, with Jacobi decoding"
@@ -25,14 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments (`Sequence[str]`, *optional*): by default those of the process.
 
     Returns:
-        `int`: exit status: 0, 1 for an error that is explained on stderr, 130 after Ctrl-C.
+        `int`: exit status: 0, 1 for an error that is explained on stderr or transitions that do not hold, 130 after
+        Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _make_parser()
     parsed, others = parser.parse_known_args(arguments)
     parsed.command_line = shlex.join(["cllm", *arguments])
-    if parsed.command == "serve":
-        parsed.arguments = others  # are for the host
+    if parsed.command in ("serve", "collect"):
+        parsed.arguments = others  # are for the parsers of the hosts
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
@@ -40,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ncllm: interrupted; finished parts are kept, nothing half-written is left.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, ValueError) as error:
         print(f"cllm: {error}", file=sys.stderr)
         return 1
@@ -59,6 +65,9 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
     demo.set_defaults(run=_run_demo)
     add_benchmark_commands(commands, run=_run_benchmark)
+    collect = commands.add_parser("collect", help=COLLECT_HELP, add_help=False, allow_abbrev=False)
+    collect.set_defaults(run=_run_collect)
+    add_trajectory_commands(commands, inspect=_run_inspect, verify=_run_verify, push=_run_push)
     export = commands.add_parser(
         "export",
         help="put Jacobi decoding beside a saved model, for people who have not installed cllm_hf",
@@ -100,6 +109,48 @@ def _run_benchmark(parsed: argparse.Namespace) -> int:
 
     print(run_benchmark(parsed))
     return 0
+
+
+def _run_collect(parsed: argparse.Namespace) -> int:
+    options = parse_collect(parsed.arguments)
+    warnings.filterwarnings("ignore")
+    from .trajectories.command import run_collect
+
+    try:
+        _print(run_collect(options))
+    except KeyboardInterrupt:
+        print("\ncllm: interrupted; the same command continues where it was.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run_inspect(parsed: argparse.Namespace) -> int:
+    from .trajectories.command import run_inspect
+
+    color = sys.stdout.isatty() and not parsed.no_color and not os.environ.get("NO_COLOR")
+    _print(run_inspect(parsed, color))
+    return 0
+
+
+def _run_verify(parsed: argparse.Namespace) -> int:
+    warnings.filterwarnings("ignore")
+    from .trajectories.command import run_verify
+
+    text, all_hold = run_verify(parsed)
+    _print(text)
+    return 0 if all_hold else 1
+
+
+def _run_push(parsed: argparse.Namespace) -> int:
+    from .trajectories.command import run_push
+
+    _print(run_push(parsed))
+    return 0
+
+
+def _print(text: str) -> None:
+    if text:
+        print(text, flush=True)
 
 
 def _run_export(parsed: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
@@ -98,3 +99,42 @@ def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel) -> str |
         return f"{name} has shape {tuple(saved[name])} instead of {tuple(expected[name])}"
     unplaced, absent = len(saved.keys() - expected.keys()), len(expected.keys() - saved.keys())
     return f"{unplaced} of its tensors find no place and {absent} are missing"
+
+
+def check_model_name(name: str, option: str) -> None:
+    """
+    Check that a name which looks like a folder is one, so that it is not looked for on the Hub.
+
+    Args:
+        name (`str`): what a user has typed.
+        option (`str`): the option it was typed for, for the error.
+
+    Raises:
+        OSError: if not.
+    """
+    if name.startswith(("/", ".", "~")) and not Path(name).exists():
+        raise OSError(f"`--{option}` must be a folder or a name on the Hub, got {name!r}, which is not there.")
+
+
+def pick_device(name: str) -> torch.device:
+    """
+    Find a device and check that it works.
+
+    Args:
+        name (`str`): such as `"cpu"` or `"cuda:0"`, or `"auto"` for CUDA if there is one.
+
+    Returns:
+        `torch.device`.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`--device` must be a device of this machine, got {name!r} ({reason}).") from error
+    return device

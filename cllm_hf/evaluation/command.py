@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from .._host import base_model_of
 from ..files import check_writable_file, write_whole
-from ..loading import load_cllm
+from ..loading import check_model_name, load_cllm, pick_device
 from .collection import compare_collection, format_collection
 from .collectors import CollectionSetting
 from .comparison import check_assistant, compare_decoding, format_comparison
@@ -194,8 +194,8 @@ def _check_source(options: argparse.Namespace) -> None:
         raise ValueError(f"Exactly one of `--model` and `--shape` says what to measure, got {got}.")
     for option in ("model", "assistant"):
         name = getattr(options, option, None)
-        if name is not None and name.startswith(("/", ".", "~")) and not Path(name).exists():
-            raise OSError(f"`--{option}` must be a folder or a name on the Hub, got {name!r}, which is not there.")
+        if name is not None:
+            check_model_name(name, option)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
@@ -209,16 +209,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> torch.device:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    name = options.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`--device` must be a device of this machine, got {name!r} ({reason}).") from error
-    return device
+    return pick_device(options.device)
 
 
 def _shape_dtype(options: argparse.Namespace, device: torch.device) -> torch.dtype:

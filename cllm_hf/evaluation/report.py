@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 
 
@@ -47,14 +48,30 @@ def format_trajectory(
     shown = [state[:length] for state in states]
     texts = [[decode(token) for token in state] for state in shown]
     # Without color the brackets take two columns.
-    widths = [max(len(text[column]) for text in texts) + (0 if color else 2) for column in range(len(shown[-1]))]
+    widths = [
+        max(display_width(text[column]) for text in texts) + (0 if color else 2) for column in range(len(shown[-1]))
+    ]
     lines = []
     for number, (state, text) in enumerate(zip(shown, texts)):
         cells = []
         for token, right, word, width in zip(state, shown[-1], text, widths):
             is_right = token == right
             word = word if color or is_right else f"[{word}]"
-            padded = word.ljust(width)
+            padded = word + " " * (width - display_width(word))
             cells.append(f"{_BLUE if is_right else _RED}{padded}{_RESET}" if color else padded)
         lines.append(f"{number:3d}  {' '.join(cells)}".rstrip())
     return "\n".join(lines)
+
+
+def display_width(text: str) -> int:
+    """
+    Columns of a terminal that a text takes.
+
+    Args:
+        text (`str`): printable text.
+
+    Returns:
+        `int`: 2 for each wide character, such as Chinese ones, 0 for each combining one, 1 for all others.
+    """
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)

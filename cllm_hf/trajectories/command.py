@@ -1,0 +1,392 @@
+"""From the options of `cllm collect`, `inspect`, `verify` and `push` to what they say."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from transformers import AutoTokenizer
+from transformers.utils import find_adapter_config_file
+from transformers.utils import logging as transformers_logging
+
+from .._host import base_model_of
+from ..files import check_writable, check_writable_file
+from ..loading import check_model_name, load_cllm, pick_device
+from .arguments import CollectArguments
+from .builder import TrajectoryBuilder
+from .cleaning import CleaningRules
+from .fingerprints import fingerprint_weights
+from .hub import check_can_push, push_trajectories
+from .inspection import format_record
+from .loading import load_trajectories
+from .manifest import MANIFEST_NAME, read_manifest
+from .options import CollectionOptions
+from .sources import is_local, read_source
+from .statistics import (
+    TrajectoryStatistics,
+    format_histogram,
+    format_statistics,
+    measure_trajectories,
+    plot_statistics,
+)
+from .verification import format_verification, verify_transitions
+
+
+def run_collect(options: CollectArguments) -> str:
+    """
+    Run `cllm collect`. All that can be wrong before the model is loaded is found before.
+
+    Args:
+        options (`CollectArguments`): its options.
+
+    Returns:
+        `str`: what was collected; empty in all processes but one.
+
+    Raises:
+        OSError: if something cannot be read, written or reached.
+        ValueError: for options or prompts that are not usable.
+    """
+    check_model_name(options.model, "model")
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    collection = _collection_options(options)
+    prompts, responses = read_source(
+        options.prompts,
+        options.dataset_name,
+        options.dataset_config,
+        options.dataset_split,
+        options.prompt_column,
+        options.response_column,
+        options.limit,
+        options.prompt_template,
+    )
+    folder = Path(options.output_dir)
+    check_writable(folder)
+    if options.push_to_hub is not None:
+        check_can_push(options.push_to_hub)
+    source = options.source
+    if source is None and options.dataset_name is not None and not is_local(options.dataset_name):
+        source = options.dataset_name
+    with _quiet_hosts():
+        builder = _make_builder(options, collection, show_progress=is_first and sys.stderr.isatty())
+        is_complete = builder.collect(
+            prompts, folder, responses=responses, source=source, license=options.license, wait=options.wait
+        )
+    if not is_complete:
+        return (
+            f"The part of this process is done. The process that ends last completes the dataset in {folder}; if one "
+            "was stopped, run the same command again."
+        )
+    if options.wait and not is_first:
+        return ""
+    published = None
+    if options.push_to_hub is not None:
+        published = push_trajectories(
+            folder, options.push_to_hub, private=options.private or None, config_name=options.config_name
+        )
+    return format_collection(folder, read_manifest(folder), published)
+
+
+def format_collection(folder: Path, manifest: Mapping[str, Any], published: str | None = None) -> str:
+    """
+    Say what a finished folder of trajectories holds, and what can be done with it.
+
+    Args:
+        folder (`pathlib.Path`): the folder.
+        manifest (`Mapping[str, Any]`): its manifest.
+        published (`str`, *optional*): address of the dataset on the Hub.
+
+    Returns:
+        `str`.
+    """
+    counts = dict(manifest["counts"])
+    kept, not_greedy = counts.pop("kept", 0), counts.pop("kept_not_greedy", 0)
+    greedy = f" ({not_greedy} of them not greedy)" if not_greedy else ""
+    dropped = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in counts.items() if number)
+    parts = [f"Kept {kept} of {manifest['prompts']['count']} responses{greedy}; dropped: {dropped or 'none'}."]
+    splits = [TrajectoryStatistics.from_dict(values) for values in manifest["statistics"].values()]
+    if splits:
+        parts.append(format_statistics({"dataset": reduce(add, splits)}))
+    name = shlex.quote(str(folder))
+    following = [f"Look at it with `cllm inspect {name}`", f"check it with `cllm verify {name}`"]
+    if published is None:
+        following.append(f"publish it with `cllm push {name} USER/NAME`")
+    parts.append(f"Written: {folder}\n{', '.join(following)}.")
+    if published is not None:
+        parts.append(f"Published: {published}")
+    return "\n\n".join(parts)
+
+
+def run_inspect(options: argparse.Namespace, color: bool = True) -> str:
+    """
+    Run `cllm inspect`.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names.
+        color (`bool`): whether to color tokens.
+
+    Returns:
+        `str`: a record, or statistics.
+
+    Raises:
+        OSError: if something cannot be read or written.
+        ValueError: for options that contradict each other, a record or block that is not there, or a dataset that
+            holds no trajectories.
+    """
+    of_all = options.statistics or options.compare is not None or options.plot is not None
+    of_one = [name for name in ("record", "data_id", "block", "tokenizer") if getattr(options, name) is not None]
+    if of_all and of_one:
+        raise ValueError(
+            f"Statistics are those of the whole dataset, got `--{of_one[0].replace('_', '-')}` with `--statistics`, "
+            "`--compare` or `--plot`. Drop one of them."
+        )
+    if options.plot is not None:
+        check_writable_file(options.plot)
+    dataset = _load_all(options.dataset, options)
+    if of_all:
+        return _statistics_of(dataset, options)
+    decode, note = _token_decoder(options)
+    record = _find_record(dataset, options.record or 0, options.data_id)
+    return "\n\n".join([*note, format_record(record, decode, color, options.block)])
+
+
+def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
+    """
+    Run `cllm verify`.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names.
+
+    Returns:
+        `tuple[str, bool]`: the report, and whether all transitions that were drawn hold.
+
+    Raises:
+        OSError: if the dataset or the model cannot be loaded.
+        ValueError: if the dataset names no model and none is given, or the model does not fit.
+    """
+    if options.model is not None:
+        check_model_name(options.model, "model")
+    device = pick_device(options.device)
+    dataset = _load_all(options.dataset, options)
+    made_by = _manifest_of(options.dataset, options.config_name).get("model", {})
+    name, revision = options.model, None
+    if name is None:
+        name = made_by.get("name")
+        if not name:
+            raise ValueError(f"{options.dataset} does not say which model it was made by. Pass it as `--model`.")
+        check_model_name(name, "model")
+        if find_adapter_config_file(name) is None:  # for an adapter it is that of the model below it
+            revision = made_by.get("revision")
+    dtype = options.dtype or made_by.get("dtype") or "float32"
+    with _quiet_hosts():
+        model = load_model(name, dtype, device, revision=revision, trust_remote_code=options.trust_remote_code)
+        report = verify_transitions(model, dataset, options.transitions, options.seed, sys.stderr.isatty())
+        text = format_verification(report)
+        built_with = made_by.get("fingerprint")
+        if report.failures and built_with and built_with != fingerprint_weights(base_model_of(model)):
+            text += (
+                "\n\nThe weights are not those that the dataset was built with: they are of another model, revision "
+                "or dtype, or an adapter is missing."
+            )
+    return text, not report.failures
+
+
+def run_push(options: argparse.Namespace) -> str:
+    """
+    Run `cllm push`.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names.
+
+    Returns:
+        `str`: where the dataset is.
+
+    Raises:
+        OSError: if the folder cannot be read, or the Hub not be reached.
+        ValueError: if the folder holds no finished dataset, or may not be pushed there.
+    """
+    published = push_trajectories(
+        options.folder,
+        options.repo_id,
+        private=options.private or None,
+        config_name=options.config_name,
+        revision=options.revision,
+    )
+    return f"Published: {published}"
+
+
+def load_model(
+    name: str,
+    dtype: str,
+    device: torch.device | None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Any:
+    """
+    Load a target model.
+
+    Args:
+        name (`str`): folder or Hub id of a model, a CLLM or an adapter.
+        dtype (`str`): name of the dtype of the weights, or `"auto"` for that of the checkpoint.
+        device (`torch.device`, *optional*): where to put it; none if `device_map` says so.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        trust_remote_code (`bool`): whether code from the model's repository may run.
+        options: passed to `from_pretrained` if they are not `None`.
+
+    Returns:
+        `transformers.PreTrainedModel` or `peft.PeftModel`, in evaluation mode.
+
+    Raises:
+        OSError: if there is no model.
+        ValueError: for a revision of an adapter.
+    """
+    if revision is not None:
+        if find_adapter_config_file(name, revision=revision) is not None:
+            raise ValueError(
+                f"`revision` is that of a whole model, got {revision!r} for the adapter {name}. Download that "
+                "revision and pass its folder."
+            )
+        options["revision"] = revision
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    options = {option: value for option, value in options.items() if value is not None}
+    model: Any = load_cllm(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
+    base_model_of(model).name_or_path = name  # with an adapter it is no longer the model that it was loaded as
+    return model if device is None else model.to(device)
+
+
+def _collection_options(options: CollectArguments) -> CollectionOptions:
+    cleaning = CleaningRules(
+        max_token_run=options.max_token_run or None,
+        max_sentence_repeats=options.max_sentence_repeats or None,
+        drop_empty=options.drop_empty,
+        drop_truncated=options.drop_truncated,
+        max_prompt_tokens=options.max_prompt_tokens,
+    )
+    names = [field.name for field in fields(CollectionOptions) if field.name != "cleaning"]
+    return CollectionOptions(cleaning=cleaning, **{name: getattr(options, name) for name in names})
+
+
+def _make_builder(options: CollectArguments, collection: CollectionOptions, show_progress: bool) -> TrajectoryBuilder:
+    device = None
+    if options.device_map is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = pick_device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    tokenizer = _load_tokenizer(options.model, options.revision, options.trust_remote_code)
+    model = load_model(
+        options.model,
+        options.dtype,
+        device,
+        options.revision,
+        options.trust_remote_code,
+        device_map=options.device_map,
+        attn_implementation=options.attn_implementation,
+    )
+    return TrajectoryBuilder(model, processing_class=tokenizer, show_progress=show_progress, **vars(collection))
+
+
+def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """That of a model; for an adapter without one that of the model below it."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if revision is None and find_adapter_config_file(name) is not None:
+            from peft import PeftConfig
+
+            below = PeftConfig.from_pretrained(name).base_model_name_or_path
+            if below:
+                return _load_tokenizer(below, None, trust_remote_code)
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"The tokenizer of {name!r} must be beside the model, but cannot be loaded ({reason})."
+        ) from error
+
+
+@contextmanager
+def _quiet_hosts() -> Iterator[None]:
+    """Without the notices of the host about calls that are made on purpose."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _load_all(name: str, options: argparse.Namespace) -> Dataset:
+    """All splits, one behind the other, if none is named; of an unfinished collection what there is."""
+    loaded: Any = load_trajectories(name, split=options.split, name=options.config_name, allow_incomplete=True)
+    return concatenate_datasets(list(loaded.values())) if isinstance(loaded, DatasetDict) else loaded
+
+
+def _statistics_of(dataset: Dataset, options: argparse.Namespace) -> str:
+    named = {"dataset": measure_trajectories(dataset)}
+    if options.compare is not None:
+        after = measure_trajectories(_load_all(options.compare, options))
+        named = {"before": named["dataset"], "after": after}
+    parts = [format_statistics(named)]
+    for name, statistics in named.items():
+        if statistics.num_blocks:
+            title = [] if options.compare is None else [f"{name[0].upper()}{name[1:]}:"]
+            parts += [*title, format_histogram(statistics)]
+    if options.plot is not None:
+        plot_statistics(named, options.plot)
+        parts.append(f"Written: {options.plot}")
+    return "\n\n".join(parts)
+
+
+def _find_record(dataset: Dataset, number: int, data_id: str | None) -> Mapping[str, Any]:
+    if data_id is not None:
+        number = -1
+        if "data_id" in dataset.column_names:
+            ids = dataset.select_columns(["data_id"]).with_format("arrow")[:]["data_id"]
+            number = pc.index(ids, data_id).as_py()
+        if number < 0:
+            raise ValueError(
+                f"`--data-id` must be that of a record, got {data_id!r}, which none of {len(dataset)} has. It may "
+                "have been dropped; `--record N` takes a record by its number."
+            )
+    if number >= len(dataset):
+        raise ValueError(f"`--record` must be from 0 to {len(dataset) - 1}, got {number}. Choose one of those.")
+    return dataset[number]
+
+
+def _token_decoder(options: argparse.Namespace) -> tuple[Callable[[int], str], list[str]]:
+    """What gives the text of a token, and a note if that is its number."""
+    name = options.tokenizer or _manifest_of(options.dataset, options.config_name).get("tokenizer", {}).get("name")
+    try:
+        if not name:
+            raise ValueError("the dataset does not name one")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # there are many ways not to be a tokenizer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if options.tokenizer is not None:
+            raise ValueError(f"`--tokenizer` must be that of the dataset, got {name!r} ({reason}).") from error
+        note = f"Tokens are shown by their ids: there is no tokenizer ({reason}). Pass it as `--tokenizer`."
+        return str, [note]
+    return lambda token: str(tokenizer.decode([token])), []
+
+
+def _manifest_of(name: str, config_name: str | None) -> dict[str, Any]:
+    """Of a folder or a dataset on the Hub; empty if it has none, as those that `save_to_disk` wrote."""
+    inner = "" if config_name in (None, "default") else f"{config_name}/"
+    try:
+        if is_local(name):
+            return read_manifest(Path(name) / inner)
+        from huggingface_hub import hf_hub_download
+
+        return read_manifest(Path(hf_hub_download(name, f"{inner}{MANIFEST_NAME}", repo_type="dataset")).parent)
+    except OSError:
+        return {}

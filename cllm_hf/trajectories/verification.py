@@ -1,0 +1,274 @@
+"""Recomputing transitions of a dataset by plain forwards, to see that they are what the model does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .._host import input_device
+from ..evaluation.report import format_table
+from .arrays import lay_out
+from .schema import REQUIRED_COLUMNS
+
+
+# Gaps below these parts of the largest logit come from the order in which numbers are added, which batches, masks and
+# caches change.
+_NEAR_TIES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+_FAILURES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class TransitionFailure:
+    """
+    A transition that the model does not make, at the position where it is furthest from making it.
+
+    Attributes:
+        data_id (`str`): of the record, or its number if it has none.
+        block (`int`): number of the block in the response.
+        state (`int`): number of the state that was fed.
+        position (`int`): position in the block.
+        expected (`int`): token of the next state in the dataset.
+        got (`int`): token that the model predicts.
+        gap (`float`): how far the logit of `got` lies above that of `expected`.
+        is_near_tie (`bool`): whether rounding alone can cause such a gap in the dtype of the model.
+    """
+
+    data_id: str
+    block: int
+    state: int
+    position: int
+    expected: int
+    got: int
+    gap: float
+    is_near_tie: bool
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """
+    What came out of recomputing transitions.
+
+    Attributes:
+        num_transitions (`int`): of the whole dataset.
+        num_requested (`int`): how many were to be checked.
+        num_checked (`int`): how many were; less where the dataset has no more.
+        seed (`int`): of the draw.
+        failures (`list[TransitionFailure]`): those that do not hold, in the order of the dataset.
+    """
+
+    num_transitions: int
+    num_requested: int
+    num_checked: int
+    seed: int
+    failures: list[TransitionFailure] = field(default_factory=list)
+
+    @property
+    def num_held(self) -> int:
+        """Transitions that the model makes just so."""
+        return self.num_checked - len(self.failures)
+
+    @property
+    def num_near_ties(self) -> int:
+        """Failures that rounding alone can cause."""
+        return sum(failure.is_near_tie for failure in self.failures)
+
+
+@torch.no_grad()
+def verify_transitions(
+    model: PreTrainedModel, dataset: Dataset, count: int = 1000, seed: int = 0, show_progress: bool = False
+) -> VerificationReport:
+    """
+    Recompute transitions of a dataset, drawn at random without replacement, each by one plain forward.
+
+    A transition leads from a state of a block to the next one, and from the fixed point to itself. Its forward sees
+    the prompt, the response before the block and the state, in a batch of one, without a cache or a mask: nothing is
+    shared with the packed forwards that built the dataset. Positions behind the end of the response mean nothing and
+    are not compared. Blocks of a single state in records whose `is_greedy` is false are no trajectories and are left
+    out.
+
+    Args:
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the target model, as the dataset was built with it.
+        dataset (`datasets.Dataset`): with the columns of `cllm_hf.FEATURES`.
+        count (`int`): how many transitions to check; all, if the dataset has fewer.
+        seed (`int`): of the draw.
+        show_progress (`bool`): whether to draw a progress bar.
+
+    Returns:
+        `VerificationReport`.
+
+    Raises:
+        ValueError: if `count` is below 1, columns are missing, the dataset has no transitions, blocks do not cover
+            their response, states differ in length, or a token is not in the model's vocabulary.
+    """
+    if count < 1:
+        raise ValueError(f"`count` must be at least 1, got {count}. 1000 transitions say much about any dataset.")
+    per_record, block_size = count_transitions(dataset)
+    ends = np.cumsum(per_record)
+    total = int(ends[-1])
+    drawn = sorted(random.Random(seed).sample(range(total), min(count, total)))
+    rows = np.searchsorted(ends, drawn, side="right")
+    columns = [name for name in ("data_id", *REQUIRED_COLUMNS, "is_greedy") if name in dataset.column_names]
+    records = dataset.with_format(None).select_columns(columns)
+    was_training, failures = model.training, []
+    model.eval()
+    try:
+        with tqdm(total=len(drawn), desc="Verifying", unit="transition", disable=not show_progress) as bar:
+            for row, numbers in _by_row(rows, np.asarray(drawn) - (ends - per_record)[rows]):
+                failures += _check_record(model, records[row], row, numbers, block_size)
+                bar.update(len(numbers))
+                bar.set_postfix(failed=len(failures))
+    finally:
+        model.train(was_training)
+    return VerificationReport(total, count, len(drawn), seed, failures)
+
+
+def count_transitions(dataset: Dataset) -> tuple[np.ndarray, int]:
+    """
+    Count the transitions of every record, without making Python objects of its states.
+
+    Args:
+        dataset (`datasets.Dataset`): with the columns of `cllm_hf.FEATURES`.
+
+    Returns:
+        `tuple[numpy.ndarray, int]`: an integer for each record, and the block size.
+
+    Raises:
+        ValueError: if columns are missing, the dataset has no transitions, blocks do not cover their response, or
+            states differ in length.
+    """
+    _check_columns(dataset)
+    counts, block_size = [np.zeros(0, dtype=np.int64)], None
+    for arrays in lay_out(dataset):
+        block_size = arrays.check(block_size)
+        owners = arrays.record_of_block
+        # Each state is left once, also the fixed point, which leads to itself.
+        is_alone = (arrays.num_states == 1) & ~arrays.is_greedy[owners]
+        transitions = np.where(is_alone, 0, arrays.num_states)
+        counts.append(np.bincount(owners, transitions, minlength=len(arrays.num_blocks)).astype(np.int64))
+    per_record = np.concatenate(counts)
+    if not per_record.sum():
+        raise ValueError(f"The dataset must have transitions to check, got none in its {len(per_record)} records.")
+    assert block_size is not None
+    return per_record, block_size
+
+
+def format_verification(report: VerificationReport) -> str:
+    """
+    Say what came out of recomputing transitions.
+
+    Args:
+        report (`VerificationReport`): from `verify_transitions`.
+
+    Returns:
+        `str`: a line, and a table of what does not hold.
+    """
+    drawn = f"{report.num_checked} of {report.num_transitions} transitions, drawn at random with seed {report.seed},"
+    if report.num_checked == report.num_transitions:
+        drawn = f"All {report.num_transitions} transitions"
+        if report.num_checked < report.num_requested:
+            drawn += f" (there are fewer than the {report.num_requested} asked for)"
+    text = f"{drawn} were recomputed by plain forwards: {report.num_held} hold, {len(report.failures)} do not."
+    if not report.failures:
+        return text
+    shown = report.failures[:_FAILURES_SHOWN]
+    header = ("record", "block", "state", "position", "in the dataset", "the model's", "gap of logits", "near tie")
+    rows = [
+        (
+            *map(str, (failure.data_id, failure.block, failure.state, failure.position)),
+            *map(str, (failure.expected, failure.got)),
+            f"{failure.gap:.3g}",
+            "yes" if failure.is_near_tie else "no",
+        )
+        for failure in shown
+    ]
+    left_out = len(report.failures) - len(shown)
+    return "\n".join(
+        [
+            text,
+            f"{report.num_near_ties} of them are near ties, which the rounding of this dtype can turn over.",
+            "",
+            format_table(header, rows),
+            *([f"And {left_out} more."] if left_out else []),
+        ]
+    )
+
+
+def _check_columns(dataset: Dataset) -> None:
+    missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"A trajectory dataset needs the columns {', '.join(REQUIRED_COLUMNS)}; {', '.join(missing)} missing, got "
+            f"{', '.join(dataset.column_names)}. Build the dataset with `cllm_hf.TrajectoryBuilder`."
+        )
+
+
+def _by_row(rows: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[int, list[int]]]:
+    """Each row once, with the numbers of its drawn transitions."""
+    unique, firsts = np.unique(rows, return_index=True)
+    for row, own in zip(unique.tolist(), np.split(numbers, firsts[1:])):
+        yield row, own.tolist()
+
+
+def _check_record(
+    model: PreTrainedModel, record: dict[str, Any], row: int, numbers: list[int], block_size: int
+) -> list[TransitionFailure]:
+    """The failures among some transitions of a record, which are counted through its blocks."""
+    is_greedy = record.get("is_greedy") is not False
+    places = [
+        (block, state)
+        for block, states in enumerate(record["states"])
+        for state in range(len(states) if is_greedy or len(states) > 1 else 0)
+    ]
+    _check_vocabulary(model, record, row)
+    device, failures = input_device(model), []
+    for number in numbers:
+        block, state = places[number]
+        states, start = record["states"][block], block * block_size
+        length = min(block_size, len(record["response_ids"]) - start)
+        fed = record["prompt_ids"] + record["response_ids"][:start] + states[state][:-1]
+        logits = model(torch.tensor([fed], device=device), use_cache=False).logits[0, -block_size:][:length]
+        following = torch.tensor(states[min(state + 1, len(states) - 1)][:length], device=logits.device)
+        if not logits.argmax(-1).equal(following):
+            place = (str(record.get("data_id", row)), block, state)
+            failures.append(_failure(place, logits.float(), following, _NEAR_TIES.get(model.dtype, 0.0)))
+    return failures
+
+
+def _failure(
+    place: tuple[str, int, int], logits: torch.Tensor, following: torch.Tensor, tolerance: float
+) -> TransitionFailure:
+    """`logits` of shape `(length, vocab_size)`, `following` of shape `(length,)`."""
+    best, got = logits.max(-1)
+    gaps = best - logits.gather(1, following[:, None])[:, 0]
+    # An exact tie that is broken another way has no gap, but differs.
+    gaps = gaps.masked_fill(got == following, -1.0)
+    worst = int(gaps.argmax())
+    gap = gaps[worst].item()
+    return TransitionFailure(
+        *place,
+        position=worst,
+        expected=int(following[worst]),
+        got=int(got[worst]),
+        gap=gap,
+        is_near_tie=gap <= tolerance * logits[worst].abs().max().item(),
+    )
+
+
+def _check_vocabulary(model: PreTrainedModel, record: dict[str, Any], row: int) -> None:
+    size = model.get_input_embeddings().num_embeddings
+    states = (token for block in record["states"] for state in block for token in state)
+    ids = {*record["prompt_ids"], *record["response_ids"], *states}
+    if min(ids) < 0 or max(ids) >= size:
+        outside = max(ids) if max(ids) >= size else min(ids)
+        raise ValueError(
+            f"Every token of the dataset must be in the model's vocabulary of {size}, got {outside} in record "
+            f"{record.get('data_id', row)}. Pass the model that the dataset was built with."
+        )
