@@ -56,9 +56,9 @@ class TrajectoryBuilder:
             of a prompt decides, so that equal prompts are never in both.
         cleaning (`CleaningRules`, *optional*): which responses are dropped.
         drop_duplicates (`bool`): whether a prompt that stands in the list before is dropped.
-        not_greedy (`str`): what to do with a response that is not the model's own greedy output: one from elsewhere
-            or one in which two tokens were equally good but for rounding: `"drop"` it, or `"keep"` it without states in
-            the blocks in which it departs.
+        not_greedy (`str`): what to do with a response that is not the model's own greedy output, because it is from
+            elsewhere or because two tokens were equally good but for rounding: `"drop"` it, or `"keep"` it without
+            states in the blocks in which it departs.
         show_progress (`bool`): whether to draw a progress bar.
 
     Attributes:
