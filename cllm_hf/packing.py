@@ -9,13 +9,12 @@ and the logits of every draft state. The trajectory collector and the trainer sh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ._host import PLAIN_ATTENTION, attention_implementation
 
@@ -146,32 +145,36 @@ def packed_attention_mask(
         What to pass as `attention_mask`: a mask, or a `dict` of them for models that mix full and sliding attention.
     """
     config = config.get_text_config()
-    segments, positions, anchors = packed.segment_ids, packed.position_ids, packed.anchor_positions
+    first = 0 if clean_cache is None else packed.clean_length
+    queries, keys = slice(first, None), packed.segment_ids[:, None]
+    positions, anchors = packed.position_ids, packed.anchor_positions[:, queries, None]
+    columns = torch.arange(positions.shape[1], device=positions.device)
+    clean_before = (keys == CLEAN_SEGMENT) & (positions[:, None] < anchors)
+    same_segment = keys == packed.segment_ids[:, queries, None]
+    visible = (clean_before | same_segment) & (columns <= columns[queries, None])
 
-    def allowed(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        same_segment = segments[batch, query] == segments[batch, key]
-        clean_before = (segments[batch, key] == CLEAN_SEGMENT) & (positions[batch, key] < anchors[batch, query])
-        return same_segment | clean_before
-
-    def allowed_in_window(
-        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor:
-        # By position, not by column as in the host: a block stands far behind the tokens it continues.
-        near = positions[batch, query] - positions[batch, key] < config.sliding_window
-        return allowed(batch, head, query, key) & near
-
-    num_queries = packed.input_ids.shape[1] - (0 if clean_cache is None else packed.clean_length)
-    shape_only = segments.new_empty((segments.shape[0], num_queries, 0), dtype=dtype)
-
-    def build(mask_function: Callable[..., torch.Tensor]) -> Any:
-        return create_causal_mask(config, shape_only, None, clean_cache, and_mask_function=mask_function)
+    def build(allowed: torch.Tensor) -> Any:
+        return ALL_MASK_ATTENTION_FUNCTIONS[attention_implementation(config)](
+            batch_size=allowed.shape[0],
+            q_length=allowed.shape[1],
+            kv_length=allowed.shape[2],
+            q_offset=first,
+            mask_function=lambda batch, head, query, key: allowed[batch, query - first, key],
+            allow_is_causal_skip=False,
+            dtype=dtype,
+            config=config,
+            device=allowed.device,
+        )
 
     layer_types = set(getattr(config, "layer_types", None) or ())
-    if "sliding_attention" in layer_types:
-        return {"full_attention": build(allowed), "sliding_attention": build(allowed_in_window)}
-    if not layer_types and getattr(config, "sliding_window", None) is not None:
-        return build(allowed_in_window)
-    return build(allowed)
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" not in layer_types and (layer_types or window is None):
+        return build(visible)
+    # By position, not by column as in the host: a block stands far behind the tokens it continues.
+    near = positions[:, queries, None] - positions[:, None] < window
+    if layer_types:
+        return {"full_attention": build(visible), "sliding_attention": build(visible & near)}
+    return build(visible & near)
 
 
 def packed_forward(
@@ -225,6 +228,25 @@ def forward_clean(
         **({"logits_to_keep": num_logits} if takes_number else {}),
     ).logits
     return logits[:, -num_logits:], cache
+
+
+def copy_clean(clean_cache: DynamicCache, rows: torch.Tensor, num_columns: int) -> DynamicCache:
+    """
+    Copy the beginning of some cached clean sequences.
+
+    Args:
+        clean_cache (`transformers.DynamicCache`): from `forward_clean`; it is left as it was.
+        rows (`torch.LongTensor` of shape `(num_rows,)`): which sequences.
+        num_columns (`int`): leading tokens of each.
+
+    Returns:
+        `transformers.DynamicCache`.
+    """
+    copied = DynamicCache()
+    for index, layer in enumerate(clean_cache.layers):
+        chosen = rows.to(layer.keys.device)
+        copied.update(layer.keys[chosen, :, :num_columns], layer.values[chosen, :, :num_columns], index)
+    return copied
 
 
 def forward_drafts(model: PreTrainedModel, packed: Packed, clean_cache: DynamicCache) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import CONFIGS, VOCAB_SIZE, make_model
 
-from cllm_hf.packing import cache_clean, check_packable, forward_blocks, pack, packed_forward
+from cllm_hf.packing import Packed, check_packable, copy_clean, forward_clean, forward_drafts, pack, packed_forward
 
 
 BLOCK_SIZE = 5
@@ -45,35 +45,48 @@ def test_packed_equals_unpacked(name, attention):
     packed = pack(*batch)
     with torch.no_grad():
         clean, blocks = packed.split(packed_forward(model, packed, model.config))
-        cached = forward_blocks(model, packed, cache_clean(model, packed))
+        last, cache = forward_clean(model, *batch[:2], num_logits=4)
+        cached = forward_drafts(model, packed, cache).unflatten(1, (-1, BLOCK_SIZE))
     expected_clean, expected_blocks = unpacked_logits(model, *batch)
     for row, expected in enumerate(expected_clean):
         torch.testing.assert_close(clean[row, : len(expected)], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(last[0], expected_clean[0][-4:], atol=1e-4, rtol=0)
     for (row, block), expected in expected_blocks.items():
         torch.testing.assert_close(blocks[row, block], expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(cached[row, block], expected, atol=1e-4, rtol=0)
 
 
 def test_clean_cache_is_left_as_it_was(llama):
-    packed = pack(*make_batch())
+    clean_ids, clean_mask, *rest = make_batch()
+    packed = pack(clean_ids, clean_mask, *rest)
     with torch.no_grad():
-        cache = cache_clean(llama, packed)
-        first = forward_blocks(llama, packed, cache)
+        _, cache = forward_clean(llama, clean_ids, clean_mask, 1)
+        first = forward_drafts(llama, packed, cache)
         assert cache.get_seq_length() == packed.clean_length
-        torch.testing.assert_close(forward_blocks(llama, packed, cache), first)
+        torch.testing.assert_close(forward_drafts(llama, packed, cache), first)
 
 
-def test_with_states_and_select_equal_packing_again():
-    clean_ids, clean_mask, states, anchors, block_mask = make_batch()
-    other = states.flip(-1)
-    expected = pack(clean_ids, clean_mask, other, anchors, block_mask)
-    changed = pack(*make_batch()).with_states(other)
-    real = expected.segment_ids >= 0
-    assert torch.equal(changed.input_ids[real], expected.input_ids[real])
-    rows = torch.tensor([1])
-    selected = pack(*make_batch()).select(rows)
-    for name in ("input_ids", "position_ids", "segment_ids", "anchor_positions"):
-        assert torch.equal(getattr(selected, name), getattr(pack(*make_batch()), name)[rows])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_of_any_length_behind_the_beginning_of_some_sequences(name):
+    """What the collector does: a few tokens of a few blocks, behind no more of the clean sequence than they see."""
+    model = make_model(name)
+    clean_ids, clean_mask = make_batch()[:2]
+    states = torch.tensor([[7, 8, 9, 10, 11, 12]])
+    anchors = [(6, slice(0, 4)), (11, slice(4, 6))]  # the position of each block's anchor, and its columns
+    packed = Packed(
+        input_ids=torch.cat([clean_ids[1:, :12], states], dim=1),
+        position_ids=torch.cat([torch.arange(12), torch.arange(6, 10), torch.arange(11, 13)])[None],
+        segment_ids=torch.tensor([[0] * 12 + [1] * 4 + [2] * 2]),
+        anchor_positions=torch.tensor([[0] * 12 + [6] * 4 + [11] * 2]),
+        clean_length=12,
+    )
+    with torch.no_grad():
+        _, cache = forward_clean(model, clean_ids, clean_mask, 1)
+        logits = forward_drafts(model, packed, copy_clean(cache, torch.tensor([1]), 12))
+        for anchor, columns in anchors:
+            alone = model(torch.cat([clean_ids[1:, :anchor], states[:, columns]], dim=1)).logits
+            torch.testing.assert_close(logits[:, columns], alone[:, anchor:], atol=1e-4, rtol=0)
+    assert cache.get_seq_length() == clean_ids.shape[1]
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,8 +11,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from .._host import input_device
-from ..packing import CLEAN_SEGMENT, PADDING_SEGMENT, Packed, forward_clean, forward_drafts
+from ..packing import CLEAN_SEGMENT, PADDING_SEGMENT, Packed, copy_clean, forward_clean, forward_drafts
 from .schema import num_blocks
+
+
+# Draft tokens that keep a device busy; more are split so that each forward reads fewer columns.
+_LEAST_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -103,21 +107,47 @@ def collect_trajectories(
         `list[Trajectory]`: of each response.
     """
     clean = _read_clean(model, requests, stop_ids)
-    keeps = [keep_not_greedy or not departures.any() for departures in clean.departures]
-    blocks = _Blocks.of(requests, clean, [row for row, kept in enumerate(keeps) if kept], block_size, pad_id)
+    kept = [row for row, departures in enumerate(clean.departures) if keep_not_greedy or not departures.any()]
+    blocks = _Blocks.of(requests, clean, kept, block_size, pad_id)
+    found: list[list[list[int]]] = [[] for _ in blocks.rows]
+    for band in _bands(blocks):
+        for number, states in zip(band.tolist(), _converge(model, clean.part(blocks, band), blocks.select(band))):
+            found[number] = states
+    return _assemble(clean, blocks, found, keep_not_greedy)
+
+
+def _bands(blocks: _Blocks) -> list[np.ndarray]:
+    """
+    Group blocks that stand equally far behind their prompts, so that a forward reads no more columns than they need.
+
+    A band has enough tokens to keep the device busy, so few responses are one band.
+    """
+    wanted = ~blocks.departed
+    count = min(int(blocks.lengths[wanted].sum()) // _LEAST_TOKENS, int(blocks.places.max(initial=0)) + 1)
+    if count < 2:
+        return [np.flatnonzero(wanted)] if wanted.any() else []
+    edges = np.linspace(0, blocks.places.max() + 1, count + 1).round()
+    bands = [np.flatnonzero(wanted & (blocks.places >= a) & (blocks.places < b)) for a, b in zip(edges, edges[1:])]
+    return [band for band in bands if len(band)]
+
+
+def _converge(model: PreTrainedModel, clean: _Clean, blocks: _Blocks) -> list[list[list[int]]]:
+    """The states of each block up to the response; none for a block that departs from it."""
     settled = blocks.count_settled()
     history = [blocks.states.copy()]
     iterations = np.zeros(len(settled), dtype=np.int64)
+    departed = np.zeros(len(settled), dtype=bool)
     active = settled < blocks.lengths
     while active.any():
         blocks.states[active] = _iterate(model, clean, blocks.select(active), settled[active])
         before, settled = settled, blocks.count_settled()
         # A near tie of the two best logits can come out differently here than in the clean sequence.
-        blocks.departed |= active & (settled <= before)
+        departed |= active & (settled <= before)
         iterations += active
         history.append(blocks.states.copy())
-        active = ~blocks.departed & (settled < blocks.lengths)
-    return _assemble(clean, blocks, np.stack(history), iterations, keep_not_greedy)
+        active = ~departed & (settled < blocks.lengths)
+    states = np.stack(history, axis=1)
+    return [[] if gone else states[n, : count + 1].tolist() for n, (gone, count) in enumerate(zip(departed, iterations))]
 
 
 @dataclass
@@ -142,6 +172,19 @@ class _Clean:
     responses: list[list[int]]
     departures: list[np.ndarray]
 
+    def part(self, blocks: _Blocks, band: np.ndarray) -> _Clean:
+        """What some of the blocks see of it."""
+        rows = np.unique(blocks.rows[band])
+        columns = int((blocks.starts + blocks.lengths)[band].max())
+        kept = torch.from_numpy(rows).to(self.ids.device)
+        return replace(
+            self,
+            ids=self.ids[kept, :columns],
+            mask=self.mask[kept, :columns],
+            cache=copy_clean(self.cache, kept, columns),
+            rows=rows,
+        )
+
     def keep(self, rows: np.ndarray) -> None:
         """Let the other rows go; `rows` is sorted."""
         if len(rows) == len(self.rows):
@@ -158,6 +201,7 @@ class _Blocks:
 
     Attributes:
         rows (`numpy.ndarray` of shape `(num_blocks,)`): the request that a block belongs to.
+        places (`numpy.ndarray` of shape `(num_blocks,)`): number of the block in its response.
         starts (`numpy.ndarray` of shape `(num_blocks,)`): position of the block's anchor in prompt and response.
         lengths (`numpy.ndarray` of shape `(num_blocks,)`): tokens of the response in the block.
         anchors (`numpy.ndarray` of shape `(num_blocks,)`): the token before the block.
@@ -167,12 +211,13 @@ class _Blocks:
     """
 
     rows: np.ndarray
+    places: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     anchors: np.ndarray
     targets: np.ndarray
     states: np.ndarray
-    departed: np.ndarray = field(repr=False)
+    departed: np.ndarray
 
     @classmethod
     def of(cls, requests: list[Request], clean: _Clean, rows: list[int], block_size: int, pad_id: int) -> _Blocks:
@@ -190,6 +235,7 @@ class _Blocks:
             parts.append(
                 (
                     np.full(count, row),
+                    np.arange(count),
                     len(request.prompt_ids) - 1 + starts,
                     np.minimum(len(response) - starts, block_size),
                     np.concatenate([request.prompt_ids[-1:], response[starts[1:] - 1]]),
@@ -202,7 +248,7 @@ class _Blocks:
 
     def select(self, which: np.ndarray) -> _Blocks:
         """Some of the blocks, by a mask."""
-        values = (self.rows, self.starts, self.lengths, self.anchors, self.targets, self.states, self.departed)
+        values = (self.rows, self.places, self.starts, self.lengths, self.anchors, self.targets, self.states, self.departed)
         return _Blocks(*(value[which] for value in values))
 
     def count_settled(self) -> np.ndarray:
@@ -214,7 +260,7 @@ def _no_blocks(block_size: int) -> tuple[np.ndarray, ...]:
     """The arrays of `_Blocks` without a block, for batches in which no response is kept."""
     none = np.zeros(0, dtype=np.int64)
     tokens = np.zeros((0, block_size), dtype=np.int64)
-    return none, none, none, none, tokens, tokens, none.astype(bool)
+    return none, none, none, none, none, tokens, tokens, none.astype(bool)
 
 
 def _read_clean(model: PreTrainedModel, requests: list[Request], stop_ids: Collection[int]) -> _Clean:
@@ -290,17 +336,14 @@ def _behind(
 
 
 def _assemble(
-    clean: _Clean, blocks: _Blocks, history: np.ndarray, iterations: np.ndarray, keep_not_greedy: bool
+    clean: _Clean, blocks: _Blocks, found: list[list[list[int]]], keep_not_greedy: bool
 ) -> list[Trajectory]:
-    """From the states of all blocks at all iterations to the trajectories of each response."""
+    """From the states of all blocks to the trajectories of each response."""
     states: list[list[list[list[int]]]] = [[] for _ in clean.responses]
     is_greedy = [not departures.any() for departures in clean.departures]
-    for number, row in enumerate(blocks.rows.tolist()):
-        if blocks.departed[number]:
-            is_greedy[row] = False
-            states[row].append([blocks.targets[number].tolist()])
-        else:
-            states[row].append(history[: iterations[number] + 1, number].tolist())
+    for row, target, block_states in zip(blocks.rows.tolist(), blocks.targets, found):
+        is_greedy[row] &= bool(block_states)
+        states[row].append(block_states or [target.tolist()])
     return [
         Trajectory(response, greedy, kept if greedy or keep_not_greedy else [])
         for response, greedy, kept in zip(clean.responses, is_greedy, states)
