@@ -82,7 +82,7 @@ def _add_collect(kinds: Any) -> None:
         "--prompts", type=Path, help="file with a prompt a line, as text or JSON (`prompt`, `question`)"
     )
     collect.add_argument("--prompt-length", type=positive, default=64, help="tokens of the random prompts of a shape")
-    collect.add_argument("--num-prompts", type=positive, default=32, help="how many, the first ones of a file")
+    collect.add_argument("--num-prompts", type=positive, default=256, help="how many, the first ones of a file")
     collect.add_argument(
         "--num-published", type=positive, default=4, help="how many of them for the published procedure, which is slow"
     )
