@@ -33,7 +33,7 @@ class Packed:
         segment_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): 0 for clean tokens, a number from 1 on
             for tokens of the same block, -1 for padding.
         anchor_positions (`torch.LongTensor` of shape `(batch_size, packed_length)`): for a token of a block the
-            position of its anchor, 0 elsewhere.
+            position of its anchor, from which on it sees the block instead of the clean sequence; 0 elsewhere.
         clean_length (`int`): columns of the clean sequence.
     """
 
@@ -243,7 +243,8 @@ def copy_clean(clean_cache: DynamicCache, rows: torch.Tensor, num_columns: int) 
         `transformers.DynamicCache`.
     """
     copied = DynamicCache()
-    for index, layer in enumerate(clean_cache.layers):
+    layers: Any = clean_cache.layers
+    for index, layer in enumerate(layers):
         chosen = rows.to(layer.keys.device)
         copied.update(layer.keys[chosen, :, :num_columns], layer.values[chosen, :, :num_columns], index)
     return copied

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 import transformers
@@ -24,7 +25,6 @@ from .options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
 from .progress import Progress
 from .prompts import Prompt, PromptRow, Response, find_duplicates, fingerprint_rows, is_held_out, read_rows
 from .responding import find_stop_ids
-from .schema import features
 from .shard import ShardCollector, explain_none_left
 from .statistics import measure_trajectories
 
@@ -217,46 +217,41 @@ class TrajectoryBuilder:
         own = [n for n in range(folder.num_shards) if n % folder.process.count == folder.process.index]
         total = sum(len(folder.prompts_of(number)) for number in own)
         todo = sum(len(folder.prompts_of(number)) for number in pending)
-        table_schema = features(self.options.augment).arrow_schema
         with self._collector(rows) as collector, Progress(total, total - todo, self.show_progress) as progress:
             for number in pending:
                 part = [rows[index] for index in folder.prompts_of(number)]
-                records, counts = collector.collect(part, folder.journal(number), progress)
-                by_split = self._split(records)
-                tables = {split: pa.Table.from_pylist(found, table_schema) for split, found in by_split.items()}
+                table, counts = collector.collect(part, folder.journal(number), progress)
+                tables = self._split(table)
                 statistics = {
-                    split: measure_trajectories(found, self.options.block_size).to_dict()
-                    for split, found in by_split.items()
+                    split: measure_trajectories(Dataset(found), self.options.block_size).to_dict()
+                    for split, found in tables.items()
                 }
                 folder.write_shard(number, tables, counts, statistics)
 
     def _build_in_memory(self, rows: list[PromptRow]) -> dict[str, Dataset]:
         size = self.options.prompts_per_shard
-        records: list[dict[str, Any]] = []
+        tables: list[pa.Table] = []
         self.counts, self.output_dir = Counter(), None
         with self._collector(rows) as collector, Progress(len(rows), 0, self.show_progress) as progress:
             for start in range(0, len(rows), size):
                 found, counts = collector.collect(rows[start : start + size], Journal(), progress)
-                records += found
+                tables.append(found)
                 self.counts.update(counts)
-        if not records:
+        table = pa.concat_tables(tables)
+        if not len(table):
             raise ValueError(explain_none_left(len(rows), self.counts))
-        schema = features(self.options.augment)
-        return {split: Dataset.from_list(found, features=schema) for split, found in self._split(records).items()}
+        return {split: Dataset(found) for split, found in self._split(table).items()}
 
     def _collector(self, rows: list[PromptRow]) -> ShardCollector:
         duplicates = find_duplicates(rows) if self.options.drop_duplicates else set()
         return ShardCollector(self.model, self.processing_class, self.options, duplicates)
 
-    def _split(self, records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    def _split(self, table: pa.Table) -> dict[str, pa.Table]:
         fraction = self.options.test_fraction
         if not fraction:
-            return {"train": records}
-        sides = [is_held_out(record["prompt"], fraction) for record in records]
-        return {
-            split: [record for record, held_out in zip(records, sides) if held_out == (split == "test")]
-            for split in self.options.splits
-        }
+            return {"train": table}
+        held_out = np.array([is_held_out(prompt, fraction) for prompt in table["prompt"].to_pylist()], dtype=bool)
+        return {"train": table.filter(~held_out), "test": table.filter(held_out)}
 
     def _header(self, rows: list[PromptRow], source: str | None, license: str | None) -> dict[str, Any]:
         """The parts of a manifest that are known before the collection."""

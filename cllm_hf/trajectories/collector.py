@@ -113,7 +113,7 @@ def collect_trajectories(
     for band in _bands(blocks):
         for number, states in zip(band.tolist(), _converge(model, clean.part(blocks, band), blocks.select(band))):
             found[number] = states
-    return _assemble(clean, blocks, found, keep_not_greedy)
+    return _assemble(clean, blocks, found)
 
 
 def _bands(blocks: _Blocks) -> list[np.ndarray]:
@@ -132,22 +132,19 @@ def _bands(blocks: _Blocks) -> list[np.ndarray]:
 
 
 def _converge(model: PreTrainedModel, clean: _Clean, blocks: _Blocks) -> list[list[list[int]]]:
-    """The states of each block up to the response; none for a block that departs from it."""
+    """The states of each block, from its first draft to the response."""
     settled = blocks.count_settled()
     history = [blocks.states.copy()]
     iterations = np.zeros(len(settled), dtype=np.int64)
-    departed = np.zeros(len(settled), dtype=bool)
     active = settled < blocks.lengths
     while active.any():
         blocks.states[active] = _iterate(model, clean, blocks.select(active), settled[active])
-        before, settled = settled, blocks.count_settled()
-        # A near tie of the two best logits can come out differently here than in the clean sequence.
-        departed |= active & (settled <= before)
+        settled = blocks.count_settled()
         iterations += active
         history.append(blocks.states.copy())
-        active = ~departed & (settled < blocks.lengths)
+        active = settled < blocks.lengths
     states = np.stack(history, axis=1)
-    return [[] if gone else states[n, : count + 1].tolist() for n, (gone, count) in enumerate(zip(departed, iterations))]
+    return [states[number, : count + 1].tolist() for number, count in enumerate(iterations)]
 
 
 @dataclass
@@ -204,7 +201,6 @@ class _Blocks:
         places (`numpy.ndarray` of shape `(num_blocks,)`): number of the block in its response.
         starts (`numpy.ndarray` of shape `(num_blocks,)`): position of the block's anchor in prompt and response.
         lengths (`numpy.ndarray` of shape `(num_blocks,)`): tokens of the response in the block.
-        anchors (`numpy.ndarray` of shape `(num_blocks,)`): the token before the block.
         targets (`numpy.ndarray` of shape `(num_blocks, block_size)`): the response's tokens, padded.
         states (`numpy.ndarray` of shape `(num_blocks, block_size)`): the current states.
         departed (`numpy.ndarray` of shape `(num_blocks,)`): whether the response is not greedy in this block.
@@ -214,7 +210,6 @@ class _Blocks:
     places: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-    anchors: np.ndarray
     targets: np.ndarray
     states: np.ndarray
     departed: np.ndarray
@@ -238,7 +233,6 @@ class _Blocks:
                     np.arange(count),
                     len(request.prompt_ids) - 1 + starts,
                     np.minimum(len(response) - starts, block_size),
-                    np.concatenate([request.prompt_ids[-1:], response[starts[1:] - 1]]),
                     targets,
                     np.where(departed[:, None], targets, drafts),
                     departed,
@@ -248,7 +242,7 @@ class _Blocks:
 
     def select(self, which: np.ndarray) -> _Blocks:
         """Some of the blocks, by a mask."""
-        values = (self.rows, self.places, self.starts, self.lengths, self.anchors, self.targets, self.states, self.departed)
+        values = (self.rows, self.places, self.starts, self.lengths, self.targets, self.states, self.departed)
         return _Blocks(*(value[which] for value in values))
 
     def count_settled(self) -> np.ndarray:
@@ -260,7 +254,7 @@ def _no_blocks(block_size: int) -> tuple[np.ndarray, ...]:
     """The arrays of `_Blocks` without a block, for batches in which no response is kept."""
     none = np.zeros(0, dtype=np.int64)
     tokens = np.zeros((0, block_size), dtype=np.int64)
-    return none, none, none, none, none, tokens, tokens, none.astype(bool)
+    return none, none, none, none, tokens, tokens, none.astype(bool)
 
 
 def _read_clean(model: PreTrainedModel, requests: list[Request], stop_ids: Collection[int]) -> _Clean:
@@ -290,17 +284,22 @@ def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np
     """
     One forward over what is not settled of some blocks.
 
-    A block with `k` leading right tokens is fed from the last of them on. What stands before it, the block would read
-    from its own columns in an unpacked forward; it equals the clean sequence and is read from there.
+    Behind its leading right tokens a block has a wrong one. What the model says there is known: all before it is as in
+    the response, so it is the response's token. The block is fed from that wrong token on. What stands before it, the
+    block would read from its own columns in an unpacked forward; it equals the clean sequence and is read from there.
     """
-    clean.keep(np.unique(blocks.rows))
-    offsets = np.arange(blocks.states.shape[1])
-    fed = (offsets >= settled[:, None]) & (offsets < blocks.lengths[:, None])
-    block, offset = np.nonzero(fed)  # in the order of the rows
+    states = blocks.states.copy()
+    everywhere = np.arange(len(states))
+    states[everywhere, settled] = blocks.targets[everywhere, settled]
+    offsets = np.arange(states.shape[1])
+    asked = (offsets > settled[:, None]) & (offsets < blocks.lengths[:, None])
+    block, offset = np.nonzero(asked)  # in the order of the rows
+    if not len(block):
+        return states
+    clean.keep(np.unique(blocks.rows[block]))
     row = np.searchsorted(clean.rows, blocks.rows[block])
     counts = np.bincount(row, minlength=len(clean.rows))
     column = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
-    inputs = np.concatenate([blocks.anchors[:, None], blocks.states[:, :-1]], axis=1)
 
     def lay_out(values: np.ndarray, fill: int) -> torch.Tensor:
         out = np.full((len(clean.rows), counts.max()), fill, dtype=np.int64)
@@ -309,14 +308,13 @@ def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np
 
     packed = _behind(
         clean,
-        lay_out(inputs[fed], 0),
+        lay_out(blocks.states[block, offset - 1], 0),
         lay_out(blocks.starts[block] + offset, 0),
         lay_out(block + 1, PADDING_SEGMENT),
-        lay_out((blocks.starts + settled)[block], 0),
+        lay_out((blocks.starts + settled + 1)[block], 0),
     )
     predicted = forward_drafts(model, packed, clean.cache).argmax(-1).cpu().numpy()
-    states = blocks.states.copy()
-    states[fed] = predicted[row, column]
+    states[asked] = predicted[row, column]
     return states
 
 
@@ -335,16 +333,12 @@ def _behind(
     )
 
 
-def _assemble(
-    clean: _Clean, blocks: _Blocks, found: list[list[list[int]]], keep_not_greedy: bool
-) -> list[Trajectory]:
+def _assemble(clean: _Clean, blocks: _Blocks, found: list[list[list[int]]]) -> list[Trajectory]:
     """From the states of all blocks to the trajectories of each response."""
     states: list[list[list[list[int]]]] = [[] for _ in clean.responses]
-    is_greedy = [not departures.any() for departures in clean.departures]
     for row, target, block_states in zip(blocks.rows.tolist(), blocks.targets, found):
-        is_greedy[row] &= bool(block_states)
         states[row].append(block_states or [target.tolist()])
     return [
-        Trajectory(response, greedy, kept if greedy or keep_not_greedy else [])
-        for response, greedy, kept in zip(clean.responses, is_greedy, states)
+        Trajectory(response, not departures.any(), kept)
+        for response, departures, kept in zip(clean.responses, clean.departures, states)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import time
@@ -28,6 +29,7 @@ from .shard import explain_none_left
 from .statistics import TrajectoryStatistics, plot_statistics
 
 
+logger = logging.getLogger(__name__)
 DATA, UNFINISHED = "data", ".unfinished"
 _NOTES = "cllm_hf"  # key of what a shard says of itself, beside the host's own keys
 _COMPRESSION = 9  # of zstd: 15% smaller than its default, and still far quicker than what it compresses
@@ -217,6 +219,8 @@ class OutputFolder:
             OSError: if it cannot be written, or a shard is damaged.
             ValueError: if no record is left.
         """
+        if wait and self._missing():
+            logger.warning("Waiting for %d shards of other processes.", len(self._missing()))
         while wait and not self.is_complete() and (self._missing() or self.process.index > 0):
             time.sleep(_WAIT_SECONDS)
         if self.is_complete() and self.process.index > 0:
@@ -307,6 +311,13 @@ class OutputFolder:
         prompts = dict(self.header["prompts"])
         for name in ("source", "license"):  # said once, they stay
             prompts[name] = prompts[name] or earlier["prompts"].get(name)
+        if earlier["made_with"] != self.header["made_with"] and not earlier["complete"]:
+            logger.warning(
+                "The collection in %s was begun with %s and goes on with %s: its records may differ in near ties.",
+                self.path,
+                earlier["made_with"],
+                self.header["made_with"],
+            )
         # The versions are those that it was begun with.
         self.header = {**self.header, "prompts": prompts, "made_with": earlier["made_with"]}
         there = {name: entry for name, entry in earlier["shards"].items() if (self.path / name).is_file()}

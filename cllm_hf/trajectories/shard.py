@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .augmentation import augment_states
@@ -17,6 +18,7 @@ from .options import CollectionOptions
 from .progress import Progress
 from .prompts import PromptRow
 from .responding import batch_by_tokens, find_stop_ids, respond
+from .schema import features
 
 
 # Logits of a forward at most, so that a large vocabulary does not fill the memory: a gigabyte in float32.
@@ -47,6 +49,7 @@ class ShardCollector:
         self.tokenizer = tokenizer
         self.options = options
         self.duplicates = duplicates
+        self._schema = features(options.augment).arrow_schema
         self._stop_ids = find_stop_ids(model, tokenizer)
         pad_id = tokenizer.pad_token_id
         self._pad_id: int = pad_id if pad_id is not None else (self._stop_ids or [0])[0]
@@ -64,7 +67,7 @@ class ShardCollector:
 
     def collect(
         self, rows: Sequence[PromptRow], journal: Journal, progress: Progress
-    ) -> tuple[list[dict[str, Any]], Counter[str]]:
+    ) -> tuple[pa.Table, Counter[str]]:
         """
         Collect the records of a shard.
 
@@ -74,8 +77,8 @@ class ShardCollector:
             progress (`Progress`): is told what is done.
 
         Returns:
-            `tuple[list[dict], collections.Counter]`: the records in the order of the prompts, and the number of kept
-            and dropped prompts by reason.
+            `tuple[pyarrow.Table, collections.Counter]`: the records in the order of the prompts, and the number of
+            kept and dropped prompts by reason.
         """
         counts: Counter[str] = Counter()
 
@@ -89,18 +92,21 @@ class ShardCollector:
         responses = self._respond(rows, journal, progress)
         # Whether a text from elsewhere stops is known later.
         rows = [row for row in rows if keep(row, self._reason_to_drop(responses[row.index], may_stop=row.may_stop))]
-        trajectories = self._iterate(rows, responses, journal, progress)
-        records = []
-        for row in rows:
-            trajectory = trajectories[row.index]
-            if keep(
-                row, self._reason_to_drop(trajectory.response_ids) or (None if trajectory.states else "not_greedy")
-            ):
-                counts["kept"] += 1
-                counts["kept_not_greedy"] += not trajectory.is_greedy
-                records.append(self._record(row, trajectory))
-                progress.advance(num_tokens=len(trajectory.response_ids))
-        return records, +counts
+        places: list[int] = []
+        tables = [self._schema.empty_table()]
+        for batch in self._iterate(rows, responses, journal, progress):
+            records = []
+            for row, trajectory in batch:
+                reason = self._reason_to_drop(trajectory.response_ids)
+                if keep(row, reason or (None if trajectory.states else "not_greedy")):
+                    counts["kept"] += 1
+                    counts["kept_not_greedy"] += not trajectory.is_greedy
+                    places.append(row.index)
+                    records.append(self._record(row, trajectory))
+                    progress.advance(num_tokens=len(trajectory.response_ids))
+            # As lists of numbers they would take ten times the memory.
+            tables.append(pa.Table.from_pylist(records, self._schema))
+        return pa.concat_tables(tables).take(np.argsort(places)).combine_chunks(), +counts
 
     def _reason_to_drop_prompt(self, row: PromptRow) -> str | None:
         rules, longest = self.options.cleaning, self.options.max_new_tokens
@@ -138,19 +144,19 @@ class ShardCollector:
 
     def _iterate(
         self, rows: list[PromptRow], responses: Mapping[int, list[int]], journal: Journal, progress: Progress
-    ) -> dict[int, Trajectory]:
-        """Trajectories by index."""
+    ) -> Iterator[list[tuple[PromptRow, Trajectory]]]:
+        """Prompts and their trajectories, a batch at a time."""
         requests = [
             Request(row.prompt_ids, responses[row.index], (self.options.seed, row.index), row.may_stop) for row in rows
         ]
         sizes = [(len(r.prompt_ids) + len(r.response_ids), len(r.response_ids)) for r in requests]
-        trajectories: dict[int, Trajectory] = {}
+        done = 0
         for number, batch in enumerate(batch_by_tokens(sizes, self._most_tokens)):
-            progress.say(f"trajectories {len(trajectories)}/{len(rows)}")
+            progress.say(f"trajectories {done}/{len(rows)}")
             chosen = [requests[place] for place in batch]
             found = journal.once(f"trajectories-{number:05d}", partial(self._collect, chosen))
-            trajectories.update((rows[place].index, Trajectory(**values)) for place, values in zip(batch, found))
-        return trajectories
+            yield [(rows[place], Trajectory(**values)) for place, values in zip(batch, found)]
+            done += len(batch)
 
     def _collect(self, requests: list[Request]) -> list[dict[str, Any]]:
         found = collect_trajectories(
