@@ -167,7 +167,7 @@ def packed_attention_mask(
         )
 
     layer_types = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     if "sliding_attention" not in layer_types and (layer_types or window is None):
         return build(visible)
     # By position, not by column as in the host: a block stands far behind the tokens it continues.
