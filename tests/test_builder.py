@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -273,6 +275,45 @@ def test_two_runs_in_one_folder_are_refused(word_model, tokenizer, prompts, tmp_
         with pytest.raises(OSError, match="Another run is writing into"):
             builder.build(prompts, output_dir=tmp_path)
     builder.build(prompts, output_dir=tmp_path)
+
+
+_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from conftest import make_word_model
+from test_builder import make_builder
+
+from cllm_hf.demo.problems import make_problems, make_tokenizer
+
+torch.set_num_threads(1)
+tokenizer = make_tokenizer()
+builder = make_builder(make_word_model(tokenizer), tokenizer)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))  # longer files are refused
+builder.build([problem.prompt for problem in make_problems(28, seed=3)], output_dir=sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [200, 3000, 9000])
+def test_a_system_that_writes_no_more_loses_nothing(word_model, tokenizer, prompts, finished, tmp_path, limit):
+    """No stand-in: the limit on file sizes stops the manifest, a journal or a shard in the middle."""
+    run = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, str(Path(__file__).parent), str(tmp_path), str(limit)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "The collection stopped: File too large" in run.stderr and run.returncode == 1
+    shards = files_of(finished)
+    for name, content in files_of(tmp_path).items():
+        if name.startswith("data/"):
+            assert content == shards[name]
+    make_builder(word_model, tokenizer).build(prompts, output_dir=tmp_path)
+    assert files_of(tmp_path) == files_of(finished)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -604,6 +606,20 @@ def test_the_last_of_several_processes_completes_the_dataset(collect_arguments, 
     assert outputs[0].startswith("The part of this process is done.")
     assert outputs[1] == text.replace(str(tmp_path / "out"), str(tmp_path / "shared"))
     assert files_of(tmp_path / "shared") == alone
+
+
+@pytest.mark.slow
+def test_torchrun_makes_the_same_bytes(collect_arguments, tmp_path, capsys):
+    assert main(collect_arguments) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "cllm_hf"]
+    together = tmp_path / "together"
+    run = subprocess.run(
+        [*launcher, *collect_arguments, "--output_dir", str(together)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert files_of(together) == files_of(tmp_path / "out")
+    # The first process alone says what came out.
+    assert run.stdout == capsys.readouterr().out.replace(str(tmp_path / "out"), str(together))
 
 
 def test_a_finished_dataset_is_pushed(collect_arguments, tmp_path, monkeypatch, capsys):

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from datasets import disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as transformers_logging
 
 
 class UpdateBar(TrainerCallback):
@@ -40,21 +36,6 @@ def show_progress(trainer: Trainer, value: str) -> None:
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(UpdateBar(value))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The demo draws its own progress bars and explains itself; the hosts' bars and notices would drown it."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-        transformers_logging.enable_progress_bar()
-        transformers_logging.set_verbosity(verbosity)
 
 
 class Clock:

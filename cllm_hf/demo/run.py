@@ -22,13 +22,14 @@ from trl import SFTConfig, SFTTrainer
 from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
 from ..evaluation.report import format_table, format_trajectory
 from ..files import check_writable, save_whole
+from ..quiet import quiet_hosts
 from ..training.config import CLLMConfig
 from ..training.trainer import CLLMTrainer
 from ..trajectories.builder import TrajectoryBuilder
 from ..trajectories.cleaning import CleaningRules
 from ..trajectories.loading import load_trajectories
 from .problems import Problem, make_problems, make_tokenizer, read_answer
-from .progress import Clock, quiet, show_progress
+from .progress import Clock, show_progress
 
 
 # What is kept, in this order, and a file that each part always holds.
@@ -127,7 +128,7 @@ def run_demo(
     say(f"{len(problems)} distinct problems, {len(held_out)} of them held out. One of them:")
     say(f"  {held_out[0].prompt}\n  {held_out[0].response}")
 
-    with quiet():
+    with quiet_hosts():
         target = _make_model(tokenizer, options.hidden_size)
         say(f"\n[1/4] Training a target model of {target.num_parameters():,} parameters from nothing")
         train_target(target, tokenizer, training, options)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from .._host import base_model_of
 from ..files import check_writable_file, write_whole
 from ..loading import check_model_name, load_cllm, pick_device
+from ..quiet import quiet_hosts
 from .collection import compare_collection, format_collection
 from .collectors import CollectionSetting
 from .comparison import check_assistant, compare_decoding, format_comparison
@@ -40,12 +40,8 @@ def run_benchmark(options: argparse.Namespace) -> str:
         OSError: if a file cannot be read or written, or a model cannot be loaded.
         ValueError: if options contradict each other or prompts are not usable.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # notices of the host about its own calls of `generate`
-    try:
+    with quiet_hosts(keep_bars=sys.stderr.isatty()):
         return {"decode": run_decode, "overhead": run_overhead, "collect": run_collect}[options.kind](options)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def run_decode(options: argparse.Namespace) -> str:

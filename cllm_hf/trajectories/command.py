@@ -6,8 +6,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import reduce
 from operator import add
@@ -19,11 +18,11 @@ import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
-from transformers.utils import logging as transformers_logging
 
 from .._host import base_model_of
 from ..files import check_writable, check_writable_file
 from ..loading import check_model_name, load_cllm, pick_device
+from ..quiet import quiet_hosts
 from .arguments import CollectArguments
 from .builder import TrajectoryBuilder
 from .cleaning import CleaningRules
@@ -61,16 +60,17 @@ def run_collect(options: CollectArguments) -> str:
     check_model_name(options.model, "model")
     is_first = int(os.environ.get("RANK", "0")) == 0
     collection = _collection_options(options)
-    prompts, responses = read_source(
-        options.prompts,
-        options.dataset_name,
-        options.dataset_config,
-        options.dataset_split,
-        options.prompt_column,
-        options.response_column,
-        options.limit,
-        options.prompt_template,
-    )
+    with quiet_hosts(keep_bars=sys.stderr.isatty()):
+        prompts, responses = read_source(
+            options.prompts,
+            options.dataset_name,
+            options.dataset_config,
+            options.dataset_split,
+            options.prompt_column,
+            options.response_column,
+            options.limit,
+            options.prompt_template,
+        )
     folder = Path(options.output_dir)
     check_writable(folder)
     if options.push_to_hub is not None:
@@ -78,7 +78,7 @@ def run_collect(options: CollectArguments) -> str:
     source = options.source
     if source is None and options.dataset_name is not None and not is_local(options.dataset_name):
         source = options.dataset_name
-    with _quiet_hosts():
+    with quiet_hosts(keep_bars=sys.stderr.isatty()):
         builder = _make_builder(options, collection, show_progress=is_first and sys.stderr.isatty())
         is_complete = builder.collect(
             prompts, folder, responses=responses, source=source, license=options.license, wait=options.wait
@@ -189,7 +189,7 @@ def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
         if find_adapter_config_file(name) is None:  # for an adapter it is that of the model below it
             revision = made_by.get("revision")
     dtype = options.dtype or made_by.get("dtype") or "float32"
-    with _quiet_hosts():
+    with quiet_hosts(keep_bars=sys.stderr.isatty()):
         model = load_model(name, dtype, device, revision=revision, trust_remote_code=options.trust_remote_code)
         report = verify_transitions(model, dataset, options.transitions, options.seed, sys.stderr.isatty())
         text = format_verification(report)
@@ -314,20 +314,10 @@ def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) ->
         ) from error
 
 
-@contextmanager
-def _quiet_hosts() -> Iterator[None]:
-    """Without the notices of the host about calls that are made on purpose."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
 def _load_all(name: str, options: argparse.Namespace) -> Dataset:
     """All splits, one behind the other, if none is named; of an unfinished collection what there is."""
-    loaded: Any = load_trajectories(name, split=options.split, name=options.config_name, allow_incomplete=True)
+    with quiet_hosts(keep_bars=sys.stderr.isatty()):
+        loaded: Any = load_trajectories(name, split=options.split, name=options.config_name, allow_incomplete=True)
     return concatenate_datasets(list(loaded.values())) if isinstance(loaded, DatasetDict) else loaded
 
 

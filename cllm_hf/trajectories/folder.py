@@ -110,7 +110,12 @@ class OutputFolder:
             raise OSError(
                 f"Another run is writing into {str(self.path)!r}. Wait for its end, or choose another `output_dir`."
             ) from error
-        self._write_manifest(complete=False)
+        try:
+            with self.explained_errors():
+                self._write_manifest(complete=False)
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
