@@ -95,7 +95,6 @@ def main() -> None:
         block_size=arguments.block_size,
         max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
-        max_tokens_per_batch=16384,
     )
     dataset = builder.build(prompts[arguments.num_held_out :])
     print(f"Trajectories: {dict(builder.counts)}")
