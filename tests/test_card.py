@@ -207,3 +207,13 @@ Words.
 def test_metadata_that_is_not_valid(manifest, earlier):
     with pytest.raises(ValueError, match="must be valid YAML, got"):
         merge_card(earlier, make_card({"default": manifest}, None))
+
+
+@pytest.mark.parametrize("name", ["/home/me/models/target", "./target", "runs/demo/target"])
+def test_folders_of_this_machine_are_not_told_to_others(manifest, name):
+    local = changed(manifest, model__name=name, tokenizer__name=name)
+    assert f"`{name}`" in make_card({"default": local}, None)
+    published = make_card({"default": local}, "user/name")
+    assert name not in published and "`path/to/" in published
+    on_the_hub = changed(manifest, model__name="user/model")
+    assert "`user/model`" in make_card({"default": on_the_hub}, "user/name")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
@@ -46,7 +47,7 @@ _COUNTS = {
     "long_response": "the given response is longer than `max_new_tokens`",
     "token_repetition": "one token stands many times in a row",
     "sentence_repetition": "one sentence comes again and again",
-    "not_greedy": "the given response is not the model's own greedy output",
+    "not_greedy": "the response is not the model's own greedy output: it is from elsewhere, or two tokens were tied",
 }
 _COLUMNS = (
     ("`data_id`", "name of the prompt"),
@@ -96,6 +97,8 @@ def make_card(
     """
     if not manifests:
         raise ValueError("A dataset card needs the manifest of at least one configuration, got none.")
+    if repo_id is not None:
+        manifests = {name: _without_folders(manifest) for name, manifest in manifests.items()}
     names = sorted(manifests, key=lambda name: (name != DEFAULT_CONFIG, name))
     several = len(names) > 1 or names != [DEFAULT_CONFIG]
     title = repo_id.split("/")[-1] if repo_id else "Trajectories"
@@ -236,6 +239,17 @@ def _introduction(manifests: Mapping[str, Mapping[str, Any]], names: list[str]) 
         "with the trajectories of its blocks. A language model trained on them learns to guess several tokens at once "
         "(a Consistency LLM, CLLM), and writes the same kind of text in fewer forwards. Made with `cllm_hf`."
     )
+
+
+def _without_folders(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """For others to read: folders of the machine where it was made mean nothing to them."""
+
+    def shown(part: Mapping[str, Any]) -> dict[str, Any]:
+        name = part.get("name") or ""
+        is_folder = name.startswith(("/", ".", "~")) or name.count("/") > 1
+        return {**part, "name": f"path/to/{Path(name).name}" if is_folder else part.get("name")}
+
+    return {**manifest, "model": shown(manifest["model"]), "tokenizer": shown(manifest["tokenizer"])}
 
 
 def _model_text(manifest: Mapping[str, Any]) -> str:
