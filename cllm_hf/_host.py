@@ -30,11 +30,6 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
     return config._attn_implementation
 
 
-def commit_of(config: PreTrainedConfig) -> str | None:
-    """Commit of the Hub repository that a config was loaded from, if it was."""
-    return getattr(config, "_commit_hash", None)
-
-
 def compiles_whole(model: PreTrainedModel) -> bool:
     """Whether the host says that this architecture compiles into one graph."""
     return model._can_compile_fullgraph

@@ -3,18 +3,35 @@
 import inspect
 
 import click
+import pytest
 import torch
 from architectures import make_architecture
-from conftest import make_prompts
+from conftest import make_model, make_prompts
 from peft import LoraConfig, get_peft_model
-from transformers import CsmForConditionalGeneration, DynamicCache, GenerationConfig, GenerationMixin, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CsmForConditionalGeneration,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.cli.serve import Serve
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.transformers import app as transformers_commands
+from transformers.masking_utils import create_causal_mask
 from trl import SFTTrainer
 
-from cllm_hf._host import attention_implementation, compiles_whole, has_own_loop, mark_as_edited, mixes_adapters
+from cllm_hf._host import (
+    attention_implementation,
+    compiles_whole,
+    has_own_loop,
+    input_device,
+    mark_as_edited,
+    mixes_adapters,
+)
+from cllm_hf.packing import Packed, forward_clean, packed_attention_mask
 
 
 def test_extras_of_a_derived_generation_config_are_lost_unless_marked(llama, tmp_path):
@@ -121,3 +138,38 @@ def test_remote_generate_is_bound_to_its_model(llama, tmp_path):
     args, names = llama.generate(make_prompts(1)[0], custom_generate=str(tmp_path), trust_remote_code=True)
     assert args == () and {"inputs", "generation_config", "streamer"} <= set(names)
     assert not {"custom_generate", "trust_remote_code"} & set(names)
+
+
+def test_inputs_go_where_the_embeddings_are(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "model")
+    assert input_device(llama) == torch.device("cpu")
+    places = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map={**places, "model.rotary_emb": "cpu"},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert spread.get_input_embeddings().weight.device.type == "meta"
+    assert input_device(spread) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_masks_are_those_of_the_hosts_own_function(attention, cached):
+    """The host makes the mask of a pair of columns from a function; `packing` hands over all pairs at once."""
+    model = make_model("llama", attention=attention)
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.randint(-1, 3, (2, 20), generator=generator)
+    positions, anchors = (torch.randint(0, 12, (2, 20), generator=generator) for _ in range(2))
+    packed = Packed(torch.zeros_like(segments), positions, segments, anchors, clean_length=8)
+    cache = None
+    if cached:
+        _, cache = forward_clean(model, torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), 1)
+
+    def allowed(batch, head, query, key):
+        before = (segments[batch, key] == 0) & (positions[batch, key] < anchors[batch, query])
+        return (segments[batch, key] == segments[batch, query]) | before
+
+    embeddings = torch.zeros(2, 12 if cached else 20, 0)
+    expected = create_causal_mask(model.config, embeddings, None, cache, and_mask_function=allowed)
+    assert torch.equal(packed_attention_mask(model.config, packed, torch.float32, cache), expected)

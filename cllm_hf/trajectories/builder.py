@@ -59,6 +59,8 @@ class TrajectoryBuilder:
         not_greedy (`str`): what to do with a response that is not the model's own greedy output, because it is from
             elsewhere or because two tokens were equally good but for rounding: `"drop"` it, or `"keep"` it without
             states in the blocks in which it departs.
+        revision (`str`, *optional*): branch, tag or commit of the Hub that the model was loaded from, if not the main
+            branch, for the manifest and the card.
         show_progress (`bool`): whether to draw a progress bar.
 
     Attributes:
@@ -86,6 +88,7 @@ class TrajectoryBuilder:
         cleaning: CleaningRules | None = None,
         drop_duplicates: bool = True,
         not_greedy: str = "drop",
+        revision: str | None = None,
         show_progress: bool = True,
     ):
         self.options = CollectionOptions(
@@ -104,6 +107,7 @@ class TrajectoryBuilder:
         self.model: Any = base_model_of(model)
         check_packable(self.model)
         self.processing_class = processing_class
+        self.revision = revision
         self.show_progress = show_progress
         self.counts: Counter[str] = Counter()
         self.output_dir: Path | None = None
@@ -262,7 +266,7 @@ class TrajectoryBuilder:
         return {
             "format": FORMAT,
             "made_with": versions,
-            "model": {**describe_model(self.model), "stop_ids": stop_ids},
+            "model": {**describe_model(self.model, self.revision), "stop_ids": stop_ids},
             "tokenizer": describe_tokenizer(self.processing_class),
             "prompts": {
                 "count": len(rows),

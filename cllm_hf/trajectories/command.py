@@ -294,7 +294,9 @@ def _make_builder(options: CollectArguments, collection: CollectionOptions, show
         device_map=options.device_map,
         attn_implementation=options.attn_implementation,
     )
-    return TrajectoryBuilder(model, processing_class=tokenizer, show_progress=show_progress, **vars(collection))
+    return TrajectoryBuilder(
+        model, processing_class=tokenizer, revision=options.revision, show_progress=show_progress, **vars(collection)
+    )
 
 
 def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:

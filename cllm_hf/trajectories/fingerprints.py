@@ -4,36 +4,63 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._host import attention_implementation, commit_of
+from .._host import attention_implementation
 
 
 _SAMPLES = 256
 
 
-def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+def describe_model(model: PreTrainedModel, revision: str | None = None) -> dict[str, Any]:
     """
     Describe a model for a manifest.
 
     Args:
         model (`transformers.PreTrainedModel`): the model; an adapter's layers may be in it.
+        revision (`str`, *optional*): branch, tag or commit that it was loaded from, if not the main branch.
 
     Returns:
         `dict`: ready for JSON. `name` and `revision` are for people; the rest decides what the model says.
     """
     return {
         "name": model.name_or_path or None,
-        "revision": commit_of(model.config),
+        "revision": find_commit(model.name_or_path or "", revision),
         "architecture": type(model).__name__,
         "num_parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": attention_implementation(model.config.get_text_config()),
         "fingerprint": fingerprint_weights(model),
     }
+
+
+def find_commit(name: str, revision: str | None = None) -> str | None:
+    """
+    Find the commit of a model that was loaded from the Hub, in the Hub's cache.
+
+    Args:
+        name (`str`): Hub id of the model; for a folder there is no commit.
+        revision (`str`, *optional*): branch, tag or commit; by default the main branch.
+
+    Returns:
+        `str` or `None`: the commit, or the revision as it is if the cache does not know it.
+    """
+    if not name or Path(name).exists():
+        return None
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            cached = try_to_load_from_cache(name, file, revision=revision)
+        except HFValidationError:  # no Hub id
+            return None
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+    return revision
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
