@@ -1,16 +1,19 @@
 """Collections on disk: what is finished stays, what is not goes on, and the bytes do not depend on the way there."""
 
+import copy as copy_module
 import errno
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,7 +25,7 @@ from cllm_hf.demo.problems import make_problems
 from cllm_hf.trajectories import folder as folder_module
 from cllm_hf.trajectories.journal import Journal
 from cllm_hf.trajectories.manifest import describe_difference, read_manifest
-from cllm_hf.trajectories.prompts import is_held_out
+from cllm_hf.trajectories.prompts import is_held_out, read_rows
 
 
 NO_CLEANING = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
@@ -132,7 +135,10 @@ class _Stop(BaseException):
     """Ends a run anywhere, as Ctrl-C does."""
 
 
-@pytest.mark.parametrize("moment", range(0, 40, 3))
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param(n, marks=[] if n in (0, 9, 20, 41, 64, 66, 68, 69) else pytest.mark.slow) for n in range(70)],
+)
 def test_stopped_at_any_write_it_ends_with_the_same_bytes(
     word_model, tokenizer, prompts, finished, tmp_path, monkeypatch, moment
 ):
@@ -155,18 +161,52 @@ def test_stopped_at_any_write_it_ends_with_the_same_bytes(
     assert files_of(tmp_path) == files_of(finished)
 
 
+@pytest.mark.parametrize("call", range(5))
+@pytest.mark.parametrize("after", [False, True])
+def test_stopped_at_any_removal_it_ends_with_the_same_bytes(
+    word_model, tokenizer, prompts, finished, tmp_path, monkeypatch, call, after
+):
+    rmtree, calls = shutil.rmtree, []
+
+    def stop(path, **options):
+        calls.append(path)
+        if len(calls) == call + 1:
+            if after:
+                rmtree(path, **options)
+            raise _Stop
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", stop)
+    with pytest.raises(_Stop):
+        make_builder(word_model, tokenizer).build(prompts, output_dir=tmp_path)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    make_builder(word_model, tokenizer).build(prompts, output_dir=tmp_path)
+    assert files_of(tmp_path) == files_of(finished)
+
+
+def test_a_result_of_other_prompts_is_not_taken_for_one_of_these(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    assert journal.once("batch", [[1, 2]], lambda: ["a"]) == ["a"]
+    assert journal.once("batch", [[1, 2]], lambda: ["b"]) == ["a"]
+    assert journal.once("batch", [[1, 3]], lambda: ["b"]) == ["b"]
+    (tmp_path / "journal" / "batch.json").write_text("[1")
+    assert journal.once("batch", [[1, 3]], lambda: ["c"]) == ["c"]
+    (tmp_path / "journal" / "batch.json").write_text("[1]")
+    assert journal.once("batch", [[1, 3]], lambda: ["d"]) == ["d"]
+
+
 def test_finished_batches_are_not_computed_again(word_model, tokenizer, prompts, tmp_path, monkeypatch):
     computed, once = [], Journal.once
     stop_after = 7
 
-    def count(self, name, compute):
+    def count(self, name, key, compute):
         def counted():
             computed.append((self.folder.name, name))
             if len(computed) == stop_after:
                 raise _Stop
             return compute()
 
-        return once(self, name, counted)
+        return once(self, name, key, counted)
 
     monkeypatch.setattr(Journal, "once", count)
     with pytest.raises(_Stop):
@@ -268,8 +308,6 @@ def test_a_full_disk_is_said_and_nothing_is_lost(word_model, tokenizer, prompts,
 def test_two_runs_in_one_folder_are_refused(word_model, tokenizer, prompts, tmp_path):
     builder = make_builder(word_model, tokenizer)
     rows = folder_module  # the module of the lock
-    from cllm_hf.trajectories.prompts import read_rows
-
     header = builder._header(read_rows(prompts, None, tokenizer), None, None)
     with rows.OutputFolder(tmp_path, header, ("train",), rows.Process()):
         with pytest.raises(OSError, match="Another run is writing into"):
@@ -542,3 +580,118 @@ def test_a_shard_may_have_no_records(word_model, tokenizer, prompts, tmp_path):
     assert pq.read_metadata(tmp_path / "data/train-00001-of-00003.parquet").num_rows == 0
     assert dataset["prompt"] == prompts[:12]
     assert read_manifest(tmp_path)["counts"] == {"duplicate": 8, "kept": 12}
+
+
+def test_a_missing_file_of_a_finished_folder_is_made_anew(word_model, tokenizer, prompts, tmp_path):
+    builder = make_builder(word_model, tokenizer, test_fraction=0.3)
+    builder.build(prompts, output_dir=tmp_path)
+    before = files_of(tmp_path)
+    for name in (
+        "data/test-00001-of-00004.parquet",
+        "data/train-00002-of-00004.parquet",
+        "README.md",
+        "statistics.png",
+    ):
+        (tmp_path / name).unlink()
+        builder.build(prompts, output_dir=tmp_path)
+        assert files_of(tmp_path) == before
+
+
+def test_what_others_wrote_into_the_card_stays(word_model, tokenizer, prompts, tmp_path):
+    builder = make_builder(word_model, tokenizer)
+    builder.build(prompts[:4], output_dir=tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    builder.build(prompts[:4], output_dir=tmp_path, license="mit")
+    assert "My own words." in card.read_text() and "license: mit" in card.read_text()
+
+
+def test_the_size_of_batches_may_change_on_the_way(
+    word_model, tokenizer, prompts, finished, tmp_path, monkeypatch, caplog
+):
+    """As after running out of memory: batches of the journal are then others, and are not mixed up."""
+    decode, calls = type(word_model).generate, []
+
+    def fail(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 5:
+            raise _Stop
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(word_model), "generate", fail)
+    with pytest.raises(_Stop):
+        make_builder(word_model, tokenizer).build(prompts, output_dir=tmp_path)
+    resumed = make_builder(word_model, tokenizer, max_tokens_per_batch=120).build(prompts, output_dir=tmp_path)
+    assert resumed[:] == load_trajectories(finished)[:]
+    assert "`max_tokens_per_batch=200`, and goes on with" in caplog.text
+
+
+def test_a_process_that_has_no_record_does_not_wait_for_ever(word_model, tokenizer, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        builder = make_builder(word_model, tokenizer, max_new_tokens=300)
+        if rank == "0":
+            assert not builder.collect(prompts, tmp_path, wait=False)
+        else:
+            with pytest.raises(ValueError, match="No record is left of 28 prompts"):
+                builder.collect(prompts, tmp_path)
+
+
+def test_behind_a_stop_token_nothing_is_greedy(word_model, tokenizer, prompts):
+    expected = make_builder(word_model, tokenizer).build(prompts)
+    stop_ids = {tokenizer.eos_token_id, *range(40, 50)}
+    row = next(row for row in expected if row["response_ids"][-1] in stop_ids)
+    ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+    further = word_model.generate(ids, do_sample=False, max_new_tokens=2, eos_token_id=None)[
+        0, ids.shape[1] :
+    ].tolist()
+    builder = make_builder(word_model, tokenizer)
+    with pytest.raises(ValueError, match="1 for `not_greedy`"):
+        builder.build([row["prompt"]], [row["response_ids"] + further])
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(word_model, tokenizer):
+    with pytest.raises(ValueError, match="vocabulary of 102, got 102 in the prompt of prompt 1"):
+        make_builder(word_model, tokenizer).build([[5], [5, 102]])
+    with pytest.raises(ValueError, match="at least 0, got -100 in prompt 1"):
+        make_builder(word_model, tokenizer).build([[5], [5, -100]])
+    for ids in ([999], [-100]):
+        with pytest.raises(ValueError, match=f"got {ids[0]} in the response of prompt 0"):
+            make_builder(word_model, tokenizer).build([[5]], [ids])
+
+
+def test_prompts_of_arrays_are_token_ids(word_model, tokenizer):
+    ids = [7, 8, 9]
+    rows = make_builder(word_model, tokenizer, drop_duplicates=False).build([ids, torch.tensor(ids), np.array(ids)])
+    assert rows["prompt_ids"] == [ids] * 3
+    with pytest.raises(ValueError, match="as prompt 1. Pass a column"):
+        make_builder(word_model, tokenizer).build(["Mia", b"Mia"])
+
+
+def test_the_stop_token_that_a_tokenizer_adds_ends_no_prompt(word_model, tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    ending = copy_module.deepcopy(tokenizer)
+    stop = tokenizer.eos_token
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {stop}", special_tokens=[(stop, tokenizer.eos_token_id)]
+    )
+    assert ending("Mia has 7")["input_ids"][-1] == tokenizer.eos_token_id
+    assert read_rows(["Mia has 7"], ["apples"], ending) == read_rows(["Mia has 7"], ["apples"], tokenizer)
+
+
+def test_a_padding_token_outside_the_embeddings_does_no_harm(word_model, tokenizer, prompts):
+    expected = make_builder(word_model, tokenizer).build(prompts[:5])
+    added = copy_module.deepcopy(tokenizer)
+    added.add_special_tokens({"pad_token": "<a new one>"})
+    assert added.pad_token_id >= word_model.get_input_embeddings().num_embeddings
+    assert make_builder(word_model, added).build(prompts[:5])["response_ids"] == expected["response_ids"]
+
+
+def test_prompt_tuning_is_refused(word_model, tokenizer):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(word_model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="whose tokens are in no prompt"):
+        make_builder(model, tokenizer)

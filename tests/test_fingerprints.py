@@ -39,6 +39,26 @@ def test_an_adapter_counts(tokenizer):
     assert len({alone, with_adapter, fingerprint_weights(peft_model.get_base_model())}) == 3
 
 
+def test_what_acts_counts_too(llama, tokenizer):
+    before = fingerprint_weights(llama)
+    llama.config.use_cache, llama.config.pad_token_id = False, 3  # decide nothing
+    assert fingerprint_weights(llama) == before
+    llama.config.rope_parameters = {**llama.config.rope_parameters, "rope_theta": 5e5}
+    assert fingerprint_weights(llama) != before
+    model = get_peft_model(make_word_model(tokenizer), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    model.add_adapter("other", LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    acting = [fingerprint_weights(model.get_base_model())]
+    model.set_adapter("other")
+    acting.append(fingerprint_weights(model.get_base_model()))
+    with model.disable_adapter():
+        acting.append(fingerprint_weights(model.get_base_model()))
+    assert len(set(acting)) == 3
+    llama.register_buffer("scales", torch.ones(4))
+    with_buffer = fingerprint_weights(llama)
+    llama.scales.mul_(3)
+    assert fingerprint_weights(llama) != with_buffer
+
+
 def test_a_tokenizer_is_what_it_makes_of_text(tokenizer, byte_tokenizer):
     before = fingerprint_tokenizer(tokenizer)
     tokenizer(["Mia", "Mia has 7"], padding=True)  # the host leaves that in its rules

@@ -23,7 +23,7 @@ from .journal import Journal
 from .manifest import FORMAT, read_manifest
 from .options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
 from .progress import Progress
-from .prompts import Prompt, PromptRow, Response, find_duplicates, fingerprint_rows, is_held_out, read_rows
+from .prompts import Prompt, PromptRow, Response, check_ids, find_duplicates, fingerprint_rows, is_held_out, read_rows
 from .responding import find_stop_ids
 from .shard import ShardCollector, explain_none_left
 from .statistics import measure_trajectories
@@ -103,6 +103,11 @@ class TrajectoryBuilder:
             drop_duplicates=drop_duplicates,
             not_greedy=not_greedy,
         )
+        if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+            raise ValueError(
+                "Trajectories cannot be collected with prompt or prefix tuning, whose tokens are in no prompt. Use an "
+                "adapter in the layers, such as LoRA."
+            )
         # The layers of an adapter live in its base model; the wrapper has nothing else that is needed here.
         self.model: Any = base_model_of(model)
         check_packable(self.model)
@@ -134,7 +139,7 @@ class TrajectoryBuilder:
             ValueError: as `collect`.
         """
         if output_dir is None:
-            splits = self._build_in_memory(read_rows(prompts, responses, self.processing_class))
+            splits = self._build_in_memory(self._read(prompts, responses))
         else:
             from .loading import load_trajectories
 
@@ -175,11 +180,13 @@ class TrajectoryBuilder:
             ValueError: for prompts or responses of another kind, if the folder holds another collection, or if no
                 record is left.
         """
-        rows = read_rows(prompts, responses, self.processing_class)
+        rows = self._read(prompts, responses)
         path, process = Path(output_dir), Process.current()
         folder = OutputFolder(path, self._header(rows, source, license), self.options.splits, process)
         complete = folder.is_complete()
-        if not complete:
+        if complete:
+            folder.tidy()
+        else:
             with folder, folder.explained_errors():
                 self._make_shards(folder, rows)
                 complete = folder.finish(wait)
@@ -215,6 +222,11 @@ class TrajectoryBuilder:
             )
         return push_trajectories(self.output_dir, repo_id, private=private, config_name=config_name, **kwargs)
 
+    def _read(self, prompts: Iterable[Prompt] | Dataset, responses: Iterable[Response] | None) -> list[PromptRow]:
+        rows = read_rows(prompts, responses, self.processing_class)
+        check_ids(rows, self.model.get_input_embeddings().num_embeddings)
+        return rows
+
     def _make_shards(self, folder: OutputFolder, rows: list[PromptRow]) -> None:
         """Make the shards of this process that are not there yet."""
         pending = folder.own_shards()
@@ -223,14 +235,17 @@ class TrajectoryBuilder:
         todo = sum(len(folder.prompts_of(number)) for number in pending)
         with self._collector(rows) as collector, Progress(total, total - todo, self.show_progress) as progress:
             for number in pending:
-                part = [rows[index] for index in folder.prompts_of(number)]
-                table, counts = collector.collect(part, folder.journal(number), progress)
-                tables = self._split(table)
-                statistics = {
-                    split: measure_trajectories(Dataset(found), self.options.block_size).to_dict()
-                    for split, found in tables.items()
-                }
-                folder.write_shard(number, tables, counts, statistics)
+                with folder.lock_shard(number):
+                    if number not in folder.own_shards():
+                        continue
+                    part = [rows[index] for index in folder.prompts_of(number)]
+                    table, counts = collector.collect(part, folder.journal(number), progress)
+                    tables = self._split(table)
+                    statistics = {
+                        split: measure_trajectories(Dataset(found), self.options.block_size).to_dict()
+                        for split, found in tables.items()
+                    }
+                    folder.write_shard(number, tables, counts, statistics)
 
     def _build_in_memory(self, rows: list[PromptRow]) -> dict[str, Dataset]:
         size = self.options.prompts_per_shard

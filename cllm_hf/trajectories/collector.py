@@ -270,6 +270,8 @@ def _read_clean(model: PreTrainedModel, requests: list[Request], stop_ids: Colle
     for request, row in zip(requests, predicted):
         start, length = len(request.prompt_ids) - 1 - first, len(request.response_ids)
         departs = row[start : start + length] != request.response_ids
+        # Behind a stop token the model would have said nothing more.
+        departs[1:] |= np.cumsum(np.isin(request.response_ids[:-1], list(stop_ids))) > 0
         following = int(row[start + length])
         if request.may_stop and following in stop_ids and request.response_ids[-1] not in stop_ids:
             responses.append([*request.response_ids, following])

@@ -16,6 +16,7 @@ from .._host import attention_implementation
 
 
 _SAMPLES = 256
+_INCIDENTAL = {"architectures", "dtype", "transformers_version", "use_cache"}
 
 
 def describe_model(model: PreTrainedModel, revision: str | None = None) -> dict[str, Any]:
@@ -79,7 +80,9 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 @torch.no_grad()
 def fingerprint_weights(model: PreTrainedModel) -> str:
     """
-    Hash some values of every weight: training changes them all, and reading them all would take long.
+    Hash what decides what a model says: its config, which adapters act how strongly, and some values of every weight.
+
+    Training changes all weights, and reading them whole would take long.
 
     Args:
         model (`transformers.PreTrainedModel`): the model. Weights that are offloaded to disk count by name and shape.
@@ -88,13 +91,25 @@ def fingerprint_weights(model: PreTrainedModel) -> str:
         `str`: hexadecimal.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
+    config = model.config.get_text_config().to_dict()
+    kept = {name: value for name, value in config.items() if not _is_incidental(name)}
+    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, layer in model.named_modules():
+        if hasattr(layer, "active_adapters") and not isinstance(layer, PreTrainedModel):
+            acting = [name, layer.active_adapters, layer.disable_adapters, sorted(layer.scaling.items())]
+            digest.update(json.dumps(acting, default=str).encode())
+    for name, weight in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
         if weight.device.type != "meta":
             values = weight.detach().flatten()
             values = values[:: max(1, len(values) // _SAMPLES)]
             digest.update(values.float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _is_incidental(name: str) -> bool:
+    """Whether an entry of a config decides nothing here, or is described by an entry of its own."""
+    return name.startswith("_") or name.endswith("_token_id") or name in _INCIDENTAL
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from ..files import check_writable, replace_file
-from .card import PLOT_NAME, make_card
+from .card import PLOT_NAME, make_card, merge_card
 from .journal import Journal
 from .loading import check_shards
 from .manifest import MANIFEST_NAME, describe_difference, read_manifest, write_manifest
@@ -30,7 +30,7 @@ from .statistics import TrajectoryStatistics, plot_statistics
 
 
 logger = logging.getLogger(__name__)
-DATA, UNFINISHED = "data", ".unfinished"
+DATA, UNFINISHED, CARD_NAME = "data", ".unfinished", "README.md"
 _NOTES = "cllm_hf"  # key of what a shard says of itself, beside the host's own keys
 _COMPRESSION = 9  # of zstd: 15% smaller than its default, and still far quicker than what it compresses
 _WAIT_SECONDS = 0.5
@@ -120,6 +120,24 @@ class OutputFolder:
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what unfinished shards had, once there is none."""
+        if self.is_complete():
+            shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
+
+    def lock_shard(self, number: int) -> FileLock:
+        """
+        What a process holds while it makes a shard, in case another run divides the work differently.
+
+        Args:
+            number (`int`): of the shard.
+
+        Returns:
+            `filelock.FileLock`, to enter; it waits for a process that makes the same shard.
+        """
+        return FileLock(self.path / UNFINISHED / f"shard-{number:05d}.lock")
 
     def is_complete(self) -> bool:
         """
@@ -128,7 +146,8 @@ class OutputFolder:
         Returns:
             `bool`.
         """
-        if not self._has_manifest() or self._missing():
+        files = (MANIFEST_NAME, CARD_NAME, PLOT_NAME)
+        if not all((self.path / name).is_file() for name in files) or self._missing():
             return False
         manifest = read_manifest(self.path)
         return manifest["complete"] and manifest["prompts"] == self.header["prompts"]
@@ -225,8 +244,16 @@ class OutputFolder:
             ValueError: if no record is left.
         """
         if wait and self._missing():
-            logger.warning("Waiting for %d shards of other processes.", len(self._missing()))
+            logger.warning(
+                "Waiting for %d shards of other processes. By `RANK` and `WORLD_SIZE` this is process %d of %d; if "
+                "there are no others, unset both, or pass `wait=False`.",
+                len(self._missing()),
+                self.process.index,
+                self.process.count,
+            )
         while wait and not self.is_complete() and (self._missing() or self.process.index > 0):
+            if not self._missing():
+                _check_kept(self._manifest(complete=True))  # the process that merges has no more to wait for
             time.sleep(_WAIT_SECONDS)
         if self.is_complete() and self.process.index > 0:
             return True
@@ -235,20 +262,21 @@ class OutputFolder:
         with FileLock(self.path / UNFINISHED / "merge.lock"):  # of processes that do not wait, two may be the last
             if not self.is_complete():
                 self._merge()
-            shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
         return True
 
     def _merge(self) -> None:
         manifest = self._manifest(complete=True)
-        if not manifest["counts"].get("kept"):
-            raise ValueError(explain_none_left(self._count, manifest["counts"]))
+        _check_kept(manifest)
         statistics = {
             split: TrajectoryStatistics.from_dict(values) for split, values in manifest["statistics"].items()
         }
         plot = self.path / UNFINISHED / PLOT_NAME
         plot_statistics(statistics, plot)
         os.replace(plot, self.path / PLOT_NAME)
-        self._replace("README.md", make_card({"default": manifest}, None).encode())
+        card, path = make_card({"default": manifest}, None), self.path / CARD_NAME
+        if path.is_file():  # of an earlier end: what others have written into it stays
+            card = merge_card(path.read_text(encoding="utf-8"), card)
+        replace_file(path, card.encode(), self.path / UNFINISHED / CARD_NAME)
         write_manifest(self.path, manifest, self.path / UNFINISHED / MANIFEST_NAME)
 
     def _manifest(self, complete: bool) -> dict[str, Any]:
@@ -316,31 +344,41 @@ class OutputFolder:
         prompts = dict(self.header["prompts"])
         for name in ("source", "license"):  # said once, they stay
             prompts[name] = prompts[name] or earlier["prompts"].get(name)
-        if earlier["made_with"] != self.header["made_with"] and not earlier["complete"]:
-            logger.warning(
-                "The collection in %s was begun with %s and goes on with %s: its records may differ in near ties.",
-                self.path,
-                earlier["made_with"],
-                self.header["made_with"],
-            )
+        self._warn_of_near_ties(earlier)
         # The versions are those that it was begun with.
         self.header = {**self.header, "prompts": prompts, "made_with": earlier["made_with"]}
         there = {name: entry for name, entry in earlier["shards"].items() if (self.path / name).is_file()}
         check_shards(self.path, {"shards": there})
 
+    def _warn_of_near_ties(self, earlier: Mapping[str, Any]) -> None:
+        """Of what may change the rounding: where two tokens tie, other records come out than at the beginning."""
+        budgets = [manifest["options"].get("max_tokens_per_batch") for manifest in (earlier, self.header)]
+        if not earlier["complete"] and (earlier["made_with"] != self.header["made_with"] or budgets[0] != budgets[1]):
+            logger.warning(
+                "The collection in %s was begun with %s and `max_tokens_per_batch=%s`, and goes on with %s and "
+                "`max_tokens_per_batch=%s`: where two tokens are equally good, its records may differ.",
+                self.path,
+                earlier["made_with"],
+                budgets[0],
+                self.header["made_with"],
+                budgets[1],
+            )
+
     def _has_manifest(self) -> bool:
         return (self.path / MANIFEST_NAME).is_file()
 
     def _missing(self) -> list[int]:
-        # The first split is written last.
         names = set(os.listdir(self.path / DATA)) if (self.path / DATA).is_dir() else set()
-        return [n for n in range(self.num_shards) if Path(self._name(self.splits[0], n)).name not in names]
+        files = {n: {Path(self._name(split, n)).name for split in self.splits} for n in range(self.num_shards)}
+        return [n for n, wanted in files.items() if not wanted <= names]
 
     def _name(self, split: str, number: int) -> str:
         return f"{DATA}/{split}-{number:05d}-of-{self.num_shards:05d}.parquet"
 
-    def _replace(self, name: str, content: bytes) -> None:
-        replace_file(self.path / name, content, self.path / UNFINISHED / name)
+
+def _check_kept(manifest: Mapping[str, Any]) -> None:
+    if not manifest["counts"].get("kept"):
+        raise ValueError(explain_none_left(manifest["prompts"]["count"], manifest["counts"]))
 
 
 def _to_parquet(table: pa.Table, notes: dict[str, Any]) -> bytes:

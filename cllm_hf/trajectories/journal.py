@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,8 +16,8 @@ class Journal:
     """
     Results of the finished batches of a shard, one file each.
 
-    The batches of a shard are the same in every run, so a batch is known by its name. A file appears under its name
-    when it is complete; one that cannot be read is computed again.
+    A file appears under its name when it is complete. It says what it is the result of; one that is of something else,
+    as another version of this package may leave it, or that cannot be read, is computed again.
 
     Args:
         folder (`pathlib.Path`, *optional*): where the files are; without one nothing is kept.
@@ -25,12 +26,13 @@ class Journal:
     def __init__(self, folder: Path | None = None):
         self.folder = folder
 
-    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+    def once(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
         """
         The result of a batch: read, if an earlier run has computed it, otherwise computed and kept.
 
         Args:
             name (`str`): of the batch, a file name.
+            key (`Any`): what it is the result of, as JSON has it.
             compute (`Callable[[], Any]`): returns lists, dicts, texts and numbers, as JSON has them.
 
         Returns:
@@ -42,13 +44,16 @@ class Journal:
         if self.folder is None:
             return compute()
         path = self.folder / f"{name}.json"
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         try:
-            return json.loads(path.read_bytes())
+            kept = json.loads(path.read_bytes())
+            if isinstance(kept, dict) and kept.get("of") == digest:
+                return kept["result"]
         except (FileNotFoundError, ValueError):
             pass
         result = compute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(result, separators=(",", ":")).encode())
+        replace_file(path, json.dumps({"of": digest, "result": result}, separators=(",", ":")).encode())
         return result
 
     def clear(self) -> None:

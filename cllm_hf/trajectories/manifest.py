@@ -12,10 +12,11 @@ from ..files import replace_file
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
-# For people: where things came from. All else in these parts decides which records come out.
+# These parts decide which records come out, all but the entries that say where things came from, and the size of
+# batches, which one may have to change for the memory.
 _COMPARED = ("model", "tokenizer", "prompts", "options")
-_FOR_PEOPLE = {"model.name", "model.revision", "model.num_parameters", "tokenizer.name"}
-_FOR_PEOPLE |= {"prompts.source", "prompts.license"}
+_NOT_COMPARED = {"model.name", "model.revision", "model.num_parameters", "tokenizer.name"}
+_NOT_COMPARED |= {"prompts.source", "prompts.license", "options.max_tokens_per_batch"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise OSError(f"{path} must be readable, got: {error.strerror}. Change its permissions.") from error
     except ValueError as error:  # no JSON, or no text at all
-        raise ValueError(f"{path} must be JSON, got: {error}. Delete it and run the same collection again.") from error
+        raise ValueError(f"{path} must be JSON, got: {error}. Restore it, or collect into another folder.") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if isinstance(version, int) and version > FORMAT:
         raise ValueError(
@@ -106,5 +107,5 @@ def _flatten(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         name, value = pending.pop(0)
         if isinstance(value, Mapping):
             pending += [(f"{name}.{key}", part) for key, part in value.items()]
-        elif name not in _FOR_PEOPLE:
+        elif name not in _NOT_COMPARED:
             yield name, value

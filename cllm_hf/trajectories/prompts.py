@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from datasets import Dataset
@@ -143,6 +144,27 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
+def check_ids(rows: Sequence[PromptRow], vocab_size: int) -> None:
+    """
+    Check that all tokens are in a vocabulary.
+
+    Args:
+        rows (`Sequence[PromptRow]`): prompts and responses.
+        vocab_size (`int`): tokens that the model has embeddings for.
+
+    Raises:
+        ValueError: for the first prompt or response that has another token.
+    """
+    for row in rows:
+        for what, ids in (("prompt", row.prompt_ids), ("response", row.response_ids or [])):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                wrong = min(ids) if min(ids) < 0 else max(ids)
+                raise ValueError(
+                    f"Every token must be in the model's vocabulary of {vocab_size}, got {wrong} in the {what} of "
+                    f"prompt {row.index}. Use the tokenizer of the model, or resize its embeddings."
+                )
+
+
 def _tokenize_prompts(
     prompts: list[Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], list[list[int]], list[bool]]:
@@ -151,28 +173,28 @@ def _tokenize_prompts(
     special: list[bool] = []
     ready: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        kinds = {type(part) for part in prompt} if isinstance(prompt, Sequence) else set()
+        ids = _as_ids(prompt)
         if isinstance(prompt, str):
             texts.append(prompt)
-        elif kinds and all(issubclass(kind, Mapping) for kind in kinds):
+        elif ids is not None:
+            if min(ids, default=0) < 0:
+                raise ValueError(f"A token id must be at least 0, got {min(ids)} in prompt {index}. Leave labels out.")
+            ready[index] = ids
+            texts.append(str(tokenizer.decode(ids)))
+        elif isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt):
             # The template already holds the special tokens.
             text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
             texts.append(str(text))
-        elif kinds == {int}:
-            ready[index] = list(prompt)
-            texts.append(str(tokenizer.decode(prompt)))
         else:
             raise ValueError(
                 "A prompt must be a text, a list of chat messages or a list of token ids, got "
-                f"{prompt!r}. Pass a column of a dataset, such as `dataset['question']`."
+                f"{prompt!r} as prompt {index}. Pass a column of a dataset, such as `dataset['question']`."
             )
         special.append(isinstance(prompt, str))
     for adds in (True, False):
         chosen = [index for index, own in enumerate(special) if own == adds and index not in ready]
-        if chosen:
-            ids = tokenizer([texts[index] for index in chosen], add_special_tokens=adds)["input_ids"]
-            ready.update(zip(chosen, ids))
-    return texts, [list(ready[index]) for index in range(len(texts))], special
+        ready.update(zip(chosen, _encode([texts[index] for index in chosen], adds, tokenizer)))
+    return texts, [ready[index] for index in range(len(texts))], special
 
 
 def _tokenize_responses(
@@ -183,14 +205,36 @@ def _tokenize_responses(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[int]]:
     out = []
-    for response, text, before, adds in zip(responses, texts, prompt_ids, special):
+    for index, (response, text, before, adds) in enumerate(zip(responses, texts, prompt_ids, special)):
+        ids = _as_ids(response)
         if isinstance(response, str):
             # Together with the prompt, since tokenizers begin a text in ways of their own.
-            whole = list(tokenizer(text + response, add_special_tokens=adds)["input_ids"])
-            alone = tokenizer(response, add_special_tokens=False)["input_ids"]
-            out.append(whole[len(before) :] if whole[: len(before)] == before else list(alone))
-        elif isinstance(response, Sequence) and all(type(token) is int for token in response):
-            out.append(list(response))
+            whole = _encode([text + response], adds, tokenizer)[0]
+            alone = whole[: len(before)] != before
+            out.append(_encode([response], False, tokenizer)[0] if alone else whole[len(before) :])
+        elif ids is not None:
+            out.append(ids)
         else:
-            raise ValueError(f"A response must be a text or a list of token ids, got {response!r}.")
+            raise ValueError(
+                f"A response must be a text or a list of token ids, got {response!r} as response {index}."
+            )
     return out
+
+
+def _as_ids(value: Any) -> list[int] | None:
+    """Token ids as a list of numbers, if a value is that; arrays and tensors are."""
+    if isinstance(value, (str, bytes, Mapping)):
+        return None
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, Sequence) or not all(isinstance(token, Integral) for token in value):
+        return None
+    return [int(token) for token in value]
+
+
+def _encode(texts: list[str], adds_special: bool, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of texts that go on: without the stop token that some tokenizers add at the end."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=adds_special)["input_ids"]
+    adds_stop = adds_special and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return [list(ids[:-1] if adds_stop else ids) for ids in encoded]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -52,18 +53,21 @@ class ShardCollector:
         self._schema = features(options.augment).arrow_schema
         self._stop_ids = find_stop_ids(model, tokenizer)
         pad_id = tokenizer.pad_token_id
-        self._pad_id: int = pad_id if pad_id is not None else (self._stop_ids or [0])[0]
+        if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:  # added without resizing the model
+            pad_id = (self._stop_ids or [0])[0]
+        self._pad_id: int = pad_id
         config: Any = model.config.get_text_config()
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
         self._most_tokens = min(options.max_tokens_per_batch, 2 * _MOST_LOGITS // config.vocab_size)
 
     def __enter__(self) -> ShardCollector:
-        self._was_training = self.model.training
+        self._modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.model.train(self._was_training)
+        for module, was_training in self._modes:  # some parts of a model may have been in another mode than others
+            module.training = was_training
 
     def collect(
         self, rows: Sequence[PromptRow], journal: Journal, progress: Progress
@@ -135,8 +139,8 @@ class ShardCollector:
         for number, batch in enumerate(batch_by_tokens(sizes, self.options.max_tokens_per_batch)):
             progress.say(f"responses {len(responses)}/{len(rows)}")
             prompts = [asked[place].prompt_ids for place in batch]
-            decoded = journal.once(f"responses-{number:05d}", partial(self._decode, prompts))
-            responses.update((asked[place].index, response) for place, response in zip(batch, decoded))
+            decoded = journal.once(f"responses-{number:05d}", prompts, partial(self._decode, prompts))
+            responses.update((asked[place].index, response) for place, response in zip(batch, decoded, strict=True))
         return responses
 
     def _decode(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -146,16 +150,20 @@ class ShardCollector:
         self, rows: list[PromptRow], responses: Mapping[int, list[int]], journal: Journal, progress: Progress
     ) -> Iterator[list[tuple[PromptRow, Trajectory]]]:
         """Prompts and their trajectories, a batch at a time."""
+        longest = self.options.max_new_tokens
         requests = [
-            Request(row.prompt_ids, responses[row.index], (self.options.seed, row.index), row.may_stop) for row in rows
+            Request(row.prompt_ids, response, (self.options.seed, row.index), row.may_stop and len(response) < longest)
+            for row in rows
+            for response in [responses[row.index]]
         ]
         sizes = [(len(r.prompt_ids) + len(r.response_ids), len(r.response_ids)) for r in requests]
         done = 0
         for number, batch in enumerate(batch_by_tokens(sizes, self._most_tokens)):
             progress.say(f"trajectories {done}/{len(rows)}")
             chosen = [requests[place] for place in batch]
-            found = journal.once(f"trajectories-{number:05d}", partial(self._collect, chosen))
-            yield [(rows[place], Trajectory(**values)) for place, values in zip(batch, found)]
+            key = [astuple(request) for request in chosen]
+            found = journal.once(f"trajectories-{number:05d}", key, partial(self._collect, chosen))
+            yield [(rows[place], Trajectory(**values)) for place, values in zip(batch, found, strict=True)]
             done += len(batch)
 
     def _collect(self, requests: list[Request]) -> list[dict[str, Any]]:
