@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_word_model
+from conftest import make_model, make_word_model
 from datasets import Dataset
 
 from cllm_hf import CleaningRules, TrajectoryBuilder, load_trajectories
@@ -321,7 +321,7 @@ from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 import torch
-from conftest import make_word_model
+from conftest import make_model, make_word_model
 from test_builder import make_builder
 
 from cllm_hf.demo.problems import make_problems, make_tokenizer
@@ -695,3 +695,27 @@ def test_prompt_tuning_is_refused(word_model, tokenizer):
     model = get_peft_model(word_model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ValueError, match="whose tokens are in no prompt"):
         make_builder(model, tokenizer)
+
+
+def test_the_remedy_for_a_collection_without_records_works(word_model, tokenizer, prompts, finished, tmp_path):
+    with pytest.raises(ValueError, match="For `long_prompt` lower `max_new_tokens`"):
+        make_builder(word_model, tokenizer, max_new_tokens=300).build(prompts, output_dir=tmp_path)
+    make_builder(word_model, tokenizer).build(prompts, output_dir=tmp_path)
+    assert files_of(tmp_path) == files_of(finished)
+
+
+def test_the_text_of_a_response_gives_its_tokens_back():
+    """Also with a tokenizer that drops a space at the beginning of what it decodes, as those of Llama do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "▁Mia", "▁has", "▁7", "▁apples", "▁more"]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    assert tokenizer.decode([5]) == "apples"
+    model = make_model("llama", vocab_size=len(words))
+    built = make_builder(model, tokenizer, drop_duplicates=False).build([[2, 3, 4], [2, 3]])
+    again = make_builder(model, tokenizer, drop_duplicates=False).build(["Mia has 7", "Mia has"], built["response"])
+    assert again["response_ids"] == built["response_ids"] and all(text.startswith(" ") for text in built["response"])

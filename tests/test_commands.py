@@ -364,7 +364,7 @@ def test_an_adapter_may_have_the_tokenizer_of_the_model_below_it(adapter_folder,
     (bare / "adapter_config.json").write_bytes((adapter_folder / "adapter_config.json").read_bytes())
     assert command._load_tokenizer(str(bare), None, False).name_or_path == str(model_folder)
     (bare / "adapter_config.json").unlink()
-    with pytest.raises(OSError, match="The tokenizer of .*bare' must be beside the model") as caught:
+    with pytest.raises(OSError, match="There must be a model with its tokenizer at .*bare'") as caught:
         command._load_tokenizer(str(bare), None, False)
     assert "\n" not in str(caught.value)
 
@@ -386,11 +386,11 @@ def test_interrupted_collections_can_go_on(recording, model_folder, tmp_path, mo
 def test_inspect_shows_a_record(saved, dataset, capsys):
     assert main(["inspect", str(saved)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"Record {dataset[0]['data_id']}: ") and "\033" not in text
+    assert text.startswith(f"`data_id` {dataset[0]['data_id']}: ") and "\033" not in text
     assert text.count("Block ") == len(dataset[0]["states"]) and dataset[0]["response"].split()[-1] in text
     assert main(["inspect", str(saved), "--record", "10", "--block", "0"]) == 0
     last = capsys.readouterr().out
-    assert last.startswith(f"Record {dataset[10]['data_id']}: ") and last.count("Block ") == 1
+    assert last.startswith(f"`data_id` {dataset[10]['data_id']}: ") and last.count("Block ") == 1
     assert main(["inspect", str(saved), "--data-id", dataset[10]["data_id"], "--block", "0"]) == 0
     assert capsys.readouterr().out == last
     assert main(["inspect", str(saved), "--split", "test", "--record", "1", "--block", "0", "--no-color"]) == 0
@@ -420,7 +420,7 @@ def test_inspect_without_a_tokenizer_shows_ids(saved, dataset, model_folder, cap
     assert main(["inspect", str(saved), "--block", "0"]) == 0
     assert "(the dataset does not name one)" in capsys.readouterr().out
     assert main(["inspect", str(saved), "--block", "0", "--tokenizer", str(model_folder)]) == 0
-    assert capsys.readouterr().out.startswith("Record ")
+    assert capsys.readouterr().out.startswith("`data_id` ")
 
 
 def test_inspect_shows_statistics(saved, tmp_path, capsys):
@@ -474,7 +474,7 @@ def test_verify_finds_what_does_not_hold(saved, tmp_path, tokenizer, capsys):
     arguments = ["--model", str(other), "--dtype", "bfloat16", "--seed", "3", "--split", "test", "--device", "cpu"]
     assert main(["verify", str(saved), *arguments]) == 1
     text = capsys.readouterr().out
-    assert text.startswith("All ") and "fewer than the 1000 asked for" in text and "| record " in text
+    assert text.startswith("All ") and "fewer than the 1000 asked for" in text and "| data_id " in text
 
 
 @pytest.mark.parametrize(
@@ -496,7 +496,7 @@ def test_verify_needs_to_know_the_model(saved, capsys):
     manifest["model"]["name"] = "/moved/away"
     (saved / "manifest.json").write_text(json.dumps(manifest))
     assert main(["verify", str(saved)]) == 1
-    assert "`--model` must be a folder or a name on the Hub, got '/moved/away'" in error_of(capsys)
+    assert "was made by the model /moved/away, which is not there. Pass it as `--model`" in error_of(capsys)
     (saved / "manifest.json").unlink()
     assert main(["verify", str(saved)]) == 1
     assert "does not say which model it was made by. Pass it as `--model`" in error_of(capsys)
@@ -547,14 +547,14 @@ def test_what_is_collected_can_be_inspected_and_verified(collect_arguments, data
     assert main(collect_arguments) == 0
     text = capsys.readouterr().out
     folder = tmp_path / "out"
-    assert text.startswith("Kept 12 of 13 responses; dropped: 1 duplicate.\n") and "| block size 5" in text
+    assert text.startswith("Kept 12 of 13 prompts; dropped: 1 duplicate.\n") and "| block size 5" in text
     assert f"`cllm inspect {folder}`" in text and f"`cllm verify {folder}`" in text and f"cllm push {folder}" in text
     records = command.load_trajectories(folder)
     assert records["states"] == dataset["states"] and records["response_ids"] == dataset["response_ids"]
 
     assert main(["inspect", str(folder), "--data-id", "7"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("Record 7: ") and records[7]["response"] in shown
+    assert shown.startswith("`data_id` 7: ") and records[7]["response"] in shown
     assert main(["inspect", str(folder), "--statistics"]) == 0
     assert capsys.readouterr().out.startswith(text.split("\n\n")[1])
     assert main(["verify", str(folder)]) == 0
@@ -587,7 +587,7 @@ def test_given_responses_are_read_and_prompts_held_out(collect_arguments, datase
     arguments = [*collect_arguments, "--prompts", str(tmp_path / "prompts.jsonl"), "--test_fraction", "0.5"]
     assert main([*arguments, "--not_greedy", "keep", "--augment"]) == 0
     text = capsys.readouterr().out
-    assert re.match(r"Kept \d+ of 12 responses \(\d+ of them not greedy\); dropped: ", text)
+    assert re.match(r"Kept \d+ of 12 prompts \(\d+ of them not greedy\); dropped: ", text)
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert main(["inspect", str(tmp_path / "out"), "--data-id", "3"]) == 0
     assert "not all of it greedy" in capsys.readouterr().out
@@ -624,7 +624,7 @@ def test_torchrun_makes_the_same_bytes(collect_arguments, tmp_path, capsys):
 
 def test_a_finished_dataset_is_pushed(collect_arguments, tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(command, "check_can_push", lambda repo_id: calls.append(repo_id))
+    monkeypatch.setattr(command, "check_can_push", lambda repo_id, **options: calls.append(repo_id))
     monkeypatch.setattr(
         command, "push_trajectories", lambda folder, repo_id, **options: calls.append((folder, repo_id, options))
     )

@@ -30,7 +30,7 @@ def colored(text, right):
 def test_all_states_in_brackets():
     lines = format_record(RECORD, WORDS.__getitem__, color=False, width=100).splitlines()
     assert lines[:7] == [
-        "Record 17: a prompt of 3 tokens, a response of 6 tokens",
+        "`data_id` 17: a prompt of 3 tokens, a response of 6 tokens",
         "",
         "Prompt:",
         "    Count.\\tUp",
@@ -105,7 +105,9 @@ def test_responses_that_are_not_greedy():
 
 def test_records_of_the_columns_that_training_needs():
     record = {name: RECORD[name] for name in ("prompt_ids", "response_ids", "states")}
-    assert format_record(record, str, blocks=[]).startswith("Record ?: a prompt of 3 tokens, a response of 6 tokens\n")
+    assert format_record(record, str, blocks=[]).startswith(
+        "`data_id` ?: a prompt of 3 tokens, a response of 6 tokens\n"
+    )
 
 
 @pytest.mark.parametrize("block", [2, -1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_word_model
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -426,3 +426,8 @@ def test_other_arguments_that_are_refused(word_model, tokenizer, dataset, tmp_pa
     for name in ("data_collator", "compute_loss_func", "compute_metrics", "formatting_func"):
         with pytest.raises(ValueError, match=f"own collator, loss and metrics, got a `{name}`"):
             CLLMTrainer(word_model, args=args, train_dataset=dataset, **{name: lambda *_: {}})
+
+
+def test_a_dictionary_of_splits_is_refused(word_model, dataset, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="got a dictionary of train, test. Pass one of them"):
+        make_trainer(word_model, DatasetDict(train=dataset, test=dataset), tokenizer, tmp_path)

@@ -103,6 +103,11 @@ class CLLMTrainer(SFTTrainer):
                 raise ValueError(f"`CLLMTrainer` has its own collator, loss and metrics, got a `{name}`. Drop it.")
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: trajectories from `cllm_hf.TrajectoryBuilder`, got none.")
+        if isinstance(train_dataset, dict):
+            raise ValueError(
+                f"`train_dataset` must be one dataset, got a dictionary of {', '.join(map(str, train_dataset))}. Pass "
+                "one of them, such as `dataset['train']`."
+            )
         self.block_size = _check_datasets(train_dataset, eval_dataset, args.block_size)
         if args.should_save:
             check_writable(Path(str(args.output_dir)))  # before the training, not after it

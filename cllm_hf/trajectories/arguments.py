@@ -82,7 +82,7 @@ class CollectArguments:
         "drop", "what to do with given responses that are not the model's own greedy output"
     )
     source: str | None = _option(None, "where the prompts come from, for the card; by default `dataset_name`")
-    license: str | None = _option(None, "of the dataset, for the card, such as mit")
+    license: str | None = _option(None, "of the prompts, for the card, such as mit")
     push_to_hub: str | None = _option(None, "repository of the Hub, such as user/name, for the finished dataset")
     private: bool = _option(False, "make that repository private")
     config_name: str | None = _option(None, "configuration of the dataset in that repository")

@@ -38,8 +38,8 @@ _SIZES = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1
 _FILE_ENDINGS = (".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".md", ".gz", ".zst")
 _COUNTS = {
     "kept": "in the dataset",
-    "kept_not_greedy": "of these, responses from elsewhere that are not the model's own greedy output",
-    "duplicate": "the same prompt, and response if one was given, had come before",
+    "kept_not_greedy": "of these, responses that are not the model's own greedy output",
+    "duplicate": "the same prompt had come before",
     "empty_prompt": "the prompt has no tokens",
     "long_prompt": "the prompt is longer than allowed, or leaves no room for a response",
     "empty": "the response is empty",
@@ -293,10 +293,10 @@ def _counts_text(manifest: Mapping[str, Any]) -> str:
         for name in order
         if counts[name] or name == "kept"
     ]
-    return (
-        f"There were {total:,} prompts. {counts.get('kept', 0):,} are in the dataset; the others were dropped, each "
-        "for the first of these reasons that held.\n\n" + _table(("count", "prompts", "share", "meaning"), rows)
-    )
+    kept = counts.get("kept", 0)
+    rest = "; the others were dropped, each for the first of these reasons that held." if kept < total else "."
+    table = _table(("count", "prompts", "share", "meaning"), rows)
+    return f"There were {total:,} prompts. {kept:,} are in the dataset{rest}\n\n{table}"
 
 
 def _statistics_parts(manifest: Mapping[str, Any], plot: str) -> list[str]:
@@ -329,10 +329,9 @@ def _source_text(manifest: Mapping[str, Any]) -> str:
     link = f"[{source}](https://huggingface.co/datasets/{source})" if _is_hub_id(source) else f"`{source}`"
     origin = f"The prompts come from {link}." if source else "Where the prompts come from is not recorded."
     license = f"is `{prompts['license']}`" if prompts.get("license") else "is not recorded"
-    return (
-        f"{origin} Their licence {license}. The responses are output of {model}, whose own terms may say how they "
-        "can be used."
-    )
+    given = "The responses were given with the prompts; where they come from is not recorded."
+    own = f"The responses are output of {model}, whose own terms may say how they can be used."
+    return f"{origin} Their licence {license}. {given if prompts.get('with_responses') else own}"
 
 
 def _load_call(repo_id: str | None, name: str) -> str:

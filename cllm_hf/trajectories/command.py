@@ -74,7 +74,7 @@ def run_collect(options: CollectArguments) -> str:
     folder = Path(options.output_dir)
     check_writable(folder)
     if options.push_to_hub is not None:
-        check_can_push(options.push_to_hub)
+        check_can_push(options.push_to_hub, private=options.private or None, config_name=options.config_name)
     source = options.source
     if source is None and options.dataset_name is not None and not is_local(options.dataset_name):
         source = options.dataset_name
@@ -92,9 +92,13 @@ def run_collect(options: CollectArguments) -> str:
         return ""
     published = None
     if options.push_to_hub is not None:
-        published = push_trajectories(
-            folder, options.push_to_hub, private=options.private or None, config_name=options.config_name
-        )
+        try:
+            published = push_trajectories(
+                folder, options.push_to_hub, private=options.private or None, config_name=options.config_name
+            )
+        except (OSError, ValueError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"{error} The dataset is complete in {folder}: `cllm push` publishes it.") from error
     return format_collection(folder, read_manifest(folder), published)
 
 
@@ -114,7 +118,7 @@ def format_collection(folder: Path, manifest: Mapping[str, Any], published: str 
     kept, not_greedy = counts.pop("kept", 0), counts.pop("kept_not_greedy", 0)
     greedy = f" ({not_greedy} of them not greedy)" if not_greedy else ""
     dropped = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in counts.items() if number)
-    parts = [f"Kept {kept} of {manifest['prompts']['count']} responses{greedy}; dropped: {dropped or 'none'}."]
+    parts = [f"Kept {kept} of {manifest['prompts']['count']} prompts{greedy}; dropped: {dropped or 'none'}."]
     splits = [TrajectoryStatistics.from_dict(values) for values in manifest["statistics"].values()]
     if splits:
         parts.append(format_statistics({"dataset": reduce(add, splits)}))
@@ -185,7 +189,8 @@ def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
         name = made_by.get("name")
         if not name:
             raise ValueError(f"{options.dataset} does not say which model it was made by. Pass it as `--model`.")
-        check_model_name(name, "model")
+        if is_local(name) and not Path(name).exists():
+            raise OSError(f"{options.dataset} was made by the model {name}, which is not there. Pass it as `--model`.")
         if find_adapter_config_file(name) is None:  # for an adapter it is that of the model below it
             revision = made_by.get("revision")
     dtype = options.dtype or made_by.get("dtype") or "float32"
@@ -262,8 +267,13 @@ def load_model(
     if trust_remote_code:
         options["trust_remote_code"] = True
     options = {option: value for option, value in options.items() if value is not None}
-    model: Any = load_cllm(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
-    base_model_of(model).name_or_path = name  # with an adapter it is no longer the model that it was loaded as
+    try:
+        model: Any = load_cllm(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
+    except ImportError as error:  # what this model or kind of attention needs
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"The model {name} needs a package that is not installed: {reason} Install it.") from error
+    # Found again from anywhere; and with an adapter the base model is no longer what it was loaded as.
+    base_model_of(model).name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return model if device is None else model.to(device)
 
 
@@ -312,7 +322,7 @@ def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) ->
                 return _load_tokenizer(below, None, trust_remote_code)
         reason = str(error).strip().splitlines()[0]
         raise OSError(
-            f"The tokenizer of {name!r} must be beside the model, but cannot be loaded ({reason})."
+            f"There must be a model with its tokenizer at {name!r}, but the tokenizer cannot be loaded ({reason})."
         ) from error
 
 

@@ -97,6 +97,12 @@ class OutputFolder:
         self._per_shard = header["options"]["prompts_per_shard"]
         self.num_shards = -(-self._count // self._per_shard)
         self._entries: dict[int, dict[str, Any]] = {}
+        if process.count > self.num_shards:
+            logger.warning(
+                "%d processes share %d shards, and some have nothing to do. Lower `prompts_per_shard`.",
+                process.count,
+                self.num_shards,
+            )
         self._lock = FileLock(path / UNFINISHED / f"process-{process.index}.lock", timeout=0)
         check_writable(path)
         self._check_earlier()
@@ -336,6 +342,11 @@ class OutputFolder:
             return
         earlier = read_manifest(self.path)
         difference = describe_difference(earlier, self.header)
+        if difference and _has_nothing(earlier):  # and so nothing is lost: its prompts all were dropped
+            for name in earlier["shards"]:
+                (self.path / name).unlink(missing_ok=True)
+            (self.path / MANIFEST_NAME).unlink()
+            return
         if difference:
             raise ValueError(
                 f"{str(self.path)!r} holds another collection: {difference}. Choose another `output_dir`, or pass "
@@ -374,6 +385,10 @@ class OutputFolder:
 
     def _name(self, split: str, number: int) -> str:
         return f"{DATA}/{split}-{number:05d}-of-{self.num_shards:05d}.parquet"
+
+
+def _has_nothing(manifest: Mapping[str, Any]) -> bool:
+    return manifest["prompts_done"] == manifest["prompts"]["count"] and not manifest["counts"].get("kept")
 
 
 def _check_kept(manifest: Mapping[str, Any]) -> None:

@@ -68,25 +68,20 @@ def push_trajectories(
     """
     folder = Path(folder)
     config_name = DEFAULT_CONFIG if config_name is None else config_name
-    if not _CONFIG_NAME.fullmatch(config_name) or config_name == "data":
-        raise ValueError(
-            "`config_name` must be made of letters, digits, `_`, `-` and `.`, start with one of the first three, and "
-            f"not be 'data', got {config_name!r}. It names a folder of the repository."
-        )
+    _check_config_name(config_name)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request is made against the main branch, got `revision` {revision!r}. Drop it.")
     manifest = read_manifest(folder)
     if not manifest.get("complete"):
         raise ValueError(f"{describe_unfinished(folder, manifest)} Push it then.")
     check_shards(folder, manifest)
-    check_can_push(repo_id, token, create_pr=create_pr)
+    check_can_push(repo_id, token, create_pr=create_pr, private=private)
     api = HfApi(token=token)
     with _clear_errors(repo_id):
         repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
         repository = _Repository(api, repo_id, revision)
-        repository.check_private(private)
         additions = _additions(folder, manifest, config_name)
         stale = _stale_shards(repository.files, additions, config_name)
         card = _render_card(repository, manifest, config_name, {*repository.files, *additions})
@@ -105,7 +100,14 @@ def push_trajectories(
     return commit.pr_url or str(commit.repo_url)
 
 
-def check_can_push(repo_id: str, token: str | None = None, *, create_pr: bool = False) -> None:
+def check_can_push(
+    repo_id: str,
+    token: str | None = None,
+    *,
+    create_pr: bool = False,
+    private: bool | None = None,
+    config_name: str | None = None,
+) -> None:
     """
     Check that a dataset can be pushed, before the work that leads to it.
 
@@ -115,11 +117,15 @@ def check_can_push(repo_id: str, token: str | None = None, *, create_pr: bool = 
         repo_id (`str`): id of the dataset.
         token (`str`, *optional*): access token for the Hub; by default the stored one.
         create_pr (`bool`): whether it is to be a pull request, which anybody may open.
+        private (`bool`, *optional*): whether a new dataset is private.
+        config_name (`str`, *optional*): name of the configuration.
 
     Raises:
         OSError: if there is no token, it is not valid or may not write there, or the Hub cannot be reached.
-        ValueError: for an id that is not valid.
+        ValueError: for an id or a name that is not valid, or if `private` contradicts an existing dataset.
     """
+    if config_name is not None:
+        _check_config_name(config_name)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -130,6 +136,8 @@ def check_can_push(repo_id: str, token: str | None = None, *, create_pr: bool = 
         raise PermissionError(f"Pushing to {repo_id!r} takes an access token for the Hub, got none. {_LOG_IN}")
     with _clear_errors(repo_id):
         account = HfApi(token=token).whoami()
+        if private is not None:
+            _check_private(HfApi(token=token), repo_id, private)
     role = account.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise PermissionError(f"Pushing to {repo_id!r} takes a token that may write, got one for reading. {_LOG_IN}")
@@ -140,6 +148,27 @@ def check_can_push(repo_id: str, token: str | None = None, *, create_pr: bool = 
         raise PermissionError(
             f"`repo_id` must start with your name on the Hub or that of one of your organizations, "
             f"{', '.join(names)}, got {repo_id!r}. Choose another id, or open a pull request with `create_pr=True`."
+        )
+
+
+def _check_config_name(config_name: str) -> None:
+    if not _CONFIG_NAME.fullmatch(config_name) or config_name == "data":
+        raise ValueError(
+            "`config_name` must be made of letters, digits, `_`, `-` and `.`, start with one of the first three, and "
+            f"not be 'data', got {config_name!r}. It names a folder of the repository."
+        )
+
+
+def _check_private(api: HfApi, repo_id: str, private: bool) -> None:
+    """A dataset that is there keeps its visibility."""
+    if not api.repo_exists(repo_id, repo_type="dataset"):
+        return
+    is_private = bool(api.repo_info(repo_id, repo_type="dataset").private)
+    if private != is_private:
+        raise ValueError(
+            f"`private` must fit the dataset {repo_id!r}, which is already there and is "
+            f"{'private' if is_private else 'public'}, got {private}. Nothing was pushed. Leave `private` "
+            "out, or change the settings of the dataset on the Hub first."
         )
 
 
@@ -183,7 +212,6 @@ class _Repository:
         self.api = api
         self.repo_id = repo_id
         self.commit = info.sha
-        self.is_private = bool(info.private)
         self.files = api.list_repo_files(repo_id, repo_type="dataset", revision=self.commit)
 
     def read(self, name: str) -> str | None:
@@ -192,14 +220,6 @@ class _Repository:
         path = self.api.hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.commit)
         with open(path, encoding="utf-8", newline="") as file:
             return file.read()
-
-    def check_private(self, private: bool | None) -> None:
-        if private is not None and private != self.is_private:
-            raise ValueError(
-                f"`private` must fit the dataset {self.repo_id!r}, which is already there and is "
-                f"{'private' if self.is_private else 'public'}, got {private}. Nothing was pushed. Leave `private` "
-                "out, or change the settings of the dataset on the Hub first."
-            )
 
 
 def _additions(folder: Path, manifest: Mapping[str, Any], config_name: str) -> dict[str, str | bytes]:

@@ -49,7 +49,7 @@ def format_record(
         raise ValueError(f"`blocks` must be from 0 to {len(states) - 1}, got {outside[0]}. Choose one of those.")
     greedy = "" if record.get("is_greedy") is not False else ", not all of it greedy"
     parts = [
-        f"Record {record.get('data_id', '?')}: a prompt of {len(record['prompt_ids'])} tokens, a response of "
+        f"`data_id` {record.get('data_id', '?')}: a prompt of {len(record['prompt_ids'])} tokens, a response of "
         f"{len(record['response_ids'])} tokens{greedy}",
         f"Prompt:\n{_indented(record.get('prompt', ''))}",
         f"Response:\n{_indented(record.get('response', ''))}",

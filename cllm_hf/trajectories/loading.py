@@ -42,7 +42,8 @@ def load_trajectories(
     Load a dataset of trajectories and check that it is one.
 
     The columns are always checked. Every row is too: at once by default, and with `streaming=True` as it comes. The
-    shards of a collection are compared with its manifest first, so that a damaged one is found before it is used.
+    shards of a collection are compared with its manifest first, with `streaming=True` by their sizes alone, so that a
+    damaged one is found before it is used.
 
     Args:
         path (`str` or `pathlib.Path`): the output folder of a `TrajectoryBuilder`, a folder made by `save_to_disk`, or

@@ -18,7 +18,9 @@ class Progress:
     """
 
     def __init__(self, total: int, done: int = 0, show: bool = True):
-        self._bar = tqdm(total=total, initial=done, desc="Collecting", unit="prompt", disable=not show)
+        # Without the rate of prompts, which jumps from batch to batch.
+        layout = "{desc}: {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self._bar = tqdm(total=total, initial=done, desc="Collecting", bar_format=layout, disable=not show)
         self._start = time.perf_counter()
         self._num_tokens = self._num_dropped = 0
         self._doing = ""
@@ -27,6 +29,8 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._doing = "done" if self._bar.n >= self._bar.total else "stopped"
+        self._draw()
         self._bar.close()
 
     def say(self, doing: str) -> None:
@@ -49,8 +53,9 @@ class Progress:
         """
         self._num_tokens += num_tokens
         self._num_dropped += dropped
+        self._draw(refresh=False)
         self._bar.update()
 
-    def _draw(self) -> None:
+    def _draw(self, refresh: bool = True) -> None:
         rate = self._num_tokens / max(time.perf_counter() - self._start, 1e-9)
-        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s, {self._num_dropped} dropped, {self._doing}")
+        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s, {self._num_dropped} dropped, {self._doing}", refresh)

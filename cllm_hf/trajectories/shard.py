@@ -26,6 +26,13 @@ from .schema import features
 _MOST_LOGITS = 2**28
 
 
+_ADVICE = {
+    "not_greedy": "For `not_greedy` collect in float32, pass responses as token ids, or keep them by `not_greedy`.",
+    "long_prompt": "For `long_prompt` lower `max_new_tokens`, or raise `max_prompt_tokens`.",
+    "long_response": "For `long_response` raise `max_new_tokens`.",
+}
+
+
 class ShardCollector:
     """
     Collects the records of some prompts; within a `with` statement the model is in evaluation mode.
@@ -181,7 +188,7 @@ class ShardCollector:
         record = {
             "data_id": row.data_id,
             "prompt": row.text,
-            "response": self._text(trajectory.response_ids),
+            "response": self._text_behind(row.prompt_ids, trajectory.response_ids),
             "prompt_ids": row.prompt_ids,
             "response_ids": trajectory.response_ids,
             "states": trajectory.states,
@@ -195,6 +202,11 @@ class ShardCollector:
                 for states, start in zip(trajectory.states, range(0, length, size))
             ]
         return record
+
+    def _text_behind(self, prompt: list[int], response: list[int]) -> str:
+        """The response as it goes on with the prompt: by itself some tokenizers would drop a space before it."""
+        before, whole = self._text(prompt), self._text(prompt + response)
+        return whole[len(before) :] if whole.startswith(before) else self._text(response)
 
     def _text(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -212,8 +224,6 @@ def explain_none_left(num_prompts: int, counts: Mapping[str, int]) -> str:
         `str`: a few sentences.
     """
     reasons = ", ".join(f"{count} for `{reason}`" for reason, count in counts.items())
-    return (
-        f"No record is left of {num_prompts} prompts: {reasons} were dropped. For `not_greedy` collect in float32 "
-        "(`model.float()`), for `long_prompt` lower `max_new_tokens`; for others loosen the `CleaningRules`, or look "
-        "at what the model answers."
-    )
+    advice = [text for reason, text in _ADVICE.items() if counts.get(reason)]
+    advice = advice or ["Loosen the `CleaningRules`, or look at what the model answers."]
+    return f"No record is left of {num_prompts} prompts: {reasons} were dropped. {' '.join(advice)}"

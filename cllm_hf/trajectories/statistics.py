@@ -273,7 +273,8 @@ def format_histogram(statistics: TrajectoryStatistics) -> str:
         counts = _heights(counter, edges)
         labels = [_label(low, high - 1) for low, high in zip(edges, edges[1:])]
         width, digits = max(map(len, labels)), len(f"{max(counts):,}")
-        for label, count in zip(labels, counts):
+        first = next(number for number, count in enumerate(counts) if count)
+        for label, count in list(zip(labels, counts))[first:]:
             figures = f"{count:{digits},} {count / statistics.num_blocks:6.1%}"
             lines.append(f"{label:>{width}} {figures} {_bar(count / max(counts), _BAR_WIDTH)}".rstrip())
         parts.append("\n".join(lines))

@@ -179,7 +179,7 @@ def format_verification(report: VerificationReport) -> str:
     if not report.failures:
         return text
     shown = report.failures[:_FAILURES_SHOWN]
-    header = ("record", "block", "state", "position", "in the dataset", "the model's", "gap of logits", "near tie")
+    header = ("data_id", "block", "state", "position", "in the dataset", "the model's", "gap of logits", "near tie")
     rows = [
         (
             *map(str, (failure.data_id, failure.block, failure.state, failure.position)),
