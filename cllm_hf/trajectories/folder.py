@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from .card import PLOT_NAME, make_card, merge_card
 from .journal import Journal
 from .loading import check_shards
 from .manifest import MANIFEST_NAME, describe_difference, read_manifest, write_manifest
+from .process import Process
 from .shard import explain_none_left
 from .statistics import TrajectoryStatistics, plot_statistics
 
@@ -34,39 +34,6 @@ DATA, UNFINISHED, CARD_NAME = "data", ".unfinished", "README.md"
 _NOTES = "cllm_hf"  # key of what a shard says of itself, beside the host's own keys
 _COMPRESSION = 9  # of zstd: 15% smaller than its default, and still far quicker than what it compresses
 _WAIT_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Process:
-    """
-    Which of several processes this one is.
-
-    Attributes:
-        index (`int`): from 0.
-        count (`int`): how many there are.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def current(cls) -> Process:
-        """
-        This process, by the environment variables `RANK` and `WORLD_SIZE` of `torchrun` and `accelerate launch`.
-
-        Returns:
-            `Process`.
-
-        Raises:
-            ValueError: if they are not numbers that fit each other.
-        """
-        index, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise ValueError(
-                "The environment variables `RANK` and `WORLD_SIZE` must be numbers, `RANK` below `WORLD_SIZE`, got "
-                f"{index!r} and {count!r}. Unset both to run in one process."
-            )
-        return cls(int(index), int(count))
 
 
 class OutputFolder:
