@@ -236,5 +236,6 @@ def _encode(texts: list[str], adds_special: bool, tokenizer: PreTrainedTokenizer
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=adds_special)["input_ids"]
-    adds_stop = adds_special and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    bare = list(tokenizer(texts[0], add_special_tokens=False)["input_ids"])
+    adds_stop = adds_special and list(encoded[0])[-len(bare) - 1 :] == [*bare, tokenizer.eos_token_id]
     return [list(ids[:-1] if adds_stop else ids) for ids in encoded]
