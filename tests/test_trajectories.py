@@ -66,7 +66,8 @@ def test_responses_are_greedy_and_blocks_end_in_them(word_model, tokenizer, prom
         ids = torch.tensor([record["prompt_ids"]])
         greedy = word_model.generate(ids, do_sample=False, max_new_tokens=23)[0, ids.shape[1] :].tolist()
         assert record["response_ids"] == greedy
-        assert record["response"] == tokenizer.decode(greedy, skip_special_tokens=True)
+        both = tokenizer.decode(record["prompt_ids"] + greedy, skip_special_tokens=True)
+        assert record["prompt"] + record["response"] == both
         assert [token for block in record["states"] for token in block[-1]][: len(greedy)] == greedy
         lengths.add(len(greedy))
         for block in record["states"]:
