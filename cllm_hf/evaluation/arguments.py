@@ -34,13 +34,7 @@ def _add_decode(kinds: Any) -> None:
         help="compare generate(), prompt lookup, assisted and Jacobi decoding on the same prompts",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    decode.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
-    decode.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights instead")
-    decode.add_argument(
-        "--prompts", type=Path, help="file with a prompt a line, as text or JSON (`prompt`, `question`)"
-    )
-    decode.add_argument("--prompt-length", type=positive, default=64, help="tokens of the random prompts of a shape")
-    decode.add_argument("--num-prompts", type=positive, default=16, help="how many, the first ones of a file")
+    _add_source(decode, num_prompts=16)
     decode.add_argument("--block-sizes", type=block_size, nargs="+", default=[4, 8, 16, 32, "auto"])
     decode.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
     decode.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
@@ -76,13 +70,7 @@ def _add_collect(kinds: Any) -> None:
         help="compare how fast trajectories are collected with the published procedure",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    collect.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
-    collect.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights instead")
-    collect.add_argument(
-        "--prompts", type=Path, help="file with a prompt a line, as text or JSON (`prompt`, `question`)"
-    )
-    collect.add_argument("--prompt-length", type=positive, default=64, help="tokens of the random prompts of a shape")
-    collect.add_argument("--num-prompts", type=positive, default=256, help="how many, the first ones of a file")
+    _add_source(collect, num_prompts=256)
     collect.add_argument(
         "--num-published", type=positive, default=4, help="how many of them for the published procedure, which is slow"
     )
@@ -97,6 +85,16 @@ def _add_collect(kinds: Any) -> None:
     collect.add_argument("--max-tokens-per-batch", type=positive, default=16384, help="of the builder")
     collect.add_argument("--rounds", type=positive, default=3, help="turns of each method")
     _add_common(collect)
+
+
+def _add_source(parser: argparse.ArgumentParser, num_prompts: int) -> None:
+    parser.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
+    parser.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights instead")
+    parser.add_argument(
+        "--prompts", type=Path, help="file with a prompt a line, as text or JSON (`prompt`, `question`)"
+    )
+    parser.add_argument("--prompt-length", type=positive, default=64, help="tokens of the random prompts of a shape")
+    parser.add_argument("--num-prompts", type=positive, default=num_prompts, help="how many, the first ones of a file")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

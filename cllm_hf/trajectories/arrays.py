@@ -76,7 +76,7 @@ class RecordArrays:
     def block_lengths(self, block_size: int) -> np.ndarray:
         """Tokens of each block that lie in its response, of shape `(total_blocks,)`."""
         record = self.record_of_block
-        first = (np.arange(len(record)) - _starts(self.num_blocks)[record]) * block_size
+        first = (np.arange(len(record)) - piece_starts(self.num_blocks)[record]) * block_size
         return np.clip(self.response_lengths[record] - first, 0, block_size)
 
 
@@ -171,7 +171,7 @@ def count_by_block(
     if not len(num_states):
         return num_states, num_states, num_states
     total_states, block_size = states.shape
-    starts, ends = _starts(num_states), np.cumsum(num_states) - 1
+    starts, ends = piece_starts(num_states), np.cumsum(num_states) - 1
     block = np.repeat(np.arange(len(num_states)), num_states)
     # States are numbered from 1 within their block, so that 0 can stand for none.
     number = (np.arange(total_states) - starts[block] + 1)[:, None]
@@ -191,6 +191,14 @@ def count_by_block(
     return num_states - 1, fast_forwarded, is_stationary.sum(1)
 
 
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each of a row of pieces of these lengths begins."""
+def piece_starts(lengths: np.ndarray) -> np.ndarray:
+    """
+    Find where each of a row of pieces begins.
+
+    Args:
+        lengths (`numpy.ndarray` of shape `(num_pieces,)`): of the pieces.
+
+    Returns:
+        `numpy.ndarray` of shape `(num_pieces,)`.
+    """
     return np.cumsum(lengths) - lengths

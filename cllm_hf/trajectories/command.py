@@ -32,6 +32,7 @@ from .inspection import format_record
 from .loading import load_trajectories
 from .manifest import MANIFEST_NAME, read_manifest
 from .options import CollectionOptions
+from .process import Process
 from .sources import is_local, read_source
 from .statistics import (
     TrajectoryStatistics,
@@ -58,7 +59,7 @@ def run_collect(options: CollectArguments) -> str:
         ValueError: for options or prompts that are not usable.
     """
     check_model_name(options.model, "model")
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = Process.current().index == 0
     collection = _collection_options(options)
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
         prompts, responses = read_source(

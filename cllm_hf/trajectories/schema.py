@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
+from .arrays import piece_starts
+
 
 FEATURES = Features(
     {
@@ -91,7 +93,7 @@ def check_columns(columns: Features, names: Iterable[str] | None = None) -> None
     Raises:
         ValueError: for a missing column or one of another type.
     """
-    _check_names(columns)
+    check_names(columns)
     known = features(augmented=True)
     for name in known if names is None else names:
         if name in columns and not _same_kind(columns[name], known[name]):
@@ -101,7 +103,16 @@ def check_columns(columns: Features, names: Iterable[str] | None = None) -> None
             )
 
 
-def _check_names(columns: Iterable[str]) -> None:
+def check_names(columns: Iterable[str]) -> None:
+    """
+    Check that there are the columns that training needs.
+
+    Args:
+        columns (`Iterable[str]`): names of the columns.
+
+    Raises:
+        ValueError: for a missing one.
+    """
     columns = list(columns)
     missing = [name for name in REQUIRED_COLUMNS if name not in columns]
     if missing:
@@ -148,7 +159,7 @@ def check_record(record: Mapping[str, Any], block_size: int | None = None) -> in
             number of blocks that does not cover the response, fixed points that are not the response, or augmented
             states that do not fit the blocks.
     """
-    _check_names(record)
+    check_names(record)
     name = record.get("data_id", "?")
     prompt, response, states = (record[column] for column in REQUIRED_COLUMNS)
     if not prompt or not response:
@@ -276,12 +287,12 @@ def _bad_rows(table: Any, block_size: int) -> np.ndarray:
     # Where the shapes are right: is the last state of each block its part of the response, token by token?
     is_good = ~bad[row_of_block]
     row = row_of_block[is_good]
-    number = (np.arange(len(row_of_block)) - _starts(block_counts)[row_of_block])[is_good]
+    number = (np.arange(len(row_of_block)) - piece_starts(block_counts)[row_of_block])[is_good]
     offsets = number[:, None] * block_size + np.arange(block_size)
     in_response = offsets < response_lengths[row][:, None]
     last_states = (np.cumsum(state_counts) - 1)[is_good]
-    ends = tokens[(_starts(state_lengths)[last_states][:, None] + np.arange(block_size))[in_response]]
-    wanted = response_tokens[(_starts(response_lengths)[row][:, None] + offsets)[in_response]]
+    ends = tokens[(piece_starts(state_lengths)[last_states][:, None] + np.arange(block_size))[in_response]]
+    wanted = response_tokens[(piece_starts(response_lengths)[row][:, None] + offsets)[in_response]]
     bad[np.broadcast_to(row[:, None], offsets.shape)[in_response][ends != wanted]] = True
     return bad
 
@@ -318,8 +329,3 @@ def _open(
 def _mark_missing(values: Any, rows: np.ndarray, bad: np.ndarray) -> None:
     if values.null_count:
         bad[rows[values.is_null().to_numpy(zero_copy_only=False)]] = True
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each of a row of pieces of these lengths begins."""
-    return np.cumsum(lengths) - lengths

@@ -108,7 +108,8 @@ class ShardCollector:
         for batch in self._iterate(rows, responses, journal, progress):
             records = []
             for row, trajectory in batch:
-                reason = self._reason_to_drop(trajectory.response_ids)
+                # All others were looked at before.
+                reason = self._reason_to_drop(trajectory.response_ids) if row.may_stop else None
                 if keep(row, reason or (None if trajectory.states else "not_greedy")):
                     counts["kept"] += 1
                     counts["kept_not_greedy"] += not trajectory.is_greedy

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .._host import input_device
 from ..evaluation.report import format_table
 from .arrays import lay_out
-from .schema import REQUIRED_COLUMNS
+from .schema import REQUIRED_COLUMNS, check_names
 
 
 # Gaps below these parts of the largest logit come from the order in which numbers are added, which batches, masks and
@@ -144,7 +144,7 @@ def count_transitions(dataset: Dataset) -> tuple[np.ndarray, int]:
         ValueError: if columns are missing, the dataset has no transitions, blocks do not cover their response, or
             states differ in length.
     """
-    _check_columns(dataset)
+    check_names(dataset.column_names)
     counts, block_size = [np.zeros(0, dtype=np.int64)], None
     for arrays in lay_out(dataset):
         block_size = arrays.check(block_size)
@@ -199,15 +199,6 @@ def format_verification(report: VerificationReport) -> str:
             *([f"And {left_out} more."] if left_out else []),
         ]
     )
-
-
-def _check_columns(dataset: Dataset) -> None:
-    missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"A trajectory dataset needs the columns {', '.join(REQUIRED_COLUMNS)}; {', '.join(missing)} missing, got "
-            f"{', '.join(dataset.column_names)}. Build the dataset with `cllm_hf.TrajectoryBuilder`."
-        )
 
 
 def _by_row(rows: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[int, list[int]]]:
