@@ -4,7 +4,16 @@ import pytest
 import torch
 from conftest import CONFIGS, VOCAB_SIZE, make_model
 
-from cllm_hf.packing import Packed, check_packable, copy_clean, forward_clean, forward_drafts, pack, packed_forward
+from cllm_hf.packing import (
+    Drafts,
+    Packed,
+    check_packable,
+    copy_clean,
+    forward_clean,
+    forward_drafts,
+    pack,
+    packed_forward,
+)
 
 
 BLOCK_SIZE = 5
@@ -42,9 +51,10 @@ def test_packed_equals_unpacked(name, attention):
     model = make_model(name, attention=attention)
     check_packable(model)
     batch = make_batch()
-    packed = pack(*batch)
+    packed = pack(*batch[:2], Drafts(*batch[2:]))
     with torch.no_grad():
-        clean, blocks = packed.split(packed_forward(model, packed, model.config))
+        logits = packed_forward(model, packed, model)
+        clean, blocks = logits[:, : packed.clean_length], logits[:, packed.columns()]
         last, cache = forward_clean(model, *batch[:2], num_logits=4)
         cached = forward_drafts(model, packed, cache).unflatten(1, (-1, BLOCK_SIZE))
     expected_clean, expected_blocks = unpacked_logits(model, *batch)
@@ -58,7 +68,7 @@ def test_packed_equals_unpacked(name, attention):
 
 def test_clean_cache_is_left_as_it_was(llama):
     clean_ids, clean_mask, *rest = make_batch()
-    packed = pack(clean_ids, clean_mask, *rest)
+    packed = pack(clean_ids, clean_mask, Drafts(*rest))
     with torch.no_grad():
         _, cache = forward_clean(llama, clean_ids, clean_mask, 1)
         first = forward_drafts(llama, packed, cache)
@@ -92,11 +102,11 @@ def test_blocks_of_any_length_behind_the_beginning_of_some_sequences(name):
 def test_shapes_that_do_not_fit_are_refused():
     clean_ids, clean_mask, states, anchors, block_mask = make_batch()
     with pytest.raises(ValueError, match="must agree"):
-        pack(clean_ids, clean_mask, states, anchors[:, :2], block_mask)
+        pack(clean_ids, clean_mask, Drafts(states, anchors[:, :2], block_mask))
     with pytest.raises(ValueError, match="must agree"):
-        pack(clean_ids, clean_mask[:, 1:], states, anchors, block_mask)
+        pack(clean_ids, clean_mask[:, 1:], Drafts(states, anchors, block_mask))
     with pytest.raises(ValueError, match="must agree"):
-        pack(clean_ids, clean_mask, states, anchors, block_mask[:, :2])
+        pack(clean_ids, clean_mask, Drafts(states, anchors, block_mask[:, :2]))
 
 
 def test_models_that_cannot_be_packed_are_refused(llama):
