@@ -35,6 +35,8 @@ class Packed:
         anchor_positions (`torch.LongTensor` of shape `(batch_size, packed_length)`): for a token of a block the
             position of its anchor, from which on it sees the block instead of the clean sequence; 0 elsewhere.
         clean_length (`int`): columns of the clean sequence.
+        sequence_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`, *optional*): for rows that hold
+            several clean sequences with their drafts, which of them a token belongs to. By default a row holds one.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +44,7 @@ class Packed:
     segment_ids: torch.Tensor
     anchor_positions: torch.Tensor
     clean_length: int
+    sequence_ids: torch.Tensor | None = None
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Drafts:
     mask: torch.Tensor
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedBatch(Packed):
     """
     Clean sequences and groups of draft blocks: `clean_length` columns, then `num_blocks * block_size` a group.
@@ -146,6 +149,62 @@ def _check_shapes(clean_ids: torch.Tensor, clean_mask: torch.Tensor, drafts: Dra
         )
 
 
+def fill_rows(packed: Packed) -> tuple[Packed, torch.Tensor]:
+    """
+    Lay short sequences and their drafts behind others in the same row, so that there is little padding.
+
+    Rows are as long as the longest sequence with its drafts, and filled by first fit, the longest first.
+
+    Args:
+        packed (`Packed`): a sequence and its drafts a row.
+
+    Returns:
+        `tuple[Packed, torch.LongTensor]`: fewer rows, and a tensor of shape `(batch_size * packed_length,)`: the new
+        `row * packed_length + column` of each old one. Where nothing can be saved, the same batch, and all places as
+        they were.
+    """
+    is_token = packed.segment_ids != PADDING_SEGMENT
+    counts = is_token.sum(-1)
+    row_of, start_of, num_rows = _first_fit(counts.tolist())
+    length, device = int(counts.max()), packed.input_ids.device
+    if num_rows * length >= packed.input_ids.numel():
+        return packed, torch.arange(packed.input_ids.numel(), device=device)
+    starts = torch.tensor(row_of, device=device) * length + torch.tensor(start_of, device=device)
+    # A token's new place: where its sequence begins, and how many tokens of it are before.
+    places = starts[:, None] + is_token.long().cumsum(-1) - 1
+    taken = places[is_token]
+
+    def move(values: torch.Tensor, fill: int) -> torch.Tensor:
+        moved = values.new_full((num_rows * length,), fill)
+        moved[taken] = values[is_token]
+        return moved.view(num_rows, length)
+
+    sequences = torch.arange(len(counts), device=device)[:, None].expand_as(packed.input_ids)
+    filled = Packed(
+        input_ids=move(packed.input_ids, 0),
+        position_ids=move(packed.position_ids, 0),
+        segment_ids=move(packed.segment_ids, PADDING_SEGMENT),
+        anchor_positions=move(packed.anchor_positions, 0),
+        clean_length=0,
+        sequence_ids=move(sequences, -1),
+    )
+    return filled, places.flatten()
+
+
+def _first_fit(counts: list[int]) -> tuple[list[int], list[int], int]:
+    """For each sequence its row and the column that it begins at, and how many rows there are."""
+    capacity = max(counts)
+    used: list[int] = []
+    row_of, start_of = [0] * len(counts), [0] * len(counts)
+    for number in sorted(range(len(counts)), key=lambda number: -counts[number]):
+        row = next((row for row, length in enumerate(used) if length + counts[number] <= capacity), len(used))
+        if row == len(used):
+            used.append(0)
+        row_of[number], start_of[number] = row, used[row]
+        used[row] += counts[number]
+    return row_of, start_of, len(used)
+
+
 def packed_attention_mask(
     config: PreTrainedConfig,
     packed: Packed,
@@ -173,6 +232,8 @@ def packed_attention_mask(
     clean_before = (keys == CLEAN_SEGMENT) & (positions[:, None] < anchors)
     same_segment = keys == packed.segment_ids[:, queries, None]
     visible = (clean_before | same_segment) & (columns <= columns[queries, None])
+    if packed.sequence_ids is not None:
+        visible &= packed.sequence_ids[:, None] == packed.sequence_ids[:, queries, None]
 
     def build(allowed: torch.Tensor) -> Any:
         return ALL_MASK_ATTENTION_FUNCTIONS[attention_implementation(config)](

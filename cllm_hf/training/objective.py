@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..packing import Drafts, PackedBatch, pack, packed_forward
+from ..packing import Drafts, PackedBatch, fill_rows, pack, packed_forward
 from .collator import cut_responses
 from .losses import DIVERGENCES, ar_cross_entropy
 from .online import tokens_at
@@ -119,7 +119,9 @@ def sum_losses(
         label_row, label_position = (batch["label_ids"] != -100).nonzero(as_tuple=True)
         ar_tokens = batch["label_ids"][label_row, label_position]
         groups.append(row_starts[label_row] + packed.columns(-1)[0, label_position])
-    logits = packed_forward(model, packed, base_model, torch.cat(groups)).split([len(group) for group in groups])
+    filled, new_places = fill_rows(packed)
+    logits = packed_forward(model, filled, base_model, new_places[torch.cat(groups)])
+    logits = logits.split([len(group) for group in groups])
 
     if blocks.successors is None:
         # Row by row, the response's predictions lie one after the other.
