@@ -99,9 +99,9 @@ def _add_train(kinds: Any) -> None:
     train.add_argument("--model", help="folder or Hub id of a model")
     train.add_argument("--trajectories", help="folder or Hub id of trajectories that were collected from it")
     train.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights and trajectories instead")
-    train.add_argument("--prompt-length", type=positive, default=64, help="longest prompt of a shape, random tokens")
-    train.add_argument("--response-length", type=positive, default=128, help="longest response of a shape")
-    train.add_argument("--block-size", type=positive, default=16, help="tokens of a block of a shape")
+    train.add_argument("--prompt-length", type=positive, help="longest prompt of a shape, 64 if not given")
+    train.add_argument("--response-length", type=positive, help="longest response of a shape, 128 if not given")
+    train.add_argument("--block-size", type=positive, help="tokens of a block of a shape, 16 if not given")
     train.add_argument("--batch-size", type=positive, default=8, help="records of an update of CLLMTrainer")
     train.add_argument(
         "--steps", type=positive, default=4, help="its updates in a round; all ways train on the same records"

@@ -27,6 +27,8 @@ from .shapes import make_number_tokenizer, make_random_model, random_prompts
 
 
 SCHEMA_VERSION = 1
+# Of the random trajectories of `cllm benchmark train`.
+_RANDOM_SIZES = {"prompt_length": 64, "response_length": 128, "block_size": 16}
 
 
 def run_benchmark(options: argparse.Namespace) -> str:
@@ -204,6 +206,10 @@ def run_train(options: argparse.Namespace) -> str:
             + ("`--trajectories` with `--shape`." if options.model is None else "`--model` without `--trajectories`.")
             + " Pass a folder that `cllm collect` has written, or a shape alone."
         )
+    sizes = {name: getattr(options, name) for name in _RANDOM_SIZES if getattr(options, name) is not None}
+    if options.model is not None and sizes:
+        names = ", ".join(f"`--{name.replace('_', '-')}`" for name in sizes)
+        raise ValueError(f"Trajectories have sizes of their own, got {names} with `--trajectories`. Drop that.")
     _check_outputs(options)
     device = _prepare(options)
     from .training import compare_training, format_training  # loads the trainer, which others do without
@@ -222,8 +228,8 @@ def run_train(options: argparse.Namespace) -> str:
         vocab_size, count = model.config.vocab_size, setting.batch_size * setting.steps
         tokenizer: Any = make_number_tokenizer(vocab_size)
         tokenizer.pad_token = "0"  # the trainer wants one; padding is masked everywhere
-        lengths = (options.prompt_length, options.response_length, options.block_size)
-        dataset = Dataset.from_list(random_trajectories(vocab_size, count, *lengths, options.seed), features=FEATURES)
+        records = random_trajectories(vocab_size, count, **{**_RANDOM_SIZES, **sizes}, seed=options.seed)
+        dataset = Dataset.from_list(records, features=FEATURES)
     else:
         dataset = load_trajectories(options.trajectories)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
