@@ -168,7 +168,7 @@ def check_same_run(results: dict[str, dict[str, Any]], arguments: argparse.Names
         for setting in SETTINGS:
             if row[setting] != getattr(arguments, setting):
                 raise SystemExit(
-                    f"`--{setting.replace('_', '-')}` must be that of the finished rows, {row[setting]} in {name}, got "
+                    f"`{setting}` must be that of the finished rows, {row[setting]} in {name}, got "
                     f"{getattr(arguments, setting)}. Choose another output folder."
                 )
 

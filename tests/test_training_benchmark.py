@@ -346,7 +346,11 @@ def test_the_most_memory_is_that_of_the_longest_records(word_model, tokenizer, s
     records = usable_records(single_states, 4)
     records[1] = {**records[1], "prompt_ids": records[1]["prompt_ids"] * 3}
     longest, widths = len(records[1]["prompt_ids"] + records[1]["response_ids"]), []
-    word_model.register_forward_hook(lambda module, args, output: widths.append(output.logits.shape[:2]))
+
+    def note(module, args, kwargs):
+        widths.append((args[0] if args else kwargs["input_ids"]).shape)
+
+    word_model.register_forward_pre_hook(note, with_kwargs=True)
     published, with_graph, accumulated, one, batch = make_methods(trainer, records, setting)
     for method in (published, with_graph, accumulated):
         widths.clear()

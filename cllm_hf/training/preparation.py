@@ -82,7 +82,7 @@ class BatchPreparer:
         model: torch.nn.Module,
         base_model: PreTrainedModel,
         batch: dict[str, torch.Tensor],
-        update: int,
+        update: int | None,
         progress: float,
     ) -> dict[str, Any]:
         """
@@ -92,7 +92,8 @@ class BatchPreparer:
             model (`torch.nn.Module`): the model that is trained, possibly wrapped.
             base_model (`transformers.PreTrainedModel`): the model in the wrappers.
             batch (`dict[str, torch.Tensor]`): from `TrajectoryCollator`.
-            update (`int`): number of the update; the same number, record and seed give the same choice.
+            update (`int`, *optional*): number of the update, from 0 on; the same number, record and seed give the same
+                choice. `None` in evaluation, which has a choice of its own.
             progress (`float`): share of the training that is done, from 0 to 1.
 
         Returns:
@@ -113,7 +114,7 @@ class BatchPreparer:
             "position_counts": count_positions(batch, weights),
         }
 
-    def _choose_states(self, batch: dict[str, torch.Tensor], update: int, block_size: int) -> DraftBlocks:
+    def _choose_states(self, batch: dict[str, torch.Tensor], update: int | None, block_size: int) -> DraftBlocks:
         candidates, num_candidates = batch["candidates"], batch["num_candidates"]
         num_blocks, size = candidates.shape[1], candidates.shape[3]
         if self.state_sampling == "progressive":
@@ -135,19 +136,24 @@ class BatchPreparer:
         model: torch.nn.Module,
         base_model: PreTrainedModel,
         batch: dict[str, torch.Tensor],
-        update: int,
+        update: int | None,
         block_size: int,
     ) -> DraftBlocks:
         num_windows = self.states_per_block * -(-batch["response_lengths"] // block_size)
         draws = self._draw(batch, update, (int(num_windows.max()), 1 + block_size))
-        num_iterations = int(np.random.default_rng([self.seed, update]).integers(self.online_iterations + 1))
+        num_iterations = self.online_iterations
+        if update is not None:
+            num_iterations = int(self._generator(update).integers(self.online_iterations + 1))
         blocks = make_online_states(model, base_model, batch, draws, block_size, num_iterations, self.local)
         blocks.mask &= torch.arange(draws.shape[1], device=draws.device) < num_windows[:, None]
         return blocks
 
-    def _draw(self, batch: dict[str, torch.Tensor], update: int, shape: tuple[int, ...]) -> torch.Tensor:
+    def _generator(self, update: int | None, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, 0 if update is None else update + 1, *key])
+
+    def _draw(self, batch: dict[str, torch.Tensor], update: int | None, shape: tuple[int, ...]) -> torch.Tensor:
         """Numbers in [0, 1) for each record, of which a longer shape only has more."""
         keys = batch["record_keys"].tolist()
-        numbers = np.stack([np.random.default_rng([self.seed, update, key]).random(shape) for key in keys])
+        numbers = np.stack([self._generator(update, key).random(shape) for key in keys])
         # As float32 the largest number would round to 1.
         return torch.from_numpy(numbers).clamp(max=1 - 2**-24).float().to(batch["clean_ids"].device)

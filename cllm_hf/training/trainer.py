@@ -185,7 +185,7 @@ class CLLMTrainer(SFTTrainer):
 
     def _prepare_batch(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Choose states by the number of the update; in evaluation always the same."""
-        update = self.state.global_step + 1 if self.model.training else 0
+        update = self.state.global_step if self.model.training else None
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
         return self._preparer.prepare(model, base_model_of(self.model), batch, update, progress)
 
