@@ -433,3 +433,15 @@ def test_other_arguments_that_are_refused(word_model, tokenizer, dataset, tmp_pa
 def test_a_dictionary_of_splits_is_refused(word_model, dataset, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="got a dictionary of train, test. Pass one of them"):
         make_trainer(word_model, DatasetDict(train=dataset, test=dataset), tokenizer, tmp_path)
+
+
+def test_records_of_similar_length_come_together(word_model, tokenizer, dataset, tmp_path):
+    assert "length" not in dataset.column_names
+
+    def padding(strategy):
+        trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, train_sampling_strategy=strategy)
+        masks = [batch["clean_mask"] for batch in trainer.get_train_dataloader()]
+        assert sum(len(mask) for mask in masks) == len(dataset)
+        return sum(int((mask == 0).sum()) for mask in masks)
+
+    assert padding("group_by_length") < padding("sequential")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from .collator import TrajectoryCollator, cut_responses
@@ -35,6 +36,26 @@ def make_collator(config: CLLMConfig, block_size: int) -> TrajectoryCollator:
         with_augmented=config.consistency == "global" and config.state_sampling == "uniform",
         with_labels=config.ar_labels == "ground_truth",
     )
+
+
+def add_lengths(dataset: Any, config: CLLMConfig) -> Any:
+    """
+    Add the column by which the host groups records of similar length, if that was asked for and it is missing.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): trajectories.
+        config (`CLLMConfig`): options.
+
+    Returns:
+        The dataset, with the column `config.length_column_name` or as it was.
+    """
+    name = config.length_column_name
+    is_wanted = config.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    if not is_wanted or not isinstance(dataset, Dataset) or name in dataset.column_names:
+        return dataset
+    plain = dataset.with_format(None).select_columns(["prompt_ids", "response_ids"])
+    lengths = [len(record["prompt_ids"]) + len(record["response_ids"]) for record in plain]
+    return dataset.add_column(name, lengths)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..packing import check_packable
 from .checks import check_datasets
 from .config import CLLMConfig
 from .objective import sum_losses
-from .preparation import BatchPreparer, make_collator
+from .preparation import BatchPreparer, add_lengths, make_collator
 
 
 _REFUSED_ARGUMENTS = (
@@ -114,7 +114,7 @@ class CLLMTrainer(SFTTrainer):
         super().__init__(
             model,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=add_lengths(train_dataset, args),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
