@@ -58,7 +58,7 @@ def test_uniform_choice_of_each_block_follows_its_own_number():
 
 
 def slow_schedule(candidates, fixed_points, states_per_block, window):
-    """Distance of each state's noise from what the schedule wants, `[shift][block][state]`, straight from the paper."""
+    """Distance of each state's noise from the wanted one, `[shift][block][state]`, straight from the paper."""
     distances = []
     for shift in range(states_per_block):
         ratios = np.linspace(0, 1, window) if window > 1 else np.ones(1)

@@ -131,5 +131,5 @@ def reference_losses(model, batch, objective):
 
 def gradients_of(loss, model):
     model.zero_grad()
-    loss.backward()
+    loss.backward(retain_graph=True)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
