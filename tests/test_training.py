@@ -1,8 +1,6 @@
 """CLLMTrainer: its loss against slow references, equivalences, adapters, what it saves and what it refuses."""
 
 import copy
-import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,19 +8,15 @@ import torch
 from conftest import make_model, make_word_model
 from datasets import Dataset, DatasetDict
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from training_cases import BLOCK_SIZE, gradients_of, make_record, prepare, reference_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cllm_hf
 from cllm_hf import CleaningRules, CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_cllm
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.training.collator import TrajectoryCollator
-from cllm_hf.training.losses import ar_cross_entropy, forward_kl
-from cllm_hf.training.states import wrong_context
+from cllm_hf.training.objective import sum_losses
 from cllm_hf.trajectories.augmentation import augment_states
 from cllm_hf.trajectories.schema import features
-
-
-BLOCK_SIZE = 5
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +32,7 @@ def dataset(tokenizer):
     return builder.build([problem.prompt for problem in make_problems(16, seed=5)])
 
 
-def make_trainer(model, dataset, tokenizer, output_dir, peft_config=None, **options):
+def make_trainer(model, dataset, tokenizer, output_dir, peft_config=None, eval_dataset=None, **options):
     defaults = {
         "bf16": False,
         "use_cpu": True,
@@ -53,54 +47,47 @@ def make_trainer(model, dataset, tokenizer, output_dir, peft_config=None, **opti
         "disable_tqdm": True,
     }
     args = CLLMConfig(output_dir=str(output_dir), **{**defaults, **options})
-    return CLLMTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
+    return CLLMTrainer(
+        model,
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
 
 
-def reference_losses(model, batch):
-    """Plain forwards, one block at a time: sums over positions and their numbers."""
-    consistency, ar, num_consistency, num_ar = 0.0, 0.0, 0, 0
-    for row in range(len(batch["clean_ids"])):
-        sequence = batch["clean_ids"][row, : int(batch["clean_mask"][row].sum())]
-        clean = model(sequence[None]).logits[0]
-        for position in (batch["labels"][row] != -100).nonzero()[:, 0].tolist():
-            ar = ar - clean[position - 1].log_softmax(-1)[batch["labels"][row, position]]
-            num_ar += 1
-        drafts, prompt_length = batch["draft_blocks"], int(batch["prompt_lengths"][row])
-        for block in drafts.mask[row].nonzero()[:, 0].tolist():
-            anchor, state = prompt_length - 1 + int(drafts.offsets[row, block]), drafts.states[row, block]
-            logits = model(torch.cat([sequence[: anchor + 1], state[:-1]])[None]).logits[0, anchor:]
-            fixed_point = sequence[anchor + 1 : anchor + 1 + BLOCK_SIZE]
-            for i in range(1, len(fixed_point)):
-                if (state[:i] != fixed_point[:i]).any():
-                    p, q = clean[anchor + i].detach().log_softmax(-1), logits[i].log_softmax(-1)
-                    consistency = consistency + (p.exp() * (p - q)).sum()
-                    num_consistency += 1
-    return consistency, ar, num_consistency, num_ar
-
-
-@pytest.mark.parametrize("weight", [0.0, 1.0, 7.5])
+@pytest.mark.parametrize("weight", [0.0, 7.5])
 def test_loss_and_gradient_equal_the_slow_reference(word_model, tokenizer, dataset, tmp_path, weight):
     trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, ar_loss_weight=weight)
-    trainer.model.train()
-    batch = trainer._prepare_batch(word_model, trainer.data_collator(list(dataset.select(range(6)))))
-    loss = trainer.compute_loss(trainer.model.train(), batch)
-    loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in word_model.named_parameters()}
-    word_model.zero_grad()
-    consistency, ar, num_consistency, num_ar = reference_losses(word_model, batch)
-    assert num_consistency > 20 and num_ar > 20
-    expected = consistency / num_consistency + weight * ar / num_ar
-    expected.backward()
+    records = list(dataset.select(range(6)))
+    batch, objective = prepare(word_model, records, update=1)
+    loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(records))
+    consistency, ar, weight_sum, num_ar = reference_losses(word_model, batch, objective)
+    assert weight_sum > 20 and num_ar > 20
+    expected = consistency / weight_sum + weight * ar / num_ar
     torch.testing.assert_close(loss, expected)
-    for name, parameter in word_model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4)
+    gradients, expected = gradients_of(loss, word_model), gradients_of(expected, word_model)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], atol=1e-5, rtol=1e-4)
 
 
-def test_gradient_accumulation_equals_a_larger_batch(word_model, tokenizer, dataset, tmp_path):
-    """Responses differ in length, so that a mean of means would be another gradient."""
+ACCUMULATED = {
+    "global": {},
+    "local": {"consistency": "local"},
+    "online": {"trajectory_source": "online", "block_size": BLOCK_SIZE},
+    "decay": {"position_decay": 2.0, "states_per_block": 2},
+    "ground truth": {"ar_labels": "ground_truth", "ar_label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("setting", ACCUMULATED)
+def test_gradient_accumulation_equals_a_larger_batch(word_model, tokenizer, dataset, tmp_path, setting):
+    """Responses and answers differ in length, so that a mean of means would be another gradient."""
     assert len({len(record["response_ids"]) for record in dataset}) > 1
+    dataset = dataset.map(lambda record, row: {"label_ids": record["response_ids"][: 1 + row % 5]}, with_indices=True)
     weights, logs = [], []
-    for batch_size, steps in ((8, 1), (2, 4), (1, 8)):
+    for batch_size, steps in ((8, 1), (2, 4), *[(1, 8)] * (setting == "global")):
         model = copy.deepcopy(word_model)
         trainer = make_trainer(
             model,
@@ -113,8 +100,8 @@ def test_gradient_accumulation_equals_a_larger_batch(word_model, tokenizer, data
             optim="sgd",
             learning_rate=0.1,
             max_grad_norm=0.0,
+            **ACCUMULATED[setting],
         )
-        # States are drawn in the order of the records, so the same seed draws the same ones.
         trainer.train()
         weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
         logs.append([log for log in trainer.state.log_history if "consistency_loss" in log])
@@ -134,9 +121,143 @@ def test_losses_and_counts_are_logged_and_add_up(word_model, tokenizer, dataset,
     for log in logs:
         assert log["loss"] == pytest.approx(log["consistency_loss"] + 3.0 * log["ar_loss"], rel=1e-3)
         assert log["consistency_tokens"] > 0 and log["ar_tokens"] > 0
-    metrics = trainer.evaluate(dataset)
-    assert metrics["eval_loss"] > 0
-    assert {"eval_consistency_loss", "eval_ar_loss"} <= set(trainer.state.log_history[-1])
+
+
+def watch_choices(trainer):
+    """Update and share of the run of every batch that is prepared, and the batch."""
+    seen, preparer = [], trainer._preparer
+
+    class Watched:
+        objective = preparer.objective
+
+        def prepare(self, model, base_model, batch, update, progress):
+            prepared = preparer.prepare(model, base_model, batch, update, progress)
+            seen.append((update, progress, prepared))
+            return prepared
+
+    trainer._preparer = Watched()
+    return seen
+
+
+def test_each_update_has_its_number_also_after_evaluations(word_model, tokenizer, dataset, tmp_path):
+    """A model comes in evaluation mode, and goes back to it in every evaluation."""
+    trainer = make_trainer(
+        word_model,
+        dataset,
+        tokenizer,
+        tmp_path,
+        eval_dataset=dataset.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=5,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+    )
+    seen = watch_choices(trainer)
+    trainer.train()
+    trained = [update for update, _, batch in seen if update]
+    assert trained == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert len(seen) == 10 + 2  # the others are the batches of the two evaluations
+
+
+def test_a_run_goes_through_its_block_sizes_and_is_evaluated_at_the_last(word_model, tokenizer, dataset, tmp_path):
+    trainer = make_trainer(
+        word_model,
+        dataset,
+        tokenizer,
+        tmp_path,
+        eval_dataset=dataset.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=4,
+        block_size_schedule=[2, 4],
+    )
+    seen = watch_choices(trainer)
+    trainer.train()
+    sizes = [batch["draft_blocks"].states.shape[-1] for update, _, batch in seen if update]
+    evaluated = [batch["draft_blocks"].states.shape[-1] for update, _, batch in seen if not update]
+    assert sizes == [2, 2, 4, 4] and evaluated == [4] * 4
+    assert trainer.block_size == 4 and word_model.generation_config.jacobi_block_size == 4
+
+
+@pytest.mark.parametrize("setting", ["global", "online"])
+def test_evaluation_is_always_the_same_and_over_all_positions(word_model, tokenizer, dataset, tmp_path, setting):
+    """Whatever the batches are, and whatever was trained or computed before."""
+    results = []
+    for batch_size in (1, 3, 16):
+        trainer = make_trainer(
+            word_model,
+            dataset,
+            tokenizer,
+            tmp_path,
+            per_device_eval_batch_size=batch_size,
+            ar_loss_weight=2.0,
+            learning_rate=0.0,
+            max_steps=2,
+            **ACCUMULATED[setting],
+        )
+        for _ in range(2):
+            results.append(trainer.evaluate(dataset))
+            trainer.train()
+        assert trainer.state.log_history[-1].keys().isdisjoint(results[-1])
+    for metrics in results:
+        for name in (
+            "eval_loss",
+            "eval_consistency_loss",
+            "eval_ar_loss",
+            "eval_consistency_tokens",
+            "eval_ar_tokens",
+        ):
+            assert metrics[name] == pytest.approx(results[0][name], rel=1e-4)
+        assert metrics["eval_loss"] == pytest.approx(metrics["eval_consistency_loss"] + 2 * metrics["eval_ar_loss"])
+    assert results[0]["eval_consistency_tokens"] > 50
+
+
+def test_a_batch_of_ones_own_is_a_mean_over_itself(word_model, tokenizer, dataset, tmp_path):
+    trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, learning_rate=0.0, max_steps=2)
+    batch = trainer.data_collator(list(dataset.select(range(3))))
+    before = trainer.compute_loss(word_model.eval(), batch)
+    trainer.train()
+    assert trainer.compute_loss(word_model.eval(), batch) == before
+    loss, parts = trainer.compute_loss(word_model.train(), batch, return_outputs=True)
+    prepared, objective = prepare(word_model, list(dataset.select(range(3))), update=trainer.state.global_step + 1)
+    sums = sum_losses(word_model, word_model, prepared, objective)
+    torch.testing.assert_close(loss, (sums / prepared["position_counts"]).sum())
+    torch.testing.assert_close(loss, parts["consistency_loss"] + parts["ar_loss"])
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("setting", ["global", "online"])
+def test_a_run_without_any_consistency_position(word_model, tokenizer, tmp_path, setting, weight):
+    records = Dataset.from_list([make_record(3 + row, 1, seed=row) for row in range(4)])
+    trainer = make_trainer(
+        word_model, records, tokenizer, tmp_path, max_steps=2, ar_loss_weight=weight, **ACCUMULATED[setting]
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2 and all(log["consistency_loss"] == log["consistency_tokens"] == 0 for log in logs)
+    assert [log["loss"] == 0 for log in logs] == [weight == 0] * 2 and all(log["ar_loss"] > 0 for log in logs)
+    assert all(log["grad_norm"] == 0 if weight == 0 else log["grad_norm"] > 0 for log in logs)
+    assert all(parameter.isfinite().all() for parameter in word_model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["global", "online"])
+def test_workers_of_the_data_loader_change_nothing(word_model, tokenizer, dataset, tmp_path, setting):
+    logs = []
+    for workers in (0, 2):
+        trainer = make_trainer(
+            copy.deepcopy(word_model),
+            dataset,
+            tokenizer,
+            tmp_path,
+            max_steps=6,
+            dataloader_num_workers=workers,
+            **ACCUMULATED[setting],
+        )
+        trainer.train()
+        logs.append([(log["loss"], log["consistency_tokens"]) for log in trainer.state.log_history if "loss" in log])
+    assert logs[0] == logs[1]
 
 
 def test_training_makes_blocks_converge_sooner(word_model, tokenizer, dataset, tmp_path):
@@ -246,43 +367,6 @@ def test_adapter_on_a_model_of_another_name_warns(word_model, tokenizer, dataset
     assert "trained on the-right-model and is put on another-model" in caplog.text
 
 
-def test_collator_draws_any_state_but_the_fixed_point(dataset):
-    collator = TrajectoryCollator(BLOCK_SIZE)
-    record = dataset[0]
-    seen = [set() for _ in record["states"]]
-    for _ in range(200):
-        for number, state in enumerate(collator([record])["states"][0].tolist()):
-            seen[number].add(tuple(state))
-    for states, drawn in zip(record["states"], seen):
-        assert drawn == {tuple(state) for state in states[:-1]}
-
-
-def test_collator_draws_augmented_states_as_often_as_others(dataset):
-    record = max(dataset, key=lambda record: len(record["states"]))
-    states = [[[number, j, 0, 0, 0] for j in range(3)] + [block[-1]] for number, block in enumerate(record["states"])]
-    augmented = [[[number, 5 + j, 0, 0, 0] for j in range(number % 3)] for number in range(len(states))]
-    record = {**record, "states": states, "augmented_states": augmented}
-    collator = TrajectoryCollator(BLOCK_SIZE)
-    torch.manual_seed(0)
-    drawn = [Counter() for _ in states]
-    for _ in range(600):
-        batch = collator([record])
-        for number, state in enumerate(batch["states"][0].tolist()):
-            drawn[number][tuple(state)] += 1
-    for counts, block, extra in zip(drawn, states, augmented):
-        candidates = {tuple(state) for state in block[:-1] + extra}
-        assert counts.keys() == candidates
-        assert min(counts.values()) > 600 / len(candidates) * 0.7
-    assert sorted(map(len, drawn))[-1] == 5
-    # The targets are the fixed points still, and a response that is cut loses the augmented states of its last blocks.
-    fixed_points = torch.tensor([block[-1] for block in states])
-    mask, expected = batch["consistency_mask"][0], wrong_context(batch["states"][0], fixed_points)
-    length = len(record["response_ids"])
-    assert torch.equal(mask.flatten()[:length], expected.flatten()[:length]) and mask.any()
-    short = TrajectoryCollator(BLOCK_SIZE, max_length=len(record["prompt_ids"]) + 2 * BLOCK_SIZE)([record])
-    assert short["states"].shape == (1, 2, BLOCK_SIZE)
-
-
 def test_augmented_states_of_a_dataset_reach_the_collator(word_model, tokenizer, dataset, tmp_path):
     rng = np.random.default_rng(0)
     rows = []
@@ -301,100 +385,6 @@ def test_augmented_states_of_a_dataset_reach_the_collator(word_model, tokenizer,
     trainer.train()
     assert len(seen) >= 8 and all(record["augmented_states"] is not None for record in seen)
     assert list(features(augmented=True)) == [*cllm_hf.FEATURES, "augmented_states"] and features() == cllm_hf.FEATURES
-
-
-def test_without_augmented_states_the_same_states_are_drawn(dataset):
-    rows = list(dataset)
-    none = [{**row, "augmented_states": None} for row in rows]
-    empty = [{**row, "augmented_states": [[] for _ in row["states"]]} for row in rows]
-    batches = []
-    for same in (rows, none, empty):
-        torch.manual_seed(0)
-        batches.append(TrajectoryCollator(BLOCK_SIZE)(same))
-    for batch in batches[1:]:
-        assert all(torch.equal(batch[name], batches[0][name]) for name in batch)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda extra: extra[:-1],
-            "`augmented_states` must have a list of states for each block, with 5 tokens",
-        ),
-        (lambda extra: [[[1, 2, 3]], *extra[1:]], r"lengths \[3\] in record"),
-        (lambda extra: [*extra, []], "`augmented_states` must have"),
-    ],
-)
-def test_augmented_states_that_do_not_fit_are_refused(dataset, change, message):
-    record = dataset[0]
-    record = {**record, "augmented_states": change([[] for _ in record["states"]])}
-    with pytest.raises(ValueError, match=message):
-        TrajectoryCollator(BLOCK_SIZE)([record])
-
-
-def test_consistency_mask_is_where_the_context_holds_a_wrong_token(dataset):
-    batch = TrajectoryCollator(BLOCK_SIZE)(list(dataset))
-    for row, record in enumerate(dataset):
-        for number in range(batch["states"].shape[1]):
-            fixed_point = record["response_ids"][number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE]
-            state = batch["states"][row, number].tolist()
-            expected = [state[:i] != fixed_point[:i] for i in range(len(fixed_point))]
-            expected += [False] * (BLOCK_SIZE - len(expected))
-            assert batch["consistency_mask"][row, number].tolist() == expected
-    assert not wrong_context(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 4]])).any()
-
-
-def test_long_responses_lose_their_last_blocks(dataset):
-    record = max(dataset, key=lambda record: len(record["response_ids"]))
-    prompt_length = len(record["prompt_ids"])
-    batch = TrajectoryCollator(BLOCK_SIZE, max_length=prompt_length + 2 * BLOCK_SIZE + 1)([record])
-    assert batch["states"].shape == (1, 2, BLOCK_SIZE)
-    assert batch["clean_ids"].shape[1] == prompt_length + 2 * BLOCK_SIZE
-    with pytest.raises(ValueError, match="leaves no room"):
-        TrajectoryCollator(BLOCK_SIZE, max_length=prompt_length + 1)([record])
-
-
-def test_forward_kl_limits_and_gradient():
-    torch.manual_seed(0)
-    logits = torch.randn(6, 9, dtype=torch.float64).float().requires_grad_()
-    target = torch.randn(6, 9).requires_grad_()
-    loss = forward_kl(logits, target)
-    p, q = target.softmax(-1), logits.softmax(-1)
-    torch.testing.assert_close(loss, (p * (p / q).log()).sum(-1))
-    loss.sum().backward()
-    assert target.grad is None
-    torch.testing.assert_close(logits.grad, q - p)
-    torch.testing.assert_close(forward_kl(logits, logits), torch.zeros(6), atol=1e-6, rtol=0)
-    certain = torch.full((1, 4), -math.inf)
-    certain[0, 2] = 0.0
-    torch.testing.assert_close(forward_kl(torch.zeros(1, 4), certain), torch.tensor([math.log(4)]))
-
-
-def test_ar_cross_entropy():
-    logits, tokens = torch.randn(5, 7), torch.tensor([0, 6, 3, 3, 1])
-    expected = torch.stack([-row.log_softmax(-1)[token] for row, token in zip(logits, tokens)])
-    torch.testing.assert_close(ar_cross_entropy(logits, tokens), expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"packing": True}, "`packing=True` has no place in consistency training"),
-        ({"assistant_only_loss": True}, "assistant_only_loss"),
-        ({"loss_type": "dft"}, "loss_type"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"pad_to_multiple_of": 64}, "pad_to_multiple_of"),
-        ({"dataset_kwargs": {"add_special_tokens": False}}, "dataset_kwargs"),
-        ({"ar_loss_weight": -1.0}, "`ar_loss_weight` must be at least 0, got -1.0"),
-        ({"block_size": 0}, "`block_size` must be an integer of at least 1, got 0"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_options_that_are_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        CLLMConfig(output_dir=str(tmp_path), bf16=False, **options)
 
 
 def test_datasets_that_are_refused(word_model, tokenizer, dataset, tmp_path):

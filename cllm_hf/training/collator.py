@@ -56,7 +56,7 @@ class TrajectoryCollator:
             - `prompt_lengths`, `response_lengths` and `record_keys`, a number made of the record's tokens, all of
               shape `(batch_size,)`.
             - `candidates` of shape `(batch_size, num_blocks, num_states, block_size)`, int32: the states of each block
-              in order, from there on the augmented ones, and behind them the fixed point to the end;
+              in order, then the augmented ones, then the fixed point to the end, all with 0 behind the response;
               `num_candidates` of shape `(batch_size, num_blocks)`: how many are before that.
             - `label_ids` of shape `(batch_size, label_length)`: ground-truth answers, -100 behind them.
         """
@@ -76,7 +76,7 @@ class TrajectoryCollator:
             "record_keys": torch.tensor([zlib.crc32(np.asarray(ids, dtype=np.int64).tobytes()) for ids in sequences]),
         }
         if self.with_states:
-            batch |= _stack_candidates([blocks for _, _, blocks in rows], clean_ids, prompt_lengths)
+            batch |= _stack_candidates([blocks for _, _, blocks in rows], batch)
         if self.with_labels:
             batch["label_ids"] = _pad([self._fit_labels(record) for record in records], -100)
         return batch
@@ -117,21 +117,22 @@ def _pad(rows: list[list[int]], fill: int) -> torch.Tensor:
     return torch.from_numpy(padded)
 
 
-def _stack_candidates(
-    blocks: list[list[list[list[int]]]], clean_ids: torch.Tensor, prompt_lengths: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def _stack_candidates(blocks: list[list[list[list[int]]]], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     most_blocks = max(map(len, blocks))
     most_states = max(len(states) for row in blocks for states in row) + 1
     block_size = len(blocks[0][0][0])
-    fixed_points = cut_responses(clean_ids, prompt_lengths, most_blocks * block_size)
+    fixed_points = cut_responses(batch["clean_ids"], batch["prompt_lengths"], most_blocks * block_size)
     fixed_points = fixed_points.view(len(blocks), most_blocks, 1, block_size)
-    candidates = fixed_points.int().expand(-1, -1, most_states, -1).numpy().copy()
-    num_candidates = np.zeros((len(blocks), most_blocks), dtype=np.int64)
+    candidates = fixed_points.int().expand(-1, -1, most_states, -1).clone()
+    num_candidates = torch.zeros(len(blocks), most_blocks, dtype=torch.long)
     for row, row_blocks in enumerate(blocks):
         for number, states in enumerate(row_blocks):
-            candidates[row, number, : len(states)] = states
+            candidates[row, number, : len(states)] = torch.from_numpy(np.asarray(states, dtype=np.int32))
             num_candidates[row, number] = len(states)
-    return {"candidates": torch.from_numpy(candidates), "num_candidates": torch.from_numpy(num_candidates)}
+    # Behind the response states hold padding of any kind; there they shall be as right as the fixed point.
+    in_response = torch.arange(most_blocks * block_size) < batch["response_lengths"][:, None]
+    candidates *= in_response.view(len(blocks), most_blocks, 1, block_size)
+    return {"candidates": candidates, "num_candidates": num_candidates}
 
 
 def cut_responses(clean_ids: torch.Tensor, prompt_lengths: torch.Tensor, length: int) -> torch.Tensor:

@@ -65,7 +65,9 @@ def jensen_shannon(logits: torch.Tensor, target_logits: torch.Tensor, temperatur
         `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
     """
     log_p, log_q = _log_probabilities(logits, target_logits, temperature)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    # Where both are 0, `logaddexp` has no gradient, not even one that a factor of 0 takes away.
+    neither = (log_p == -math.inf) & (log_q == -math.inf)
+    log_m = torch.logaddexp(log_p.masked_fill(neither, 0), log_q.masked_fill(neither, 0)) - math.log(2)
     return temperature**2 * (_sum_where(log_p, log_p, log_m) + _sum_where(log_q, log_q, log_m)) / 2
 
 

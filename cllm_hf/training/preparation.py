@@ -162,6 +162,9 @@ class BatchPreparer:
     ) -> DraftBlocks:
         num_windows = self.states_per_block * -(-batch["response_lengths"] // block_size)
         draws = self._draw(batch, update, (int(num_windows.max()), 1 + block_size))
+        # A window reaches no further than the longest response; its tokens in a response are the same.
+        block_size = min(block_size, int(batch["response_lengths"].max()))
+        draws = draws[..., : 1 + block_size]
         num_iterations = self.online_iterations
         if update is not None:
             num_iterations = int(self._generator(update).integers(self.online_iterations + 1))

@@ -44,10 +44,12 @@ def choose_uniformly(num_candidates: torch.Tensor, draws: torch.Tensor, states_p
     Returns:
         `torch.LongTensor` of shape `(batch_size, states_per_block, num_blocks)`: which of them.
     """
-    # One number in each of `states_per_block` equal parts of [0, 1).
-    part = torch.arange(states_per_block, device=draws.device)[None, :, None]
-    chosen = ((part + draws[:, None]) / states_per_block * num_candidates[:, None]).floor().long()
-    return torch.minimum(chosen, (num_candidates - 1)[:, None]).clamp(min=0)
+    # A random first one, and from there on equal steps around the circle of all: whole numbers, so that no rounding
+    # makes two of them the same.
+    counts = num_candidates.clamp(min=1)
+    first = torch.minimum((draws * counts).long(), counts - 1)
+    steps = torch.arange(states_per_block, device=draws.device)[None, :, None] * counts[:, None] // states_per_block
+    return (first[:, None] + steps) % counts[:, None]
 
 
 def choose_progressively(
@@ -117,13 +119,14 @@ def cut_blocks(
     Args:
         drafts (`torch.LongTensor` of shape `(batch_size, states_per_block, draft_length)`): drafts.
         response_lengths (`torch.LongTensor` of shape `(batch_size,)`): tokens of the responses.
-        block_size (`int`): tokens of a block.
+        block_size (`int`): tokens of a block, or more than the drafts have for one block of all.
         successors (`torch.LongTensor` of the shape of `drafts`, *optional*): the next states.
 
     Returns:
         `DraftBlocks` with `states_per_block * ceil(draft_length / block_size)` blocks.
     """
     batch_size, states_per_block, length = drafts.shape
+    block_size = min(block_size, length)  # what lies behind every draft would only cost columns
     num_blocks = -(-length // block_size)
 
     def cut(values: torch.Tensor) -> torch.Tensor:
