@@ -24,7 +24,10 @@ class OptionParser(TrlParser):
         kinds (`Iterable[type]`): dataclasses whose fields are the options.
         command (`str`): what the user types, such as `"cllm collect"`.
         description (`str`): what it does, for `--help`.
+        usage (`str`, *optional*): how it is called, where a list of all options is too long.
         other_names (`Mapping[str, str]`, *optional*): further names of options, to the name that each has as a field.
+        convert (`Mapping[str, Callable[[Any], Any]]`, *optional*): makes of a value of the file, by the name of its
+            option, what the option takes.
         adapt (`Callable[[argparse.Namespace, argparse.ArgumentParser], None]`, *optional*): completes what was read in
             place, before the dataclasses are made of it.
     """
@@ -34,13 +37,16 @@ class OptionParser(TrlParser):
         kinds: Iterable[Any],
         command: str,
         description: str,
+        usage: str | None = None,
         other_names: Mapping[str, str] | None = None,
+        convert: Mapping[str, Callable[[Any], Any]] | None = None,
         adapt: Callable[[argparse.Namespace, argparse.ArgumentParser], None] | None = None,
     ):
         kinds = list(kinds)
-        super().__init__(kinds, prog=command, description=description, allow_abbrev=False)
+        super().__init__(kinds, prog=command, usage=usage, description=description, allow_abbrev=False)
         self._kinds = kinds
         self._other_names = dict(other_names or {})
+        self._convert = dict(convert or {})
         self._adapt = adapt
         self._has_read_file = False
         self.add_argument("--config", metavar="FILE", help="YAML file with options by name; those given here win")
@@ -107,6 +113,8 @@ class OptionParser(TrlParser):
                 if name in values:
                     raise ValueError(f"`{other}` and `{name}` are the same, got both. Drop one of them.")
                 values[name] = values.pop(other)
+        for name in values.keys() & self._convert.keys():
+            values[name] = self._convert[name](values[name])
         for kind in self._kinds:
             hints = get_type_hints(kind)
             for field in dataclasses.fields(kind):
