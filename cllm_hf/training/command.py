@@ -89,7 +89,7 @@ def run_train(options: TrainOptions) -> str:
                 "`--per_device_train_batch_size` and raise `--gradient_accumulation_steps` as much, or lower "
                 "`--max_length`."
             ) from error
-        trainer.end()
+        _end(trainer)
     return format_training(trainer.state, training, published) if process.index == 0 else ""
 
 
@@ -341,3 +341,12 @@ def _save(trainer: CLLMTrainer, trajectories: str) -> str | None:
             f"The model is complete in {trainer.args.output_dir}, but was not published: {str(error).strip()}"
         ) from error
     return trainer.hub_model_id
+
+
+def _end(trainer: CLLMTrainer) -> None:
+    """Leave the other processes."""
+    # The wrapper of the model goes first: if it were the last to hold the process group, it would wait for gloo's
+    # threads, which may wait for the lock of the interpreter, which it does not release.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.end()
