@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import make_word_model
 from datasets import Dataset
+from loopback_hub import LoopbackHub
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl import ModelConfig
 
@@ -388,6 +390,27 @@ def test_a_trained_model_is_pushed(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "load_trajectories", None)  # it is asked before the work
     assert main(options) == 1
     assert error_of(capsys) == "cllm: no token\n"
+
+
+@pytest.mark.slow
+def test_from_the_hub_to_the_hub(arguments, trajectories, tmp_path):
+    with LoopbackHub() as hub:
+        environment = {**os.environ, **hub.environment(tmp_path / "home", token="hf_write")}
+        environment |= {"HF_HUB_OFFLINE": "0", "PYTHONWARNINGS": "ignore"}
+
+        def run(*options):
+            launched = [sys.executable, "-m", "cllm_hf", *options]
+            done = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        run("push", str(trajectories), "user/trajectories")
+        arguments[2] = "user/trajectories"
+        output = run(*arguments, "--push_to_hub", "--hub_model_id=user/cllm", "--save_strategy=no")
+        assert output.endswith("Published: user/cllm\n")
+        code = "from cllm_hf import load_cllm; print(load_cllm('user/cllm').generation_config.jacobi_block_size)"
+        loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert loaded.stdout.strip() == str(BLOCK_SIZE), loaded.stderr
 
 
 # Interrupting and resuming

@@ -337,8 +337,9 @@ def _save(trainer: CLLMTrainer, trajectories: str) -> str | None:
     try:
         trainer.push_to_hub(dataset_name=None if is_local(trajectories) else trajectories)
     except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"The model is complete in {trainer.args.output_dir}, but was not published: {str(error).strip()}"
+            f"The model is complete in {trainer.args.output_dir}, but was not published: {reason}"
         ) from error
     return trainer.hub_model_id
 
