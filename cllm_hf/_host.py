@@ -60,3 +60,11 @@ def mixes_adapters(model: PreTrainedModel) -> bool:
     # Every transformers model has a method of that name too, and may have hooks of its own.
     layers = (m for m in model.modules() if hasattr(m, "active_adapters") and not isinstance(m, PreTrainedModel))
     return any(layer._forward_pre_hooks for layer in layers)
+
+
+def set_checkpointing(model: PreTrainedModel, is_on: bool) -> None:
+    """Whether a model in training keeps its activations or computes them anew; the host's names change with v6."""
+    action = "enable" if is_on else "disable"
+    method = getattr(model, f"activation_checkpointing_{action}", None)
+    method = method or getattr(model, f"gradient_checkpointing_{action}")
+    method(*([{"use_reentrant": False}] if is_on else []))

@@ -35,6 +35,8 @@ class Packed:
         anchor_positions (`torch.LongTensor` of shape `(batch_size, packed_length)`): for a token of a block the
             position of its anchor, from which on it sees the block instead of the clean sequence; 0 elsewhere.
         clean_length (`int`): columns of the clean sequence.
+        sequence_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`, *optional*): for rows that hold
+            several clean sequences with their drafts, which of them a token belongs to. By default a row holds one.
     """
 
     input_ids: torch.Tensor
@@ -42,53 +44,63 @@ class Packed:
     segment_ids: torch.Tensor
     anchor_positions: torch.Tensor
     clean_length: int
+    sequence_ids: torch.Tensor | None = None
 
 
 @dataclass
-class PackedBatch(Packed):
+class Drafts:
     """
-    Clean sequences and one state of each of their blocks: `clean_length + num_blocks * block_size` columns.
-
-    A block takes `block_size` columns: its anchor and all but the last token of its state. Block `b` is segment
-    `b + 1`. The other attributes are those of `Packed`.
+    Draft states of equally many tokens, each behind an anchor in its clean sequence.
 
     Attributes:
-        block_size (`int`): tokens of a block.
+        states (`torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`): a draft state of each block.
+        anchors (`torch.LongTensor` of shape `(batch_size, num_blocks)`): position of the token before each block.
+        mask (`torch.Tensor` of shape `(batch_size, num_blocks)`): non-zero where there is a block.
     """
 
-    block_size: int
+    states: torch.Tensor
+    anchors: torch.Tensor
+    mask: torch.Tensor
 
-    def split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+
+@dataclass(kw_only=True)
+class PackedBatch(Packed):
+    """
+    Clean sequences and groups of draft blocks: `clean_length` columns, then `num_blocks * block_size` a group.
+
+    A block takes `block_size` columns: its anchor and all but the last token of its state. Blocks are segments 1, 2
+    and so on, through all groups. The other attributes are those of `Packed`.
+
+    Attributes:
+        group_shapes (`list[tuple[int, int]]`): number of blocks and block size of each group.
+    """
+
+    group_shapes: list[tuple[int, int]]
+
+    def columns(self, group: int = 0) -> torch.Tensor:
         """
-        Split what the model said into the clean sequence and the blocks.
+        Find the columns of a group's blocks.
 
         Args:
-            values (`torch.Tensor` of shape `(batch_size, packed_length, size)`): logits or hidden states.
+            group (`int`): which of the `Drafts` that were packed.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]` of shapes `(batch_size, clean_length, size)` and
-            `(batch_size, num_blocks, block_size, size)`. Position `i` of a block predicts token `i` of its state.
+            `torch.LongTensor` of shape `(num_blocks, block_size)`. Column `i` of a block predicts token `i` of its
+            state.
         """
-        clean, blocks = values[:, : self.clean_length], values[:, self.clean_length :]
-        return clean, blocks.unflatten(1, (-1, self.block_size))
+        start = self.clean_length + sum(blocks * size for blocks, size in self.group_shapes[:group])
+        blocks, size = self.group_shapes[group]
+        return torch.arange(start, start + blocks * size, device=self.input_ids.device).view(blocks, size)
 
 
-def pack(
-    clean_ids: torch.Tensor,
-    clean_mask: torch.Tensor,
-    states: torch.Tensor,
-    anchors: torch.Tensor,
-    block_mask: torch.Tensor,
-) -> PackedBatch:
+def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> PackedBatch:
     """
-    Lay out clean sequences and one state of each of their blocks.
+    Lay out clean sequences and draft blocks behind them.
 
     Args:
         clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
         clean_mask (`torch.Tensor` of shape `(batch_size, clean_length)`): non-zero on tokens, zero on padding.
-        states (`torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`): a draft state of each block.
-        anchors (`torch.LongTensor` of shape `(batch_size, num_blocks)`): position of the token before each block.
-        block_mask (`torch.Tensor` of shape `(batch_size, num_blocks)`): non-zero where there is a block.
+        groups (`Drafts`): draft blocks; those of a group have the same size.
 
     Returns:
         `PackedBatch`.
@@ -96,33 +108,101 @@ def pack(
     Raises:
         ValueError: if the shapes do not fit.
     """
-    batch_size, num_blocks, block_size = states.shape
-    blocks_fit = anchors.shape == block_mask.shape == (batch_size, num_blocks)
-    if clean_ids.shape != clean_mask.shape or len(clean_ids) != batch_size or not blocks_fit:
-        raise ValueError(
-            "`clean_ids` and `clean_mask`, and the first two dimensions of `states`, `anchors` and `block_mask` must "
-            f"agree, got {tuple(clean_ids.shape)}, {tuple(clean_mask.shape)}, {tuple(states.shape)}, "
-            f"{tuple(anchors.shape)} and {tuple(block_mask.shape)}."
-        )
+    for drafts in groups:
+        _check_shapes(clean_ids, clean_mask, drafts)
     device, clean_length = clean_ids.device, clean_ids.shape[1]
-    is_clean, is_block = clean_mask.bool(), block_mask.bool()[..., None].expand_as(states)
-    anchor_ids = clean_ids.gather(1, anchors.clamp(max=clean_length - 1))  # those of missing blocks may lie outside
-    block_ids = torch.cat([anchor_ids[..., None], states[..., :-1]], dim=-1)
-    block_positions = anchors[..., None] + torch.arange(block_size, device=device)
-    segments = torch.arange(1, num_blocks + 1, device=device)[None, :, None].expand_as(states)
-
-    def lay_out(clean: torch.Tensor, blocks: torch.Tensor, clean_fill: int, block_fill: int) -> torch.Tensor:
-        clean = clean.masked_fill(~is_clean, clean_fill)
-        return torch.cat([clean, blocks.masked_fill(~is_block, block_fill).flatten(1)], dim=1)
-
+    is_clean = clean_mask.bool()
+    positions = torch.arange(clean_length, device=device).expand_as(clean_ids)
+    input_ids, position_ids = [clean_ids * is_clean], [positions * is_clean]
+    segment_ids = [torch.where(is_clean, CLEAN_SEGMENT, PADDING_SEGMENT)]
+    anchor_positions = [torch.zeros_like(clean_ids)]
+    first_segment = 1
+    for drafts in groups:
+        num_blocks, block_size = drafts.states.shape[1:]
+        is_block = drafts.mask.bool()[..., None].expand_as(drafts.states)
+        anchor_ids = clean_ids.gather(1, drafts.anchors.clamp(0, clean_length - 1))  # missing blocks may lie outside
+        block_ids = torch.cat([anchor_ids[..., None], drafts.states[..., :-1]], dim=-1)
+        anchors = drafts.anchors[..., None]
+        segments = first_segment + torch.arange(num_blocks, device=device)[None, :, None]
+        input_ids.append((block_ids * is_block).flatten(1))
+        position_ids.append(((anchors + torch.arange(block_size, device=device)) * is_block).flatten(1))
+        segment_ids.append(torch.where(is_block, segments, PADDING_SEGMENT).flatten(1))
+        anchor_positions.append((anchors * is_block).flatten(1))
+        first_segment += num_blocks
     return PackedBatch(
-        input_ids=lay_out(clean_ids, block_ids, 0, 0),
-        position_ids=lay_out(torch.arange(clean_length, device=device).expand_as(clean_ids), block_positions, 0, 0),
-        segment_ids=lay_out(torch.full_like(clean_ids, CLEAN_SEGMENT), segments, PADDING_SEGMENT, PADDING_SEGMENT),
-        anchor_positions=lay_out(torch.zeros_like(clean_ids), anchors[..., None].expand_as(states), 0, 0),
+        input_ids=torch.cat(input_ids, dim=1),
+        position_ids=torch.cat(position_ids, dim=1),
+        segment_ids=torch.cat(segment_ids, dim=1),
+        anchor_positions=torch.cat(anchor_positions, dim=1),
         clean_length=clean_length,
-        block_size=block_size,
+        group_shapes=[(drafts.states.shape[1], drafts.states.shape[2]) for drafts in groups],
     )
+
+
+def _check_shapes(clean_ids: torch.Tensor, clean_mask: torch.Tensor, drafts: Drafts) -> None:
+    blocks_fit = drafts.anchors.shape == drafts.mask.shape == drafts.states.shape[:2]
+    if clean_ids.shape != clean_mask.shape or len(clean_ids) != len(drafts.states) or not blocks_fit:
+        raise ValueError(
+            "`clean_ids` and `clean_mask`, and the first two dimensions of `states`, `anchors` and `mask` must agree, "
+            f"got {tuple(clean_ids.shape)}, {tuple(clean_mask.shape)}, {tuple(drafts.states.shape)}, "
+            f"{tuple(drafts.anchors.shape)} and {tuple(drafts.mask.shape)}."
+        )
+
+
+def fill_rows(packed: Packed) -> tuple[Packed, torch.Tensor]:
+    """
+    Lay short sequences and their drafts behind others in the same row, so that there is little padding.
+
+    Rows are as long as the longest sequence with its drafts, and filled by first fit, the longest first.
+
+    Args:
+        packed (`Packed`): a sequence and its drafts a row.
+
+    Returns:
+        `tuple[Packed, torch.LongTensor]`: fewer rows, and a tensor of shape `(batch_size * packed_length,)`: the new
+        `row * packed_length + column` of each old one. Where nothing can be saved, the same batch, and all places as
+        they were.
+    """
+    is_token = packed.segment_ids != PADDING_SEGMENT
+    counts = is_token.sum(-1)
+    row_of, start_of, num_rows = _first_fit(counts.tolist())
+    length, device = int(counts.max()), packed.input_ids.device
+    if num_rows * length >= packed.input_ids.numel():
+        return packed, torch.arange(packed.input_ids.numel(), device=device)
+    starts = torch.tensor(row_of, device=device) * length + torch.tensor(start_of, device=device)
+    # A token's new place: where its sequence begins, and how many tokens of it are before.
+    places = starts[:, None] + is_token.long().cumsum(-1) - 1
+    taken = places[is_token]
+
+    def move(values: torch.Tensor, fill: int) -> torch.Tensor:
+        moved = values.new_full((num_rows * length,), fill)
+        moved[taken] = values[is_token]
+        return moved.view(num_rows, length)
+
+    sequences = torch.arange(len(counts), device=device)[:, None].expand_as(packed.input_ids)
+    filled = Packed(
+        input_ids=move(packed.input_ids, 0),
+        position_ids=move(packed.position_ids, 0),
+        segment_ids=move(packed.segment_ids, PADDING_SEGMENT),
+        anchor_positions=move(packed.anchor_positions, 0),
+        clean_length=0,
+        sequence_ids=move(sequences, -1),
+    )
+    return filled, places.flatten()
+
+
+def _first_fit(counts: list[int]) -> tuple[list[int], list[int], int]:
+    """For each sequence its row and the column that it begins at, and how many rows there are."""
+    capacity = max(counts)
+    used: list[int] = []
+    row_of, start_of = [0] * len(counts), [0] * len(counts)
+    for number in sorted(range(len(counts)), key=lambda number: -counts[number]):
+        row = next((row for row, length in enumerate(used) if length + counts[number] <= capacity), len(used))
+        if row == len(used):
+            used.append(0)
+        row_of[number], start_of[number] = row, used[row]
+        used[row] += counts[number]
+    return row_of, start_of, len(used)
 
 
 def packed_attention_mask(
@@ -152,6 +232,8 @@ def packed_attention_mask(
     clean_before = (keys == CLEAN_SEGMENT) & (positions[:, None] < anchors)
     same_segment = keys == packed.segment_ids[:, queries, None]
     visible = (clean_before | same_segment) & (columns <= columns[queries, None])
+    if packed.sequence_ids is not None:
+        visible &= packed.sequence_ids[:, None] == packed.sequence_ids[:, queries, None]
 
     def build(allowed: torch.Tensor) -> Any:
         return ALL_MASK_ATTENTION_FUNCTIONS[attention_implementation(config)](
@@ -178,39 +260,79 @@ def packed_attention_mask(
 
 
 def packed_forward(
-    model: torch.nn.Module, packed: PackedBatch, config: PreTrainedConfig, dtype: torch.dtype = torch.float32
+    model: torch.nn.Module,
+    packed: Packed,
+    base_model: PreTrainedModel,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Run one forward over a packed batch.
 
     Args:
-        model (`torch.nn.Module`): a causal language model, possibly wrapped (PEFT, DDP).
-        packed (`PackedBatch`): the batch, on the model's device.
-        config (`transformers.PreTrainedConfig`): config of the model, which a wrapper may hide.
-        dtype (`torch.dtype`): dtype of the model.
+        model (`torch.nn.Module`): a causal language model, possibly wrapped (PEFT, DDP, FSDP).
+        packed (`Packed`): the batch, on the model's device.
+        base_model (`transformers.PreTrainedModel`): the model in the wrappers.
+        places (`torch.LongTensor` of shape `(num_places,)`, *optional*): `row * packed_length + column` of the places
+            whose logits are wanted. Logits of no other place are computed.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, packed_length, vocab_size)`: logits; see `PackedBatch.split`.
+        `torch.Tensor` of shape `(batch_size, packed_length, vocab_size)`, or `(num_places, vocab_size)` with `places`:
+        logits; see `PackedBatch.columns`.
     """
-    return model(
-        input_ids=packed.input_ids,
-        attention_mask=packed_attention_mask(config, packed, dtype),
-        position_ids=packed.position_ids,
-        use_cache=False,
-    ).logits
+    inputs = {
+        "input_ids": packed.input_ids,
+        "attention_mask": packed_attention_mask(base_model.config, packed, base_model.dtype),
+        "position_ids": packed.position_ids,
+        "use_cache": False,
+    }
+    if places is None:
+        return model(**inputs).logits
+    return _logits_at(model, inputs, base_model, places)
+
+
+def _logits_at(
+    model: torch.nn.Module, inputs: dict[str, Any], base_model: PreTrainedModel, places: torch.Tensor
+) -> torch.Tensor:
+    """
+    Logits of some places only: what goes into the output embeddings is cut to them on the way.
+
+    The hosts have `logits_to_keep`, which keeps the same columns of every row. What models do to logits behind their
+    output embeddings (scaling, capping) is done to each element, so it does not matter that there are fewer of them.
+    """
+    was_cut = False
+
+    def keep_places(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal was_cut
+        hidden_states, *others = arguments
+        was_cut = hidden_states.shape[:2] == inputs["input_ids"].shape
+        return (hidden_states.flatten(0, 1)[places][None], *others) if was_cut else arguments
+
+    output_embeddings: Any = base_model.get_output_embeddings()
+    handle = None if output_embeddings is None else output_embeddings.register_forward_pre_hook(keep_places)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    return logits[0] if was_cut else logits.flatten(0, 1)[places]
 
 
 def forward_clean(
-    model: PreTrainedModel, clean_ids: torch.Tensor, clean_mask: torch.Tensor, num_logits: int
+    model: torch.nn.Module,
+    clean_ids: torch.Tensor,
+    clean_mask: torch.Tensor,
+    num_logits: int,
+    base_model: PreTrainedModel | None = None,
 ) -> tuple[torch.Tensor, DynamicCache]:
     """
     Run clean sequences once, for several forwards over drafts behind them.
 
     Args:
-        model (`transformers.PreTrainedModel`): a causal language model.
+        model (`torch.nn.Module`): a causal language model, possibly wrapped.
         clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
         clean_mask (`torch.LongTensor` of shape `(batch_size, clean_length)`): 1 on tokens, 0 on padding.
         num_logits (`int`): last columns whose logits are wanted.
+        base_model (`transformers.PreTrainedModel`, *optional*): the model in the wrappers, if there are any.
 
     Returns:
         `tuple[torch.Tensor, transformers.DynamicCache]`: logits of shape `(batch_size, num_logits, vocab_size)`, and
@@ -218,7 +340,7 @@ def forward_clean(
     """
     # Without the config, sliding layers keep everything: early blocks stand far before the end of the sequence.
     cache = DynamicCache()
-    takes_number = "logits_to_keep" in inspect.signature(model.forward).parameters
+    takes_number = "logits_to_keep" in inspect.signature((base_model or model).forward).parameters
     logits = model(
         input_ids=clean_ids,
         attention_mask=clean_mask,
@@ -250,22 +372,26 @@ def copy_clean(clean_cache: DynamicCache, rows: torch.Tensor, num_columns: int) 
     return copied
 
 
-def forward_drafts(model: PreTrainedModel, packed: Packed, clean_cache: DynamicCache) -> torch.Tensor:
+def forward_drafts(
+    model: torch.nn.Module, packed: Packed, clean_cache: DynamicCache, base_model: PreTrainedModel | None = None
+) -> torch.Tensor:
     """
     Run one forward over the drafts of a packed batch, behind its cached clean sequences.
 
     Args:
-        model (`transformers.PreTrainedModel`): a causal language model.
+        model (`torch.nn.Module`): a causal language model, possibly wrapped.
         packed (`Packed`): the batch.
         clean_cache (`transformers.DynamicCache`): from `forward_clean`; it is left as it was.
+        base_model (`transformers.PreTrainedModel`, *optional*): the model in the wrappers, if there are any.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, packed_length - clean_length, vocab_size)`: logits.
     """
     drafts = slice(packed.clean_length, None)
+    inner: Any = base_model or model
     logits = model(
         input_ids=packed.input_ids[:, drafts],
-        attention_mask=packed_attention_mask(model.config, packed, model.dtype, clean_cache),
+        attention_mask=packed_attention_mask(inner.config, packed, inner.dtype, clean_cache),
         position_ids=packed.position_ids[:, drafts],
         past_key_values=clean_cache,
         use_cache=True,

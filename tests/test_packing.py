@@ -4,7 +4,17 @@ import pytest
 import torch
 from conftest import CONFIGS, VOCAB_SIZE, make_model
 
-from cllm_hf.packing import Packed, check_packable, copy_clean, forward_clean, forward_drafts, pack, packed_forward
+from cllm_hf.packing import (
+    Drafts,
+    Packed,
+    check_packable,
+    copy_clean,
+    fill_rows,
+    forward_clean,
+    forward_drafts,
+    pack,
+    packed_forward,
+)
 
 
 BLOCK_SIZE = 5
@@ -42,9 +52,10 @@ def test_packed_equals_unpacked(name, attention):
     model = make_model(name, attention=attention)
     check_packable(model)
     batch = make_batch()
-    packed = pack(*batch)
+    packed = pack(*batch[:2], Drafts(*batch[2:]))
     with torch.no_grad():
-        clean, blocks = packed.split(packed_forward(model, packed, model.config))
+        logits = packed_forward(model, packed, model)
+        clean, blocks = logits[:, : packed.clean_length], logits[:, packed.columns()]
         last, cache = forward_clean(model, *batch[:2], num_logits=4)
         cached = forward_drafts(model, packed, cache).unflatten(1, (-1, BLOCK_SIZE))
     expected_clean, expected_blocks = unpacked_logits(model, *batch)
@@ -58,7 +69,7 @@ def test_packed_equals_unpacked(name, attention):
 
 def test_clean_cache_is_left_as_it_was(llama):
     clean_ids, clean_mask, *rest = make_batch()
-    packed = pack(clean_ids, clean_mask, *rest)
+    packed = pack(clean_ids, clean_mask, Drafts(*rest))
     with torch.no_grad():
         _, cache = forward_clean(llama, clean_ids, clean_mask, 1)
         first = forward_drafts(llama, packed, cache)
@@ -92,11 +103,11 @@ def test_blocks_of_any_length_behind_the_beginning_of_some_sequences(name):
 def test_shapes_that_do_not_fit_are_refused():
     clean_ids, clean_mask, states, anchors, block_mask = make_batch()
     with pytest.raises(ValueError, match="must agree"):
-        pack(clean_ids, clean_mask, states, anchors[:, :2], block_mask)
+        pack(clean_ids, clean_mask, Drafts(states, anchors[:, :2], block_mask))
     with pytest.raises(ValueError, match="must agree"):
-        pack(clean_ids, clean_mask[:, 1:], states, anchors, block_mask)
+        pack(clean_ids, clean_mask[:, 1:], Drafts(states, anchors, block_mask))
     with pytest.raises(ValueError, match="must agree"):
-        pack(clean_ids, clean_mask, states, anchors, block_mask[:, :2])
+        pack(clean_ids, clean_mask, Drafts(states, anchors, block_mask[:, :2]))
 
 
 def test_models_that_cannot_be_packed_are_refused(llama):
@@ -129,3 +140,49 @@ def test_models_that_cannot_be_packed_are_refused(llama):
     llama.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="set_attn_implementation"):
         check_packable(llama)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sequences_that_share_a_row_do_not_see_each_other(name, attention):
+    model = make_model(name, attention=attention)
+    generator = torch.Generator().manual_seed(1)
+    lengths, block_counts = [26, 7, 12, 5], [3, 1, 1, 0]
+    clean_ids = torch.randint(1, VOCAB_SIZE, (4, 26), generator=generator)
+    clean_mask = (torch.arange(26) < torch.tensor(lengths)[:, None]).long()
+    states = torch.randint(1, VOCAB_SIZE, (4, 3, BLOCK_SIZE), generator=generator)
+    anchors = torch.tensor([[3, 8, 20], [6, 0, 0], [2, 0, 0], [0, 0, 0]])
+    block_mask = torch.arange(3) < torch.tensor(block_counts)[:, None]
+    packed = pack(clean_ids, clean_mask, Drafts(states, anchors, block_mask))
+    filled, places = fill_rows(packed)
+    # 41, 12, 17 and 5 tokens in rows of 41.
+    assert filled.input_ids.shape == (2, 41)
+    is_token = (packed.segment_ids != -1).flatten()
+    assert len(set(places[is_token].tolist())) == int(is_token.sum()) == 75
+    assert torch.equal(filled.input_ids.flatten()[places[is_token]], packed.input_ids.flatten()[is_token])
+    with torch.no_grad():
+        expected = packed_forward(model, packed, model).flatten(0, 1)[is_token]
+        actual = packed_forward(model, filled, model, places[is_token])
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def test_rows_that_are_full_stay_as_they_are():
+    packed = pack(torch.ones(3, 8, dtype=torch.long), torch.ones(3, 8))
+    filled, places = fill_rows(packed)
+    assert filled is packed and places.tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_of_some_places_only(name):
+    model = make_model(name)
+    batch = make_batch()
+    packed = pack(*batch[:2], Drafts(*batch[2:]))
+    places = torch.tensor([3, 0, 17, 60, 3])
+    rows_seen = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda module, _, out: rows_seen.append(out.shape))
+    with torch.no_grad():
+        some = packed_forward(model, packed, model, places)
+        handle.remove()
+        everything = packed_forward(model, packed, model).flatten(0, 1)
+    assert rows_seen == [(1, len(places), VOCAB_SIZE)]
+    torch.testing.assert_close(some, everything[places], atol=1e-5, rtol=0)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cllm_hf
 from cllm_hf import CleaningRules, CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_cllm
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.training.collator import TrajectoryCollator, wrong_context
+from cllm_hf.training.collator import TrajectoryCollator
 from cllm_hf.training.losses import ar_cross_entropy, forward_kl
+from cllm_hf.training.states import wrong_context
 from cllm_hf.trajectories.augmentation import augment_states
 from cllm_hf.trajectories.schema import features
 
@@ -64,8 +65,9 @@ def reference_losses(model, batch):
         for position in (batch["labels"][row] != -100).nonzero()[:, 0].tolist():
             ar = ar - clean[position - 1].log_softmax(-1)[batch["labels"][row, position]]
             num_ar += 1
-        for block in batch["block_mask"][row].nonzero()[:, 0].tolist():
-            anchor, state = int(batch["anchors"][row, block]), batch["states"][row, block]
+        drafts, prompt_length = batch["draft_blocks"], int(batch["prompt_lengths"][row])
+        for block in drafts.mask[row].nonzero()[:, 0].tolist():
+            anchor, state = prompt_length - 1 + int(drafts.offsets[row, block]), drafts.states[row, block]
             logits = model(torch.cat([sequence[: anchor + 1], state[:-1]])[None]).logits[0, anchor:]
             fixed_point = sequence[anchor + 1 : anchor + 1 + BLOCK_SIZE]
             for i in range(1, len(fixed_point)):
@@ -79,8 +81,8 @@ def reference_losses(model, batch):
 @pytest.mark.parametrize("weight", [0.0, 1.0, 7.5])
 def test_loss_and_gradient_equal_the_slow_reference(word_model, tokenizer, dataset, tmp_path, weight):
     trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, ar_loss_weight=weight)
-    torch.manual_seed(0)
-    batch = trainer.data_collator(list(dataset.select(range(6))))
+    trainer.model.train()
+    batch = trainer._prepare_batch(word_model, trainer.data_collator(list(dataset.select(range(6)))))
     loss = trainer.compute_loss(trainer.model.train(), batch)
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in word_model.named_parameters()}
@@ -431,3 +433,15 @@ def test_other_arguments_that_are_refused(word_model, tokenizer, dataset, tmp_pa
 def test_a_dictionary_of_splits_is_refused(word_model, dataset, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="got a dictionary of train, test. Pass one of them"):
         make_trainer(word_model, DatasetDict(train=dataset, test=dataset), tokenizer, tmp_path)
+
+
+def test_records_of_similar_length_come_together(word_model, tokenizer, dataset, tmp_path):
+    assert "length" not in dataset.column_names
+
+    def padding(strategy):
+        trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, train_sampling_strategy=strategy)
+        masks = [batch["clean_mask"] for batch in trainer.get_train_dataloader()]
+        assert sum(len(mask) for mask in masks) == len(dataset)
+        return sum(int((mask == 0).sum()) for mask in masks)
+
+    assert padding("group_by_length") < padding("sequential")

@@ -13,17 +13,20 @@ SHAPE_NAMES = ("4m", "30m", "125m", "0.5b")
 
 def add_benchmark_commands(commands: Any, run: Callable[[argparse.Namespace], int]) -> None:
     """
-    Add `benchmark decode`, `benchmark overhead` and `benchmark collect` to a parser.
+    Add `benchmark decode`, `benchmark overhead`, `benchmark collect` and `benchmark train` to a parser.
 
     Args:
         commands (`argparse._SubParsersAction`): the commands of the parser.
         run (`Callable[[argparse.Namespace], int]`): runs any of them; `kind` says which.
     """
-    benchmark = commands.add_parser("benchmark", help="measure how fast models decode and trajectories are collected")
+    benchmark = commands.add_parser(
+        "benchmark", help="measure how fast models decode, trajectories are collected and models trained"
+    )
     kinds = benchmark.add_subparsers(dest="kind", required=True, metavar="kind")
     _add_decode(kinds)
     _add_overhead(kinds)
     _add_collect(kinds)
+    _add_train(kinds)
     for kind in kinds.choices.values():
         kind.set_defaults(run=run)
 
@@ -87,6 +90,28 @@ def _add_collect(kinds: Any) -> None:
     _add_common(collect)
 
 
+def _add_train(kinds: Any) -> None:
+    train = kinds.add_parser(
+        "train",
+        help="compare how fast CLLMTrainer trains, and in how much memory, with the published procedure",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.add_argument("--model", help="folder or Hub id of a model")
+    train.add_argument("--trajectories", help="folder or Hub id of trajectories that were collected from it")
+    train.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights and trajectories instead")
+    train.add_argument("--prompt-length", type=positive, help="longest prompt of a shape, 64 if not given")
+    train.add_argument("--response-length", type=positive, help="longest response of a shape, 128 if not given")
+    train.add_argument("--block-size", type=positive, help="tokens of a block of a shape, 16 if not given")
+    train.add_argument("--batch-size", type=positive, default=8, help="records of an update of CLLMTrainer")
+    train.add_argument(
+        "--steps", type=positive, default=4, help="its updates in a round; all ways train on the same records"
+    )
+    train.add_argument("--rounds", type=positive, default=3, help="turns of each way")
+    train.add_argument("--states-per-block", type=positive, default=1, help="of an update of CLLMTrainer")
+    train.add_argument("--gradient-checkpointing", action="store_true", help="in all ways")
+    _add_common(train)
+
+
 def _add_source(parser: argparse.ArgumentParser, num_prompts: int) -> None:
     parser.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
     parser.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights instead")
@@ -106,7 +131,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="such as cpu or cuda:0; auto: cuda if there is one")
     parser.add_argument("--threads", type=positive, help="CPU threads of torch; by default as torch chooses")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and random prompts")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--json", type=Path, help="file for everything that was measured")
     parser.add_argument("--markdown", type=Path, help="file for the command and the table")
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, GenerationConfig
 
 from .._host import base_model_of
 from ..files import check_writable_file, write_whole
 from ..loading import check_model_name, load_cllm, pick_device
 from ..quiet import quiet_hosts
+from ..trajectories.loading import load_trajectories
+from ..trajectories.schema import FEATURES
 from .collection import compare_collection, format_collection
 from .collectors import CollectionSetting
 from .comparison import check_assistant, compare_decoding, format_comparison
@@ -24,6 +27,8 @@ from .shapes import make_number_tokenizer, make_random_model, random_prompts
 
 
 SCHEMA_VERSION = 1
+# Of the random trajectories of `cllm benchmark train`.
+_RANDOM_SIZES = {"prompt_length": 64, "response_length": 128, "block_size": 16}
 
 
 def run_benchmark(options: argparse.Namespace) -> str:
@@ -41,7 +46,8 @@ def run_benchmark(options: argparse.Namespace) -> str:
         ValueError: if options contradict each other or prompts are not usable.
     """
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
-        return {"decode": run_decode, "overhead": run_overhead, "collect": run_collect}[options.kind](options)
+        runs = {"decode": run_decode, "overhead": run_overhead, "collect": run_collect, "train": run_train}
+        return runs[options.kind](options)
 
 
 def run_decode(options: argparse.Namespace) -> str:
@@ -177,6 +183,59 @@ def run_collect(options: argparse.Namespace) -> str:
         show_progress=sys.stderr.isatty(),
     )
     return _finish({**report, "name": options.model or options.shape}, format_collection(report), options)
+
+
+def run_train(options: argparse.Namespace) -> str:
+    """
+    Run `cllm benchmark train`.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names, and the `command_line`.
+
+    Returns:
+        `str`: the result as Markdown.
+
+    Raises:
+        OSError: if a file cannot be read or written, or a model or dataset cannot be loaded.
+        ValueError: if options contradict each other, trajectories are not usable, or both ways differ in their losses.
+    """
+    _check_source(options)
+    if (options.model is None) != (options.trajectories is None):
+        raise ValueError(
+            "A model comes with its trajectories, a shape makes its own, got "
+            + ("`--trajectories` with `--shape`." if options.model is None else "`--model` without `--trajectories`.")
+            + " Pass a folder that `cllm collect` has written, or a shape alone."
+        )
+    sizes = {name: getattr(options, name) for name in _RANDOM_SIZES if getattr(options, name) is not None}
+    if options.model is not None and sizes:
+        names = ", ".join(f"`--{name.replace('_', '-')}`" for name in sizes)
+        raise ValueError(f"Trajectories have sizes of their own, got {names} with `--trajectories`. Drop that.")
+    _check_outputs(options)
+    device = _prepare(options)
+    from .training import compare_training, format_training  # loads the trainer, which others do without
+    from .training_methods import TrainingSetting, random_trajectories
+
+    setting = TrainingSetting(
+        options.batch_size,
+        options.steps,
+        options.rounds,
+        options.states_per_block,
+        options.gradient_checkpointing,
+        options.seed,
+    )
+    if options.model is None:
+        model = make_random_model(options.shape, options.seed, _shape_dtype(options, device), device)
+        vocab_size, count = model.config.vocab_size, setting.batch_size * setting.steps
+        tokenizer: Any = make_number_tokenizer(vocab_size)
+        tokenizer.pad_token = "0"  # the trainer wants one; padding is masked everywhere
+        records = random_trajectories(vocab_size, count, **{**_RANDOM_SIZES, **sizes}, seed=options.seed)
+        dataset = Dataset.from_list(records, features=FEATURES)
+    else:
+        dataset = load_trajectories(options.trajectories)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = _load(options.model, options, device)
+    report = compare_training(model, tokenizer, dataset, setting, show_progress=sys.stderr.isatty())
+    return _finish({**report, "name": options.model or options.shape}, format_training(report), options)
 
 
 def _check_prompts(options: argparse.Namespace) -> None:

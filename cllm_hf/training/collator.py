@@ -1,34 +1,47 @@
-"""From trajectory records to the tensors of a training step."""
+"""From trajectory records to padded tensors. Nothing is drawn here: that is done anew for every update."""
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..trajectories.schema import check_record, num_blocks
+from .checks import check_response, get_labels
 
 
 class TrajectoryCollator:
     """
-    Draws one state of every block and pads the records of a batch to one shape.
-
-    A state is drawn uniformly from all states before the fixed point and, where the records have them, the augmented
-    states of the block, by torch's global generator.
+    Pads the records of a batch to one shape.
 
     Args:
-        block_size (`int`): tokens of a block.
+        block_size (`int`, *optional*): tokens of a block; by default what the first record has.
         max_length (`int`, *optional*): longest prompt and response; a response that goes beyond it loses its last
             blocks.
+        with_states (`bool`): whether the states of the trajectories are wanted.
+        with_augmented (`bool`): whether `augmented_states` are among them, where the records have them.
+        with_labels (`bool`): whether ground-truth answers are wanted: the column `label_ids`.
 
     Raises:
-        ValueError: on a call, for a record that is not a trajectory of that block size, or whose prompt leaves no room
-            for a block.
+        ValueError: on a call, for a record that is not a trajectory of that block size, whose prompt leaves no room
+            for a block, or that has no `label_ids` where they are wanted.
     """
 
-    def __init__(self, block_size: int, max_length: int | None = None):
+    def __init__(
+        self,
+        block_size: int | None,
+        max_length: int | None = None,
+        with_states: bool = True,
+        with_augmented: bool = True,
+        with_labels: bool = False,
+    ):
         self.block_size = block_size
         self.max_length = max_length
+        self.with_states = with_states
+        self.with_augmented = with_augmented
+        self.with_labels = with_labels
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -36,84 +49,103 @@ class TrajectoryCollator:
             records (`list[dict]`): trajectory records.
 
         Returns:
-            `dict` of `torch.Tensor`: `clean_ids`, `clean_mask` and `labels` of shape `(batch_size, clean_length)`
-            (`labels` is -100 outside the response), `states`, of shape `(batch_size, num_blocks, block_size)`,
-            `consistency_mask` of the same shape (positions whose context holds a wrong draft token), `anchors` and
-            `block_mask` of shape `(batch_size, num_blocks)`.
+            `dict` of `torch.Tensor`:
+
+            - `clean_ids` of shape `(batch_size, clean_length)`: prompt and response, padded on the right; `clean_mask`
+              of the same shape, and `labels`, which is -100 outside the response.
+            - `prompt_lengths`, `response_lengths` and `record_keys`, a number made of the record's tokens, all of
+              shape `(batch_size,)`.
+            - `candidates` of shape `(batch_size, num_blocks, num_states, block_size)`, int32: the states of each block
+              in order, from there on the augmented ones, and behind them the fixed point to the end;
+              `num_candidates` of shape `(batch_size, num_blocks)`: how many are before that.
+            - `label_ids` of shape `(batch_size, label_length)`: ground-truth answers, -100 behind them.
         """
         rows = [self._fit(record) for record in records]
-        clean_length = max(len(prompt) + len(response) for prompt, response, _ in rows)
-        most_blocks = max(len(blocks) for _, _, blocks in rows)
-        batch_size = len(rows)
-        clean_ids = torch.zeros((batch_size, clean_length), dtype=torch.long)
-        clean_mask = torch.zeros_like(clean_ids)
-        labels = torch.full_like(clean_ids, -100)
-        states = torch.zeros((batch_size, most_blocks, self.block_size), dtype=torch.long)
-        consistency_mask = torch.zeros_like(states, dtype=torch.bool)
-        block_mask = torch.zeros((batch_size, most_blocks), dtype=torch.long)
-        anchors = torch.zeros_like(block_mask)
-        for row, (prompt, response, blocks) in enumerate(rows):
-            length = len(prompt) + len(response)
-            clean_ids[row, :length] = torch.tensor(prompt + response)
-            clean_mask[row, :length] = 1
-            labels[row, len(prompt) : length] = clean_ids[row, len(prompt) : length]
-            block_mask[row, : len(blocks)] = 1
-            anchors[row, : len(blocks)] = len(prompt) - 1 + self.block_size * torch.arange(len(blocks))
-            drawn = torch.tensor([_draw_state(candidates) for candidates in blocks])
-            fixed_points = torch.tensor([candidates[-1] for candidates in blocks])
-            states[row, : len(blocks)] = drawn
-            in_response = torch.arange(drawn.numel()).view_as(drawn) < len(response)
-            consistency_mask[row, : len(blocks)] = wrong_context(drawn, fixed_points) & in_response
-        return {
+        sequences = [prompt + response for prompt, response, _ in rows]
+        clean_ids = _pad(sequences, 0)
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        prompt_lengths = torch.tensor([len(prompt) for prompt, _, _ in rows])
+        columns = torch.arange(clean_ids.shape[1])
+        clean_mask = columns < lengths[:, None]
+        batch = {
             "clean_ids": clean_ids,
-            "clean_mask": clean_mask,
-            "labels": labels,
-            "states": states,
-            "consistency_mask": consistency_mask,
-            "anchors": anchors,
-            "block_mask": block_mask,
+            "clean_mask": clean_mask.long(),
+            "labels": clean_ids.masked_fill(~clean_mask | (columns < prompt_lengths[:, None]), -100),
+            "prompt_lengths": prompt_lengths,
+            "response_lengths": lengths - prompt_lengths,
+            "record_keys": torch.tensor([zlib.crc32(np.asarray(ids, dtype=np.int64).tobytes()) for ids in sequences]),
         }
+        if self.with_states:
+            batch |= _stack_candidates([blocks for _, _, blocks in rows], clean_ids, prompt_lengths)
+        if self.with_labels:
+            batch["label_ids"] = _pad([self._fit_labels(record) for record in records], -100)
+        return batch
 
     def _fit(self, record: dict[str, Any]) -> tuple[list[int], list[int], list[list[list[int]]]]:
-        check_record(record, self.block_size)
+        """Prompt, response, and for each block its states before the fixed point."""
+        check_response(record)
         prompt, response = list(record["prompt_ids"]), list(record["response_ids"])
-        states = _with_augmented(record["states"], record.get("augmented_states"))
+        blocks: list[list[list[int]]] = []
+        size = 1
+        if self.with_states:
+            size = check_record(record, self.block_size)
+            augmented = record.get("augmented_states") if self.with_augmented else None
+            blocks = [
+                [*trajectory[:-1], *extra] or trajectory
+                for trajectory, extra in zip(record["states"], augmented or [[]] * len(record["states"]))
+            ]
         room = None if self.max_length is None else self.max_length - len(prompt)
         if room is not None and room < len(response):
-            if room < self.block_size:
+            if room < size:
                 raise ValueError(
-                    f"A prompt of {len(prompt)} tokens leaves no room for a block of {self.block_size} in "
+                    f"A prompt of {len(prompt)} tokens leaves no room for a block of {size} in "
                     f"`max_length={self.max_length}`. Raise `max_length` or drop record {record.get('data_id', '?')}."
                 )
-            response = response[: room - room % self.block_size]
-            states = states[: num_blocks(len(response), self.block_size)]
-        return prompt, response, states
+            response = response[: room - room % size]
+            blocks = blocks[: num_blocks(len(response), size)]
+        return prompt, response, blocks
+
+    def _fit_labels(self, record: dict[str, Any]) -> list[int]:
+        room = None if self.max_length is None else max(self.max_length - len(record["prompt_ids"]), 1)
+        return get_labels(record)[:room]
 
 
-def wrong_context(states: torch.Tensor, fixed_points: torch.Tensor) -> torch.Tensor:
+def _pad(rows: list[list[int]], fill: int) -> torch.Tensor:
+    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return torch.from_numpy(padded)
+
+
+def _stack_candidates(
+    blocks: list[list[list[list[int]]]], clean_ids: torch.Tensor, prompt_lengths: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    most_blocks = max(map(len, blocks))
+    most_states = max(len(states) for row in blocks for states in row) + 1
+    block_size = len(blocks[0][0][0])
+    fixed_points = cut_responses(clean_ids, prompt_lengths, most_blocks * block_size)
+    fixed_points = fixed_points.view(len(blocks), most_blocks, 1, block_size)
+    candidates = fixed_points.int().expand(-1, -1, most_states, -1).numpy().copy()
+    num_candidates = np.zeros((len(blocks), most_blocks), dtype=np.int64)
+    for row, row_blocks in enumerate(blocks):
+        for number, states in enumerate(row_blocks):
+            candidates[row, number, : len(states)] = states
+            num_candidates[row, number] = len(states)
+    return {"candidates": torch.from_numpy(candidates), "num_candidates": torch.from_numpy(num_candidates)}
+
+
+def cut_responses(clean_ids: torch.Tensor, prompt_lengths: torch.Tensor, length: int) -> torch.Tensor:
     """
-    Mark the positions whose context holds a wrong draft token.
-
-    At the first wrong token itself the context is still right, so that the model's distribution there is the target.
+    Cut the responses out of clean sequences.
 
     Args:
-        states (`torch.LongTensor` of shape `(num_blocks, block_size)`): a state of each block.
-        fixed_points (`torch.LongTensor` of shape `(num_blocks, block_size)`): where its trajectory ends.
+        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): prompts and responses, padded with 0.
+        prompt_lengths (`torch.LongTensor` of shape `(batch_size,)`): where the responses begin.
+        length (`int`): columns of the result.
 
     Returns:
-        `torch.BoolTensor` of shape `(num_blocks, block_size)`.
+        `torch.LongTensor` of shape `(batch_size, length)`: responses, followed by 0.
     """
-    num_wrong = (states != fixed_points).long().cumsum(-1)
-    return torch.nn.functional.pad(num_wrong[..., :-1], (1, 0)) > 0
-
-
-def _with_augmented(states: list[list[list[int]]], augmented: list[list[list[int]]] | None) -> list[list[list[int]]]:
-    """What may be drawn for each block: its augmented states and its trajectory, with the fixed point at the end."""
-    if augmented is None:
-        return states
-    return [[*extra, *trajectory] for extra, trajectory in zip(augmented, states)]
-
-
-def _draw_state(candidates: list[list[int]]) -> list[int]:
-    """A random state before the fixed point; the fixed point itself where the first draft already was it."""
-    return candidates[int(torch.randint(max(len(candidates) - 1, 1), ()))]
+    columns = prompt_lengths[:, None] + torch.arange(length, device=clean_ids.device)
+    inside = columns < clean_ids.shape[1]
+    return clean_ids.gather(1, columns.clamp(max=clean_ids.shape[1] - 1)) * inside

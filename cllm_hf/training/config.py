@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
 from ..decoding.options import check_block_size
+from .losses import DIVERGENCES
 
 
 # Options of `SFTConfig` that would have no effect here, or a wrong one: name, values that ask for nothing, reason.
@@ -17,7 +21,7 @@ _NO_EFFECT = (
     ("assistant_only_loss", (False,), "the AR loss is on the response, which a trajectory record names"),
     ("completion_only_loss", (None,), "the AR loss is on the response, which a trajectory record names"),
     ("loss_type", ("nll",), "the loss is the consistency loss and the AR loss"),
-    ("label_smoothing_factor", (0.0,), "it is not implemented"),
+    ("label_smoothing_factor", (0.0,), "the AR loss has `ar_label_smoothing`"),
     ("use_liger_kernel", (False,), "its fused loss is not the consistency loss"),
     ("router_aux_loss_coef", (None, 0.0), "the load-balancing loss is not part of this objective"),
     ("chat_template_path", (None,), "the dataset already holds token ids"),
@@ -25,6 +29,24 @@ _NO_EFFECT = (
     ("dataset_kwargs", (None, {"skip_prepare_dataset": True}), "the dataset is taken as it is"),
     ("shuffle_dataset", (False,), "batches are drawn in random order already"),
 )
+_CHOICES = {
+    "consistency": ("global", "local"),
+    "divergence": tuple(DIVERGENCES),
+    "ar_labels": ("response", "ground_truth"),
+    "state_sampling": ("uniform", "progressive"),
+    "context": ("clean", "noisy"),
+    "trajectory_source": ("dataset", "online"),
+}
+# For numbers: the kind, the rule, and what is typical.
+_NUMBERS: dict[str, tuple[type, str, Callable[[float], bool], str]] = {
+    "ar_loss_weight": (float, "at least 0", lambda value: value >= 0, "are 1 to 10"),
+    "divergence_temperature": (float, "greater than 0", lambda value: value > 0, "is 1.0"),
+    "ar_label_smoothing": (float, "at least 0 and below 1", lambda value: 0 <= value < 1, "are 0 and 0.1"),
+    "position_decay": (float, "greater than 0", lambda value: value > 0, "are 4 to 32"),
+    "states_per_block": (int, "an integer of at least 1", lambda value: value >= 1, "are 1 to 4"),
+    "noise_window": (int, "an integer of at least 1", lambda value: value >= 1, "are 4 to 16"),
+    "online_iterations": (int, "an integer of at least 0", lambda value: value >= 0, "are 2 to 8"),
+}
 
 
 @dataclass
@@ -37,12 +59,43 @@ class CLLMConfig(SFTConfig):
             Weight of the AR loss: `loss = consistency_loss + ar_loss_weight * ar_loss`, each a mean over its own
             positions. More keeps more of the model's quality and gains a little less speed.
         block_size (`int`, *optional*):
-            Tokens of a block. By default what the dataset has; if set, the dataset must have it.
+            Tokens of a block. By default what the dataset has; if set, a dataset of states must have it.
         max_length (`int`, *optional*):
             Longest prompt and response, in tokens; longer responses lose their last blocks. By default no limit.
+        consistency (`str`, *optional*, defaults to `"global"`):
+            Where a state is drawn to: `"global"` to the fixed point, `"local"` to the next state.
+        divergence (`str`, *optional*, defaults to `"forward_kl"`):
+            Distance of the distributions: `"forward_kl"`, `"reverse_kl"`, `"jensen_shannon"` or `"total_variation"`.
+        divergence_temperature (`float`, *optional*, defaults to `1.0`):
+            Both logits are divided by it, and the divergence multiplied by its square.
+        ar_labels (`str`, *optional*, defaults to `"response"`):
+            Tokens of the AR loss: `"response"`, or `"ground_truth"` for those of the dataset's column `label_ids`.
+        ar_label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Label smoothing of the AR loss.
+        position_decay (`float`, *optional*):
+            Tokens over which the weight of a position falls to 1/e, counted from the first trained one of its block.
+            By default all weigh the same.
+        states_per_block (`int`, *optional*, defaults to `1`):
+            States that each block contributes to an update; they share the forward of the clean sequence.
+        state_sampling (`str`, *optional*, defaults to `"uniform"`):
+            How they are chosen: `"uniform"`, or `"progressive"` for a noise that rises from block to block, in cycles
+            of `noise_window` blocks (Jacobi Forcing, arXiv 2512.14681).
+        context (`str`, *optional*, defaults to `"clean"`):
+            What stands before a block: `"clean"` the response, or `"noisy"` the drafts of the earlier blocks of the
+            same `noise_window`, and the response before that.
+        noise_window (`int`, *optional*, defaults to `16`):
+            Blocks of a cycle of `state_sampling="progressive"` and of a window of `context="noisy"`.
+        block_size_schedule (`list[int]`, *optional*):
+            Tokens of a block in equal parts of the run, such as `8 16 32`. The last is the default of the saved model.
+        trajectory_source (`str`, *optional*, defaults to `"dataset"`):
+            Where states are from: `"dataset"`, or `"online"` for those that the model, as it is, would hold while it
+            decodes the responses. The dataset then needs no states.
+        online_iterations (`int`, *optional*, defaults to `4`):
+            Most iterations that the states of an update are from their first drafts; each update draws a number.
 
     Raises:
-        ValueError: for a negative weight, a block size below 1, or an option of `SFTConfig` that has no effect here.
+        ValueError: for a value out of its range, options that exclude each other, or an option of `SFTConfig` that has
+            no effect here.
     """
 
     ar_loss_weight: float = field(
@@ -57,13 +110,51 @@ class CLLMConfig(SFTConfig):
         default=None,
         metadata={"help": "Longest prompt and response, in tokens; longer responses lose their last blocks."},
     )
+    consistency: str = field(
+        default="global",
+        metadata={"help": "Where a state is drawn to.", "choices": list(_CHOICES["consistency"])},
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "Distance of the distributions.", "choices": list(_CHOICES["divergence"])},
+    )
+    divergence_temperature: float = field(default=1.0, metadata={"help": "Both logits are divided by it."})
+    ar_labels: str = field(
+        default="response",
+        metadata={"help": "Tokens of the AR loss.", "choices": list(_CHOICES["ar_labels"])},
+    )
+    ar_label_smoothing: float = field(default=0.0, metadata={"help": "Label smoothing of the AR loss."})
+    position_decay: float | None = field(
+        default=None,
+        metadata={"help": "Tokens over which the weight of a position falls to 1/e. By default it does not fall."},
+    )
+    states_per_block: int = field(default=1, metadata={"help": "States that each block contributes to an update."})
+    state_sampling: str = field(
+        default="uniform",
+        metadata={"help": "How states are chosen.", "choices": list(_CHOICES["state_sampling"])},
+    )
+    context: str = field(
+        default="clean",
+        metadata={"help": "What stands before a block.", "choices": list(_CHOICES["context"])},
+    )
+    noise_window: int = field(
+        default=16, metadata={"help": "Blocks of a cycle of progressive states and of a window of noisy context."}
+    )
+    block_size_schedule: list[int] | None = field(
+        default=None, metadata={"help": "Tokens of a block in equal parts of the run, such as 8 16 32."}
+    )
+    trajectory_source: str = field(
+        default="dataset",
+        metadata={"help": "Where states are from.", "choices": list(_CHOICES["trajectory_source"])},
+    )
+    online_iterations: int = field(
+        default=4, metadata={"help": "Most iterations that the states of an update are from their first drafts."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ar_loss_weight < 0:
-            raise ValueError(f"`ar_loss_weight` must be at least 0, got {self.ar_loss_weight}. Typical are 1 to 10.")
-        if self.block_size is not None:
-            check_block_size(self.block_size, "block_size")
+        self._check_values()
+        self._check_combinations()
         for name, neutral, reason in _NO_EFFECT:
             if getattr(self, name) not in neutral:
                 raise ValueError(
@@ -72,3 +163,39 @@ class CLLMConfig(SFTConfig):
         checkpointing = self.gradient_checkpointing_kwargs
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError("Re-entrant gradient checkpointing is not supported. Drop `use_reentrant=True`.")
+
+    def _check_values(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(f'"{choice}"' for choice in allowed)
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        for name, (kind, rule, holds, typical) in _NUMBERS.items():
+            value = getattr(self, name)
+            if name == "position_decay" and value is None:
+                continue
+            if not _is_number(value, kind) or not holds(value):
+                raise ValueError(f"`{name}` must be {rule}, got {value!r}. Typical {typical}.")
+        if self.block_size is not None:
+            check_block_size(self.block_size, "block_size")
+        if self.block_size_schedule is not None:
+            if not self.block_size_schedule:
+                raise ValueError("`block_size_schedule` must have at least one block size, got []. Drop it.")
+            for size in self.block_size_schedule:
+                check_block_size(size, "block_size_schedule")
+
+    def _check_combinations(self) -> None:
+        if self.trajectory_source == "online" and self.state_sampling == "progressive":
+            raise ValueError(
+                '`state_sampling="progressive"` chooses among stored states, and `trajectory_source="online"` has '
+                "none: its states are of every noise already. Drop one of the two."
+            )
+        if self.consistency == "local" and self.block_size_schedule is not None:
+            raise ValueError(
+                '`consistency="local"` takes the next state of a whole block, which `block_size_schedule` would cut. '
+                "Drop one of the two."
+            )
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    kinds = (int,) if kind is int else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)

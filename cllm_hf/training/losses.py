@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 
-def forward_kl(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
+def forward_kl(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """
     Forward Kullback-Leibler divergence from the target's distribution, `sum_v p(v) (log p(v) - log q(v))`.
 
@@ -17,27 +20,110 @@ def forward_kl(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tenso
     Args:
         logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
         target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
+        temperature (`float`): both logits are divided by it, and the divergence multiplied by its square, which keeps
+            the size of the gradient (arXiv 1503.02531, section 2).
 
     Returns:
         `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
     """
-    log_p = F.log_softmax(target_logits.detach().float(), dim=-1)
-    log_q = F.log_softmax(logits.float(), dim=-1)
-    p = log_p.exp()
-    # Tokens that the target rules out (a logit of minus infinity) add nothing: `0 log 0 = 0`.
-    impossible = p == 0
-    return (p * (log_p.masked_fill(impossible, 0) - log_q.masked_fill(impossible, 0))).sum(-1)
+    log_p, log_q = _log_probabilities(logits, target_logits, temperature)
+    return temperature**2 * _sum_where(log_p, log_p, log_q)
 
 
-def ar_cross_entropy(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+def reverse_kl(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """
+    Reverse Kullback-Leibler divergence, `sum_v q(v) (log q(v) - log p(v))`.
+
+    `p` is the target's, and takes no gradient; `q` is the model's. It is 0 where both agree, and small where `q` holds
+    to one of several tokens that `p` likes; `q` is punished without bound for what `p` rules out.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
+        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
+        temperature (`float`): as in `forward_kl`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
+    """
+    log_p, log_q = _log_probabilities(logits, target_logits, temperature)
+    return temperature**2 * _sum_where(log_q, log_q, log_p)
+
+
+def jensen_shannon(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """
+    Jensen-Shannon divergence, `KL(p || m) / 2 + KL(q || m) / 2` with `m = (p + q) / 2`.
+
+    `p` is the target's, and takes no gradient; `q` is the model's. It is 0 where both agree and `log 2` where they
+    have no token in common; it is symmetric, and bounded (arXiv 2306.13649, section 2, with its beta at one half).
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
+        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
+        temperature (`float`): as in `forward_kl`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
+    """
+    log_p, log_q = _log_probabilities(logits, target_logits, temperature)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return temperature**2 * (_sum_where(log_p, log_p, log_m) + _sum_where(log_q, log_q, log_m)) / 2
+
+
+def total_variation(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """
+    Total variation distance, `sum_v |p(v) - q(v)| / 2`.
+
+    `p` is the target's, and takes no gradient; `q` is the model's. It is 0 where both agree and 1 where they have no
+    token in common. One minus it is the chance that a sample of `q` can pass for one of `p`: the rate of acceptance of
+    speculative sampling (arXiv 2211.17192, section 3.2). Its gradient is small where `q` is far off.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
+        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
+        temperature (`float`): as in `forward_kl`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_positions,)`, float32, between 0 and `temperature**2`.
+    """
+    log_p, log_q = _log_probabilities(logits, target_logits, temperature)
+    return temperature**2 * (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
+DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "total_variation": total_variation,
+}
+
+
+def ar_cross_entropy(logits: torch.Tensor, token_ids: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """
     Cross entropy of next tokens, `-log q(token)`: the autoregressive (AR) loss that keeps the model's quality.
+
+    With label smoothing `e` the target is `(1 - e)` on the token and `e / vocab_size` on every token.
 
     Args:
         logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's.
         token_ids (`torch.LongTensor` of shape `(num_positions,)`): the tokens that follow.
+        label_smoothing (`float`): between 0 and 1.
 
     Returns:
         `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
     """
-    return F.cross_entropy(logits.float(), token_ids, reduction="none")
+    return F.cross_entropy(logits.float(), token_ids, reduction="none", label_smoothing=label_smoothing)
+
+
+def _log_probabilities(
+    logits: torch.Tensor, target_logits: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the target, without gradient, and of the model."""
+    log_p = F.log_softmax(target_logits.detach().float() / temperature, dim=-1)
+    return log_p, F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def _sum_where(log_weights: torch.Tensor, log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    """`sum_v w(v) (log a(v) - log b(v))`, where tokens that `w` rules out add nothing: `0 log 0 = 0`."""
+    impossible = log_weights == -math.inf
+    difference = log_a.masked_fill(impossible, 0) - log_b.masked_fill(impossible, 0)
+    return (log_weights.exp() * difference).sum(-1)

@@ -15,12 +15,12 @@ from trl import SFTTrainer
 
 from .._host import base_model_of
 from ..files import check_writable
-from ..integration import DEFAULT_BLOCK_SIZE, set_jacobi_defaults
-from ..packing import check_packable, pack, packed_forward
-from ..trajectories.schema import check_dataset, check_record
-from .collator import TrajectoryCollator
+from ..integration import set_jacobi_defaults
+from ..packing import check_packable
+from .checks import check_datasets
 from .config import CLLMConfig
-from .losses import ar_cross_entropy, forward_kl
+from .objective import sum_losses
+from .preparation import BatchPreparer, add_lengths, make_collator
 
 
 _REFUSED_ARGUMENTS = (
@@ -37,14 +37,15 @@ class CLLMTrainer(SFTTrainer):
     Trains a model to reach the fixed point of a block from any state of its trajectory (CLLM, arXiv 2403.00835).
 
     Each step runs one packed forward: the clean sequence of every response, whose logits are both the targets (without
-    gradient) and the AR loss, and one state of each of its blocks. The loss is
+    gradient) and the AR loss, and states of each of its blocks. The loss is
 
         consistency_loss = mean over positions whose context holds a wrong draft token of
-                           KL( p(. | fixed point) without gradient || q(. | state) )
+                           D( p(. | fixed point) without gradient, q(. | state) )
         loss = consistency_loss + ar_loss_weight * ar_loss
 
-    The means are over all positions of an update, so that gradient accumulation and several processes give the
-    gradient of one large batch.
+    [`CLLMConfig`] says what there is to choose. The means are over all positions of an update, so that gradient
+    accumulation and several processes give the gradient of one large batch. Which states an update trains on is a
+    function of the seed, the number of the update and the record, so that a resumed run goes on as if nothing was.
 
     Args:
         model (`str`, `transformers.PreTrainedModel` or `peft.PeftModel`): the target model, or its name or path.
@@ -101,28 +102,23 @@ class CLLMTrainer(SFTTrainer):
         for name in _REFUSED_ARGUMENTS:
             if kwargs.get(name) is not None:
                 raise ValueError(f"`CLLMTrainer` has its own collator, loss and metrics, got a `{name}`. Drop it.")
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required: trajectories from `cllm_hf.TrajectoryBuilder`, got none.")
-        if isinstance(train_dataset, dict):
-            raise ValueError(
-                f"`train_dataset` must be one dataset, got a dictionary of {', '.join(map(str, train_dataset))}. Pass "
-                "one of them, such as `dataset['train']`."
-            )
-        self.block_size = _check_datasets(train_dataset, eval_dataset, args.block_size)
+        dataset_block_size = check_datasets(train_dataset, eval_dataset, args)
+        self.block_size = args.block_size_schedule[-1] if args.block_size_schedule else dataset_block_size
         if args.should_save:
             check_writable(Path(str(args.output_dir)))  # before the training, not after it
         # The records go to our collator as they are; mixture-of-experts models keep their balancing loss out of it.
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.router_aux_loss_coef = 0.0
+        self._preparer = BatchPreparer.from_config(args, dataset_block_size)
         super().__init__(
             model,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=add_lengths(train_dataset, args),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
-            **{**kwargs, "data_collator": TrajectoryCollator(self.block_size, args.max_length)},
+            **{**kwargs, "data_collator": make_collator(args, dataset_block_size)},
         )
         check_packable(base_model_of(self.model))
         set_jacobi_defaults(self.model, self.block_size)
@@ -137,7 +133,7 @@ class CLLMTrainer(SFTTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """
-        Fetch the batches of an update, and count the positions that its losses are means over.
+        Fetch the batches of an update, choose the states to train on, and count the positions of its losses.
 
         Args:
             epoch_iterator (`Iterator`): the batches of this epoch.
@@ -149,7 +145,8 @@ class CLLMTrainer(SFTTrainer):
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            counts = torch.stack([_position_counts(batch) for batch in batches]).sum(0).to(device)
+            batches = [self._prepare_batch(self.model_wrapped, batch) for batch in batches]
+            counts = torch.stack([batch["position_counts"] for batch in batches]).sum(0).to(device)
             if self.accelerator.num_processes > 1:
                 # Gradients are averaged over processes, so each divides by its share of all positions.
                 counts = self.accelerator.gather(counts[None]).sum(0) / self.accelerator.num_processes
@@ -159,7 +156,7 @@ class CLLMTrainer(SFTTrainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
@@ -168,15 +165,17 @@ class CLLMTrainer(SFTTrainer):
 
         Args:
             model (`torch.nn.Module`): the model, possibly wrapped.
-            inputs (`dict[str, torch.Tensor]`): what `TrajectoryCollator` gives.
+            inputs (`dict`): what `TrajectoryCollator` gives, or `get_batch_samples`.
             return_outputs (`bool`): whether to return the losses by name too.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): not used; see `get_batch_samples`.
 
         Returns:
             `torch.Tensor`: the loss, or a `tuple` of it and a `dict` of the two losses.
         """
-        sums, counts = self._loss_terms(model, inputs)
         mode = "train" if self.model.training else "eval"
+        batch = inputs if "draft_blocks" in inputs else self._prepare_batch(model, inputs)
+        counts = batch["position_counts"]
+        sums = sum_losses(model, base_model_of(self.model), batch, self._preparer.objective)
         denominators = counts if mode == "eval" or self._update_counts is None else self._update_counts
         means = sums / denominators.clamp(min=1)
         loss = means[0] + self.args.ar_loss_weight * means[1]
@@ -184,21 +183,11 @@ class CLLMTrainer(SFTTrainer):
         self._loss_sums[mode]["counts"].append(counts)
         return (loss, {"consistency_loss": means[0], "ar_loss": means[1]}) if return_outputs else loss
 
-    def _loss_terms(
-        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of the consistency and the AR loss, and the numbers of their positions; both of shape `(2,)`."""
-        packed = pack(
-            inputs["clean_ids"], inputs["clean_mask"], inputs["states"], inputs["anchors"], inputs["block_mask"]
-        )
-        logits = packed_forward(model, packed, self.model.config, self.model.dtype)
-        clean_logits, block_logits = packed.split(logits)
-        row, block, position = inputs["consistency_mask"].nonzero(as_tuple=True)
-        targets = clean_logits[row, inputs["anchors"][row, block] + position]
-        consistency = forward_kl(block_logits[row, block, position], targets).sum()
-        row, position = (inputs["labels"] != -100).nonzero(as_tuple=True)
-        ar = ar_cross_entropy(clean_logits[row, position - 1], inputs["labels"][row, position]).sum()
-        return torch.stack([consistency, ar]), _position_counts(inputs)
+    def _prepare_batch(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Choose states by the number of the update; in evaluation always the same."""
+        update = self.state.global_step if self.model.training else None
+        progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+        return self._preparer.prepare(model, base_model_of(self.model), batch, update, progress)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
@@ -230,18 +219,3 @@ class CLLMTrainer(SFTTrainer):
         if self.args.should_save:
             # An adapter is saved without one; `cllm_hf.load_cllm` applies it.
             self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
-
-
-def _position_counts(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Numbers of positions of the consistency and the AR loss, of shape `(2,)`."""
-    return torch.stack([inputs["consistency_mask"].sum(), (inputs["labels"] != -100).sum()])
-
-
-def _check_datasets(train_dataset: Any, eval_dataset: Any, block_size: int | None) -> int:
-    datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-    for dataset in datasets:
-        if isinstance(dataset, Dataset):
-            block_size = check_dataset(dataset, block_size)
-        elif dataset is not None:
-            block_size = check_record(next(iter(dataset)), block_size)
-    return block_size or DEFAULT_BLOCK_SIZE

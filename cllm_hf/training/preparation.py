@@ -1,0 +1,180 @@
+"""From a collated batch to what an update trains on: states chosen or made, positions weighed and counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from .collator import TrajectoryCollator, cut_responses
+from .config import CLLMConfig
+from .objective import Objective, count_positions, weigh_positions
+from .online import make_online_states
+from .states import DraftBlocks, choose_progressively, choose_uniformly, cut_blocks, take_states
+
+
+def make_collator(config: CLLMConfig, block_size: int) -> TrajectoryCollator:
+    """
+    Make the collator that an objective needs.
+
+    Args:
+        config (`CLLMConfig`): options.
+        block_size (`int`): tokens of a block in the dataset.
+
+    Returns:
+        `TrajectoryCollator`.
+    """
+    return TrajectoryCollator(
+        block_size,
+        config.max_length,
+        with_states=config.trajectory_source == "dataset",
+        # They stand in no order, so that none has a successor or a place in a schedule.
+        with_augmented=config.consistency == "global" and config.state_sampling == "uniform",
+        with_labels=config.ar_labels == "ground_truth",
+    )
+
+
+def add_lengths(dataset: Any, config: CLLMConfig) -> Any:
+    """
+    Add the column by which the host groups records of similar length, if that was asked for and it is missing.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): trajectories.
+        config (`CLLMConfig`): options.
+
+    Returns:
+        The dataset, with the column `config.length_column_name` or as it was.
+    """
+    name = config.length_column_name
+    is_wanted = config.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    if not is_wanted or not isinstance(dataset, Dataset) or name in dataset.column_names:
+        return dataset
+    plain = dataset.with_format(None).select_columns(["prompt_ids", "response_ids"])
+    lengths = [len(record["prompt_ids"]) + len(record["response_ids"]) for record in plain]
+    return dataset.add_column(name, lengths)
+
+
+@dataclass(frozen=True)
+class BatchPreparer:
+    """
+    Chooses the states of every batch. The fields are those of `CLLMConfig`.
+
+    Attributes:
+        objective (`Objective`): what is minimised.
+        block_sizes (`tuple[int, ...]`): tokens of a block, in equal parts of the run.
+        blocks_together (`int`): blocks that see each other's drafts.
+    """
+
+    objective: Objective
+    block_sizes: tuple[int, ...]
+    blocks_together: int
+    states_per_block: int
+    state_sampling: str
+    noise_window: int
+    local: bool
+    online: bool
+    online_iterations: int
+    seed: int
+
+    @classmethod
+    def from_config(cls, config: CLLMConfig, block_size: int) -> BatchPreparer:
+        """Of the options of a run, for trajectories of a block size."""
+        return cls(
+            objective=Objective(
+                config.divergence, config.divergence_temperature, config.ar_label_smoothing, config.position_decay
+            ),
+            block_sizes=tuple(config.block_size_schedule or [block_size]),
+            blocks_together=config.noise_window if config.context == "noisy" else 1,
+            states_per_block=config.states_per_block,
+            state_sampling=config.state_sampling,
+            noise_window=config.noise_window,
+            local=config.consistency == "local",
+            online=config.trajectory_source == "online",
+            online_iterations=config.online_iterations,
+            seed=config.seed if config.data_seed is None else config.data_seed,
+        )
+
+    def prepare(
+        self,
+        model: torch.nn.Module,
+        base_model: PreTrainedModel,
+        batch: dict[str, torch.Tensor],
+        update: int | None,
+        progress: float,
+    ) -> dict[str, Any]:
+        """
+        Choose or make the states of a batch.
+
+        Args:
+            model (`torch.nn.Module`): the model that is trained, possibly wrapped.
+            base_model (`transformers.PreTrainedModel`): the model in the wrappers.
+            batch (`dict[str, torch.Tensor]`): from `TrajectoryCollator`.
+            update (`int`, *optional*): number of the update, from 0 on; the same number, record and seed give the same
+                choice. `None` in evaluation, which has a choice of its own.
+            progress (`float`): share of the training that is done, from 0 to 1.
+
+        Returns:
+            `dict`: the batch, with `draft_blocks` (`DraftBlocks`), `consistency_weights` (from `weigh_positions`) and
+            `position_counts` (from `count_positions`).
+        """
+        part = min(int(progress * len(self.block_sizes)), len(self.block_sizes) - 1)
+        block_size = self.block_sizes[part] * self.blocks_together
+        if self.online:
+            blocks = self._make_states(model, base_model, batch, update, block_size)
+        else:
+            blocks = self._choose_states(batch, update, block_size)
+        weights = weigh_positions(batch, blocks, self.objective.position_decay)
+        return {
+            **batch,
+            "draft_blocks": blocks,
+            "consistency_weights": weights,
+            "position_counts": count_positions(batch, weights),
+        }
+
+    def _choose_states(self, batch: dict[str, torch.Tensor], update: int | None, block_size: int) -> DraftBlocks:
+        candidates, num_candidates = batch["candidates"], batch["num_candidates"]
+        num_blocks, size = candidates.shape[1], candidates.shape[3]
+        if self.state_sampling == "progressive":
+            fixed_points = cut_responses(batch["clean_ids"], batch["prompt_lengths"], num_blocks * size)
+            fixed_points = fixed_points.view(len(candidates), num_blocks, size)
+            chosen = choose_progressively(
+                candidates, num_candidates, fixed_points, self.states_per_block, self.noise_window
+            )
+        else:
+            draws = self._draw(batch, update, (num_blocks,))
+            chosen = choose_uniformly(num_candidates, draws, self.states_per_block)
+        drafts = take_states(candidates, chosen)
+        # Behind the last state stands the fixed point.
+        successors = take_states(candidates, (chosen + 1).clamp(max=candidates.shape[2] - 1)) if self.local else None
+        return cut_blocks(drafts, batch["response_lengths"], block_size, successors)
+
+    def _make_states(
+        self,
+        model: torch.nn.Module,
+        base_model: PreTrainedModel,
+        batch: dict[str, torch.Tensor],
+        update: int | None,
+        block_size: int,
+    ) -> DraftBlocks:
+        num_windows = self.states_per_block * -(-batch["response_lengths"] // block_size)
+        draws = self._draw(batch, update, (int(num_windows.max()), 1 + block_size))
+        num_iterations = self.online_iterations
+        if update is not None:
+            num_iterations = int(self._generator(update).integers(self.online_iterations + 1))
+        blocks = make_online_states(model, base_model, batch, draws, block_size, num_iterations, self.local)
+        blocks.mask &= torch.arange(draws.shape[1], device=draws.device) < num_windows[:, None]
+        return blocks
+
+    def _generator(self, update: int | None, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, 0 if update is None else update + 1, *key])
+
+    def _draw(self, batch: dict[str, torch.Tensor], update: int | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """Numbers in [0, 1) for each record, of which a longer shape only has more."""
+        keys = batch["record_keys"].tolist()
+        numbers = np.stack([self._generator(update, key).random(shape) for key in keys])
+        # As float32 the largest number would round to 1.
+        return torch.from_numpy(numbers).clamp(max=1 - 2**-24).float().to(batch["clean_ids"].device)

@@ -1,0 +1,245 @@
+"""
+What each option of consistency training brings: the same short training with one option changed, row by row.
+
+    python examples/ablations.py --model ../shared/models/stories260k --output-dir runs/ablations/stories
+    python examples/ablations.py --demo runs/demo --output-dir runs/ablations/demo --rows defaults online
+
+The first trains on stories of the model itself (see stories.py), the second on the task of `cllm demo`, whose output
+folder it takes. A row is trained from the target model anew; finished rows are kept in `results.json`, so that the
+same command goes on where it was. Prints a table and draws tokens per forward against quality.
+"""
+
+import argparse
+import copy
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from stories import agreement, sample_prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from cllm_hf import CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_trajectories
+from cllm_hf.demo.problems import make_problems, read_answer
+from cllm_hf.demo.run import DemoOptions
+from cllm_hf.evaluation.benchmark import DecodingMethod, benchmark_decoding
+from cllm_hf.evaluation.report import format_table
+from cllm_hf.files import check_writable, write_whole
+
+
+# What a row changes in the options of the trainer. Other block sizes are cut or joined from the trajectories.
+ROWS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "local": {"consistency": "local"},
+    "reverse_kl": {"divergence": "reverse_kl"},
+    "jensen_shannon": {"divergence": "jensen_shannon"},
+    "total_variation": {"divergence": "total_variation"},
+    "ar_weight_0.3": {"ar_loss_weight": 0.3},
+    "ar_weight_3": {"ar_loss_weight": 3.0},
+    "ar_weight_10": {"ar_loss_weight": 10.0},
+    "label_smoothing": {"ar_label_smoothing": 0.1},
+    "two_states": {"states_per_block": 2},
+    "decay_8": {"position_decay": 8.0},
+    "progressive": {"state_sampling": "progressive", "noise_window": 4},
+    "noisy_context": {"state_sampling": "progressive", "noise_window": 4, "context": "noisy"},
+    "online": {"trajectory_source": "online"},
+    "online_decay_8": {"trajectory_source": "online", "position_decay": 8.0},
+    "online_ar_weight_3": {"trajectory_source": "online", "ar_loss_weight": 3.0},
+    "block_8": {"block_size_schedule": [8]},
+    "block_32": {"block_size_schedule": [32]},
+    "block_64": {"block_size_schedule": [64]},
+    "curriculum": {"block_size_schedule": [4, 8, 16]},
+}
+
+
+# What is the same for all rows of an output folder.
+SETTINGS = ("updates", "batch_size", "learning_rate", "ar_loss_weight", "seed")
+
+
+@dataclass
+class Task:
+    """What is trained and measured: `measure_quality(model, responses)` is from 0 to 1."""
+
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    trajectories: Any
+    held_out: list[list[int]]
+    max_new_tokens: int
+    quality: str
+    measure_quality: Callable[[PreTrainedModel, list[list[int]]], float]
+
+
+def make_stories(arguments: argparse.Namespace) -> Task:
+    """Stories of a pretrained model: quality is agreement with the target model's greedy tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    target = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    prompts_file = arguments.output_dir / "prompts.json"
+    if not prompts_file.exists():
+        set_seed(arguments.seed)
+        prompts = sample_prompts(target, tokenizer, 64 + arguments.num_prompts, length=16)
+        write_whole(prompts_file, json.dumps(prompts).encode())
+    prompts = json.loads(prompts_file.read_text())
+    folder = arguments.output_dir / "trajectories"
+    builder = TrajectoryBuilder(target, tokenizer, block_size=16, max_new_tokens=128, seed=arguments.seed)
+    builder.collect(prompts[64:], folder)
+    held_out = [tokenizer(prompt)["input_ids"] for prompt in prompts[:64]]
+    greedy = decode(target, held_out, 128, block_size=16).responses
+    return Task(
+        target,
+        tokenizer,
+        load_trajectories(folder),
+        held_out,
+        128,
+        "agreement",
+        lambda model, responses: agreement(model, held_out, greedy),
+    )
+
+
+def make_word_problems(arguments: argparse.Namespace) -> Task:
+    """The task of `cllm demo`: quality is the share of held-out problems that are solved."""
+    options = DemoOptions()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.demo / "target")
+    needed = options.num_held_out + options.num_trajectories + options.target_updates * options.target_batch_size
+    problems = make_problems(needed, options.seed)[: options.num_held_out]
+
+    def solved(model: PreTrainedModel, responses: list[list[int]]) -> float:
+        answers = [read_answer(str(tokenizer.decode(ids, skip_special_tokens=True))) for ids in responses]
+        return sum(answer == problem.answer for answer, problem in zip(answers, problems)) / len(problems)
+
+    return Task(
+        AutoModelForCausalLM.from_pretrained(arguments.demo / "target").eval(),
+        tokenizer,
+        load_trajectories(arguments.demo / "trajectories"),
+        [tokenizer(problem.prompt)["input_ids"] for problem in problems],
+        options.max_new_tokens,
+        "solved",
+        solved,
+    )
+
+
+def decode(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, block_size: int) -> Any:
+    """Decode by Jacobi, one prompt at a time; the tokens are the greedy ones."""
+    method = DecodingMethod("jacobi", model, {"decoding": "jacobi", "jacobi_block_size": block_size})
+    return benchmark_decoding([method], prompts, max_new_tokens, show_progress=False)[0]
+
+
+def run_row(task: Task, changes: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train a copy of the target model and measure it."""
+    model = copy.deepcopy(task.target)
+    options: dict[str, Any] = {
+        "max_steps": arguments.updates,
+        "per_device_train_batch_size": arguments.batch_size,
+        "learning_rate": arguments.learning_rate,
+        "ar_loss_weight": arguments.ar_loss_weight,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(40, arguments.updates // 10),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "num_monitored_prompts": 0,
+        "logging_steps": arguments.updates,
+        "save_strategy": "no",
+        "report_to": [],
+        "seed": arguments.seed,
+        "use_cpu": True,
+    }
+    args = CLLMConfig(output_dir=str(arguments.output_dir / "unused"), **{**options, **changes})
+    trainer = CLLMTrainer(model, args=args, train_dataset=task.trajectories, processing_class=task.tokenizer)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    result = decode(model.eval(), task.held_out, task.max_new_tokens, trainer.block_size)
+    return {
+        "options": changes,
+        **{name: getattr(arguments, name) for name in SETTINGS},
+        "block_size": trainer.block_size,
+        "tokens_per_forward": result.tokens_per_forward,
+        "quality": task.measure_quality(model, result.responses),
+        "seconds": seconds,
+    }
+
+
+def check_same_run(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Rows can be compared only if nothing but their own options differs."""
+    for name, row in results.items():
+        for setting in SETTINGS:
+            if row[setting] != getattr(arguments, setting):
+                raise SystemExit(
+                    f"`{setting}` must be that of the finished rows, {row[setting]} in {name}, got "
+                    f"{getattr(arguments, setting)}. Choose another output folder."
+                )
+
+
+def draw(results: dict[str, dict[str, Any]], quality: str, path: Path) -> None:
+    """Quality over tokens per forward, a point a row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, row in results.items():
+        is_base = name == "defaults"
+        axes.plot(row["tokens_per_forward"], row["quality"], "o", color="tab:red" if is_base else "tab:blue")
+        axes.annotate(
+            name,
+            (row["tokens_per_forward"], row["quality"]),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set_xlabel("tokens per forward")
+    axes.set_ylabel(quality)
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="folder or Hub id of a causal language model, for stories of its own")
+    source.add_argument("--demo", type=Path, help="output folder of `cllm demo`, for its word problems")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="which rows")
+    parser.add_argument("--num-prompts", type=int, default=2048, help="prompts of the stories")
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--ar-loss-weight", type=float, default=1.0, help="of the rows that do not set it")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    check_writable(arguments.output_dir)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(arguments.seed)
+    random.seed(arguments.seed)
+    task = make_stories(arguments) if arguments.model else make_word_problems(arguments)
+    path = arguments.output_dir / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    check_same_run(results, arguments)
+    for name in arguments.rows:
+        if name not in results:
+            results[name] = run_row(task, ROWS[name], arguments)
+            write_whole(path, (json.dumps(results, indent=2) + "\n").encode())
+            print(name, json.dumps(results[name]), flush=True)
+    shown = {name: results[name] for name in ROWS if name in results}
+    rows = [
+        [name, str(row["block_size"]), f"{row['tokens_per_forward']:.2f}", f"{row['quality']:.3f}"]
+        for name, row in shown.items()
+    ]
+    print(format_table(("row", "n", "tokens per forward", task.quality), rows))
+    draw(shown, task.quality, arguments.output_dir / "ablations.png")
+
+
+if __name__ == "__main__":
+    main()
