@@ -13,6 +13,7 @@ from typing import Any
 
 from . import __version__
 from .evaluation.arguments import add_benchmark_commands
+from .training.arguments import TRAIN_HELP, parse_train
 from .trajectories.arguments import COLLECT_HELP, add_trajectory_commands, parse_collect
 
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _make_parser()
     parsed, others = parser.parse_known_args(arguments)
     parsed.command_line = shlex.join(["cllm", *arguments])
-    if parsed.command in ("serve", "collect"):
+    if parsed.command in ("serve", "collect", "train"):
         parsed.arguments = others  # are for the parsers of the hosts
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -67,6 +68,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add_benchmark_commands(commands, run=_run_benchmark)
     collect = commands.add_parser("collect", help=COLLECT_HELP, add_help=False, allow_abbrev=False)
     collect.set_defaults(run=_run_collect)
+    train = commands.add_parser("train", help=TRAIN_HELP, add_help=False, allow_abbrev=False)
+    train.set_defaults(run=_run_train)
     add_trajectory_commands(commands, inspect=_run_inspect, verify=_run_verify, push=_run_push)
     export = commands.add_parser(
         "export",
@@ -120,6 +123,20 @@ def _run_collect(parsed: argparse.Namespace) -> int:
         _print(run_collect(options))
     except KeyboardInterrupt:
         print("\ncllm: interrupted; the same command continues where it was.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run_train(parsed: argparse.Namespace) -> int:
+    warnings.filterwarnings("ignore")
+    options = parse_train(parsed.arguments)
+    from .training.command import describe_interruption, run_train
+
+    try:
+        _print(run_train(options))
+    except KeyboardInterrupt:
+        if options.training.process_index == 0:
+            print(f"\ncllm: {describe_interruption(options.training)}", file=sys.stderr)
         return 130
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 
@@ -99,6 +99,36 @@ def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel) -> str |
         return f"{name} has shape {tuple(saved[name])} instead of {tuple(expected[name])}"
     unplaced, absent = len(saved.keys() - expected.keys()), len(expected.keys() - saved.keys())
     return f"{unplaced} of its tensors find no place and {absent} are missing"
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """
+    Load the tokenizer of a model; for an adapter without one that of the model below it.
+
+    Args:
+        name (`str`): folder or Hub id of a model or an adapter.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        trust_remote_code (`bool`): whether code from its repository may run.
+
+    Returns:
+        `transformers.PreTrainedTokenizerBase`.
+
+    Raises:
+        OSError: if there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if revision is None and find_adapter_config_file(name) is not None:
+            from peft import PeftConfig
+
+            below = PeftConfig.from_pretrained(name).base_model_name_or_path
+            if below:
+                return load_tokenizer(below, None, trust_remote_code)
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"There must be a model with its tokenizer at {name!r}, but the tokenizer cannot be loaded ({reason})."
+        ) from error
 
 
 def check_model_name(name: str, option: str) -> None:

@@ -1,11 +1,14 @@
-"""The hosts' notices and progress bars, where a command has its own."""
+"""The hosts' notices and progress bars, where a command has its own, and the notices of this package."""
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 
@@ -33,3 +36,27 @@ def quiet_hosts(keep_bars: bool = False) -> Iterator[None]:
         if had_data_bars:
             enable_progress_bars()
         transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def show_notices(show: bool = True) -> Iterator[None]:
+    """
+    Write the warnings that this package logs to stderr, above a progress bar if there is one.
+
+    Args:
+        show (`bool`): whether to, which one of several processes should.
+    """
+    handler = _Notices(logging.WARNING)
+    if not show:
+        handler.addFilter(lambda record: False)
+    logger = logging.getLogger(__package__)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Notices(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"cllm: {self.format(record)}", file=sys.stderr)

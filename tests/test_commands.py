@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from cllm_hf import CleaningRules, TrajectoryBuilder, set_jacobi_defaults
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
+from cllm_hf.loading import load_tokenizer
 from cllm_hf.trajectories import command
 from cllm_hf.trajectories.arguments import CollectArguments, parse_collect
 from cllm_hf.trajectories.sources import apply_template, read_source
@@ -151,7 +152,7 @@ def test_options_that_argparse_refuses(capsys, arguments, message):
 )
 def test_options_that_are_refused_before_anything_happens(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "AutoTokenizer", None)  # nothing long has begun
+    monkeypatch.setattr(command, "load_tokenizer", None)  # nothing long has begun
     assert main(["collect", *arguments]) == 1
     assert re.search(message, error_of(capsys))
     assert not set(tmp_path.iterdir()) - {tmp_path / ".cache"}
@@ -181,7 +182,7 @@ def test_files_that_are_refused(tmp_path, monkeypatch, capsys, text, message):
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "AutoTokenizer", None)
+    monkeypatch.setattr(command, "load_tokenizer", None)
     (tmp_path / "prompts.txt").write_text("Mia\n")
     (tmp_path / "file").write_text("")
     arguments = ["--model", "m", "--prompts", str(tmp_path / "prompts.txt"), "--output_dir", str(tmp_path / "file")]
@@ -196,7 +197,7 @@ def test_a_repository_that_cannot_be_pushed_to_is_found_before_the_model_is_load
         asked.append(repo_id)
         raise ValueError("no token")
 
-    monkeypatch.setattr(command, "AutoTokenizer", None)
+    monkeypatch.setattr(command, "load_tokenizer", None)
     monkeypatch.setattr(command, "check_can_push", refuse)
     (tmp_path / "prompts.txt").write_text("Mia\n")
     arguments = ["--model", "m", "--prompts", str(tmp_path / "prompts.txt"), "--output_dir", str(tmp_path / "out")]
@@ -362,10 +363,10 @@ def test_an_adapter_may_have_the_tokenizer_of_the_model_below_it(adapter_folder,
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "adapter_config.json").write_bytes((adapter_folder / "adapter_config.json").read_bytes())
-    assert command._load_tokenizer(str(bare), None, False).name_or_path == str(model_folder)
+    assert load_tokenizer(str(bare), None, False).name_or_path == str(model_folder)
     (bare / "adapter_config.json").unlink()
     with pytest.raises(OSError, match="There must be a model with its tokenizer at .*bare'") as caught:
-        command._load_tokenizer(str(bare), None, False)
+        load_tokenizer(str(bare), None, False)
     assert "\n" not in str(caught.value)
 
 

@@ -24,12 +24,13 @@ from ..evaluation.report import format_table, format_trajectory
 from ..files import check_writable, save_whole
 from ..quiet import quiet_hosts
 from ..training.config import CLLMConfig
+from ..training.progress import show_progress
 from ..training.trainer import CLLMTrainer
 from ..trajectories.builder import TrajectoryBuilder
 from ..trajectories.cleaning import CleaningRules
 from ..trajectories.loading import load_trajectories
+from .clock import Clock
 from .problems import Problem, make_problems, make_tokenizer, read_answer
-from .progress import Clock, show_progress
 
 
 # What is kept, in this order, and a file that each part always holds.

@@ -145,6 +145,7 @@ class CLLMTrainer(SFTTrainer):
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
+            self.model_wrapped.train()  # the host does so later, so that the first update looks like an evaluation
             batches = [self._prepare_batch(self.model_wrapped, batch) for batch in batches]
             counts = torch.stack([batch["position_counts"] for batch in batches]).sum(0).to(device)
             if self.accelerator.num_processes > 1:

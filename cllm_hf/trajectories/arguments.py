@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from ..evaluation.arguments import positive
 
@@ -26,7 +26,7 @@ class CollectArguments:
     are checked further by `CollectionOptions` and `CleaningRules`.
 
     Raises:
-        ValueError: for values that are not of the type of their option, or options that contradict each other.
+        ValueError: for options that contradict each other.
     """
 
     model: str = dataclasses.field(metadata={"help": "folder or Hub id of a model, a CLLM or an adapter"})
@@ -91,7 +91,6 @@ class CollectArguments:
     )
 
     def __post_init__(self) -> None:
-        _check_types(self)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {self.limit}.")
         if (self.prompts is None) == (self.dataset_name is None):
@@ -122,56 +121,10 @@ def parse_collect(arguments: Sequence[str]) -> CollectArguments:
         ValueError: for options that there are not, values that the class refuses, or a file that is not YAML.
         SystemExit: after `--help`, and with status 2 for missing options and values that cannot be read.
     """
-    import yaml  # type: ignore[import-untyped]
-    from trl import TrlParser
+    from ..parsing import OptionParser
 
-    kinds: Any = [CollectArguments]
-    parser: Any = TrlParser(kinds, prog="cllm collect", description=COLLECT_HELP, allow_abbrev=False)
-    # TRL's parser takes the option itself, but neither lists it nor knows its other spelling.
-    parser.add_argument("--config", metavar="FILE", help="YAML file with options by name; those given here win")
-    arguments = [part for argument in arguments for part in _split_config(argument)]
-    if arguments[-1:] == ["--config"] or arguments.count("--config") > 1:
-        parser.error("argument --config: expected one file")
-    try:
-        parsed, _, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    except (yaml.YAMLError, TypeError) as error:  # the second for names that are no text
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"The file of `--config` must be YAML with options by name, got {_file_of(arguments)!r} ({reason})."
-        ) from error
-    except OSError as error:
-        raise OSError(
-            f"`--config` must be a file that can be read, got {_file_of(arguments)!r} ({error.strerror}). Check its "
-            "name."
-        ) from error
-    if unknown:
-        raise ValueError(
-            f"`cllm collect` has no such options, got {' '.join(unknown)}. `cllm collect --help` lists them; in a "
-            "YAML file their names have underscores."
-        )
+    (parsed,) = OptionParser([CollectArguments], "cllm collect", COLLECT_HELP).read(arguments)
     return parsed
-
-
-def _split_config(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def _file_of(arguments: list[str]) -> str:
-    return arguments[arguments.index("--config") + 1]
-
-
-def _check_types(arguments: CollectArguments) -> None:
-    """YAML has types of its own, which the parser does not look at."""
-    for name, hint in get_type_hints(CollectArguments).items():
-        value = getattr(arguments, name)
-        if get_origin(hint) is Literal:
-            fits, expected = value in get_args(hint), " or ".join(map(repr, get_args(hint)))
-        else:
-            kinds = get_args(hint) or (hint,)
-            fits = type(value) in kinds or (float in kinds and type(value) is int)
-            expected = "of type " + " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-        if not fits:
-            raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
 
 
 def add_trajectory_commands(commands: Any, inspect: _Run, verify: _Run, push: _Run) -> None:

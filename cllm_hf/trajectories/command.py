@@ -21,7 +21,7 @@ from transformers.utils import find_adapter_config_file
 
 from .._host import base_model_of
 from ..files import check_writable, check_writable_file
-from ..loading import check_model_name, load_cllm, pick_device
+from ..loading import check_model_name, load_cllm, load_tokenizer, pick_device
 from ..quiet import quiet_hosts
 from .arguments import CollectArguments
 from .builder import TrajectoryBuilder
@@ -29,8 +29,8 @@ from .cleaning import CleaningRules
 from .fingerprints import fingerprint_weights
 from .hub import check_can_push, push_trajectories
 from .inspection import format_record
-from .loading import load_trajectories
-from .manifest import MANIFEST_NAME, read_manifest
+from .loading import find_manifest, load_trajectories
+from .manifest import read_manifest
 from .options import CollectionOptions
 from .process import Process
 from .sources import is_local, read_source
@@ -184,7 +184,7 @@ def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
         check_model_name(options.model, "model")
     device = pick_device(options.device)
     dataset = _load_all(options.dataset, options)
-    made_by = _manifest_of(options.dataset, options.config_name).get("model", {})
+    made_by = find_manifest(options.dataset, options.config_name).get("model", {})
     name, revision = options.model, None
     if name is None:
         name = made_by.get("name")
@@ -295,7 +295,7 @@ def _make_builder(options: CollectArguments, collection: CollectionOptions, show
     if options.device_map is None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = pick_device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    tokenizer = _load_tokenizer(options.model, options.revision, options.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, options.revision, options.trust_remote_code)
     model = load_model(
         options.model,
         options.dtype,
@@ -308,23 +308,6 @@ def _make_builder(options: CollectArguments, collection: CollectionOptions, show
     return TrajectoryBuilder(
         model, processing_class=tokenizer, revision=options.revision, show_progress=show_progress, **vars(collection)
     )
-
-
-def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """That of a model; for an adapter without one that of the model below it."""
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        if revision is None and find_adapter_config_file(name) is not None:
-            from peft import PeftConfig
-
-            below = PeftConfig.from_pretrained(name).base_model_name_or_path
-            if below:
-                return _load_tokenizer(below, None, trust_remote_code)
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(
-            f"There must be a model with its tokenizer at {name!r}, but the tokenizer cannot be loaded ({reason})."
-        ) from error
 
 
 def _load_all(name: str, options: argparse.Namespace) -> Dataset:
@@ -368,7 +351,7 @@ def _find_record(dataset: Dataset, number: int, data_id: str | None) -> Mapping[
 
 def _token_decoder(options: argparse.Namespace) -> tuple[Callable[[int], str], list[str]]:
     """What gives the text of a token, and a note if that is its number."""
-    name = options.tokenizer or _manifest_of(options.dataset, options.config_name).get("tokenizer", {}).get("name")
+    name = options.tokenizer or find_manifest(options.dataset, options.config_name).get("tokenizer", {}).get("name")
     try:
         if not name:
             raise ValueError("the dataset does not name one")
@@ -380,16 +363,3 @@ def _token_decoder(options: argparse.Namespace) -> tuple[Callable[[int], str], l
         note = f"Tokens are shown by their ids: there is no tokenizer ({reason}). Pass it as `--tokenizer`."
         return str, [note]
     return lambda token: str(tokenizer.decode([token])), []
-
-
-def _manifest_of(name: str, config_name: str | None) -> dict[str, Any]:
-    """Of a folder or a dataset on the Hub; empty if it has none, as those that `save_to_disk` wrote."""
-    inner = "" if config_name in (None, "default") else f"{config_name}/"
-    try:
-        if is_local(name):
-            return read_manifest(Path(name) / inner)
-        from huggingface_hub import hf_hub_download
-
-        return read_manifest(Path(hf_hub_download(name, f"{inner}{MANIFEST_NAME}", repo_type="dataset")).parent)
-    except OSError:
-        return {}

@@ -107,18 +107,20 @@ def check_can_push(
     create_pr: bool = False,
     private: bool | None = None,
     config_name: str | None = None,
+    kind: str = "dataset",
 ) -> None:
     """
-    Check that a dataset can be pushed, before the work that leads to it.
+    Check that a dataset or a model can be pushed, before the work that leads to it.
 
     Nothing is made or changed on the Hub.
 
     Args:
-        repo_id (`str`): id of the dataset.
+        repo_id (`str`): id of the repository.
         token (`str`, *optional*): access token for the Hub; by default the stored one.
         create_pr (`bool`): whether it is to be a pull request, which anybody may open.
         private (`bool`, *optional*): whether a new dataset is private.
-        config_name (`str`, *optional*): name of the configuration.
+        config_name (`str`, *optional*): name of the configuration of a dataset.
+        kind (`str`): what is to be pushed, `"dataset"` or `"model"`.
 
     Raises:
         OSError: if there is no token, it is not valid or may not write there, or the Hub cannot be reached.
@@ -130,7 +132,7 @@ def check_can_push(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(
-            f"`repo_id` must be the id of a dataset on the Hub, such as 'user/name', got {repo_id!r}: {error}"
+            f"`repo_id` must be the id of a {kind} on the Hub, such as 'user/name', got {repo_id!r}: {error}"
         ) from error
     if token is None and get_token() is None:
         raise PermissionError(f"Pushing to {repo_id!r} takes an access token for the Hub, got none. {_LOG_IN}")
@@ -191,7 +193,7 @@ def _clear_errors(repo_id: str) -> Iterator[None]:
             raise
         raise ConnectionError(
             f"The Hub did not answer while {repo_id!r} was to be pushed: {cause}. Check the network and push again; "
-            "the collection is complete in its folder."
+            "what is in its folder stays there."
         ) from error
 
 

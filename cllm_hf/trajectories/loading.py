@@ -17,9 +17,11 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from huggingface_hub import hf_hub_download
 
 from .manifest import MANIFEST_NAME, read_manifest
 from .schema import check_columns, check_dataset, check_record
+from .sources import is_local
 
 
 UNFINISHED_NAME = ".unfinished"
@@ -201,6 +203,31 @@ def describe_unfinished(folder: Path, manifest: Mapping[str, Any]) -> str:
         f"{str(folder)!r} is an unfinished collection: {manifest.get('prompts_done', '?')} of {count} prompts are "
         "done. Run the same `build` or `cllm collect` again, which finishes it."
     )
+
+
+def find_manifest(path: str | Path, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """
+    Read the manifest of a dataset of trajectories.
+
+    Args:
+        path (`str` or `pathlib.Path`): folder or Hub id of the dataset.
+        name (`str`, *optional*): which of several configurations.
+        revision (`str`, *optional*): branch, tag or commit of the Hub repository.
+
+    Returns:
+        `dict`: the manifest; empty if there is none, as in what `save_to_disk` has written.
+
+    Raises:
+        ValueError: if there is a file of that name which is no manifest.
+    """
+    inner = "" if name in (None, "default") else f"{name}/"
+    try:
+        if is_local(str(path)):
+            return read_manifest(Path(path) / inner)
+        file = hf_hub_download(str(path), f"{inner}{MANIFEST_NAME}", repo_type="dataset", revision=revision)
+        return read_manifest(Path(file).parent)
+    except OSError:
+        return {}
 
 
 def check_shards(folder: Path, manifest: Mapping[str, Any], contents: bool = True) -> None:

@@ -1,0 +1,353 @@
+"""From the options of `cllm train` to a trained model and what is said of it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import find_adapter_config_file, is_bitsandbytes_available
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from .._host import base_model_of
+from ..files import check_writable
+from ..loading import check_model_name, load_tokenizer
+from ..quiet import quiet_hosts, show_notices
+from ..trajectories.fingerprints import find_commit, fingerprint_weights
+from ..trajectories.hub import check_can_push
+from ..trajectories.loading import find_manifest, load_trajectories
+from ..trajectories.process import Process
+from ..trajectories.sources import is_local
+from .arguments import NEWEST, TrainArguments, TrainOptions
+from .config import CLLMConfig
+from .progress import show_progress
+from .trainer import CLLMTrainer
+
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_STATE_NAME = "trainer_state.json"  # the host writes it last
+# Options of `trl.ModelConfig` that the host drops without a word if another is not there.
+_NEEDED = {
+    **{field.name: "use_peft" for field in fields(ModelConfig) if re.match("lora_|use_(rslora|dora)", field.name)},
+    **{field.name: "load_in_4bit" for field in fields(ModelConfig) if "bnb_" in field.name},
+}
+_LOSSES = ("consistency_loss", "ar_loss")
+
+logger = logging.getLogger(__name__)
+
+
+def run_train(options: TrainOptions) -> str:
+    """
+    Run `cllm train`. All that can be wrong before the model is loaded is found before.
+
+    Args:
+        options (`TrainOptions`): its options.
+
+    Returns:
+        `str`: what was trained; empty in all processes but one.
+
+    Raises:
+        OSError: if something cannot be read, written or reached.
+        ValueError: for options, a dataset or a model that are not usable, or do not fit each other, or if the memory
+            of the device is full.
+    """
+    data, training = options.data, options.training
+    process, show_bars = Process.current(), sys.stderr.isatty()
+    with show_notices(process.index == 0), quiet_hosts(keep_bars=show_bars and process.index == 0):
+        checkpoint = _find_checkpoint(training)
+        _check_options(options)
+        if training.push_to_hub:
+            name = training.hub_model_id or Path(str(training.output_dir)).absolute().name
+            check_can_push(name, training.hub_token, kind="model")
+        train_dataset, eval_dataset = _load_datasets(data, training)
+        manifest = find_manifest(data.trajectories, data.trajectories_config, data.trajectories_revision)
+        made_by = manifest.get("model", {})
+        model = _choose_model(options.model, made_by, data.trajectories)
+        check_writable(Path(str(training.output_dir)))
+        try:
+            trainer = _make_trainer(model, training, train_dataset, eval_dataset)
+            _check_tokens(train_dataset, trainer.model.config.get_text_config().vocab_size)
+            _compare_models(model, made_by, trainer)
+            show_progress(trainer, *_LOSSES, bar=show_bars and not training.disable_tqdm, show=process.index == 0)
+            with quiet_hosts():  # a bar for every file of every checkpoint is too much
+                trainer.train(resume_from_checkpoint=checkpoint)
+                if eval_dataset is not None and not _is_evaluated(trainer.state):
+                    trainer.evaluate()
+                published = _save(trainer, data.trajectories)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"The memory of the device is full ({str(error).splitlines()[0]}). Lower "
+                "`--per_device_train_batch_size` and raise `--gradient_accumulation_steps` as much, or lower "
+                "`--max_length`."
+            ) from error
+        _end(trainer)
+    return format_training(trainer.state, training, published) if process.index == 0 else ""
+
+
+def format_training(state: Any, training: CLLMConfig, published: str | None = None) -> str:
+    """
+    Say what was trained, and what can be done with it.
+
+    Args:
+        state (`transformers.TrainerState`): of the trainer, at the end.
+        training (`CLLMConfig`): its options.
+        published (`str`, *optional*): id of the model on the Hub.
+
+    Returns:
+        `str`.
+    """
+    parts = [f"Trained for {state.global_step} {'update' if state.global_step == 1 else 'updates'}."]
+    losses = [log for log in state.log_history if any(name in log for name in _LOSSES)]
+    for name in _LOSSES:
+        values = [log[name] for log in losses if name in log]
+        if values:
+            change = f"{values[0]:.4g} -> {values[-1]:.4g}" if len(values) > 1 else f"{values[0]:.4g}"
+            parts.append(f"{name}: {change}")
+    evaluations = [log for log in state.log_history if "eval_loss" in log]
+    for name, value in (evaluations or [{}])[-1].items():
+        if name.startswith("eval_") and not name.endswith(("runtime", "_per_second", "_tokens")):
+            first = evaluations[0].get(name)
+            before = f"{first:.4g} -> " if len(evaluations) > 1 and first is not None else ""
+            parts.append(f"{name}: {before}{value:.4g}")
+    folder = shlex.quote(str(training.output_dir))
+    text = "\n".join(parts)
+    text += (
+        f"\n\nWritten: {training.output_dir}\nMeasure it with `cllm benchmark decode --model {folder} --prompts FILE`."
+    )
+    return text if published is None else f"{text}\n\nPublished: {published}"
+
+
+def describe_interruption(training: CLLMConfig) -> str:
+    """
+    Say how a training that was interrupted goes on.
+
+    Args:
+        training (`CLLMConfig`): its options.
+
+    Returns:
+        `str`: a sentence.
+    """
+    checkpoint = newest_checkpoint(Path(str(training.output_dir)))
+    if checkpoint is None or training.save_only_model:
+        return "interrupted before there was a checkpoint (see `--save_steps`); the same command begins anew."
+    return f"interrupted; the same command with `--resume_from_checkpoint {NEWEST}` goes on at {checkpoint}."
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """
+    Find the newest checkpoint that is complete.
+
+    Args:
+        folder (`pathlib.Path`): the `output_dir` of a training.
+
+    Returns:
+        `pathlib.Path` or `None`.
+    """
+    updates = {
+        int(match[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / _STATE_NAME).is_file()
+    }
+    return updates[max(updates)] if updates else None
+
+
+def _find_checkpoint(training: CLLMConfig) -> str | None:
+    """Where to go on."""
+    chosen, folder = training.resume_from_checkpoint, Path(str(training.output_dir))
+    newest = newest_checkpoint(folder)
+    if chosen is None:
+        if newest is not None:
+            logger.warning(
+                "%s is of an earlier run, and this one begins anew. `--resume_from_checkpoint %s` goes on there.",
+                newest,
+                NEWEST,
+            )
+        return None
+    if chosen == NEWEST:
+        if newest is None:
+            raise OSError(
+                f"`--resume_from_checkpoint {NEWEST}` takes a checkpoint in the output folder, got none in "
+                f"{str(folder)!r}. Drop the option to begin anew."
+            )
+        return str(newest)
+    if not (Path(chosen) / _STATE_NAME).is_file():
+        raise OSError(
+            f"`--resume_from_checkpoint` must be the folder of a checkpoint, with `{_STATE_NAME}`, or `{NEWEST}` for "
+            f"the newest in the output folder, got {chosen!r}."
+        )
+    return chosen
+
+
+def _check_options(options: TrainOptions) -> None:
+    model, training = options.model, options.training
+    if model.model_name_or_path is not None:
+        check_model_name(model.model_name_or_path, "model")
+    for name, needed in _NEEDED.items():
+        field = ModelConfig.__dataclass_fields__[name]
+        if not getattr(model, needed) and getattr(model, name) != field.default:
+            raise ValueError(f"`{name}` has no effect without `{needed}`, got it alone. Pass `--{needed}` too.")
+    if model.use_peft and model.lora_task_type != "CAUSAL_LM":
+        raise ValueError(f"`lora_task_type` must be CAUSAL_LM here, got {model.lora_task_type!r}. Drop it.")
+    if training.do_predict:
+        raise ValueError("`cllm train` makes no predictions, got `do_predict`. `do_eval` evaluates.")
+    _check_bits(model, training)
+    available = get_available_reporting_integrations()
+    absent = [name for name in training.report_to or () if name not in available]
+    if absent:
+        raise ValueError(
+            f"`report_to` must name packages that are installed, got {', '.join(absent)}. Install it, or choose from "
+            f"{', '.join(['none', *available])}."
+        )
+
+
+def _check_bits(model: ModelConfig, training: CLLMConfig) -> None:
+    bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
+    if bits is not None:
+        missing = []
+        if not torch.accelerator.is_available() or training.use_cpu:
+            missing.append("no GPU")
+        if not is_bitsandbytes_available():
+            missing.append("no package `bitsandbytes`")
+        if missing:
+            raise ValueError(
+                f"`load_in_{bits}bit` takes a GPU and the package `bitsandbytes`, got {' and '.join(missing)}. Drop "
+                "it; `--dtype bfloat16` needs half the memory of float32."
+            )
+        if not model.use_peft:
+            raise ValueError(
+                f"Weights in {bits} bits are not trained, an adapter on them is, got `load_in_{bits}bit` without "
+                "`use_peft`. Pass both."
+            )
+
+
+def _choose_model(model: ModelConfig, made_by: Mapping[str, Any], trajectories: str) -> ModelConfig:
+    """What to train: by default the model that made the trajectories, which are its own answers."""
+    if model.model_name_or_path is None:
+        name = made_by.get("name")
+        if not name:
+            raise ValueError(f"{trajectories} does not say which model it was made by. Pass it as `--model`.")
+        if is_local(name) and not Path(name).exists():
+            raise OSError(f"{trajectories} was made by the model {name}, which is not there. Pass it as `--model`.")
+        model.model_name_or_path = name
+        if find_adapter_config_file(name) is None and made_by.get("revision"):
+            model.model_revision = made_by["revision"]
+    return model
+
+
+def _load_datasets(data: TrainArguments, training: CLLMConfig) -> tuple[Dataset, Dataset | None]:
+    def load(split: str) -> Any:
+        return load_trajectories(
+            data.trajectories, split, name=data.trajectories_config, revision=data.trajectories_revision
+        )
+
+    train_dataset = load(data.train_split)
+    if not training.do_eval and not training.eval_on_start:
+        return train_dataset, None
+    try:
+        return train_dataset, load(data.eval_split or "test")
+    except ValueError as error:
+        if data.eval_split is not None:
+            raise
+        raise ValueError(
+            f"Evaluation takes a split `test`, which {data.trajectories} does not have ({error}). Name one as "
+            "`--eval_split`, collect with `--test_fraction`, or drop `--eval_strategy`."
+        ) from error
+
+
+def _make_trainer(
+    model: ModelConfig, training: CLLMConfig, train_dataset: Dataset, eval_dataset: Dataset | None
+) -> CLLMTrainer:
+    name = str(model.model_name_or_path)
+    revision = None if model.model_revision == "main" else model.model_revision
+    given: Any = training.model_init_kwargs or {}
+    options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "revision": revision, **given}
+    training.model_init_kwargs = {option: value for option, value in options.items() if value is not None}
+    try:
+        return CLLMTrainer(
+            name,
+            args=training,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=load_tokenizer(name, revision, training.trust_remote_code),
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except ImportError as error:  # what this model or kind of attention needs
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"Training {name} needs a package that is not installed: {reason} Install it.") from error
+
+
+def _check_tokens(dataset: Dataset, vocab_size: int) -> None:
+    tables = dataset.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(batch_size=1000)
+    highest = max(pc.max(pc.list_flatten(column)).as_py() or 0 for table in tables for column in table.columns)
+    if highest >= vocab_size:
+        raise ValueError(
+            f"The tokens of the dataset must be of the model's vocabulary, of {vocab_size} tokens, got token "
+            f"{highest}. Train the model that made the trajectories, or collect its own."
+        )
+
+
+def _compare_models(model: ModelConfig, made_by: Mapping[str, Any], trainer: CLLMTrainer) -> None:
+    """Warn if the trajectories are not the model's own, so that it learns another model's answers."""
+    name, target = str(model.model_name_or_path), made_by.get("name")
+    if not target or (_full_name(name) == _full_name(target) and _has_commit(model, made_by)):
+        return
+    if made_by.get("fingerprint") == fingerprint_weights(base_model_of(trainer.model)):
+        return
+    commit = f" at {made_by['revision']}" if made_by.get("revision") else ""
+    logger.warning(
+        "The trajectories were made by %s%s, and %s is trained. That is right if it is the same model in another "
+        "place; otherwise collect the model's own answers, which it can learn without losing quality.",
+        target,
+        commit,
+        name,
+    )
+
+
+def _full_name(name: str) -> str:
+    return str(Path(name).resolve()) if is_local(name) else name
+
+
+def _has_commit(model: ModelConfig, made_by: Mapping[str, Any]) -> bool:
+    """Whether a model of the Hub is the one of that commit, as far as is known."""
+    revision = None if model.model_revision == "main" else model.model_revision
+    commit = find_commit(str(model.model_name_or_path), revision)
+    return None in (commit, made_by.get("revision")) or commit == made_by["revision"]
+
+
+def _is_evaluated(state: Any) -> bool:
+    """Whether the last update was evaluated."""
+    return any("eval_loss" in log and log.get("step") == state.global_step for log in state.log_history)
+
+
+def _save(trainer: CLLMTrainer, trajectories: str) -> str | None:
+    """Save the model, and publish it if that was asked for; gives its id on the Hub."""
+    if not trainer.args.push_to_hub:
+        trainer.save_model()
+        return None
+    try:
+        trainer.push_to_hub(dataset_name=None if is_local(trajectories) else trajectories)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"The model is complete in {trainer.args.output_dir}, but was not published: {reason}"
+        ) from error
+    return trainer.hub_model_id
+
+
+def _end(trainer: CLLMTrainer) -> None:
+    """Leave the other processes."""
+    # The wrapper of the model goes first: if it were the last to hold the process group, it would wait for gloo's
+    # threads, which may wait for the lock of the interpreter, which it does not release.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.end()
