@@ -40,6 +40,9 @@ class CLLMConfig(SFTConfig):
             Tokens of a block. By default what the dataset has; if set, the dataset must have it.
         max_length (`int`, *optional*):
             Longest prompt and response, in tokens; longer responses lose their last blocks. By default no limit.
+        export_custom_generate (`bool`, *optional*, defaults to `False`):
+            Whether `save_model` and `push_to_hub` also write Jacobi decoding for people without this package, as
+            [`export_custom_generate`] does. Checkpoints go without.
 
     Raises:
         ValueError: for a negative weight, a block size below 1, or an option of `SFTConfig` that has no effect here.
@@ -56,6 +59,10 @@ class CLLMConfig(SFTConfig):
     max_length: int | None = field(
         default=None,
         metadata={"help": "Longest prompt and response, in tokens; longer responses lose their last blocks."},
+    )
+    export_custom_generate: bool = field(
+        default=False,
+        metadata={"help": "Whether to save and push Jacobi decoding for people without this package, too."},
     )
 
     def __post_init__(self) -> None:
