@@ -1,8 +1,9 @@
 """
-A Hub in memory, on a free port of this machine: as much of its protocol as pushing and loading datasets takes.
+A Hub in memory, on a free port of this machine: as much of its protocol as pushing and loading takes.
 
 Clients are told of it by environment variables, which they read when they are imported; so they run in processes of
-their own, with `LoopbackHub.environment`. The test looks at `LoopbackHub.repositories` and `LoopbackHub.requests`.
+their own, with `LoopbackHub.environment`. The test looks at `LoopbackHub.repositories`, datasets by their ids and
+models by `models/` and theirs, and `LoopbackHub.requests`.
 """
 
 import base64
@@ -18,20 +19,23 @@ from urllib.parse import parse_qs, unquote, urlsplit
 DATE = "2026-01-01T00:00:00.000Z"
 ACCOUNTS = {"hf_write": "write", "hf_read": "read", "hf_fine": "fineGrained"}
 _REPOSITORY = r"(?P<id>[^/]+/[^/]+)"
+_API = rf"/api/(?P<kind>datasets|models)/{_REPOSITORY}"
+_FILES = rf"/((?P<kind>datasets)/)?{_REPOSITORY}"  # models have no name of their kind in front
+_LARGE = (".parquet", ".png", ".safetensors", ".bin")
 # Method, address, and the method of the handler that answers.
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/validate-yaml", "validate_card"),
     ("POST", r"/api/repos/create", "create"),
-    ("GET", rf"/api/datasets/{_REPOSITORY}(/revision/(?P<revision>[^/]+))?", "info"),
-    ("POST", rf"/api/datasets/{_REPOSITORY}/branch/(?P<branch>[^/]+)", "branch"),
-    ("POST", rf"/api/datasets/{_REPOSITORY}/preupload/(?P<revision>[^/]+)", "upload_modes"),
-    ("POST", rf"/api/datasets/{_REPOSITORY}/commit/(?P<revision>[^/]+)", "commit"),
-    ("GET", rf"/api/datasets/{_REPOSITORY}/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?", "tree"),
-    ("POST", rf"/api/datasets/{_REPOSITORY}/paths-info/(?P<revision>[^/]+)", "paths"),
-    ("POST", rf"/datasets/{_REPOSITORY}\.git/info/lfs/objects/batch", "large_files"),
+    ("GET", rf"{_API}(/revision/(?P<revision>[^/]+))?", "info"),
+    ("POST", rf"{_API}/branch/(?P<branch>[^/]+)", "branch"),
+    ("POST", rf"{_API}/preupload/(?P<revision>[^/]+)", "upload_modes"),
+    ("POST", rf"{_API}/commit/(?P<revision>[^/]+)", "commit"),
+    ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?", "tree"),
+    ("POST", rf"{_API}/paths-info/(?P<revision>[^/]+)", "paths"),
+    ("POST", rf"{_FILES}\.git/info/lfs/objects/batch", "large_files"),
     ("PUT", r"/large/(?P<oid>[0-9a-f]+)", "upload"),
-    ("GET", rf"/datasets/{_REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", "resolve"),
+    ("GET", rf"{_FILES}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", "resolve"),
 ]
 
 
@@ -78,6 +82,7 @@ class Handler(BaseHTTPRequestHandler):
                     match = re.fullmatch(pattern, url.path)
                     if match and expected == method:
                         values = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+                        self.kind = values.pop("kind", "models")
                         return getattr(self, f"answer_{name}")(**values)
                 raise Refused(404, "", f"There is no {self.command} {url.path} here.")
             except Refused as refused:
@@ -98,10 +103,16 @@ class Handler(BaseHTTPRequestHandler):
     def role(self):
         return ACCOUNTS.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
 
+    def key(self, id):
+        return id if self.kind == "datasets" else f"models/{id}"
+
+    def address(self, id):
+        return f"{self.server.hub.address}/{'datasets/' if self.kind == 'datasets' else ''}{id}"
+
     def repository(self, id, writes=False):
-        repository = self.server.hub.repositories.get(id)
+        repository = self.server.hub.repositories.get(self.key(id))
         if repository is None or (repository.is_private and self.role() is None):
-            raise Refused(404 if self.role() else 401, "RepoNotFound", f"There is no dataset {id}.")
+            raise Refused(404 if self.role() else 401, "RepoNotFound", f"There is no {self.key(id)}.")
         if writes:
             self.check_may_write()
         return repository
@@ -128,12 +139,13 @@ class Handler(BaseHTTPRequestHandler):
     def answer_create(self):
         self.check_may_write()
         wanted = json.loads(self.body)
+        self.kind = f"{wanted.get('type') or 'model'}s"
         id = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
-        answer = {"url": f"{self.server.hub.address}/datasets/{id}", "id": id, "name": id}
-        if id in self.server.hub.repositories:
-            raise Refused(409, "", f"There is a dataset {id}.", **answer)
+        answer = {"url": self.address(id), "id": id, "name": id}
+        if self.key(id) in self.server.hub.repositories:
+            raise Refused(409, "", f"There is {self.key(id)} already.", **answer)
         is_private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
-        repository = self.server.hub.repositories[id] = Repository(is_private)
+        repository = self.server.hub.repositories[self.key(id)] = Repository(is_private)
         repository.add("main", {".gitattributes": b"*.parquet filter=lfs\n"}, "initial commit")
         self.reply(answer)
 
@@ -159,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
         answers = []
         for file in json.loads(self.body)["files"]:
             name = file["path"]
-            mode = "lfs" if name.endswith((".parquet", ".png")) else "regular"
+            mode = "lfs" if name.endswith(_LARGE) else "regular"
             known = _describe(name, files[name]) if name in files else {}
             oid = known.get("lfs", known).get("oid")
             answers.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
@@ -206,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(400, "", f"Entries of kind {kind} are not known here.")
         is_request = "create_pr" in self.query
         commit = repository.add("refs/pr/1" if is_request else revision, files, message)
-        address = f"{self.server.hub.address}/datasets/{id}"
+        address = self.address(id)
         answer = {"success": True, "commitOid": commit, "commitUrl": f"{address}/commit/{commit}", "hookOutput": ""}
         self.reply({**answer, "pullRequestUrl": f"{address}/discussions/1" if is_request else None})
 
@@ -256,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
 def _describe(name, data):
     oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     entry = {"type": "file", "path": name, "size": len(data), "oid": oid}
-    if name.endswith((".parquet", ".png")):
+    if name.endswith(_LARGE):
         entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
     return {**entry, "lastCommit": {"id": "0" * 40, "title": "commit", "date": DATE}}
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -77,12 +79,12 @@ class SavingTrainer(SFTTrainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         is_checkpoint = _internal_call and output_dir is not None
-        earlier = _read(folder / _CARD)
-        super().save_model(output_dir, _internal_call=True)  # does not push yet
+        with _set_aside(folder / _CARD) if self.args.should_save else nullcontext():
+            super().save_model(output_dir, _internal_call=True)  # does not push yet
         if self.args.should_save:
+            earlier = _read(folder / _CARD)
             # An adapter is saved without one; `cllm_hf.load_cllm` applies it.
             self.model.generation_config.save_pretrained(folder)
-            self._put_back(folder, earlier)
             if self.args.export_custom_generate and not is_checkpoint:
                 export_custom_generate(folder)
                 if earlier is not None:
@@ -164,14 +166,6 @@ class SavingTrainer(SFTTrainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, join_cards(_read(path), text or ""))
 
-    def _put_back(self, folder: Path, earlier: str | None) -> None:
-        """Undo what PEFT does to every card that it finds, or to a folder without one."""
-        path = folder / _CARD
-        if earlier is None:
-            path.unlink(missing_ok=True)
-        else:
-            write_whole(path, earlier)
-
     def _write_card(
         self, folder: Path, earlier: str | None, title: str | None = None, tags: Sequence[str] = ()
     ) -> None:
@@ -207,7 +201,7 @@ class SavingTrainer(SFTTrainer):
             log_history=self.state.log_history,
             measured=self.measured,
             license=self._base_license,
-            tags=[*self._tag_names, *[adapter.peft_type.value.lower()] * (adapter is not None), *tags],
+            tags=[*self._tag_names, *([adapter.peft_type.value.lower()] if adapter else []), *tags],
             versions=_versions(has_adapter=adapter is not None),
             has_custom_generate=is_exported(folder),
         )
@@ -232,6 +226,27 @@ def consistency_options(args: SFTConfig) -> dict[str, Any]:
     own = {name: None for kind in reversed(kinds) for name in inspect.get_annotations(kind)}
     names = {entry.name for entry in fields(args)} - _NOT_TRAINING
     return {name: getattr(args, name) for name in own if name in names}
+
+
+@contextmanager
+def _set_aside(path: Path) -> Iterator[None]:
+    """
+    Keep a card from PEFT, which changes every one that it finds, fails on one whose metadata are not valid, and writes
+    one where there is none.
+    """
+    aside = path.with_name(f".{path.name}.earlier")
+    if aside.is_file() and not path.exists():  # a save was killed
+        os.replace(aside, path)
+    has_card = path.is_file()
+    if has_card:
+        os.replace(path, aside)
+    try:
+        yield
+    finally:
+        if has_card:
+            os.replace(aside, path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> str | None:
