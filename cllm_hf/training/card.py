@@ -78,6 +78,7 @@ class ModelFacts:
         title (`str`, *optional*): by default the last part of `repo_id`.
         base_model (`str`, *optional*): name or path of the model that was trained, or that the adapter goes on.
         adapter (`str`, *optional*): what kind of adapter it is, if it is one, such as `"LoRA, rank 16"`.
+        can_merge (`bool`): whether the adapter and its base model make one model.
         architecture (`str`, *optional*): class of the model.
         num_parameters (`int`, *optional*): of the model, with the adapter.
         num_trained (`int`, *optional*): parameters that were trained.
@@ -100,6 +101,7 @@ class ModelFacts:
     title: str | None = None
     base_model: str | None = None
     adapter: str | None = None
+    can_merge: bool = True
     architecture: str | None = None
     num_parameters: int | None = None
     num_trained: int | None = None
@@ -261,17 +263,21 @@ print(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
 print(output.jacobi_stats.tokens_per_forward)
 ```""",
         "Write prompts in the form of those it was trained on. "
-        '`generate(..., decoding="autoregressive")` decodes one token at a time. '
-        + (
-            "`model.merge_and_unload()` makes one model of the base model and the adapter. Loaded by PEFT's "
-            '`AutoPeftModelForCausalLM` it decodes by Jacobi with `generate(..., decoding="jacobi")`.'
-            if facts.adapter
-            else "After `import cllm_hf` the model may also be loaded by `AutoModelForCausalLM`."
-        ),
+        '`generate(..., decoding="autoregressive")` decodes one token at a time. ' + _loading_text(facts),
     ]
     if facts.has_custom_generate:
         parts.append(f"Without `cllm_hf`:\n\n```python\n{usage_code(name, bool(facts.adapter))}\n```")
     return "\n\n".join(parts)
+
+
+def _loading_text(facts: ModelFacts) -> str:
+    if not facts.adapter:
+        return "After `import cllm_hf` the model may also be loaded by `AutoModelForCausalLM`."
+    merged = "`model.merge_and_unload()` makes one model of the base model and the adapter. " * facts.can_merge
+    return (
+        f"{merged}Loaded by PEFT's `AutoPeftModelForCausalLM` it decodes by Jacobi with "
+        '`generate(..., decoding="jacobi")`.'
+    )
 
 
 def _training_text(facts: ModelFacts) -> str:

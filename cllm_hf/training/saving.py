@@ -189,6 +189,7 @@ class SavingTrainer(SFTTrainer):
             title=title or (repo_id.split("/")[-1] if repo_id else folder.resolve().name),
             base_model=_hide_folder(base),
             adapter=_describe_adapter(adapter),
+            can_merge=_can_merge(model),
             architecture=type(model).__name__.removeprefix("FSDP"),
             num_parameters=model.num_parameters() if is_whole else None,
             num_trained=trained if is_whole else None,
@@ -270,6 +271,12 @@ def _describe_adapter(config: Any) -> str | None:
     if getattr(config, "modules_to_save", None):
         parts.append(f"{', '.join(config.modules_to_save)} trained in full")
     return ", ".join(parts)
+
+
+def _can_merge(model: Any) -> bool:
+    """PEFT cannot merge an adapter on embeddings that are the head as well: the head would change too."""
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    return not (is_tied and hasattr(model.get_input_embeddings(), "base_layer"))
 
 
 def _license_of(name: str | None) -> dict[str, Any]:
