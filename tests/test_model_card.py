@@ -111,6 +111,11 @@ def test_figures_are_the_first_and_the_last():
     assert "| agreement with the target model, evaluation on `test` | 0.5 (update 10) |  |" in text
 
 
+def test_a_plot_is_shown_where_there_is_one():
+    assert "](training.png)" in make_model_card(changed(plot="training.png"))
+    assert "![" not in make_model_card(FACTS)
+
+
 def test_no_figure_that_was_not_measured():
     assert "## Measured" not in make_model_card(FACTS) and "speed-up" not in make_model_card(FACTS)
     assert "## What training changed" not in make_model_card(changed(log_history=[]))

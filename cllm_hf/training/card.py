@@ -28,7 +28,8 @@ _FIGURES = {
     "agreement": "agreement with the target model",
     "fast_forwarded": "fast-forwarded tokens a block",
     "stationary": "stationary tokens a block",
-    "repetition_rate": "repetition rate",
+    "repetition": "repetition rate",
+    "target_repetition": "repetition rate of the dataset's responses",
 }
 _FIGURE = re.compile(rf"(?:eval_(?P<dataset>\w+_)??)?(?P<figure>{'|'.join(_FIGURES)})")
 _LONGEST_VALUE = 80
@@ -54,6 +55,8 @@ _TEMPLATE = """\
 ## What training changed
 
 {{ figures }}
+{% endif %}{% if plot %}
+![Losses and tokens per forward over updates]({{ plot }})
 {% endif %}{% if measured %}
 ## Measured
 
@@ -89,6 +92,7 @@ class ModelFacts:
         num_updates (`int`): how often the weights were changed.
         num_epochs (`float`, *optional*): passes over the dataset.
         log_history (`Sequence[Mapping]`): what was logged, in its order, with `step`.
+        plot (`str`, *optional*): file beside the card with a plot of the training.
         measured (`Mapping[str, Any]`): what was measured of the finished model, a name and a number or text each.
         license (`Mapping[str, Any]`): `license` and what belongs to it, as metadata.
         tags (`Sequence[str]`): tags of the Hub.
@@ -112,6 +116,7 @@ class ModelFacts:
     num_updates: int = 0
     num_epochs: float | None = None
     log_history: Sequence[Mapping[str, Any]] = ()
+    plot: str | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
     license: Mapping[str, Any] = field(default_factory=dict)
     tags: Sequence[str] = ()
@@ -142,6 +147,7 @@ def make_model_card(facts: ModelFacts) -> str:
         usage=_usage_text(facts),
         training=_training_text(facts),
         figures=_figures_text(facts.log_history),
+        plot=facts.plot,
         measured=_measured_text(facts.measured),
         citation=_citation_text(facts),
     )

@@ -44,7 +44,9 @@ _ARGUMENTS = (
     "fp16",
 )
 # Options that change what is written, not what is learned.
-_NOT_TRAINING = {"block_size", "export_custom_generate"}
+_NOT_TRAINING = {"block_size", "export_custom_generate", "plot_run", "on_collapse"}
+_NOT_TRAINING |= {"num_monitored_prompts", "monitored_max_new_tokens"}
+_PLOT = "training.png"
 _NO_ANSWER = (httpx.HTTPError, OSError, ValueError)  # of the Hub: no such thing, no network, no valid name
 
 
@@ -200,6 +202,7 @@ class SavingTrainer(SFTTrainer):
             num_updates=self.state.global_step,
             num_epochs=self.state.epoch,
             log_history=self.state.log_history,
+            plot=_PLOT if (folder / _PLOT).is_file() else None,
             measured=self.measured,
             license=self._base_license,
             tags=[*self._tag_names, *([adapter.peft_type.value.lower()] if adapter else []), *tags],
