@@ -356,6 +356,13 @@ def test_an_adapter_by_its_name_is_trained_further(places, tmp_path, caplog):
         make_trainer(str(tmp_path / "first"), places.dataset, None, tmp_path / "third", lora())
 
 
+def test_the_tokenizer_beside_an_adapter_comes_first(places, tmp_path, tokenizer):
+    make_word_model(tokenizer).save_pretrained(tmp_path / "bare")  # without a tokenizer
+    make_trainer(str(tmp_path / "bare"), places.dataset, tokenizer, tmp_path / "first", lora()).save_model()
+    trainer = make_trainer(str(tmp_path / "first"), places.dataset, None, tmp_path / "second")
+    assert trainer.processing_class.get_vocab() == tokenizer.get_vocab()
+
+
 def test_an_adapter_that_is_loaded_already_is_trained_further(places, tmp_path):
     make_trainer(str(places.base), places.dataset, None, tmp_path / "first", lora()).save_model()
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "first", is_trainable=True)

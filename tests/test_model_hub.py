@@ -168,6 +168,7 @@ trainer.push_in_progress and trainer.push_in_progress.wait_until_done()
 result = decode(trainer.model, decoding="autoregressive")
 """
     options = {"push_to_hub": True, "hub_strategy": strategy, "save_strategy": "steps", "save_steps": 1}
+    options["hub_token"] = "hf_write"
     trained = train(client, tmp_path / name, then, lora=lora, hub_always_push=True, **options)
     files = files_of(client, name)
     if strategy == "end":
@@ -180,6 +181,7 @@ result = decode(trainer.model, decoding="autoregressive")
     folders = {path.split("/")[0] for path in files if "/" in path}
     expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-1", "checkpoint-2"}}
     assert folders == expected.get(strategy, set())
+    assert "training_args.bin" in files and not any(b"hf_write" in data for data in files.values())
     for folder in folders:
         assert json.loads(files[f"{folder}/generation_config.json"])["decoding"] == "jacobi"
         assert BEGIN in files[f"{folder}/README.md"].decode()

@@ -236,7 +236,8 @@ def _introduction(facts: ModelFacts) -> str:
     how = f"{base} a Consistency LLM (CLLM), trained" if facts.adapter else f"{base}, trained"
     return (
         f"{what} {how} to guess several tokens at once. Jacobi decoding checks the guesses in one forward, and writes "
-        "exactly the text of decoding one token at a time. Made with `cllm_hf`."
+        "exactly the text of decoding one token at a time (in 16 bits, up to near ties of two tokens). Made with "
+        "`cllm_hf`."
     )
 
 

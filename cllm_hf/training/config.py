@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
@@ -79,3 +80,7 @@ class CLLMConfig(SFTConfig):
         checkpointing = self.gradient_checkpointing_kwargs
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError("Re-entrant gradient checkpointing is not supported. Drop `use_reentrant=True`.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The host pickles these options into `training_args.bin`, and pushes that.
+        return {**self.__dict__, "hub_token": None}

@@ -1,9 +1,10 @@
-"""The model that `CLLMTrainer` is given, where that is the name of an adapter."""
+"""The model that `CLLMTrainer` is given, and its tokenizer, where that is the name of an adapter."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from ..loading import load_adapter
@@ -44,3 +45,21 @@ def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_con
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     return load_adapter(model, is_trainable=True, **options)
+
+
+def load_target_tokenizer(model: Any) -> Any:
+    """
+    Load the tokenizer beside an adapter. The host takes that of the base model, which may have none.
+
+    Args:
+        model (`str` or any model): what `CLLMTrainer` is given.
+
+    Returns:
+        `transformers.PreTrainedTokenizerBase`, or `None` if `model` is no adapter's name, or there is none beside it.
+    """
+    if not isinstance(model, str) or find_adapter_config_file(model) is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError):
+        return None

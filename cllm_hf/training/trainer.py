@@ -21,7 +21,7 @@ from .collator import TrajectoryCollator
 from .config import CLLMConfig
 from .losses import ar_cross_entropy, forward_kl
 from .saving import SavingTrainer
-from .target import load_target
+from .target import load_target, load_target_tokenizer
 
 
 _REFUSED_ARGUMENTS = (
@@ -114,7 +114,7 @@ class CLLMTrainer(SavingTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=load_target_tokenizer(model) if processing_class is None else processing_class,
             peft_config=peft_config,
             **{**kwargs, "data_collator": TrajectoryCollator(self.block_size, args.max_length)},
         )
