@@ -1,5 +1,6 @@
 """What a finished CLLM leaves: its card, what others wrote that stays, adapters of every kind, and what loads them."""
 
+import copy
 import json
 import re
 from dataclasses import dataclass, field
@@ -195,6 +196,16 @@ def test_options_of_a_subclass_are_found(tmp_path):
     names = list(consistency_options(Config(output_dir=str(tmp_path), bf16=False)))
     assert names[0] == "ar_loss_weight" and names[-1] == "sharpness"
     assert not {"block_size", "export_custom_generate", "learning_rate", "output_dir"} & set(names)
+
+
+def test_access_tokens_are_not_pickled_and_stay_in_copies(tmp_path):
+    """The host saves the options with `torch.save`, and publishes that file."""
+    args = CLLMConfig(output_dir=str(tmp_path), bf16=False, hub_token="hf_secret", logging_steps=7)
+    assert copy.deepcopy(args).hub_token == "hf_secret" and copy.deepcopy(args) == args
+    torch.save(args, tmp_path / "args.bin")
+    assert b"hf_secret" not in (tmp_path / "args.bin").read_bytes()
+    loaded = torch.load(tmp_path / "args.bin", weights_only=False)
+    assert loaded.hub_token is None and loaded.logging_steps == 7
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])

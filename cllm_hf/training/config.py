@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,3 +85,8 @@ class CLLMConfig(SFTConfig):
     def __getstate__(self) -> dict[str, Any]:
         # The host pickles these options into `training_args.bin`, and pushes that.
         return {**self.__dict__, "hub_token": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CLLMConfig:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
