@@ -142,6 +142,11 @@ def test_text_that_looks_like_a_template_stays_text():
     assert "| {{ title }} | {% if x %} |" in text and "# {{ begin }}\n" in text
 
 
+def test_what_was_measured_stays_in_its_cells():
+    text = make_model_card(changed(measured={"p(a|b)": "two\nlines", "tokens": 1234567, "speed-up": 10 / 3}))
+    assert "| p(a\\|b) | two lines |" in text and "| tokens | 1234567 |" in text and "| speed-up | 3.333 |" in text
+
+
 def test_licences():
     assert license_metadata([]) == {} and license_metadata(["MIT"]) == {"license": "mit"}
     assert license_metadata(["Our Own"]) == {"license": "other", "license_name": "our-own"} and "mit" in LICENSES
@@ -236,6 +241,15 @@ def test_a_saved_folder_has_a_card_whose_code_runs(places, tmp_path, adapter):
     trainer.save_model(tmp_path / "other")
     assert "# other\n" in (tmp_path / "other" / "README.md").read_text()
     assert ModelCard.load(tmp_path / "other" / "README.md").data.datasets == ["user/data"]
+
+
+def test_a_folder_that_looks_like_an_id_is_no_id(places, tmp_path, monkeypatch):
+    monkeypatch.chdir(places.base.parent.parent)
+    name = f"{places.base.parent.name}/base"
+    trainer = make_trainer(name, places.dataset, None, tmp_path)
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "`path/to/base`" in text and name not in text and "base_model:" not in text
 
 
 @pytest.mark.parametrize("card", ["# Mine\n\nWords.\n", "---\na: [\n---\nBroken.\n", "---\nlicense: mit\r\n---\r\nHi"])

@@ -372,8 +372,8 @@ def _figure_name(name: str) -> str:
 def _measured_text(measured: Mapping[str, Any]) -> str:
     rows = []
     for name, value in measured.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        rows.append((name, f"{value:.4g}" if is_number else str(value)))
+        cells = (str(name), f"{value:.4g}" if isinstance(value, float) else str(value))
+        rows.append([" ".join(cell.split()).replace("|", "\\|") for cell in cells])
     return table(("what", "value"), rows) if rows else ""
 
 
