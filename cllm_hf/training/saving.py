@@ -81,6 +81,9 @@ class SavingTrainer(SFTTrainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         is_checkpoint = _internal_call and output_dir is not None
+        pushing = getattr(self, "push_in_progress", None)
+        if pushing is not None and not is_checkpoint:
+            pushing.wait_until_done()  # it reads the files that are written now
         with _set_aside(folder / _CARD) if self.args.should_save else nullcontext():
             super().save_model(output_dir, _internal_call=True)  # does not push yet
         if self.args.should_save:

@@ -314,7 +314,8 @@ def _loading_text(repo_id: str | None, name: str) -> str:
 
 def _training_text(manifest: Mapping[str, Any], repo_id: str | None, name: str) -> str:
     model, tokenizer = (manifest[what].get("name") or f"path/to/the/{what}" for what in ("model", "tokenizer"))
-    return f"""The model to train is the one that gave the data. Without a GPU that has bfloat16, pass `bf16=False`.
+    return f"""The model to train is the one that gave the data; an adapter is trained further. Without a GPU that has
+bfloat16, pass `bf16=False`.
 
 ```python
 from cllm_hf import CLLMConfig, CLLMTrainer, load_trajectories
