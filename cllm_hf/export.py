@@ -219,6 +219,19 @@ def export_custom_generate(
     )
 
 
+def is_exported(folder: Path) -> bool:
+    """
+    Whether `export_custom_generate` has written into a folder.
+
+    Args:
+        folder (`pathlib.Path`): the folder of a saved model.
+
+    Returns:
+        `bool`.
+    """
+    return (_Folder(folder).read(_GENERATE) or "").startswith(_MARK)
+
+
 def render_generate(block_size: int | str | None = None) -> str:
     """
     The text of `custom_generate/generate.py`.
@@ -310,26 +323,40 @@ def _render_card(place: _Folder | _Repository, is_adapter: bool) -> str:
     return str(card)
 
 
-def _card_text(title: str, is_adapter: bool) -> str:
+def usage_code(name: str, is_adapter: bool) -> str:
+    """
+    Code that decodes with an exported model, for people who have not installed this package.
+
+    Args:
+        name (`str`): folder or Hub id of the model or adapter.
+        is_adapter (`bool`): whether it is an adapter, which transformers loads without its `custom_generate`.
+
+    Returns:
+        `str`: Python code.
+    """
     load = "model = AutoModelForCausalLM.from_pretrained(name{trust})".format(
         trust="" if is_adapter else ", trust_remote_code=True"
     )
     call = ", custom_generate=name, trust_remote_code=True" if is_adapter else ""
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{name}"  # or the path of this folder
+tokenizer = AutoTokenizer.from_pretrained(name)
+{load}
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True{call})
+print(tokenizer.decode(output.sequences[0]))
+print(output.jacobi_stats.tokens_per_forward)"""
+
+
+def _card_text(title: str, is_adapter: bool) -> str:
     return f"""# {title}
 
 This {"adapter" if is_adapter else "model"} comes with Jacobi decoding: it writes several tokens a forward, and
 exactly the text of decoding one at a time.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-name = "{title}"  # or the path of this folder
-tokenizer = AutoTokenizer.from_pretrained(name)
-{load}
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True{call})
-print(tokenizer.decode(output.sequences[0]))
-print(output.jacobi_stats.tokens_per_forward)
+{usage_code(title, is_adapter)}
 ```
 
 ## Compatibility

@@ -46,16 +46,42 @@ def load_cllm(
         if base_model is not None:
             raise ValueError(f"{path} holds a whole model, got a `base_model` for it too. Drop `base_model`.")
         return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
-    model: Any = _load_adapter(path, base_model, kwargs)
+    return load_adapter(path, base_model, **kwargs).eval()
+
+
+def load_adapter(
+    path: str, base_model: PreTrainedModel | None = None, is_trainable: bool = False, **kwargs: Any
+) -> PeftModel:
+    """
+    Load an adapter with the decoding defaults saved beside it.
+
+    Args:
+        path (`str`): folder or Hub id of the adapter.
+        base_model (`transformers.PreTrainedModel`, *optional*): what it goes on; by default the model that it was
+            trained on is loaded.
+        is_trainable (`bool`): whether the adapter is to be trained further.
+        kwargs: passed to `AutoModelForCausalLM.from_pretrained` for the base model.
+
+    Returns:
+        `peft.PeftModel`.
+
+    Raises:
+        OSError: if there is no such base model.
+        ValueError: if the adapter does not fit the base model, or does not name one and none is given, or for `kwargs`
+            for a base model that is loaded already.
+    """
+    model: Any = _load_adapter(path, base_model, is_trainable, kwargs)
     try:
         model.generation_config = GenerationConfig.from_pretrained(path)
     except OSError:  # not saved by `CLLMTrainer`: keeps the defaults of its base model
-        return model.eval()
+        return model
     model.get_base_model().generation_config = model.generation_config
-    return model.eval()
+    return model
 
 
-def _load_adapter(path: str, base_model: PreTrainedModel | None, kwargs: dict[str, Any]) -> PeftModel:
+def _load_adapter(
+    path: str, base_model: PreTrainedModel | None, is_trainable: bool, kwargs: dict[str, Any]
+) -> PeftModel:
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(path)
@@ -76,7 +102,7 @@ def _load_adapter(path: str, base_model: PreTrainedModel | None, kwargs: dict[st
             f"The adapter at {path} does not fit the base model ({type(base_model).__name__}): {problem}. It was "
             f"trained on {trained_on or 'an unnamed model'}: pass that as `base_model`."
         )
-    return PeftModel.from_pretrained(base_model, path)
+    return PeftModel.from_pretrained(base_model, path, is_trainable=is_trainable)
 
 
 def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel) -> str | None:

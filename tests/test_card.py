@@ -7,6 +7,8 @@ import pytest
 from collections_on_disk import make_records, write_collection
 from conftest import make_word_model
 from huggingface_hub import DatasetCard
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from cllm_hf.trajectories.card import BEGIN, END, make_card, merge_card
 
@@ -135,14 +137,21 @@ def test_no_manifest():
         make_card({}, None)
 
 
-def test_the_code_runs(tmp_path, tokenizer, monkeypatch):
+@pytest.mark.parametrize("is_adapter", [False, True], ids=["model", "adapter"])
+def test_the_code_runs(tmp_path, tokenizer, monkeypatch, is_adapter):
+    """A dataset that an adapter has given is trained on by training that adapter further."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     model = make_word_model(tokenizer)
     model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    target = tmp_path / "model"
+    if is_adapter:
+        target = tmp_path / "adapter"
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(target)
+    tokenizer.save_pretrained(target)
     manifest = write_collection(tmp_path / "made", {"train": [make_records(4, vocabulary=40)]})
     for part in ("model", "tokenizer"):
-        manifest[part]["name"] = str(tmp_path / "model")
+        manifest[part]["name"] = str(target)
     code = re.findall(r"```python\n(.*?)```", make_card({"default": manifest}, None), flags=re.DOTALL)
     assert len(code) == 2
     options = f'output_dir="{tmp_path / "cllm"}", bf16=False, max_steps=1, report_to=[], use_cpu=True'
@@ -152,6 +161,7 @@ def test_the_code_runs(tmp_path, tokenizer, monkeypatch):
         exec(part.replace('output_dir="cllm"', options), names)
     assert len(names["dataset"]) == 4
     assert (tmp_path / "cllm" / "generation_config.json").is_file()
+    assert (tmp_path / "cllm" / "adapter_model.safetensors").is_file() == is_adapter
 
 
 def test_merging_a_card_with_itself_changes_nothing(manifest):

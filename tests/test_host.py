@@ -103,6 +103,23 @@ def test_sft_trainer_has_what_cllm_trainer_overrides():
     assert SFTTrainer.loss_is_scaled_for_ga is None
 
 
+def test_when_the_trainer_writes_cards_and_pushes(llama, tmp_path):
+    """`cllm_hf.training.saving` stands on these."""
+    assert {"create_model_card", "push_to_hub", "save_model", "init_hf_repo"} <= set(dir(SFTTrainer))
+    assert list(inspect.signature(SFTTrainer.save_model).parameters) == ["self", "output_dir", "_internal_call"]
+    names = ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"]
+    assert list(inspect.signature(SFTTrainer.push_to_hub).parameters) == names
+    names = ["self", "model_name", "dataset_name", "tags"]
+    assert list(inspect.signature(SFTTrainer.create_model_card).parameters) == names
+    # PEFT writes a card whenever an adapter is saved, into one that is there.
+    model = get_peft_model(llama, LoraConfig(task_type="CAUSAL_LM"))
+    (tmp_path / "README.md").write_text("Mine.\n")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Mine." in text and "library_name: peft" in text
+    assert model.active_peft_config.peft_type.value == "LORA"
+
+
 def test_adapters_given_to_each_row_show_as_hooks(llama):
     model = get_peft_model(llama, LoraConfig(task_type="CAUSAL_LM")).eval()
     seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -92,6 +93,9 @@ class CLLMConfig(SFTConfig):
             decodes the responses. The dataset then needs no states.
         online_iterations (`int`, *optional*, defaults to `4`):
             Most iterations that the states of an update are from their first drafts; each update draws a number.
+        export_custom_generate (`bool`, *optional*, defaults to `False`):
+            Whether `save_model` and `push_to_hub` also write Jacobi decoding for people without this package, as
+            [`export_custom_generate`] does. Checkpoints go without.
 
     Raises:
         ValueError: for a value out of its range, options that exclude each other, or an option of `SFTConfig` that has
@@ -150,6 +154,10 @@ class CLLMConfig(SFTConfig):
     online_iterations: int = field(
         default=4, metadata={"help": "Most iterations that the states of an update are from their first drafts."}
     )
+    export_custom_generate: bool = field(
+        default=False,
+        metadata={"help": "Whether to save and push Jacobi decoding for people without this package, too."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,6 +202,15 @@ class CLLMConfig(SFTConfig):
                 '`consistency="local"` takes the next state of a whole block, which `block_size_schedule` would cut. '
                 "Drop one of the two."
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The host pickles these options into `training_args.bin`, and pushes that.
+        return {**self.__dict__, "hub_token": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CLLMConfig:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
 
 def _is_number(value: Any, kind: type) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from .._host import base_model_of
+from ..cards import CLLM_CITATION
 from ..files import check_writable
 from ..integration import set_jacobi_defaults
 from ..packing import check_packable
@@ -21,6 +20,8 @@ from .checks import check_datasets
 from .config import CLLMConfig
 from .objective import sum_losses
 from .preparation import BatchPreparer, add_lengths, make_collator
+from .saving import SavingTrainer
+from .target import load_target, load_target_tokenizer
 
 
 _REFUSED_ARGUMENTS = (
@@ -32,7 +33,7 @@ _REFUSED_ARGUMENTS = (
 )
 
 
-class CLLMTrainer(SFTTrainer):
+class CLLMTrainer(SavingTrainer):
     """
     Trains a model to reach the fixed point of a block from any state of its trajectory (CLLM, arXiv 2403.00835).
 
@@ -48,7 +49,8 @@ class CLLMTrainer(SFTTrainer):
     function of the seed, the number of the update and the record, so that a resumed run goes on as if nothing was.
 
     Args:
-        model (`str`, `transformers.PreTrainedModel` or `peft.PeftModel`): the target model, or its name or path.
+        model (`str`, `transformers.PreTrainedModel` or `peft.PeftModel`): the target model, or its name or path. An
+            adapter, or its name or path, is trained further.
         args (`CLLMConfig`, *optional*): options.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): trajectories of the target model.
         eval_dataset (`datasets.Dataset` or `dict` of them, *optional*): trajectories for evaluation.
@@ -70,15 +72,7 @@ class CLLMTrainer(SFTTrainer):
     _paper = {
         "title": "CLLMs: Consistency Large Language Models",
         "id": "2403.00835",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @inproceedings{kou2024cllms,
-                title        = {{CLLMs: Consistency Large Language Models}},
-                author       = {Siqi Kou and Lanxiang Hu and Zhezhi He and Zhijie Deng and Hao Zhang},
-                year         = 2024,
-                booktitle    = {Forty-first International Conference on Machine Learning},
-                url          = {https://openreview.net/forum?id=8uzBOVmh8H},
-            }"""),
+        "citation": CLLM_CITATION,
     }
     # The loss is divided by the positions of the whole update, see `get_batch_samples`.
     loss_is_scaled_for_ga: Any = True
@@ -112,11 +106,11 @@ class CLLMTrainer(SFTTrainer):
         args.router_aux_loss_coef = 0.0
         self._preparer = BatchPreparer.from_config(args, dataset_block_size)
         super().__init__(
-            model,
+            load_target(model, args, peft_config, kwargs.get("quantization_config")),
             args=args,
             train_dataset=add_lengths(train_dataset, args),
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=load_target_tokenizer(model) if processing_class is None else processing_class,
             peft_config=peft_config,
             **{**kwargs, "data_collator": make_collator(args, dataset_block_size)},
         )
@@ -208,15 +202,3 @@ class CLLMTrainer(SFTTrainer):
                 self._metrics[mode][f"{name.removesuffix('_loss')}_tokens"] = [count]
             recorded.clear()
         super().log(logs, start_time)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Save the model or adapter with a generation config that decodes by Jacobi by default.
-
-        Args:
-            output_dir (`str`, *optional*): folder; by default `args.output_dir`.
-        """
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            # An adapter is saved without one; `cllm_hf.load_cllm` applies it.
-            self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)

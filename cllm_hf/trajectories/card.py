@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
+from ..cards import (
+    CLLM_CITATION,
+    END,
+    is_hub_id,
+    join_tags,
+    license_metadata,
+    quoted,
+    renew_section,
+    table,
+    without_folder,
+)
 from .loading import records_by_split
 from .statistics import TrajectoryStatistics, format_histogram
 
@@ -20,22 +27,7 @@ PLOT_NAME = "statistics.png"
 TAGS = ("cllm", "consistency-llm", "jacobi-decoding", "trajectories")
 # What stands between these marks is ours; the rest of a card belongs to those who have written it.
 BEGIN = "<!-- cllm_hf: what stands from here to the end mark is written anew at every push -->"
-END = "<!-- cllm_hf: end -->"
-# The Hub takes no other identifiers, https://huggingface.co/docs/hub/repositories-licenses.
-_LICENSES = frozenset(
-    """
-    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
-    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
-    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
-    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
-    lgpl lgpl-2.1 lgpl-3.0 isc intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openrail++
-    osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
-    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other
-    """.split()
-)
 _SIZES = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1e6), ("1M<n<10M", 1e7))
-_FILE_ENDINGS = (".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".md", ".gz", ".zst")
 _COUNTS = {
     "kept": "in the dataset",
     "kept_not_greedy": "of these, responses that are not the model's own greedy output",
@@ -66,15 +58,6 @@ _AUGMENTED = (
     "`augmented_states`",
     "further states of each block, with some wrong tokens put right: for training, and no part of the trajectory",
 )
-_CITATION = """```bibtex
-@inproceedings{kou2024cllms,
-    title     = {{CLLMs: Consistency Large Language Models}},
-    author    = {Siqi Kou and Lanxiang Hu and Zhezhi He and Zhijie Deng and Hao Zhang},
-    booktitle = {International Conference on Machine Learning},
-    year      = 2024,
-    url       = {https://arxiv.org/abs/2403.00835},
-}
-```"""
 
 
 def make_card(
@@ -117,7 +100,11 @@ def make_card(
         "## Train on it",
         _training_text(manifests[name], repo_id, name),
     ]
-    parts += ["## Citation", "The method is that of [CLLM](https://arxiv.org/abs/2403.00835):", _CITATION]
+    parts += [
+        "## Citation",
+        "The method is that of [CLLM](https://arxiv.org/abs/2403.00835):",
+        f"```bibtex\n{CLLM_CITATION}\n```",
+    ]
     data = _metadata(manifests, names)
     return f"---\n{data.to_yaml()}\n---\n\n{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}\n"
 
@@ -162,10 +149,8 @@ def merge_card(earlier: str, new: str) -> str:
         ) from error
     new_card = DatasetCard(new)
     section = new_card.text.strip()
-    if BEGIN in old_card.text and END in old_card.text.split(BEGIN, 1)[1]:
-        before, rest = old_card.text.split(BEGIN, 1)
-        text = before + section + rest.split(END, 1)[1]
-    else:
+    text = renew_section(old_card.text, section, BEGIN)
+    if text is None:
         text = "\n\n".join(part for part in (old_card.text.strip(), section) if part) + "\n"
     data = DatasetCardData(**_merge_metadata(old_card.data.to_dict(), new_card.data.to_dict()))
     return f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}"
@@ -179,8 +164,7 @@ def _merge_metadata(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         return [entry for entry in entries if entry.get("config_name", DEFAULT_CONFIG) not in ours]
 
     merged = {**old, **new}
-    tags = [old["tags"]] if isinstance(old.get("tags"), str) else list(old.get("tags") or [])
-    merged["tags"] = [*tags, *(tag for tag in new["tags"] if tag not in tags)]
+    merged["tags"] = join_tags(old.get("tags"), new["tags"])
     merged["configs"] = [*foreign(old.get("configs")), *new["configs"]]
     if "license" in new and "license_name" not in new:
         merged.pop("license_name", None)
@@ -195,22 +179,15 @@ def _merge_metadata(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def _metadata(manifests: Mapping[str, Mapping[str, Any]], names: list[str]) -> DatasetCardData:
     prompts = [manifests[name]["prompts"] for name in names]
     licenses = list(dict.fromkeys(one["license"] for one in prompts if one.get("license")))
-    known = [license.lower() for license in licenses if license.lower() in _LICENSES]
-    unknown = [license for license in licenses if license.lower() not in _LICENSES]
-    sources = dict.fromkeys(one["source"] for one in prompts if _is_hub_id(one.get("source")))
+    sources = dict.fromkeys(one["source"] for one in prompts if is_hub_id(one.get("source")))
     number = sum(sum(records_by_split(manifests[name]).values()) for name in names)
-    extra: dict[str, Any] = {}
-    if unknown:
-        known = [*known, "other"]
-        extra["license_name"] = re.sub(r"[^a-z0-9.]+", "-", " ".join(unknown).lower()).strip("-")
     return DatasetCardData(
-        license=(known if len(known) > 1 else known[0]) if known else None,
         source_datasets=list(sources) or None,
         size_categories=[next((size for size, limit in _SIZES if number < limit), "n>10M")],
         task_categories=["text-generation"],
         tags=list(TAGS),
         configs=[_config(name, manifests[name]) for name in names],
-        **extra,
+        **license_metadata(licenses),
     )
 
 
@@ -219,16 +196,6 @@ def _config(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     splits = [split for split, records in records_by_split(manifest).items() if records]
     files = [{"split": split, "path": place(name, f"data/{split}-*.parquet")} for split in splits]
     return {"config_name": name, "data_files": files}
-
-
-def _is_hub_id(source: str | None) -> bool:
-    if not source or source.count("/") != 1 or source.lower().endswith(_FILE_ENDINGS):
-        return False
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _introduction(manifests: Mapping[str, Mapping[str, Any]], names: list[str]) -> str:
@@ -245,9 +212,7 @@ def _without_folders(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """For others to read: folders of the machine where it was made mean nothing to them."""
 
     def shown(part: Mapping[str, Any]) -> dict[str, Any]:
-        name = part.get("name") or ""
-        is_folder = name.startswith(("/", ".", "~")) or name.count("/") > 1
-        return {**part, "name": f"path/to/{Path(name).name}" if is_folder else part.get("name")}
+        return {**part, "name": without_folder(part["name"]) if part.get("name") else part.get("name")}
 
     return {**manifest, "model": shown(manifest["model"]), "tokenizer": shown(manifest["tokenizer"])}
 
@@ -265,7 +230,7 @@ def _columns_text(manifests: Collection[Mapping[str, Any]]) -> str:
         f"A row is one response. It is cut into blocks of {' or '.join(map(str, sizes))} tokens. A block starts as a "
         "draft, drawn at random from the prompt's tokens; in each iteration one forward of the model over the draft "
         "gives the next state, until nothing changes: the fixed point, which is the response's own text. Behind the "
-        "end of a response states are padding and mean nothing.\n\n" + _table(("column", "content"), rows)
+        "end of a response states are padding and mean nothing.\n\n" + table(("column", "content"), rows)
     )
 
 
@@ -295,8 +260,8 @@ def _counts_text(manifest: Mapping[str, Any]) -> str:
     ]
     kept = counts.get("kept", 0)
     rest = "; the others were dropped, each for the first of these reasons that held." if kept < total else "."
-    table = _table(("count", "prompts", "share", "meaning"), rows)
-    return f"There were {total:,} prompts. {kept:,} are in the dataset{rest}\n\n{table}"
+    listed = table(("count", "prompts", "share", "meaning"), rows)
+    return f"There were {total:,} prompts. {kept:,} are in the dataset{rest}\n\n{listed}"
 
 
 def _statistics_parts(manifest: Mapping[str, Any], plot: str) -> list[str]:
@@ -326,7 +291,7 @@ def _statistics_parts(manifest: Mapping[str, Any], plot: str) -> list[str]:
 def _source_text(manifest: Mapping[str, Any]) -> str:
     prompts, model = manifest["prompts"], _model_text(manifest)
     source = prompts.get("source")
-    link = f"[{source}](https://huggingface.co/datasets/{source})" if _is_hub_id(source) else f"`{source}`"
+    link = f"[{source}](https://huggingface.co/datasets/{source})" if is_hub_id(source) else f"`{source}`"
     origin = f"The prompts come from {link}." if source else "Where the prompts come from is not recorded."
     license = f"is `{prompts['license']}`" if prompts.get("license") else "is not recorded"
     given = "The responses were given with the prompts; where they come from is not recorded."
@@ -349,26 +314,19 @@ def _loading_text(repo_id: str | None, name: str) -> str:
 
 def _training_text(manifest: Mapping[str, Any], repo_id: str | None, name: str) -> str:
     model, tokenizer = (manifest[what].get("name") or f"path/to/the/{what}" for what in ("model", "tokenizer"))
-    return f"""The model to train is the one that gave the data. Without a GPU that has bfloat16, pass `bf16=False`.
+    return f"""The model to train is the one that gave the data; an adapter is trained further. Without a GPU that has
+bfloat16, pass `bf16=False`.
 
 ```python
 from cllm_hf import CLLMConfig, CLLMTrainer, load_trajectories
 from transformers import AutoTokenizer
 
 trainer = CLLMTrainer(
-    model={_quoted(model)},
+    model={quoted(model)},
     args=CLLMConfig(output_dir="cllm"),
     train_dataset={_load_call(repo_id, name)},
-    processing_class=AutoTokenizer.from_pretrained({_quoted(tokenizer)}),
+    processing_class=AutoTokenizer.from_pretrained({quoted(tokenizer)}),
 )
 trainer.train()
 trainer.save_model()
 ```"""
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from datasets import (
     load_from_disk,
 )
 from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import ENDPOINT
 
 from .manifest import MANIFEST_NAME, read_manifest
 from .schema import check_columns, check_dataset, check_record
@@ -25,6 +27,7 @@ from .sources import is_local
 
 
 UNFINISHED_NAME = ".unfinished"
+_HOMEPAGE = re.compile(rf"{re.escape(ENDPOINT)}/datasets/([^/]+(?:/[^/]+)?)")
 # Which files `save_to_disk` leaves for one dataset, and for several splits.
 _SAVED_NAMES = ("state.json", "dataset_dict.json")
 _EMPTY = "The trajectory dataset is empty. Build it from more prompts, or look at its drop counts."
@@ -344,7 +347,7 @@ def _load_from_hub(
             "is no such folder, and it cannot be an id. Check the name."
         ) from error
     try:
-        return load_dataset(repo_id, name, split=split, streaming=streaming, revision=revision, token=token)
+        loaded = load_dataset(repo_id, name, split=split, streaming=streaming, revision=revision, token=token)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"`path` must be a folder, or the id of a dataset on the Hub, got {repo_id!r}. There is no such folder, "
@@ -357,6 +360,23 @@ def _load_from_hub(
             f"and the Hub did not answer: {_first_line(error)} Check the name and the network, and that "
             "`HF_HUB_OFFLINE` is not set."
         ) from error
+    for one in loaded.values() if isinstance(loaded, dict) else [loaded]:
+        one.info.homepage = f"{ENDPOINT}/datasets/{repo_id}"
+    return loaded
+
+
+def hub_id_of(dataset: Any) -> str | None:
+    """
+    Where on the Hub `load_trajectories` has found a dataset.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): the dataset, or a part of it.
+
+    Returns:
+        `str`: its id, or `None` if it is not from the Hub.
+    """
+    found = _HOMEPAGE.fullmatch(getattr(getattr(dataset, "info", None), "homepage", None) or "")
+    return found[1] if found else None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,151 @@
+"""What the cards of models and of datasets share: metadata of the Hub, names, and how an earlier card is renewed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+# What stands between the mark that begins a section and this one is ours; the rest belongs to those who wrote it.
+END = "<!-- cllm_hf: end -->"
+CLLM_CITATION = """\
+@inproceedings{kou2024cllms,
+    title     = {{CLLMs: Consistency Large Language Models}},
+    author    = {Siqi Kou and Lanxiang Hu and Zhezhi He and Zhijie Deng and Hao Zhang},
+    booktitle = {International Conference on Machine Learning},
+    year      = 2024,
+    url       = {https://arxiv.org/abs/2403.00835},
+}"""
+# The Hub takes no other identifiers, https://huggingface.co/docs/hub/repositories-licenses.
+LICENSES = frozenset(
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openrail++
+    osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other
+    """.split()
+)
+_FILE_ENDINGS = (".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".md", ".gz", ".zst")
+
+
+def is_hub_id(source: str | None) -> bool:
+    """
+    Whether a name looks like an id of the Hub, with its owner.
+
+    Args:
+        source (`str`, *optional*): a name.
+
+    Returns:
+        `bool`: `False` for names of files, and for folders that are not written as `owner/name`.
+    """
+    if not source or source.count("/") != 1 or source.lower().endswith(_FILE_ENDINGS):
+        return False
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
+
+
+def without_folder(name: str) -> str:
+    """
+    A name for others to read: folders of the machine where something was made mean nothing to them.
+
+    Args:
+        name (`str`): a path, or an id of the Hub.
+
+    Returns:
+        `str`: `path/to/` and the last part of a path; an id as it is.
+    """
+    is_folder = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return f"path/to/{Path(name).name}" if is_folder else name
+
+
+def license_metadata(licenses: Sequence[str]) -> dict[str, Any]:
+    """
+    The metadata that say under which licences something stands.
+
+    Args:
+        licenses (`Sequence[str]`): their names.
+
+    Returns:
+        `dict`: `license`, or nothing without any; `license_name` for those that the Hub does not know.
+    """
+    known = [license.lower() for license in licenses if license.lower() in LICENSES]
+    unknown = [license for license in licenses if license.lower() not in LICENSES]
+    metadata: dict[str, Any] = {}
+    if unknown:
+        known = [*known, "other"]
+        metadata["license_name"] = re.sub(r"[^a-z0-9.]+", "-", " ".join(unknown).lower()).strip("-")
+    if known:
+        metadata["license"] = known if len(known) > 1 else known[0]
+    return metadata
+
+
+def join_tags(earlier: Any, new: Sequence[str]) -> list[str]:
+    """
+    Tags of an earlier card and those that a new one adds.
+
+    Args:
+        earlier (`list[str]` or `str`, *optional*): as they stand in the earlier metadata.
+        new (`Sequence[str]`): tags.
+
+    Returns:
+        `list[str]`: each once, the earlier ones first.
+    """
+    tags = [earlier] if isinstance(earlier, str) else list(earlier or [])
+    return list(dict.fromkeys([*tags, *new]))
+
+
+def renew_section(earlier: str, section: str, begin: str) -> str | None:
+    """
+    Put a section of ours in place of an earlier one.
+
+    Args:
+        earlier (`str`): the text that is there.
+        section (`str`): the new section, with its marks.
+        begin (`str`): the mark that begins it; `END` ends it.
+
+    Returns:
+        `str`: the text with everything outside the marks as it was, or `None` if it has no such section.
+    """
+    if begin not in earlier:
+        return None
+    before, rest = earlier.split(begin, 1)
+    return before + section + rest.split(END, 1)[1] if END in rest else None
+
+
+def quoted(text: str) -> str:
+    """
+    A text as it stands in Python code.
+
+    Args:
+        text (`str`): the text.
+
+    Returns:
+        `str`: in double quotes.
+    """
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """
+    A Markdown table whose cells take no more room than they need, for a page that a browser lays out.
+
+    Args:
+        header (`Sequence[str]`): names of the columns.
+        rows (`Sequence[Sequence[str]]`): cells.
+
+    Returns:
+        `str`.
+    """
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))
