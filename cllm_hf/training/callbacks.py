@@ -22,19 +22,21 @@ _SAMPLE = 128  # records of the training data that are looked at
 
 class CollapseCallback(TrainerCallback):
     """
-    Warns once for each sign that a model loses its quality, and can stop the training.
+    Warns when a model loses its quality, once for each sign, and can stop the training.
 
     Signs in training are an AR loss far above its lowest value, a loss that is not a number, and in evaluation
     agreement that falls, responses that repeat themselves more than the dataset's, and responses that are much
-    shorter. All of these are logged by [`CLLMTrainer`], which adds this callback by itself unless `on_collapse` is
-    `"ignore"`; add one with limits of your own to replace that.
+    shorter. What was over for a while and comes again gets another warning. All of these are logged by
+    [`CLLMTrainer`], which adds this callback by itself unless `on_collapse` is `"ignore"`; add one with limits of
+    your own to replace that.
 
     Before the training a sample of the data is looked at. Data that repeats itself, that has responses of one token,
     states of padding or nothing for the consistency loss gets a warning too, but stops nothing.
 
     Args:
         on_collapse (`str`, *optional*, defaults to `"warn"`): `"warn"`, or `"stop"` to end the training too; what is
-            saved at its end is saved as always.
+            saved at its end is saved as always. What an evaluation shows stops a training only if the next one shows
+            it too, since in many runs it passes.
         ar_loss_rise (`float`, *optional*, defaults to 1.0): in nats: the AR loss (the median of the last 3 logged)
             stands this much above its lowest value so far, and at more than twice that.
         agreement_drop (`float`, *optional*, defaults to 0.3): agreement has lost this share of its highest value.
@@ -77,12 +79,13 @@ class CollapseCallback(TrainerCallback):
             return
         if state.is_world_process_zero:
             self._warn(signs)
-        if self.on_collapse == "stop":
+        if self.on_collapse == "stop" and any(sign.is_lasting for sign in signs):
             control.should_training_stop = True
 
     def _warn(self, signs: list[Sign]) -> None:
         for sign in signs:
-            if sign.kind not in self._warned:
+            # What was over for a while is worth another warning; so is what a resumed run still shows.
+            if sign.is_new or sign.kind not in self._warned:
                 self._warned.add(sign.kind)
                 logger.warning(sign.message)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -13,6 +13,7 @@ from .monitoring import count_repeated
 
 
 _LOSSES = ("loss", "consistency_loss", "ar_loss")
+_DECODING = ("agreement", "repetition", "response_tokens")
 _RECENT = 3  # logged values of the AR loss whose median counts, so that one bad batch does not
 _REMEDY = "Lower `learning_rate`, raise `ar_loss_weight`, or clean the dataset (`cllm_hf.CleaningRules`)."
 _CLEAN = "Clean the dataset, as `TrajectoryBuilder(cleaning=cllm_hf.CleaningRules())` does."
@@ -24,12 +25,17 @@ class Sign:
     Something that was seen.
 
     Attributes:
-        kind (`str`): what it is a sign of; one warning is given for each kind.
+        kind (`str`): what it is a sign of.
         message (`str`): what was seen and what to do, for people.
+        is_new (`bool`): whether it was not there the last time.
+        is_lasting (`bool`): whether it is there to stay. What an evaluation shows may pass, as it does in many runs
+            when the learning rate is at its highest; it lasts if the next evaluation shows it too.
     """
 
     kind: str
     message: str
+    is_new: bool = True
+    is_lasting: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class CollapseDetector:
         self.limits = limits or CollapseLimits()
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._lowest: float | None = None
-        self._agreements: dict[str, float] = {}  # highest so far, by the name's prefix
+        self._agreements: dict[str, float] = {}  # highest so far, by name
+        self._times: Counter[str] = Counter()  # that a value was bad, in a row, by name
 
     def update(self, logs: Mapping[str, Any]) -> list[Sign]:
         """
@@ -90,55 +97,73 @@ class CollapseDetector:
             `list[Sign]`: what it shows.
         """
         values = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
-        signs = [*_not_finite(values), *self._high_loss(values)]
-        for name in values:
-            if name.endswith("_agreement"):
-                signs += self._low_agreement(name.removesuffix("agreement"), values[name])
-            elif name.endswith("_repetition") and not name.endswith("target_repetition"):
-                signs += self._repetition(values[name], values.get(_of_target(name, "repetition"), 0.0))
-            elif name.endswith("_response_tokens") and not name.endswith("target_response_tokens"):
-                signs += self._short(values[name], values.get(_of_target(name, "response_tokens"), 0.0))
-        return signs
+        return [*self._not_finite(values), *self._high_loss(values), *self._bad_decoding(values)]
+
+    def _not_finite(self, values: Mapping[str, float]) -> Iterator[Sign]:
+        for name, value in values.items():
+            if not math.isfinite(value) and any(name == loss or name.endswith(f"_{loss}") for loss in _LOSSES):
+                self._times["loss"] += 1
+                yield Sign(
+                    "not_finite",
+                    f"`{name}` is {value}: the weights are lost. Begin again from the last good checkpoint with a "
+                    "lower `learning_rate`, a `max_grad_norm`, or `bf16` instead of `fp16`.",
+                    is_new=self._times["loss"] == 1,
+                    is_lasting=True,
+                )
+                return
 
     def _high_loss(self, values: Mapping[str, float]) -> Iterator[Sign]:
         loss = values.get("ar_loss", math.nan)
         if not math.isfinite(loss) or values.get("ar_tokens") == 0:  # a mean over nothing
             return
         self._recent.append(loss)
-        recent = median(self._recent)
-        lowest = self._lowest
+        recent, lowest = median(self._recent), self._lowest
         self._lowest = recent if lowest is None else min(lowest, recent)
         if lowest is not None and recent > max(lowest + self.limits.ar_loss_rise, 2 * lowest):
+            self._times["ar_loss"] += 1
             yield Sign(
                 "ar_loss",
-                f"The AR loss has risen to {recent:.3g}, from {lowest:.3g} at its lowest: the model forgets the "
-                f"text it should write. {_REMEDY}",
+                f"`ar_loss` has risen to {recent:.3g}, from {lowest:.3g} at its lowest: the model forgets the text it "
+                f"should write. {_REMEDY}",
+                is_new=self._times["ar_loss"] == 1,
+                is_lasting=True,
             )
 
-    def _low_agreement(self, prefix: str, agreement: float) -> Iterator[Sign]:
-        highest = self._agreements[prefix] = max(agreement, self._agreements.get(prefix, 0.0))
-        if agreement < (1 - self.limits.agreement_drop) * highest:
-            yield Sign(
-                "agreement",
-                f"The model says only {agreement:.1%} of the target model's tokens, after {highest:.1%} earlier in "
-                f"the run. {_REMEDY}",
-            )
+    def _bad_decoding(self, values: Mapping[str, float]) -> Iterator[Sign]:
+        """What decoding in evaluation shows, under the name of every evaluation dataset."""
+        for name, value in values.items():
+            kind = next((kind for kind in _DECODING if name.endswith(f"_{kind}")), None)
+            if kind is None or name.endswith(f"_target_{kind}"):
+                continue
+            target = values.get(f"{name.removesuffix(kind)}target_{kind}", 0.0)
+            message = {
+                "agreement": self._low_agreement,
+                "repetition": self._repetition,
+                "response_tokens": self._short,
+            }[kind](name, value, target)
+            self._times[name] = self._times[name] + 1 if message else 0
+            if message:
+                times = self._times[name]
+                yield Sign(kind, f"`{name}` is {message} {_REMEDY}", is_new=times == 1, is_lasting=times > 1)
 
-    def _repetition(self, rate: float, target_rate: float) -> Iterator[Sign]:
-        if rate > target_rate + self.limits.repetition_rise:
-            yield Sign(
-                "repetition",
-                f"The model repeats itself: {rate:.1%} of what it writes stood earlier in the same response, in the "
-                f"dataset's responses {target_rate:.1%}. {_REMEDY}",
-            )
+    def _low_agreement(self, name: str, agreement: float, target: float) -> str | None:
+        highest = self._agreements[name] = max(agreement, self._agreements.get(name, 0.0))
+        if agreement >= (1 - self.limits.agreement_drop) * highest:
+            return None
+        return (
+            f"{agreement:.1%}, after {highest:.1%} earlier in the run: the model no longer says what the target model "
+            "does."
+        )
 
-    def _short(self, length: float, target_length: float) -> Iterator[Sign]:
-        if length < self.limits.response_share * target_length:
-            yield Sign(
-                "short_responses",
-                f"The model's responses have {length:.1f} tokens on average, the dataset's {target_length:.1f}. "
-                f"{_REMEDY}",
-            )
+    def _repetition(self, name: str, rate: float, target: float) -> str | None:
+        if rate <= target + self.limits.repetition_rise:
+            return None
+        return f"{rate:.1%}, of the dataset's responses {target:.1%}: the model repeats itself."
+
+    def _short(self, name: str, length: float, target: float) -> str | None:
+        if length >= self.limits.response_share * target:
+            return None
+        return f"{length:.1f}, of the dataset's responses {target:.1f}: the model stops far too early."
 
 
 def find_bad_data(
@@ -217,18 +242,3 @@ def _drafts(record: Mapping[str, Any], response: list[int]) -> Iterator[tuple[li
         start += len(trajectory[-1])
         for state in [*extra, *trajectory[:-1]]:
             yield [int(token) for token in state][: len(fixed_point)], fixed_point
-
-
-def _not_finite(values: Mapping[str, float]) -> Iterator[Sign]:
-    for name, value in values.items():
-        if not math.isfinite(value) and any(name == loss or name.endswith(f"_{loss}") for loss in _LOSSES):
-            yield Sign(
-                "not_finite",
-                f"`{name}` is {value}: the weights are lost. Begin again from the last good checkpoint with a lower "
-                "`learning_rate`, a `max_grad_norm`, or `bf16` instead of `fp16`.",
-            )
-            return
-
-
-def _of_target(name: str, suffix: str) -> str:
-    return f"{name.removesuffix(suffix)}target_{suffix}"

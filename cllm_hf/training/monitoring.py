@@ -127,7 +127,8 @@ def measure_decoding(
         pad_id (`int`): for padding.
         stop_ids (`Collection[int]`): tokens that end a response.
         max_new_tokens (`int`, *optional*): longest response to decode; by default the longest of the records.
-        batch_size (`int`): prompts that are decoded together.
+        batch_size (`int`): prompts that are decoded together. Random tokens of first drafts are drawn for a batch as a
+            whole, so that `num_forwards` changes a little with it, and nothing else does.
 
     Returns:
         `DecodingMeasures`: all zero without records.
@@ -260,7 +261,11 @@ def _decode(
     last: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = block_size if last is None else max(min(block_size, last - longest - limit), 0)
     options = GenerationConfig(
-        do_sample=False, max_new_tokens=limit + room, eos_token_id=stop_ids or None, pad_token_id=pad_id
+        do_sample=False,
+        max_new_tokens=limit + room,
+        eos_token_id=stop_ids or None,
+        pad_token_id=pad_id,
+        return_dict_in_generate=True,
     )
     device = input_device(model)
     generate: Any = model.generate
@@ -271,7 +276,6 @@ def _decode(
             generation_config=options,
             decoding="jacobi",
             jacobi_block_size=block_size,
-            return_dict_in_generate=True,
         )
     responses, num_forwards = [], 0
     for row, committed in zip(output.sequences[:, longest:].tolist(), output.jacobi_stats.num_committed):

@@ -134,7 +134,7 @@ def _panels(curves: Mapping[str, Curve]) -> list[tuple[str, list[_Line]]]:
     ]
     quality = [
         # Of one dataset, colors tell the measures apart, of several the datasets, as in the panel of speed.
-        _Line(_label(label, prefix, prefixes), curve, color if len(prefixes) == 1 else own, style, True)
+        _Line(_label(label, prefix, prefixes), curve, color if len(prefixes) == 1 else own, style, style != ":")
         for prefix, own in zip(prefixes, itertools.cycle(_COLORS))
         for name, label, color, style in _QUALITY
         if (curve := curves.get(f"{prefix}_{name}")) is not None
@@ -174,8 +174,9 @@ def _draw_panel(axes: Any, title: str, lines: list[_Line], most: int) -> None:
     else:
         axes.set_ylim(0, 1.08 * max(max(values), 0.01))
     if title.startswith("tokens"):
-        # What decoding one token at a time gives.
         axes.axhline(1, color="0.6", linewidth=1)
+        note = {"textcoords": "offset points", "ha": "right", "color": "0.45", "fontsize": 9}
+        axes.annotate("one token at a time", (most, 1), (0, 3), **note)
     axes.set_xlim(0, most * 1.02)
     axes.set_xlabel("updates")
     axes.set_ylabel(title)
