@@ -48,11 +48,21 @@ def test_ar_loss_far_above_its_lowest():
     assert not any(follow(detector, [{"ar_loss": loss} for loss in (0.5, 0.4, 0.5)]))
     # One bad batch is none; two of the last three are.
     assert follow(detector, [{"ar_loss": 5.0}, {"ar_loss": 5.0}]) == [[], ["ar_loss"]]
-    sign = CollapseDetector()
-    for loss in (0.5, 3.0, 3.0):
-        signs = sign.update({"ar_loss": loss})
-    assert signs[0].is_lasting and "`ar_loss` has risen to 3, from 0.5" in signs[0].message
-    assert "learning_rate" in signs[0].message and "ar_loss_weight" in signs[0].message
+    detector = CollapseDetector()
+    seen = [detector.update({"ar_loss": loss}) for loss in (0.5, 3.0, 3.0, 3.0, 3.0, 0.5, 0.5, 3.0, 3.0)]
+    assert [[(sign.is_new, sign.is_lasting) for sign in signs] for signs in seen] == [
+        [],
+        [(True, False)],
+        [(False, False)],
+        [(False, True)],
+        [(False, True)],
+        [(False, True)],
+        [],
+        [],
+        [(True, False)],
+    ]
+    message = seen[2][0].message
+    assert "`ar_loss` has risen to 3, from 0.5" in message and "learning_rate" in message
 
 
 def test_a_mean_over_no_tokens_is_no_lowest_value():

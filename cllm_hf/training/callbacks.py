@@ -35,8 +35,9 @@ class CollapseCallback(TrainerCallback):
 
     Args:
         on_collapse (`str`, *optional*, defaults to `"warn"`): `"warn"`, or `"stop"` to end the training too; what is
-            saved at its end is saved as always. What an evaluation shows stops a training only if the next one shows
-            it too, since in many runs it passes.
+            saved at its end is saved as always. Many runs are bad for a while and recover: what an evaluation shows
+            stops a training only if the next one shows it too, and a high AR loss if three entries of the log in a row
+            do. A loss that is not a number stops it at once.
         ar_loss_rise (`float`, *optional*, defaults to 1.0): in nats: the AR loss (the median of the last 3 logged)
             stands this much above its lowest value so far, and at more than twice that.
         agreement_drop (`float`, *optional*, defaults to 0.3): agreement has lost this share of its highest value.

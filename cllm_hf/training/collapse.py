@@ -15,6 +15,7 @@ from .monitoring import count_repeated
 _LOSSES = ("loss", "consistency_loss", "ar_loss")
 _DECODING = ("agreement", "repetition", "response_tokens")
 _RECENT = 3  # logged values of the AR loss whose median counts, so that one bad batch does not
+_LASTING = 3  # entries of the log in a row
 _REMEDY = "Lower `learning_rate`, raise `ar_loss_weight`, or clean the dataset (`cllm_hf.CleaningRules`)."
 _CLEAN = "Clean the dataset, as `TrajectoryBuilder(cleaning=cllm_hf.CleaningRules())` does."
 
@@ -28,8 +29,9 @@ class Sign:
         kind (`str`): what it is a sign of.
         message (`str`): what was seen and what to do, for people.
         is_new (`bool`): whether it was not there the last time.
-        is_lasting (`bool`): whether it is there to stay. What an evaluation shows may pass, as it does in many runs
-            when the learning rate is at its highest; it lasts if the next evaluation shows it too.
+        is_lasting (`bool`): whether it is there to stay. Many runs are bad for a while when the learning rate is at
+            its highest: what an evaluation shows lasts if the next one shows it too, a high AR loss if three entries
+            of the log in a row do. A loss that is no number does not come back.
     """
 
     kind: str
@@ -119,14 +121,15 @@ class CollapseDetector:
         self._recent.append(loss)
         recent, lowest = median(self._recent), self._lowest
         self._lowest = recent if lowest is None else min(lowest, recent)
-        if lowest is not None and recent > max(lowest + self.limits.ar_loss_rise, 2 * lowest):
-            self._times["ar_loss"] += 1
+        is_high = lowest is not None and recent > max(lowest + self.limits.ar_loss_rise, 2 * lowest)
+        self._times["ar_loss"] = self._times["ar_loss"] + 1 if is_high else 0
+        if is_high:
             yield Sign(
                 "ar_loss",
                 f"`ar_loss` has risen to {recent:.3g}, from {lowest:.3g} at its lowest: the model forgets the text it "
                 f"should write. {_REMEDY}",
                 is_new=self._times["ar_loss"] == 1,
-                is_lasting=True,
+                is_lasting=self._times["ar_loss"] >= _LASTING,
             )
 
     def _bad_decoding(self, values: Mapping[str, float]) -> Iterator[Sign]:
