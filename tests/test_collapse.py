@@ -171,7 +171,7 @@ def train(model, tokenizer, folder, dataset, **options):
         folder,
         dataset,
         eval_strategy="steps",
-        eval_steps=options.pop("eval_steps", 3),
+        eval_steps=options.pop("eval_steps", 4),
         **options,
     )
     trainer.train()
@@ -182,9 +182,9 @@ def train(model, tokenizer, folder, dataset, **options):
 def test_a_run_on_bad_data_warns_and_ends_cleanly(word_model, tokenizer, tmp_path, caplog, kind):
     with caplog.at_level(logging.WARNING):
         trainer = train(
-            word_model, tokenizer, tmp_path, make_dataset(**BAD_DATA[kind]), max_steps=6, learning_rate=5e-3
+            word_model, tokenizer, tmp_path, make_dataset(**BAD_DATA[kind]), max_steps=4, learning_rate=5e-3
         )
-    assert trainer.state.global_step == 6
+    assert trainer.state.global_step == 4
     (message,) = [sign.message for sign in find_bad_data(make_dataset(**BAD_DATA[kind]), 0) if sign.kind == kind]
     assert caplog.text.count(message) == 1
     for log in trainer.state.log_history:
@@ -205,21 +205,21 @@ def test_good_data_gets_no_warning(word_model, tokenizer, tmp_path, caplog):
 def destroy(word_model, tokenizer, folder, **options):
     """A learning rate at which nothing of the model is left after a few updates."""
     return train(
-        word_model, tokenizer, folder, make_dataset(good_responses()), learning_rate=1.0, max_steps=12, **options
+        word_model, tokenizer, folder, make_dataset(good_responses()), learning_rate=1.0, max_steps=9, **options
     )
 
 
 def test_a_collapsing_run_warns_once_and_goes_on(word_model, tokenizer, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = destroy(word_model, tokenizer, tmp_path)
-    assert trainer.state.global_step == 12
+    assert trainer.state.global_step == 9
     assert caplog.text.count("`ar_loss` has risen to") == 1
 
 
 def test_a_collapsing_run_is_stopped_and_saved(word_model, tokenizer, tmp_path):
     trainer = destroy(word_model, tokenizer, tmp_path, on_collapse="stop")
     steps = trainer.state.global_step
-    assert 1 < steps < 12
+    assert 1 < steps < 9
     assert trainer.state.log_history[-1]["train_loss"] > 0  # the host's last words
     trainer.save_model()
     trainer.save_state()

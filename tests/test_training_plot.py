@@ -102,11 +102,12 @@ def test_curves():
 
 def test_a_training_draws_after_each_evaluation_and_at_its_end(word_model, tokenizer, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(callbacks, "plot_run", lambda log, path: drawn.append(path) or plot_run(log, path))
+    monkeypatch.setattr(callbacks, "plot_run", lambda log, path: drawn.append((list(log), path)))
     dataset = make_dataset(good_responses(4))
     options = {"eval_strategy": "steps", "eval_steps": 2, "plot_run": True}
     make_trainer(word_model, dataset, tokenizer, tmp_path, dataset, **options).train()
-    assert drawn == [tmp_path / PLOT_NAME] * 3
+    assert [path for _, path in drawn] == [tmp_path / PLOT_NAME] * 3
+    assert plot_run(*drawn[-1])
     assert set(plotting._COLORS[:3]) <= colors(tmp_path / PLOT_NAME)[0]
 
 
@@ -135,7 +136,7 @@ def test_a_plot_that_cannot_be_written_ends_no_training(word_model, tokenizer, t
     trouble(monkeypatch)
     dataset = make_dataset(good_responses(4))
     trainer = make_trainer(
-        word_model, dataset, tokenizer, tmp_path, dataset, eval_strategy="steps", eval_steps=2, plot_run=True
+        word_model, dataset, tokenizer, tmp_path, dataset, eval_strategy="steps", eval_steps=4, plot_run=True
     )
     with caplog.at_level(logging.WARNING):
         trainer.train()

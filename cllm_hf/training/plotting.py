@@ -157,9 +157,12 @@ def _draw_panel(axes: Any, title: str, lines: list[_Line], most: int) -> None:
             line.curve.values,
             color=line.color,
             linestyle=line.style,
-            linewidth=1.6,
+            linewidth=1.6 if line.is_measured else 1.2,
             marker="o" if line.is_measured else None,
-            markersize=4,
+            markersize=4.5,
+            markerfacecolor="white",  # what it lies upon shows
+            markeredgewidth=1.4,
+            zorder=3 if line.is_measured else 2,
             # A dollar sign would begin a formula.
             label=f"{line.label}, last {last}".replace("$", r"\$"),
             clip_on=False,
