@@ -68,7 +68,7 @@ class CollapseLimits:
             most = math.inf if name == "ar_loss_rise" else 1.0
             if not 0 < value <= most:
                 raise ValueError(
-                    f"`{name}` must be above 0 and at most {most:g}, got {value!r}. See `CollapseLimits`."
+                    f"`{name}` must be above 0 and at most {most:g}, got {value!r}. Leave it out for the default."
                 )
 
 
@@ -205,7 +205,8 @@ def find_bad_data(
             Sign(
                 "data_one_token",
                 f"{num_short} of {num_records} responses of the training data have a single token: a block of one "
-                f"token has nothing to predict ahead, and the model learns to stop at once. {_CLEAN}",
+                f"token has nothing to predict ahead, and the model learns to stop at once. Collect longer responses, "
+                "or leave these out with `dataset.filter`.",
             )
         )
     if num_repeated > num_ngrams / 2:

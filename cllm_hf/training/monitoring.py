@@ -228,7 +228,7 @@ def _measure_batch(
         ],
         block_size,
     )
-    greedy = [row for row, record in enumerate(records) if record.get("is_greedy") is not False]
+    greedy = [row for row, record in enumerate(records) if record.get("is_greedy") in (None, True)]
     num_repeated, num_ngrams = _add_up(map(count_repeated, responses))
     cut = [target[:limit] for target in targets]
     num_target_repeated, num_target_ngrams = _add_up(map(count_repeated, cut))
