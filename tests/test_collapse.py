@@ -202,6 +202,16 @@ def test_good_data_gets_no_warning(word_model, tokenizer, tmp_path, caplog):
     assert [record for record in caplog.records if record.name.startswith("cllm_hf")] == []
 
 
+def test_online_states_need_none_in_the_data(word_model, tokenizer, tmp_path, caplog):
+    dataset = make_dataset(good_responses(6)).remove_columns("states")
+    options = {"trajectory_source": "online", "block_size": BLOCK_SIZE, "max_steps": 2, "learning_rate": 1e-5}
+    with caplog.at_level(logging.WARNING):
+        trainer = train(word_model, tokenizer, tmp_path, dataset, eval_steps=2, **options)
+    assert [record for record in caplog.records if record.name.startswith("cllm_hf")] == []
+    measured = next(log for log in trainer.state.log_history if "eval_loss" in log)
+    assert measured["eval_tokens_per_forward"] >= 0.5 and measured["eval_agreement"] >= 0
+
+
 def destroy(word_model, tokenizer, folder, **options):
     """A learning rate at which nothing of the model is left after a few updates."""
     return train(
