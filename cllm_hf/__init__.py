@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .decoding.output import JacobiOutput, JacobiStats
     from .export import export_custom_generate
     from .loading import load_cllm
+    from .training.callbacks import CollapseCallback
     from .training.config import CLLMConfig
     from .training.trainer import CLLMTrainer
     from .trajectories.builder import TrajectoryBuilder
@@ -31,6 +32,7 @@ __all__ = [
     "CLLMConfig",
     "CLLMTrainer",
     "CleaningRules",
+    "CollapseCallback",
     "FEATURES",
     "JacobiOutput",
     "JacobiStats",
@@ -49,6 +51,7 @@ _LAZY = {
     "CLLMConfig": ".training.config",
     "CLLMTrainer": ".training.trainer",
     "CleaningRules": ".trajectories.cleaning",
+    "CollapseCallback": ".training.callbacks",
     "FEATURES": ".trajectories.schema",
     "JacobiOutput": ".decoding.output",
     "JacobiStats": ".decoding.output",

@@ -99,7 +99,7 @@ def test_cache_layers():
 
 
 def test_sft_trainer_has_what_cllm_trainer_overrides():
-    assert {"compute_loss", "get_batch_samples", "log", "save_model"} <= set(dir(SFTTrainer))
+    assert {"compute_loss", "evaluation_loop", "get_batch_samples", "log", "save_model"} <= set(dir(SFTTrainer))
     assert SFTTrainer.loss_is_scaled_for_ga is None
 
 

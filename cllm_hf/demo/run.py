@@ -217,6 +217,7 @@ def make_cllm_trainer(
         max_steps=options.cllm_updates,
         per_device_train_batch_size=options.cllm_batch_size,
         ar_loss_weight=options.ar_loss_weight,
+        plot_run=False,
         **_training_options(options.seed, options.cllm_learning_rate),
     )
     trainer = CLLMTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)

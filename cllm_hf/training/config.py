@@ -37,6 +37,7 @@ _CHOICES = {
     "state_sampling": ("uniform", "progressive"),
     "context": ("clean", "noisy"),
     "trajectory_source": ("dataset", "online"),
+    "on_collapse": ("warn", "stop", "ignore"),
 }
 # For numbers: the kind, the rule, and what is typical.
 _NUMBERS: dict[str, tuple[type, str, Callable[[float], bool], str]] = {
@@ -47,7 +48,11 @@ _NUMBERS: dict[str, tuple[type, str, Callable[[float], bool], str]] = {
     "states_per_block": (int, "an integer of at least 1", lambda value: value >= 1, "are 1 to 4"),
     "noise_window": (int, "an integer of at least 1", lambda value: value >= 1, "are 4 to 16"),
     "online_iterations": (int, "an integer of at least 0", lambda value: value >= 0, "are 2 to 8"),
+    "num_monitored_prompts": (int, "an integer of at least 0", lambda value: value >= 0, "are 8, or 0 for none"),
+    "monitored_max_new_tokens": (int, "an integer of at least 1", lambda value: value >= 1, "are 64 to 512"),
 }
+# Of these, the ones that may be left out.
+_OPTIONAL = ("position_decay", "monitored_max_new_tokens")
 
 
 @dataclass
@@ -96,6 +101,15 @@ class CLLMConfig(SFTConfig):
         export_custom_generate (`bool`, *optional*, defaults to `False`):
             Whether `save_model` and `push_to_hub` also write Jacobi decoding for people without this package, as
             [`export_custom_generate`] does. Checkpoints go without.
+        num_monitored_prompts (`int`, *optional*, defaults to 8):
+            Prompts of each evaluation dataset, the first ones, that an evaluation decodes by Jacobi to log tokens per
+            forward, fast-forwarded and stationary tokens, agreement with the target model and repetition. 0 for none.
+        monitored_max_new_tokens (`int`, *optional*):
+            Longest response to decode for that, in tokens. By default the longest of those in the dataset.
+        on_collapse (`str`, *optional*, defaults to `"warn"`):
+            What to do at signs that the model loses its quality: `"warn"`, `"stop"` the training too, or `"ignore"`.
+        plot_run (`bool`, *optional*, defaults to `True`):
+            Whether to draw losses and tokens per forward over updates into `training.png` in `output_dir`.
 
     Raises:
         ValueError: for a value out of its range, options that exclude each other, or an option of `SFTConfig` that has
@@ -158,6 +172,25 @@ class CLLMConfig(SFTConfig):
         default=False,
         metadata={"help": "Whether to save and push Jacobi decoding for people without this package, too."},
     )
+    num_monitored_prompts: int = field(
+        default=8,
+        metadata={"help": "Prompts that an evaluation decodes by Jacobi, to log speed and quality. 0 for none."},
+    )
+    monitored_max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Longest response to decode for that, in tokens. By default the longest in the dataset."},
+    )
+    on_collapse: str = field(
+        default="warn",
+        metadata={
+            "help": "What to do at signs that the model loses its quality.",
+            "choices": list(_CHOICES["on_collapse"]),
+        },
+    )
+    plot_run: bool = field(
+        default=True,
+        metadata={"help": "Draw losses and tokens per forward over updates into training.png in the output folder."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,7 +212,7 @@ class CLLMConfig(SFTConfig):
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         for name, (kind, rule, holds, typical) in _NUMBERS.items():
             value = getattr(self, name)
-            if name == "position_decay" and value is None:
+            if name in _OPTIONAL and value is None:
                 continue
             if not _is_number(value, kind) or not holds(value):
                 raise ValueError(f"`{name}` must be {rule}, got {value!r}. Typical {typical}.")

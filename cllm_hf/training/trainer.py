@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
 
 from .._host import base_model_of
 from ..cards import CLLM_CITATION
 from ..files import check_writable
 from ..integration import set_jacobi_defaults
 from ..packing import check_packable
+from .callbacks import add_callbacks
 from .checks import check_datasets
 from .config import CLLMConfig
+from .monitoring import decoding_metrics
 from .objective import sum_losses
 from .preparation import BatchPreparer, add_lengths, make_collator
 from .saving import SavingTrainer
@@ -122,6 +126,7 @@ class CLLMTrainer(SavingTrainer):
             "eval": defaultdict(list),
         }
         self._update_counts: torch.Tensor | None = None
+        add_callbacks(self)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -202,3 +207,30 @@ class CLLMTrainer(SavingTrainer):
                 self._metrics[mode][f"{name.removesuffix('_loss')}_tokens"] = [count]
             recorded.clear()
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        Evaluate the losses, then decode a few prompts; see `cllm_hf.training.monitoring`.
+
+        Args:
+            dataloader (`torch.utils.data.DataLoader`): of the evaluation dataset.
+            description (`str`): for the host's log.
+            prediction_loss_only (`bool`, *optional*): whether the host gathers losses only.
+            ignore_keys (`list[str]`, *optional*): not used here.
+            metric_key_prefix (`str`): of the names of the metrics.
+
+        Returns:
+            `transformers.trainer_utils.EvalLoopOutput`: with what was measured among its metrics.
+        """
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        metrics = {**(output.metrics or {}), **decoding_metrics(self, dataloader, metric_key_prefix)}
+        return output._replace(metrics=metrics)

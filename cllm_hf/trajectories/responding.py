@@ -61,7 +61,7 @@ def respond(
     )
     device = input_device(model)
     generate: Any = model.generate
-    with _without_defaults(model):
+    with without_generation_defaults(model):
         output = generate(input_ids.to(device), attention_mask=mask.to(device), generation_config=options)
     return [_until_stop(response, stop_ids) for response in output[:, longest:].tolist()]
 
@@ -86,8 +86,13 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 @contextmanager
-def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Leave out the model's own generation defaults: a fixed point is the plain argmax, without any processor."""
+def without_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Leave out the model's own generation defaults: a fixed point is the plain argmax, without any processor.
+
+    Args:
+        model (`transformers.PreTrainedModel`): gets its defaults back at the end.
+    """
     defaults = model.generation_config
     model.generation_config = GenerationConfig()
     try:
