@@ -81,7 +81,10 @@ ACCUMULATED = {
 }
 
 
-@pytest.mark.parametrize("setting", ACCUMULATED)
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("local", "decay"))) for name in ACCUMULATED],
+)
 def test_gradient_accumulation_equals_a_larger_batch(word_model, tokenizer, dataset, tmp_path, setting):
     """Responses and answers differ in length, so that a mean of means would be another gradient."""
     assert len({len(record["response_ids"]) for record in dataset}) > 1
@@ -184,7 +187,7 @@ def test_a_run_goes_through_its_block_sizes_and_is_evaluated_at_the_last(word_mo
 def test_evaluation_is_always_the_same_and_over_all_positions(word_model, tokenizer, dataset, tmp_path, setting):
     """Whatever the batches are, and whatever was trained or computed before."""
     results = []
-    for batch_size in (1, 3, 16):
+    for batch_size in (3, 16):
         trainer = make_trainer(
             word_model,
             dataset,
@@ -259,6 +262,7 @@ def test_workers_of_the_data_loader_change_nothing(word_model, tokenizer, datase
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_training_makes_blocks_converge_sooner(word_model, tokenizer, dataset, tmp_path):
     def tokens_per_forward():
         num_tokens = num_forwards = 0
