@@ -305,7 +305,7 @@ def _logits_at(
         nonlocal was_cut
         hidden_states, *others = arguments
         was_cut = hidden_states.shape[:2] == inputs["input_ids"].shape
-        return (hidden_states.flatten(0, 1)[places][None], *others) if was_cut else arguments
+        return (hidden_states.flatten(0, 1)[places.to(hidden_states.device)][None], *others) if was_cut else arguments
 
     output_embeddings: Any = base_model.get_output_embeddings()
     handle = None if output_embeddings is None else output_embeddings.register_forward_pre_hook(keep_places)
@@ -314,7 +314,7 @@ def _logits_at(
     finally:
         if handle is not None:
             handle.remove()
-    return logits[0] if was_cut else logits.flatten(0, 1)[places]
+    return logits[0] if was_cut else logits.flatten(0, 1)[places.to(logits.device)]
 
 
 def forward_clean(

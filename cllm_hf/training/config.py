@@ -45,6 +45,7 @@ _NUMBERS: dict[str, tuple[type, str, Callable[[float], bool], str]] = {
     "divergence_temperature": (float, "greater than 0", lambda value: value > 0, "is 1.0"),
     "ar_label_smoothing": (float, "at least 0 and below 1", lambda value: 0 <= value < 1, "are 0 and 0.1"),
     "position_decay": (float, "greater than 0", lambda value: value > 0, "are 4 to 32"),
+    "max_length": (int, "an integer of at least 1", lambda value: value >= 1, "are 512 to 4096"),
     "states_per_block": (int, "an integer of at least 1", lambda value: value >= 1, "are 1 to 4"),
     "noise_window": (int, "an integer of at least 1", lambda value: value >= 1, "are 4 to 16"),
     "online_iterations": (int, "an integer of at least 0", lambda value: value >= 0, "are 2 to 8"),
@@ -52,7 +53,7 @@ _NUMBERS: dict[str, tuple[type, str, Callable[[float], bool], str]] = {
     "monitored_max_new_tokens": (int, "an integer of at least 1", lambda value: value >= 1, "are 64 to 512"),
 }
 # Of these, the ones that may be left out.
-_OPTIONAL = ("position_decay", "monitored_max_new_tokens")
+_OPTIONAL = ("max_length", "position_decay", "monitored_max_new_tokens")
 
 
 @dataclass
@@ -219,8 +220,11 @@ class CLLMConfig(SFTConfig):
         if self.block_size is not None:
             check_block_size(self.block_size, "block_size")
         if self.block_size_schedule is not None:
-            if not self.block_size_schedule:
-                raise ValueError("`block_size_schedule` must have at least one block size, got []. Drop it.")
+            if not isinstance(self.block_size_schedule, list) or not self.block_size_schedule:
+                raise ValueError(
+                    "`block_size_schedule` must be a list of at least one block size, got "
+                    f"{self.block_size_schedule!r}. Pass one such as [8, 16, 32], or drop it."
+                )
             for size in self.block_size_schedule:
                 check_block_size(size, "block_size_schedule")
 

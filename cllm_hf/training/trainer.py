@@ -144,8 +144,7 @@ class CLLMTrainer(SavingTrainer):
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            self.model_wrapped.train()  # the host does so later, so that the first update looks like an evaluation
-            batches = [self._prepare_batch(self.model_wrapped, batch) for batch in batches]
+            batches = [self._prepare_batch(self.model_wrapped, batch, "train") for batch in batches]
             counts = torch.stack([batch["position_counts"] for batch in batches]).sum(0).to(device)
             if self.accelerator.num_processes > 1:
                 # Gradients are averaged over processes, so each divides by its share of all positions.
@@ -173,20 +172,27 @@ class CLLMTrainer(SavingTrainer):
             `torch.Tensor`: the loss, or a `tuple` of it and a `dict` of the two losses.
         """
         mode = "train" if self.model.training else "eval"
-        batch = inputs if "draft_blocks" in inputs else self._prepare_batch(model, inputs)
-        counts = batch["position_counts"]
+        batch = inputs if "draft_blocks" in inputs else self._prepare_batch(model, inputs, mode)
+        counts = denominators = batch["position_counts"]
+        if batch is inputs and mode == "train" and self._update_counts is not None:
+            denominators = self._update_counts
         sums = sum_losses(model, base_model_of(self.model), batch, self._preparer.objective)
-        denominators = counts if mode == "eval" or self._update_counts is None else self._update_counts
-        means = sums / denominators.clamp(min=1)
+        means = sums / torch.where(denominators > 0, denominators, 1)  # shares of processes may lie below 1
         loss = means[0] + self.args.ar_loss_weight * means[1]
         self._loss_sums[mode]["sums"].append(sums.detach())
         self._loss_sums[mode]["counts"].append(counts)
         return (loss, {"consistency_loss": means[0], "ar_loss": means[1]}) if return_outputs else loss
 
-    def _prepare_batch(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Choose states by the number of the update; in evaluation always the same."""
-        update = self.state.global_step if self.model.training else None
-        progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+    def _prepare_batch(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], mode: str) -> dict[str, Any]:
+        """
+        Choose states by the number of the update; in evaluation always the same, in blocks of the last size.
+
+        The mode is not the model's: the host sets that only when the batches of an update have been fetched.
+        """
+        update, progress = None, 1.0
+        if mode == "train":
+            update = self.state.global_step
+            progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
         return self._preparer.prepare(model, base_model_of(self.model), batch, update, progress)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -205,6 +211,10 @@ class CLLMTrainer(SavingTrainer):
             for name, total, count in zip(("consistency_loss", "ar_loss"), *totals):
                 self._metrics[mode][name] = [total / max(count, 1)]
                 self._metrics[mode][f"{name.removesuffix('_loss')}_tokens"] = [count]
+            if mode == "eval":
+                # The host's mean over batches would depend on what is in which; it writes nothing else of that name.
+                loss = totals[0][0] / max(totals[1][0], 1) + self.args.ar_loss_weight * totals[0][1] / totals[1][1]
+                logs.update({name: loss for name in logs if name.endswith("_loss") and name != "train_loss"})
             recorded.clear()
         super().log(logs, start_time)
 
