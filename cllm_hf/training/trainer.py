@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from .._host import base_model_of
 from ..files import check_writable
 from ..integration import set_jacobi_defaults
 from ..packing import check_packable
-from .checks import check_datasets
+from .checks import check_datasets, check_trainable
 from .config import CLLMConfig
 from .objective import sum_losses
 from .preparation import BatchPreparer, make_collator
+from .processes import check_processes, drop_repeated
+from .resuming import EpochCallback, ResumingTrainer
 
 
 _REFUSED_ARGUMENTS = (
@@ -32,7 +33,7 @@ _REFUSED_ARGUMENTS = (
 )
 
 
-class CLLMTrainer(SFTTrainer):
+class CLLMTrainer(ResumingTrainer):
     """
     Trains a model to reach the fixed point of a block from any state of its trajectory (CLLM, arXiv 2403.00835).
 
@@ -121,6 +122,9 @@ class CLLMTrainer(SFTTrainer):
             **{**kwargs, "data_collator": make_collator(args, dataset_block_size)},
         )
         check_packable(base_model_of(self.model))
+        check_trainable(self.model)
+        check_processes(args, self.accelerator)
+        self.add_callback(EpochCallback())
         set_jacobi_defaults(self.model, self.block_size)
         # For each mode and loss: sum over positions and number of positions since the last log.
         self._loss_sums: dict[str, dict[str, list[torch.Tensor]]] = {
@@ -145,7 +149,10 @@ class CLLMTrainer(SFTTrainer):
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            batches = [self._prepare_batch(self.model_wrapped, batch) for batch in batches]
+            # Whether the model is in training mode does not tell: it is so only from the first step on.
+            update = self.state.global_step + 1
+            last = len(batches) - 1
+            batches = [self._prepare_batch(self.model_wrapped, b, update, i == last) for i, b in enumerate(batches)]
             counts = torch.stack([batch["position_counts"] for batch in batches]).sum(0).to(device)
             if self.accelerator.num_processes > 1:
                 # Gradients are averaged over processes, so each divides by its share of all positions.
@@ -175,19 +182,26 @@ class CLLMTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         batch = inputs if "draft_blocks" in inputs else self._prepare_batch(model, inputs)
         counts = batch["position_counts"]
-        sums = sum_losses(model, base_model_of(self.model), batch, self._preparer.objective)
+        # A record that is repeated to fill a batch has losses, but no positions.
+        sums = sum_losses(model, base_model_of(self.model), batch, self._preparer.objective) * (counts > 0)
         denominators = counts if mode == "eval" or self._update_counts is None else self._update_counts
-        means = sums / denominators.clamp(min=1)
+        # A process's share of few positions is less than one.
+        means = sums / torch.where(denominators > 0, denominators, 1)
         loss = means[0] + self.args.ar_loss_weight * means[1]
         self._loss_sums[mode]["sums"].append(sums.detach())
         self._loss_sums[mode]["counts"].append(counts)
         return (loss, {"consistency_loss": means[0], "ar_loss": means[1]}) if return_outputs else loss
 
-    def _prepare_batch(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Choose states by the number of the update; in evaluation always the same."""
-        update = self.state.global_step + 1 if self.model.training else 0
+    def _prepare_batch(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], update: int = 0, is_last: bool = True
+    ) -> dict[str, Any]:
+        """Choose states by the number of the update, which is 0 in evaluation: always the same."""
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
-        return self._preparer.prepare(model, base_model_of(self.model), batch, update, progress)
+        counts = True
+        if is_last:
+            batch, counts = drop_repeated(batch, self.accelerator)
+        prepared = self._preparer.prepare(model, base_model_of(self.model), batch, update, progress)
+        return prepared if counts else {**prepared, "position_counts": torch.zeros_like(prepared["position_counts"])}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
@@ -202,9 +216,16 @@ class CLLMTrainer(SFTTrainer):
         if recorded:
             totals = torch.stack([torch.stack(recorded["sums"]).sum(0), torch.stack(recorded["counts"]).sum(0)])
             totals = self.accelerator.reduce(totals.double(), reduction="sum").tolist()
-            for name, total, count in zip(("consistency_loss", "ar_loss"), *totals):
-                self._metrics[mode][name] = [total / max(count, 1)]
-                self._metrics[mode][f"{name.removesuffix('_loss')}_tokens"] = [count]
+            means = [total / (count or 1) for total, count in zip(*totals)]
+            prefix = ""
+            if mode == "eval":
+                # The host's loss is a mean of the means of batches.
+                host_name = next((name for name in logs if name.endswith("_loss")), "eval_loss")
+                logs[host_name] = means[0] + self.args.ar_loss_weight * means[1]
+                prefix = host_name.removesuffix("loss")
+            for name, mean, count in zip(("consistency", "ar"), means, totals[1]):
+                logs[f"{prefix}{name}_loss"] = mean
+                logs[f"{prefix}{name}_tokens"] = count
             recorded.clear()
         super().log(logs, start_time)
 
