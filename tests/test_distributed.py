@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import train
+from training_runs import BLOCK_SIZE, train
+from transformers import AutoModelForCausalLM
 
 
 TESTS = Path(__file__).parent
@@ -28,36 +29,45 @@ SLOW_RUNS = {
     "few-records": {"num_records": 3, "num_evaluated": 1, "eval_strategy": "steps", "eval_steps": 2},
     "local": {"consistency": "local", "divergence": "jensen_shannon", "num_records": 11},
 }
+SHARDED_RUNS = {
+    "sharded": {**EVALUATION},
+    "sharded-online": {"trajectory_source": "online", "online_iterations": 2, "gradient_accumulation_steps": 2},
+    "sharded-checkpointing": {"gradient_checkpointing": True},
+}
 
 
 def run_processes(folder: Path, runs: dict[str, dict], num_processes: int = 2) -> dict[str, list[dict]]:
     """Train runs in several processes; for each run what every process ended with."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
     finished = subprocess.run(
-        [sys.executable, *command, str(TESTS / "training_runs.py"), str(folder)],
-        env=environment,
+        [sys.executable, str(TESTS / "training_runs.py"), str(folder), str(num_processes)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(num_processes)] for name in runs}
 
 
+def train_alone(folder: Path, options: dict) -> dict:
+    """One process with the batches of two."""
+    return train(folder, **{**options, **{name: 2 * options[name] for name in options if name.startswith("per_dev")}})
+
+
+def assert_equal_logs(ours: list[dict], theirs: list[dict], run: str) -> None:
+    assert len(ours) == len(theirs) >= 5, run
+    for log, other in zip(ours, theirs):
+        assert log == pytest.approx(other, rel=1e-4), run
+
+
 def assert_two_equal_one(folder: Path, runs: dict[str, dict]) -> None:
     runs = {name: {**RUN, **options} for name, options in runs.items()}
     for name, results in run_processes(folder, runs).items():
-        options = runs[name]
-        sizes = {size: 2 * options[size] for size in options if size.startswith("per_device")}
-        alone = train(folder / "alone" / name, **{**options, **sizes})
-        assert len(alone["logs"]) >= 5
+        alone = train_alone(folder / "alone" / name, runs[name])
         for result in results:
-            assert len(result["logs"]) == len(alone["logs"]), name
-            for ours, theirs in zip(result["logs"], alone["logs"]):
-                assert ours == pytest.approx(theirs, rel=1e-4), name
+            assert_equal_logs(result["logs"], alone["logs"], name)
             for weight, theirs in zip(result["weights"].values(), alone["weights"].values()):
                 torch.testing.assert_close(weight, theirs, atol=1e-5, rtol=1e-4, msg=name)
         for weight, other in zip(*(result["weights"].values() for result in results)):
@@ -71,3 +81,37 @@ def test_two_processes_equal_one_with_their_batches_together(tmp_path):
 @pytest.mark.slow
 def test_more_runs_in_two_processes_equal_one(tmp_path):
     assert_two_equal_one(tmp_path, SLOW_RUNS)
+
+
+@pytest.mark.slow
+def test_a_model_in_parts_is_trained_and_saved_as_a_whole_one(tmp_path):
+    """FSDP2, by which the host shards a model when it is loaded; its option `fsdp` is for GPUs only."""
+    runs = {name: {**RUN, **options} for name, options in SHARDED_RUNS.items()}
+    sharded = {name: {**options, "sharded": True} for name, options in runs.items()}
+    for name, results in run_processes(tmp_path, sharded).items():
+        alone = train_alone(tmp_path / "alone" / name, runs[name])
+        assert_equal_logs(results[0]["logs"], alone["logs"], name)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / name / "saved")
+        assert saved.generation_config.jacobi_block_size == BLOCK_SIZE
+        for weight, theirs in zip(saved.state_dict().values(), alone["weights"].values()):
+            torch.testing.assert_close(weight, theirs, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_if_they_had_not_stopped(tmp_path):
+    """In the second epoch, whose order of records is another than that of the first."""
+    options = {**RUN, "dropout": 0.2, "lora": True, "optim": "adamw_torch"}
+    runs = {
+        "whole": {**options, "save_strategy": "steps", "save_steps": 1},
+        "rest": {**options, "resume": str(tmp_path / "whole" / "checkpoint-4")},
+    }
+    results = run_processes(tmp_path, runs)
+    for whole, rest in zip(results["whole"], results["rest"]):
+        assert whole["logs"] == rest["logs"] and len(whole["logs"]) == 5
+        for name, weight in whole["weights"].items():
+            assert torch.equal(weight, rest["weights"][name]), name
+
+
+def test_one_process_never_uses_torch_distributed(tmp_path):
+    options = {**RUN, **EVALUATION, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    run_processes(tmp_path, {"alone": {**options, "trajectory_source": "online"}}, num_processes=1)
