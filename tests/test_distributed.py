@@ -5,11 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from training_runs import BLOCK_SIZE, train
 from transformers import AutoModelForCausalLM
+
+from cllm_hf import CLLMConfig
+from cllm_hf.training.processes import check_processes, drop_repeated
 
 
 TESTS = Path(__file__).parent
@@ -115,3 +121,32 @@ def test_two_processes_go_on_as_if_they_had_not_stopped(tmp_path):
 def test_one_process_never_uses_torch_distributed(tmp_path):
     options = {**RUN, **EVALUATION, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     run_processes(tmp_path, {"alone": {**options, "trajectory_source": "online"}}, num_processes=1)
+
+
+def test_options_that_would_let_a_process_wait_for_ever_are_refused(tmp_path):
+    accelerator = SimpleNamespace(num_processes=2)
+    for option, message in (
+        ("even_batches", "got `even_batches=False`"),
+        ("dispatch_batches", "`dispatch_batches=True`"),
+    ):
+        config = CLLMConfig(str(tmp_path), bf16=False, accelerator_config={option: option == "dispatch_batches"})
+        with pytest.raises(ValueError, match=message):
+            check_processes(config, accelerator)
+        check_processes(config, SimpleNamespace(num_processes=1))
+    check_processes(CLLMConfig(str(tmp_path), bf16=False), accelerator)
+
+
+@pytest.mark.parametrize("num_records", [1, 3, 6, 8, 13])
+def test_every_record_of_an_epoch_counts_once(num_records):
+    """Batches of 2 on 3 processes, shared out by the host."""
+    seen = []
+    for rank in range(3):
+        loader = prepare_data_loader(
+            DataLoader(range(num_records), batch_size=2), num_processes=3, process_index=rank, put_on_device=False
+        )
+        accelerator = SimpleNamespace(num_processes=3, process_index=rank, gradient_state=loader.gradient_state)
+        for batch in loader:
+            batch, counts = drop_repeated({"records": batch}, accelerator)
+            assert len(batch["records"]) > 0
+            seen += batch["records"].tolist() * counts
+    assert sorted(seen) == list(range(num_records))
