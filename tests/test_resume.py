@@ -57,7 +57,7 @@ def test_every_kind_of_run_goes_on_from_anywhere(tmp_path, name):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
-    options = {**RUN, "max_steps": 40}
+    options = {**RUN, "max_steps": 20}
     program = "import sys; sys.path.insert(0, sys.argv[1]); from training_runs import train; "
     program += f"train({str(tmp_path / 'killed')!r}, **{options!r})"
     tests = Path(__file__).parent
