@@ -76,7 +76,8 @@ def check_resumable(checkpoint: str, args: Any) -> None:
             f"`resume_from_checkpoint` must be a whole checkpoint, got {checkpoint!r}, which has no {_STATE_NAME}. "
             "Pass `True` for the newest whole one of `output_dir`."
         )
-    if not (Path(checkpoint) / "scheduler.pt").is_file():
+    # DeepSpeed keeps its schedule in files of its own.
+    if not args.deepspeed and not (Path(checkpoint) / "scheduler.pt").is_file():
         raise ValueError(
             f"To go on, a checkpoint must hold the state of the optimizer, got {checkpoint!r}, written with "
             "`save_only_model=True`. Load its model, and train it as a new run."
