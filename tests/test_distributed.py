@@ -118,6 +118,7 @@ def test_two_processes_go_on_as_if_they_had_not_stopped(tmp_path):
             assert torch.equal(weight, rest["weights"][name]), name
 
 
+@pytest.mark.slow
 def test_one_process_never_uses_torch_distributed(tmp_path):
     options = {**RUN, **EVALUATION, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     run_processes(tmp_path, {"alone": {**options, "trajectory_source": "online"}}, num_processes=1)
