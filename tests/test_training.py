@@ -5,9 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_word_model
+from conftest import make_word_model
 from datasets import Dataset, DatasetDict
-from peft import AutoPeftModelForCausalLM, LoraConfig
 from training_cases import BLOCK_SIZE, gradients_of, make_record, prepare, reference_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -284,38 +283,6 @@ def test_training_makes_blocks_converge_sooner(word_model, tokenizer, dataset, t
     assert tokens_per_forward() > 1.3 * before
 
 
-def test_lora_moves_the_adapter_only_and_is_saved_with_its_defaults(word_model, tokenizer, dataset, tmp_path):
-    base_dir, adapter_dir = tmp_path / "base", tmp_path / "adapter"
-    word_model.save_pretrained(base_dir)
-    tokenizer.save_pretrained(base_dir)
-    model = AutoModelForCausalLM.from_pretrained(base_dir)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-    trainer = make_trainer(model, dataset, tokenizer, adapter_dir, config, gradient_checkpointing=True, max_steps=3)
-    trainer.train()
-    gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
-    assert gradients and all("lora_" in name for name in gradients)
-    moved = [p for n, p in trainer.model.named_parameters() if "lora_B" in n and p.abs().sum() > 0]
-    assert len(moved) == len(gradients) // 2
-    for name, parameter in word_model.named_parameters():
-        trained = trainer.model.get_base_model().get_parameter(name.replace("_proj.", "_proj.base_layer."))
-        assert torch.equal(trained, parameter)
-
-    trainer.save_model()
-    ids = torch.tensor([dataset[0]["prompt_ids"]])
-    options = {"do_sample": False, "max_new_tokens": 18}
-    expected = trainer.model.eval().generate(input_ids=ids, decoding="autoregressive", **options)
-    loaded = load_cllm(adapter_dir)
-    output = loaded.generate(input_ids=ids, return_dict_in_generate=True, **options)
-    assert isinstance(output, cllm_hf.JacobiOutput)
-    assert max(map(max, output.jacobi_stats.num_committed)) <= BLOCK_SIZE
-    assert output.sequences.tolist() == expected.tolist()
-    merged = loaded.merge_and_unload()
-    assert merged.generate(ids, **options).tolist() == expected.tolist()
-    # The host's own loader works too, with the option passed.
-    plain = AutoPeftModelForCausalLM.from_pretrained(adapter_dir)
-    assert plain.generate(input_ids=ids, decoding="jacobi", **options).tolist() == expected.tolist()
-
-
 def test_saved_model_decodes_by_jacobi(word_model, tokenizer, dataset, tmp_path):
     trainer = make_trainer(word_model, dataset, tokenizer, tmp_path)
     trainer.train()
@@ -341,33 +308,6 @@ def test_model_by_name(word_model, tokenizer, dataset, tmp_path):
     trainer = make_trainer(str(tmp_path / "base"), dataset, None, tmp_path)
     trainer.train()
     assert trainer.block_size == BLOCK_SIZE
-
-
-def test_adapter_for_another_model_is_refused(word_model, tokenizer, dataset, tmp_path):
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    word_model.name_or_path = "the-right-model"
-    make_trainer(word_model, dataset, tokenizer, tmp_path, config).save_model()
-    wider = make_model("llama", vocab_size=len(tokenizer), hidden_size=64)
-    deeper = make_model("llama", vocab_size=len(tokenizer), num_hidden_layers=4)
-    other = make_model("gpt2")
-    for base_model in (wider, deeper, other):
-        weights = {name: tensor.clone() for name, tensor in base_model.state_dict().items()}
-        with pytest.raises(ValueError, match="does not fit the base model.*trained on the-right-model: pass that"):
-            load_cllm(tmp_path, base_model=base_model)
-        left = base_model.state_dict()
-        assert left.keys() == weights.keys() and all(torch.equal(left[name], weights[name]) for name in weights)
-    with pytest.raises(ValueError, match="loaded already, got dtype"):
-        load_cllm(tmp_path, base_model=make_word_model(tokenizer), dtype=torch.float32)
-
-
-def test_adapter_on_a_model_of_another_name_warns(word_model, tokenizer, dataset, tmp_path, caplog):
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    word_model.name_or_path = "the-right-model"
-    make_trainer(word_model, dataset, tokenizer, tmp_path, config).save_model()
-    other = make_word_model(tokenizer)
-    other.name_or_path = "another-model"
-    load_cllm(tmp_path, base_model=other)
-    assert "trained on the-right-model and is put on another-model" in caplog.text
 
 
 def test_augmented_states_of_a_dataset_reach_the_collator(word_model, tokenizer, dataset, tmp_path):

@@ -92,6 +92,28 @@ def get_labels(record: Mapping[str, Any]) -> list[int]:
     return list(record["label_ids"])
 
 
+def check_trainable(model: Any) -> None:
+    """
+    Check that there is something to train.
+
+    Args:
+        model (`torch.nn.Module`): the model, with an adapter or without.
+
+    Raises:
+        ValueError: if no parameter takes a gradient.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if hasattr(model, "peft_config"):
+        remedy = "Load the adapter with `PeftModel.from_pretrained(base_model, path, is_trainable=True)`"
+    else:
+        remedy = "Call `model.requires_grad_(True)`, or pass a `peft_config`"
+    raise ValueError(
+        f"A model that is trained must have parameters that take a gradient, got none in {type(model).__name__}. "
+        f"{remedy}."
+    )
+
+
 def _first(dataset: Iterable[dict[str, Any]]) -> dict[str, Any]:
     for record in dataset:
         return record

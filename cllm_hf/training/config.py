@@ -29,6 +29,11 @@ _NO_EFFECT = (
     ("pad_to_multiple_of", ("auto", None), "batches are padded to their longest record"),
     ("dataset_kwargs", (None, {"skip_prepare_dataset": True}), "the dataset is taken as it is"),
     ("shuffle_dataset", (False,), "batches are drawn in random order already"),
+    (
+        "train_sampling_strategy",
+        ("random", "sequential", "group_by_length"),
+        "short sequences share the rows of a batch already",
+    ),
 )
 _CHOICES = {
     "consistency": ("global", "local"),

@@ -19,11 +19,13 @@ from ..files import check_writable
 from ..integration import set_jacobi_defaults
 from ..packing import check_packable
 from .callbacks import add_callbacks
-from .checks import check_datasets
+from .checks import check_datasets, check_trainable
 from .config import CLLMConfig
 from .monitoring import decoding_metrics
 from .objective import sum_losses
 from .preparation import BatchPreparer, add_lengths, make_collator
+from .processes import check_processes, drop_repeated
+from .resuming import EpochCallback, ResumingTrainer
 from .saving import SavingTrainer
 from .target import load_target, load_target_tokenizer
 
@@ -37,7 +39,7 @@ _REFUSED_ARGUMENTS = (
 )
 
 
-class CLLMTrainer(SavingTrainer):
+class CLLMTrainer(SavingTrainer, ResumingTrainer):
     """
     Trains a model to reach the fixed point of a block from any state of its trajectory (CLLM, arXiv 2403.00835).
 
@@ -119,6 +121,9 @@ class CLLMTrainer(SavingTrainer):
             **{**kwargs, "data_collator": make_collator(args, dataset_block_size)},
         )
         check_packable(base_model_of(self.model))
+        check_trainable(self.model)
+        check_processes(args, self.accelerator)
+        self.add_callback(EpochCallback())
         set_jacobi_defaults(self.model, self.block_size)
         # For each mode and loss: sum over positions and number of positions since the last log.
         self._loss_sums: dict[str, dict[str, list[torch.Tensor]]] = {
@@ -144,7 +149,11 @@ class CLLMTrainer(SavingTrainer):
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            batches = [self._prepare_batch(self.model_wrapped, batch, "train") for batch in batches]
+            last = len(batches) - 1
+            batches = [
+                self._prepare_batch(self.model_wrapped, batch, "train", is_last=number == last)
+                for number, batch in enumerate(batches)
+            ]
             counts = torch.stack([batch["position_counts"] for batch in batches]).sum(0).to(device)
             if self.accelerator.num_processes > 1:
                 # Gradients are averaged over processes, so each divides by its share of all positions.
@@ -176,24 +185,31 @@ class CLLMTrainer(SavingTrainer):
         counts = denominators = batch["position_counts"]
         if batch is inputs and mode == "train" and self._update_counts is not None:
             denominators = self._update_counts
-        sums = sum_losses(model, base_model_of(self.model), batch, self._preparer.objective)
-        means = sums / torch.where(denominators > 0, denominators, 1)  # shares of processes may lie below 1
+        # A record that is repeated to fill a batch has losses, but no positions.
+        sums = sum_losses(model, base_model_of(self.model), batch, self._preparer.objective) * (counts > 0)
+        # A process's share of few positions is less than one.
+        means = sums / torch.where(denominators > 0, denominators, 1)
         loss = means[0] + self.args.ar_loss_weight * means[1]
         self._loss_sums[mode]["sums"].append(sums.detach())
         self._loss_sums[mode]["counts"].append(counts)
         return (loss, {"consistency_loss": means[0], "ar_loss": means[1]}) if return_outputs else loss
 
-    def _prepare_batch(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], mode: str) -> dict[str, Any]:
+    def _prepare_batch(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], mode: str, is_last: bool = True
+    ) -> dict[str, Any]:
         """
         Choose states by the number of the update; in evaluation always the same, in blocks of the last size.
 
         The mode is not the model's: the host sets that only when the batches of an update have been fetched.
         """
-        update, progress = None, 1.0
+        update, progress, counts = None, 1.0, True
         if mode == "train":
             update = self.state.global_step
             progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
-        return self._preparer.prepare(model, base_model_of(self.model), batch, update, progress)
+        if is_last:
+            batch, counts = drop_repeated(batch, self.accelerator)
+        prepared = self._preparer.prepare(model, base_model_of(self.model), batch, update, progress)
+        return prepared if counts else {**prepared, "position_counts": torch.zeros_like(prepared["position_counts"])}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
@@ -208,13 +224,16 @@ class CLLMTrainer(SavingTrainer):
         if recorded:
             totals = torch.stack([torch.stack(recorded["sums"]).sum(0), torch.stack(recorded["counts"]).sum(0)])
             totals = self.accelerator.reduce(totals.double(), reduction="sum").tolist()
-            for name, total, count in zip(("consistency_loss", "ar_loss"), *totals):
-                self._metrics[mode][name] = [total / max(count, 1)]
-                self._metrics[mode][f"{name.removesuffix('_loss')}_tokens"] = [count]
+            means = [total / (count or 1) for total, count in zip(*totals)]
+            prefix = ""
             if mode == "eval":
-                # The host's mean over batches would depend on what is in which; it writes nothing else of that name.
-                loss = totals[0][0] / max(totals[1][0], 1) + self.args.ar_loss_weight * totals[0][1] / totals[1][1]
-                logs.update({name: loss for name in logs if name.endswith("_loss") and name != "train_loss"})
+                # The host's loss is a mean of the means of batches.
+                host_name = next((name for name in logs if name.endswith("_loss")), "eval_loss")
+                logs[host_name] = means[0] + self.args.ar_loss_weight * means[1]
+                prefix = host_name.removesuffix("loss")
+            for name, mean, count in zip(("consistency", "ar"), means, totals[1]):
+                logs[f"{prefix}{name}_loss"] = mean
+                logs[f"{prefix}{name}_tokens"] = count
             recorded.clear()
         super().log(logs, start_time)
 

@@ -1,0 +1,65 @@
+"""What several processes need, so that they train what one process with their batches together would."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .config import CLLMConfig
+
+
+def check_processes(config: CLLMConfig, accelerator: Accelerator) -> None:
+    """
+    Check options that only matter with several processes.
+
+    Args:
+        config (`CLLMConfig`): options.
+        accelerator (`accelerate.Accelerator`): of the run.
+
+    Raises:
+        ValueError: if the batches would not be shared out evenly, or by a process that pads them to other lengths.
+    """
+    if accelerator.num_processes == 1:
+        return
+    options: Any = config.accelerator_config
+    if not options.even_batches:
+        raise ValueError(
+            "Every process needs a batch of its own for each forward, got `even_batches=False` in "
+            "`accelerator_config`. Drop it: records that fill up the last batch are not counted twice."
+        )
+    if options.dispatch_batches:
+        raise ValueError(
+            "Batches are collated by the process that trains on them, got `dispatch_batches=True` in "
+            "`accelerator_config`. Drop it."
+        )
+
+
+def drop_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> tuple[dict[str, torch.Tensor], bool]:
+    """
+    Drop the records with which the host fills up the last batch of an epoch, so that none counts twice.
+
+    The host repeats records from the start of the epoch until every process has a full batch. Those of the last round
+    lie in order over the processes, so that what is left of the dataset comes first and the repeated ones behind it.
+    A process that has repeated records only keeps one, as all processes must run the same forwards.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): from `TrajectoryCollator`, the batch that was fetched last.
+        accelerator (`accelerate.Accelerator`): of the run.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], bool]`: the batch, and whether it counts at all. Of a dataset without a length
+        it is not known what was repeated, and the batch is given as it is.
+    """
+    state: Any = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader:
+        return batch, True
+    dataset = state.active_dataloader.dataset
+    if not isinstance(dataset, Sized):
+        return batch, True
+    num_rows = len(next(iter(batch.values())))
+    num_left = len(dataset) % (num_rows * accelerator.num_processes) or num_rows * accelerator.num_processes
+    num_own = min(max(num_left - num_rows * accelerator.process_index, 0), num_rows)
+    return {name: values[: max(num_own, 1)] for name, values in batch.items()}, num_own > 0

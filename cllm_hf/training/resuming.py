@@ -1,0 +1,135 @@
+"""Going on after a stop exactly as if there had been none."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
+from trl import SFTTrainer
+
+
+logger = logging.getLogger(__name__)
+
+_STATE_NAME = "trainer_state.json"  # the last file that a checkpoint gets
+
+
+def find_checkpoint(output_dir: str | Path) -> str:
+    """
+    Find the newest whole checkpoint of a run.
+
+    Args:
+        output_dir (`str` or `pathlib.Path`): folder of the run.
+
+    Returns:
+        `str`: its folder.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    folders.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    for path in folders:
+        if is_whole(path):
+            return str(path)
+        logger.warning("%s is not whole: the run was stopped while it was written. An older one is taken.", path)
+    raise ValueError(
+        f"To go on, `output_dir` must hold a whole checkpoint, got none among {len(folders)} in {str(output_dir)!r}. "
+        "Train without `resume_from_checkpoint`."
+    )
+
+
+def is_whole(checkpoint: str | Path) -> bool:
+    """
+    Whether a checkpoint was written to its end.
+
+    Args:
+        checkpoint (`str` or `pathlib.Path`): its folder.
+
+    Returns:
+        `bool`.
+    """
+    try:
+        json.loads((Path(checkpoint) / _STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def check_resumable(checkpoint: str, args: Any) -> None:
+    """
+    Check that a run can go on from a checkpoint exactly.
+
+    Args:
+        checkpoint (`str`): its folder.
+        args (`CLLMConfig`): options of the run.
+
+    Raises:
+        ValueError: if the checkpoint is not whole, has no optimizer, or the order of the records is not known.
+    """
+    if not is_whole(checkpoint):
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a whole checkpoint, got {checkpoint!r}, which has no {_STATE_NAME}. "
+            "Pass `True` for the newest whole one of `output_dir`."
+        )
+    # DeepSpeed keeps its schedule in files of its own.
+    if not args.deepspeed and not (Path(checkpoint) / "scheduler.pt").is_file():
+        raise ValueError(
+            f"To go on, a checkpoint must hold the state of the optimizer, got {checkpoint!r}, written with "
+            "`save_only_model=True`. Load its model, and train it as a new run."
+        )
+    seedable = args.accelerator_config.use_seedable_sampler
+    if args.train_sampling_strategy not in ("random", "sequential") or not seedable:
+        raise ValueError(
+            "To go on, the order of the records must follow from the seed, got "
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` and `use_seedable_sampler={seedable}`. Train "
+            'from the start, with `train_sampling_strategy="random"`.'
+        )
+
+
+class EpochCallback(TrainerCallback):
+    """
+    Tells the sampler its epoch.
+
+    The host does so through the loader of the batches, but with several processes not through the one that skips those
+    before a checkpoint: it would give the order of the first epoch in any other.
+    """
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Before the batches of an epoch, or of the rest of one, are fetched."""
+        loader: Any = kwargs.get("train_dataloader")
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(int(state.epoch or 0))
+
+
+class ResumingTrainer(SFTTrainer):
+    """A trainer that goes on from the newest whole checkpoint, and only from where it can do so exactly."""
+
+    args: Any
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Train.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint to go on from, or `True` for the newest
+                whole one of `output_dir`. The rest of the run is what it would have been.
+            args: everything else that the host takes.
+            kwargs: everything else that the host takes.
+
+        Returns:
+            `transformers.trainer_utils.TrainOutput`.
+
+        Raises:
+            ValueError: if there is no whole checkpoint, or none from which the run can go on exactly.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = find_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            check_resumable(str(resume_from_checkpoint), self.args)
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)

@@ -1,0 +1,200 @@
+"""Training of adapters and in low precision: what moves, what does not, and what cannot be trained."""
+
+import pytest
+import torch
+from conftest import make_model, make_word_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from training_runs import BLOCK_SIZE, logs_of, make_dataset, make_tiny_model, make_trainer, train, weights_of
+from transformers import AutoModelForCausalLM
+
+import cllm_hf
+from cllm_hf import load_cllm
+from cllm_hf.demo.problems import make_tokenizer
+from cllm_hf.packing import packed_forward
+from cllm_hf.training.objective import sum_losses
+
+
+LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear"}
+GREEDY = {"do_sample": False, "max_new_tokens": 18}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_checkpointing": True}, {"bf16": True, "trajectory_source": "online"}], ids=str
+)
+def test_the_adapter_moves_and_the_base_stays(tmp_path, options):
+    base = {name: weight.clone() for name, weight in make_tiny_model().state_dict().items()}
+    trainer = make_trainer(tmp_path, lora=True, **options)
+    before = weights_of(trainer)
+    trainer.train()
+    after = weights_of(trainer)
+    adapter = {name for name in after if "lora_" in name}
+    assert adapter == {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert all(not torch.equal(after[name], before[name]) for name in adapter)
+    kept = {name: weight for name, weight in after.items() if name not in adapter}
+    assert len(kept) == len(base)
+    for name, weight in kept.items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        assert torch.equal(weight, base[plain]), name
+
+
+def test_an_adapter_is_saved_with_its_defaults_and_merges(tmp_path):
+    base_dir, adapter_dir = tmp_path / "base", tmp_path / "adapter"
+    make_tiny_model().save_pretrained(base_dir)
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    trainer = make_trainer(adapter_dir, model=model, lora=True, max_steps=6)
+    trainer.train()
+    trainer.save_model()
+    ids = torch.tensor([make_dataset()[0]["prompt_ids"]])
+    untrained = make_tiny_model().generate(ids, decoding="autoregressive", **GREEDY)
+    expected = trainer.model.eval().generate(input_ids=ids, decoding="autoregressive", **GREEDY)
+    assert expected.tolist() != untrained.tolist()
+    loaded = load_cllm(adapter_dir)
+    output = loaded.generate(input_ids=ids, return_dict_in_generate=True, **GREEDY)
+    assert isinstance(output, cllm_hf.JacobiOutput)
+    assert max(map(max, output.jacobi_stats.num_committed)) <= BLOCK_SIZE
+    assert output.sequences.tolist() == expected.tolist()
+    assert loaded.merge_and_unload().generate(ids, **GREEDY).tolist() == expected.tolist()
+    # The host's own loader works too, with the option passed.
+    plain = AutoPeftModelForCausalLM.from_pretrained(adapter_dir)
+    assert plain.generate(input_ids=ids, decoding="jacobi", **GREEDY).tolist() == expected.tolist()
+
+
+def test_a_peft_model_trains_like_its_config(tmp_path):
+    ours = make_trainer(tmp_path, lora=LoraConfig(**LORA))
+    given = make_trainer(tmp_path, model=get_peft_model(make_tiny_model(), LoraConfig(**LORA)))
+    given.model.load_state_dict(ours.model.state_dict())
+    for trainer in (ours, given):
+        trainer.train()
+    assert logs_of(ours) == logs_of(given) and len(logs_of(ours)) == 2
+    theirs = weights_of(given)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in weights_of(ours).items())
+
+
+def test_training_of_an_adapter_goes_on_where_it_was_saved(tmp_path):
+    trainer = make_trainer(tmp_path, lora=True)
+    trainer.train()
+    trainer.save_model()
+    with pytest.raises(ValueError, match="got none in PeftModelForCausalLM. Load the adapter with `PeftModel.f"):
+        make_trainer(tmp_path / "more", model=PeftModel.from_pretrained(make_tiny_model(), tmp_path))
+    loaded = PeftModel.from_pretrained(make_tiny_model(), tmp_path, is_trainable=True)
+    more = make_trainer(tmp_path / "more", model=loaded)
+    weights = weights_of(trainer)
+    assert all(torch.equal(weight, weights[name]) for name, weight in weights_of(more).items())
+    more.train()
+    assert any(not torch.equal(weight, weights[name]) for name, weight in weights_of(more).items())
+
+
+def test_a_model_without_anything_to_train_is_refused(tmp_path):
+    model = make_tiny_model().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"got none in LlamaForCausalLM. Call `model.requires_grad_\(True\)`"):
+        make_trainer(tmp_path, model=model)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_whole_modules_beside_the_adapter_are_trained_saved_and_loaded(tmp_path, module):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=[module])
+    trainer = make_trainer(tmp_path, lora=config, gradient_checkpointing=module == "embed_tokens")
+    before = weights_of(trainer)
+    trainer.train()
+    trainer.save_model()
+    moved = {name for name, weight in weights_of(trainer).items() if not torch.equal(weight, before[name])}
+    assert any(f"{module}.modules_to_save" in name for name in moved)
+    assert all("lora_" in name or f"{module}.modules_to_save" in name for name in moved)
+    loaded, weights = load_cllm(tmp_path, base_model=make_tiny_model()), weights_of(trainer)
+    assert all(torch.equal(weight, weights[name]) for name, weight in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("lora", [False, True, "lm_head"])
+def test_logits_are_computed_where_a_loss_is_only_and_are_the_same(tmp_path, monkeypatch, lora):
+    """Also through PEFT's wrapper of the output embeddings."""
+    if lora == "lm_head":
+        lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trainer = make_trainer(tmp_path, lora=lora)
+    model, base_model = trainer.model.eval(), trainer.model.get_base_model() if lora else trainer.model
+    batch = trainer._prepare_batch(model, trainer.data_collator(list(make_dataset())))
+    sizes = []
+    base_model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, logits: sizes.append(logits[..., 0].numel())
+    )
+    cut = sum_losses(model, base_model, batch, trainer._preparer.objective)
+
+    def all_logits(model, packed, base_model, places):
+        return packed_forward(model, packed, base_model).flatten(0, 1)[places]
+
+    monkeypatch.setattr("cllm_hf.training.objective.packed_forward", all_logits)
+    whole = sum_losses(model, base_model, batch, trainer._preparer.objective)
+    torch.testing.assert_close(cut, whole)
+    assert sizes[0] < sizes[1]
+
+
+def test_low_precision_gives_nearly_the_same_losses(tmp_path):
+    exact = train(tmp_path, learning_rate=1e-3)["logs"]
+    for name, options in {
+        "autocast": {"bf16": True},
+        "weights": {"model": make_tiny_model().to(torch.bfloat16)},
+    }.items():
+        logs = train(tmp_path, learning_rate=1e-3, **options)["logs"]
+        assert len(logs) == len(exact) == 2
+        for log, other in zip(logs, exact):
+            assert log["loss"] == pytest.approx(other["loss"], rel=0.03), name
+            assert log["consistency_tokens"] == other["consistency_tokens"]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_the_same(tmp_path):
+    compiled = train(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    for log, other in zip(compiled["logs"], train(tmp_path)["logs"]):
+        assert log == pytest.approx(other, rel=1e-4)
+
+
+def test_adapter_for_another_model_is_refused(tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    tokenizer, model = make_tokenizer(), make_tiny_model()
+    model.name_or_path = "the-right-model"
+    make_trainer(tmp_path, model=model, lora=config).save_model()
+    wider = make_model("llama", vocab_size=len(tokenizer), hidden_size=64)
+    deeper = make_model("llama", vocab_size=len(tokenizer), num_hidden_layers=4)
+    other = make_model("gpt2")
+    for base_model in (wider, deeper, other):
+        weights = {name: tensor.clone() for name, tensor in base_model.state_dict().items()}
+        with pytest.raises(ValueError, match="does not fit the base model.*trained on the-right-model: pass that"):
+            load_cllm(tmp_path, base_model=base_model)
+        left = base_model.state_dict()
+        assert left.keys() == weights.keys() and all(torch.equal(left[name], weights[name]) for name in weights)
+    with pytest.raises(ValueError, match="loaded already, got dtype"):
+        load_cllm(tmp_path, base_model=make_word_model(tokenizer), dtype=torch.float32)
+
+
+def test_adapter_on_a_model_of_another_name_warns(tmp_path, caplog):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    model = make_tiny_model()
+    model.name_or_path = "the-right-model"
+    make_trainer(tmp_path, model=model, lora=config).save_model()
+    other = make_tiny_model()
+    other.name_or_path = "another-model"
+    load_cllm(tmp_path, base_model=other)
+    assert "trained on the-right-model and is put on another-model" in caplog.text
+
+
+# What the trainer refuses of what a user passes, as a user would pass it.
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": True}, "`packing=True` has no place in consistency training"),
+        ({"completion_only_loss": True}, "`completion_only_loss=True` has no place"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "`train_sampling_strategy='batch_rebalance'` has no place"),
+        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "Re-entrant gradient checkpointing"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "Re-entrant gradient checkpointing"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_attention_that_takes_no_mask_is_refused(tmp_path):
+    model = make_tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"got `attn_implementation=.flash_attention_2.`. Call `model.set_attn_impl"):
+        make_trainer(tmp_path, model=model)
