@@ -3,8 +3,9 @@ Make a real pretrained story model a CLLM, with nothing but the model itself as 
 
     python examples/stories.py --model ../shared/models/stories260k
 
-Prompts are sampled from the model, its greedy continuations are the responses. Prints tokens per forward before and
-after, on held-out prompts, and checks that Jacobi decoding returns the greedy tokens for every one of them.
+Prompts are sampled from the model, its greedy continuations are the responses, and the states that it is trained on are
+those of its own Jacobi decoding while it learns. Prints tokens per forward before and after, on held-out prompts, and
+checks that Jacobi decoding returns the greedy tokens for every one of them.
 """
 
 import argparse
@@ -64,15 +65,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/stories"), help="where to save the CLLM")
-    parser.add_argument("--num-prompts", type=int, default=2048, help="prompts to train on")
+    parser.add_argument("--num-prompts", type=int, default=6144, help="prompts to train on")
     parser.add_argument("--num-held-out", type=int, default=64, help="prompts to measure on")
     parser.add_argument("--prompt-length", type=int, default=16, help="sampled tokens of a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens of a response")
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--ar-loss-weight", type=float, default=1.0)
+    parser.add_argument("--ar-loss-weight", type=float, default=2.0)
+    parser.add_argument("--position-decay", type=float, default=4.0)
+    parser.add_argument("--trajectory-source", default="online", choices=("dataset", "online"))
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -107,6 +110,9 @@ def main() -> None:
         lr_scheduler_type="cosine",
         warmup_steps=min(40, arguments.updates // 10),
         ar_loss_weight=arguments.ar_loss_weight,
+        position_decay=arguments.position_decay,
+        trajectory_source=arguments.trajectory_source,
+        block_size=arguments.block_size,
         bf16=torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=50,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_runs import make_dataset, make_trainer, train
 
-from cllm_hf.training.resuming import find_checkpoint
+from cllm_hf.training.resuming import newest_checkpoint
 
 
 # 10 records: updates 1 to 3 are the first epoch, 4 to 6 the second, and so on.
@@ -82,14 +82,16 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
 
 
 def test_only_whole_checkpoints_are_gone_on_from(tmp_path, caplog):
-    with pytest.raises(ValueError, match="must hold a whole checkpoint, got none among 0 in"):
-        find_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path) is None and newest_checkpoint(tmp_path / "none") is None
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="must hold a whole checkpoint, got none in"):
+        trainer.train(resume_from_checkpoint=True)
     trainer.train()
-    assert find_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    (tmp_path / "checkpoint-10").mkdir()
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    for name in ("checkpoint-10", "checkpoint-x", "tmp-checkpoint-300"):
+        (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 1')
-    assert find_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert "checkpoint-10 is not whole" in caplog.text
     with pytest.raises(ValueError, match="must be a whole checkpoint, got .*checkpoint-10'"):
         trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-10")

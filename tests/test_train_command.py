@@ -25,6 +25,7 @@ from cllm_hf.demo.problems import make_problems
 from cllm_hf.training import command
 from cllm_hf.training.arguments import TrainArguments, parse_train
 from cllm_hf.training.progress import UpdateBar, UpdateLines, format_log
+from cllm_hf.training.resuming import newest_checkpoint
 
 
 BLOCK_SIZE = 5
@@ -174,7 +175,7 @@ def test_options_that_argparse_refuses(capsys, given, message):
         ([*REQUIRED, "--do_predict"], "makes no predictions"),
         ([*REQUIRED, "--report_to", "nowhere"], "`report_to` must name packages .* got nowhere. .* from none"),
         ([*REQUIRED, "--resume_from_checkpoint", "last"], "takes a checkpoint in the output folder, got none in 'o'"),
-        ([*REQUIRED, "--resume_from_checkpoint", "c"], "must be the folder of a checkpoint, .* got 'c'"),
+        ([*REQUIRED, "--resume_from_checkpoint", "c"], "must be the folder of a whole checkpoint, .* got 'c'"),
         (["--config", "missing.yaml"], "`--config` must be a file that can be read, got 'missing.yaml'"),
         (REQUIRED, "`path` must be a folder, or the id of a dataset on the Hub, got 't'"),
     ],
@@ -450,16 +451,6 @@ def test_an_interrupted_training_goes_on(arguments, tmp_path, monkeypatch, capsy
     assert f"cllm: {newest} is of an earlier run, and this one begins anew" in capsys.readouterr().err
 
 
-def test_only_whole_checkpoints_count(tmp_path):
-    assert command.newest_checkpoint(tmp_path / "none") is None
-    for name in ("checkpoint-5", "checkpoint-20", "checkpoint-100", "checkpoint-x", "tmp-checkpoint-300"):
-        (tmp_path / name).mkdir()
-    assert command.newest_checkpoint(tmp_path) is None
-    for name in ("checkpoint-5", "checkpoint-20", "checkpoint-x", "tmp-checkpoint-300"):
-        (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert command.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
-
-
 @pytest.mark.slow
 def test_ctrl_c_in_a_real_process(arguments, tmp_path):
     options = [*arguments, "--max_steps=100000", "--save_steps=5", "--save_total_limit=1"]
@@ -467,14 +458,14 @@ def test_ctrl_c_in_a_real_process(arguments, tmp_path):
         [sys.executable, "-m", "cllm_hf", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 240
-    while command.newest_checkpoint(tmp_path / "out") is None and time.monotonic() < deadline:
+    while newest_checkpoint(tmp_path / "out") is None and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     output, error = process.communicate(timeout=120)
     assert process.returncode == 130 and not output and "Traceback" not in error
-    newest = command.newest_checkpoint(tmp_path / "out")
-    updates = TrainerState.load_from_json(str(newest / "trainer_state.json")).global_step
+    newest = newest_checkpoint(tmp_path / "out")
+    updates = TrainerState.load_from_json(f"{newest}/trainer_state.json").global_step
     assert error.rstrip().endswith(f"`--resume_from_checkpoint last` goes on at {newest}.")
     options += [f"--max_steps={updates + 2}", "--resume_from_checkpoint=last"]
     run = subprocess.run([sys.executable, "-m", "cllm_hf", *options], capture_output=True, text=True, timeout=240)

@@ -30,11 +30,10 @@ from ..trajectories.sources import is_local
 from .arguments import NEWEST, TrainArguments, TrainOptions
 from .config import CLLMConfig
 from .progress import show_progress
+from .resuming import is_whole, newest_checkpoint
 from .trainer import CLLMTrainer
 
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_STATE_NAME = "trainer_state.json"  # the host writes it last
 # Options of `trl.ModelConfig` that the host drops without a word if another is not there.
 _NEEDED = {
     **{field.name: "use_peft" for field in fields(ModelConfig) if re.match("lora_|use_(rslora|dora)", field.name)},
@@ -136,33 +135,15 @@ def describe_interruption(training: CLLMConfig) -> str:
     Returns:
         `str`: a sentence.
     """
-    checkpoint = newest_checkpoint(Path(str(training.output_dir)))
+    checkpoint = newest_checkpoint(str(training.output_dir))
     if checkpoint is None or training.save_only_model:
         return "interrupted before there was a checkpoint (see `--save_steps`); the same command begins anew."
     return f"interrupted; the same command with `--resume_from_checkpoint {NEWEST}` goes on at {checkpoint}."
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """
-    Find the newest checkpoint that is complete.
-
-    Args:
-        folder (`pathlib.Path`): the `output_dir` of a training.
-
-    Returns:
-        `pathlib.Path` or `None`.
-    """
-    updates = {
-        int(match[1]): path
-        for path in folder.glob("checkpoint-*")
-        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / _STATE_NAME).is_file()
-    }
-    return updates[max(updates)] if updates else None
-
-
 def _find_checkpoint(training: CLLMConfig) -> str | None:
     """Where to go on."""
-    chosen, folder = training.resume_from_checkpoint, Path(str(training.output_dir))
+    chosen, folder = training.resume_from_checkpoint, str(training.output_dir)
     newest = newest_checkpoint(folder)
     if chosen is None:
         if newest is not None:
@@ -176,13 +157,13 @@ def _find_checkpoint(training: CLLMConfig) -> str | None:
         if newest is None:
             raise OSError(
                 f"`--resume_from_checkpoint {NEWEST}` takes a checkpoint in the output folder, got none in "
-                f"{str(folder)!r}. Drop the option to begin anew."
+                f"{folder!r}. Drop the option to begin anew."
             )
-        return str(newest)
-    if not (Path(chosen) / _STATE_NAME).is_file():
+        return newest
+    if not is_whole(chosen):
         raise OSError(
-            f"`--resume_from_checkpoint` must be the folder of a checkpoint, with `{_STATE_NAME}`, or `{NEWEST}` for "
-            f"the newest in the output folder, got {chosen!r}."
+            f"`--resume_from_checkpoint` must be the folder of a whole checkpoint, or `{NEWEST}` for the newest in "
+            f"the output folder, got {chosen!r}."
         )
     return chosen
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _STATE_NAME = "trainer_state.json"  # the last file that a checkpoint gets
 
 
-def find_checkpoint(output_dir: str | Path) -> str:
+def newest_checkpoint(output_dir: str | Path) -> str | None:
     """
     Find the newest whole checkpoint of a run.
 
@@ -26,10 +26,7 @@ def find_checkpoint(output_dir: str | Path) -> str:
         output_dir (`str` or `pathlib.Path`): folder of the run.
 
     Returns:
-        `str`: its folder.
-
-    Raises:
-        ValueError: if there is none.
+        `str`: its folder, or `None` if there is none.
     """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     folders.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
@@ -37,10 +34,7 @@ def find_checkpoint(output_dir: str | Path) -> str:
         if is_whole(path):
             return str(path)
         logger.warning("%s is not whole: the run was stopped while it was written. An older one is taken.", path)
-    raise ValueError(
-        f"To go on, `output_dir` must hold a whole checkpoint, got none among {len(folders)} in {str(output_dir)!r}. "
-        "Train without `resume_from_checkpoint`."
-    )
+    return None
 
 
 def is_whole(checkpoint: str | Path) -> bool:
@@ -128,7 +122,12 @@ class ResumingTrainer(SFTTrainer):
             ValueError: if there is no whole checkpoint, or none from which the run can go on exactly.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = find_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"To go on, `output_dir` must hold a whole checkpoint, got none in {str(self.args.output_dir)!r}. "
+                    "Train without `resume_from_checkpoint`."
+                )
         if resume_from_checkpoint:
             check_resumable(str(resume_from_checkpoint), self.args)
             resume_from_checkpoint = str(resume_from_checkpoint)
