@@ -176,8 +176,8 @@ def test_a_run_goes_through_its_block_sizes_and_is_evaluated_at_the_last(word_mo
     )
     seen = watch_choices(trainer)
     trainer.train()
-    sizes = [batch["draft_blocks"].states.shape[-1] for update, _, batch in seen if update]
-    evaluated = [batch["draft_blocks"].states.shape[-1] for update, _, batch in seen if not update]
+    sizes = [batch["draft_blocks"].states.shape[-1] for update, _, batch in seen if update is not None]
+    evaluated = [batch["draft_blocks"].states.shape[-1] for update, _, batch in seen if update is None]
     assert sizes == [2, 2, 4, 4] and evaluated == [4] * 4
     assert trainer.block_size == 4 and word_model.generation_config.jacobi_block_size == 4
 

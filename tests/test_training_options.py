@@ -32,16 +32,23 @@ GOOD = {
     "block_size_schedule": [None, [8], [8, 16, 32]],
     "trajectory_source": ["dataset", "online"],
     "online_iterations": [0, 8],
+    "export_custom_generate": [False, True],
+    "num_monitored_prompts": [0, 8],
+    "monitored_max_new_tokens": [None, 1, 512],
+    "on_collapse": ["warn", "stop", "ignore"],
+    "plot_run": [False, True],
 }
 OWN = [field.name for field in dataclasses.fields(CLLMConfig) if field.name not in SFTConfig.__dataclass_fields__]
 INTEGERS = ("block_size", "max_length", "states_per_block", "noise_window", "online_iterations")
+INTEGERS += ("num_monitored_prompts", "monitored_max_new_tokens")
+SWITCHES = ("export_custom_generate", "plot_run")
 NUMBERS = ("ar_loss_weight", "divergence_temperature", "ar_label_smoothing", "position_decay")
-CHOICES = ("consistency", "divergence", "ar_labels", "state_sampling", "context", "trajectory_source")
+CHOICES = ("consistency", "divergence", "ar_labels", "state_sampling", "context", "trajectory_source", "on_collapse")
 
 
 def test_every_option_is_tried_here():
     assert {*OWN, "max_length"} == set(GOOD)
-    assert {*INTEGERS, *NUMBERS, *CHOICES, "block_size_schedule"} == set(GOOD)
+    assert {*INTEGERS, *NUMBERS, *CHOICES, *SWITCHES, "block_size_schedule"} == set(GOOD)
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
@@ -52,8 +59,8 @@ def test_values_that_are_taken(name, value):
 @pytest.mark.parametrize("value", [0, -1, 2.0, "4", True, math.nan, [4]], ids=repr)
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers_that_are_refused(name, value):
-    if name == "online_iterations" and value == 0:
-        pytest.skip("0 iterations are the first drafts")
+    if name in ("online_iterations", "num_monitored_prompts") and value == 0:
+        pytest.skip("0 iterations are the first drafts, 0 prompts are no measure")
     with pytest.raises(ValueError, match=rf"`{name}` must be an integer of at least [01], got .*\. Typical"):
         make_config(**{name: value})
 
@@ -74,10 +81,8 @@ def test_bounds_that_are_refused(name, value):
         make_config(**{name: value})
 
 
-@pytest.mark.parametrize("name", [name for name in GOOD if name not in ("position_decay", "block_size", "max_length")])
+@pytest.mark.parametrize("name", [name for name in GOOD if None not in GOOD[name] and name not in SWITCHES])
 def test_none_is_refused_where_it_means_nothing(name):
-    if name == "block_size_schedule":
-        pytest.skip("it means the same block size all along")
     with pytest.raises(ValueError, match=f"`{name}` must be .*, got None"):
         make_config(**{name: None})
 
@@ -167,6 +172,11 @@ FROM_OUTSIDE = {
     "block_size_schedule": [8, 16, 32],
     "trajectory_source": "online",
     "online_iterations": 6,
+    "export_custom_generate": True,
+    "num_monitored_prompts": 4,
+    "monitored_max_new_tokens": 64,
+    "on_collapse": "stop",
+    "plot_run": False,
 }
 
 

@@ -54,7 +54,8 @@ def drop_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> t
         it is not known what was repeated, and the batch is given as it is.
     """
     state: Any = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader:
+    # In this order: outside of a run, another run's options may have taken the processes' state away.
+    if not state.end_of_dataloader or accelerator.num_processes == 1:
         return batch, True
     dataset = state.active_dataloader.dataset
     if not isinstance(dataset, Sized):
