@@ -93,7 +93,9 @@ class PackedBatch(Packed):
         return torch.arange(start, start + blocks * size, device=self.input_ids.device).view(blocks, size)
 
 
-def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> PackedBatch:
+def pack(
+    clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts, num_positions: int | None = None
+) -> PackedBatch:
     """
     Lay out clean sequences and draft blocks behind them.
 
@@ -101,6 +103,8 @@ def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> 
         clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
         clean_mask (`torch.Tensor` of shape `(batch_size, clean_length)`): non-zero on tokens, zero on padding.
         groups (`Drafts`): draft blocks; those of a group have the same size.
+        num_positions (`int`, *optional*): positions that the model has. What of a block lies behind them, as of one
+            that begins near the end, is put on the last one: such tokens mean nothing.
 
     Returns:
         `PackedBatch`.
@@ -125,7 +129,10 @@ def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> 
         anchors = drafts.anchors[..., None]
         segments = first_segment + torch.arange(num_blocks, device=device)[None, :, None]
         input_ids.append((block_ids * is_block).flatten(1))
-        position_ids.append(((anchors + torch.arange(block_size, device=device)) * is_block).flatten(1))
+        block_positions = anchors + torch.arange(block_size, device=device)
+        if num_positions is not None:
+            block_positions = block_positions.clamp(max=num_positions - 1)
+        position_ids.append((block_positions * is_block).flatten(1))
         segment_ids.append(torch.where(is_block, segments, PADDING_SEGMENT).flatten(1))
         anchor_positions.append((anchors * is_block).flatten(1))
         first_segment += num_blocks
@@ -398,6 +405,19 @@ def forward_drafts(
     ).logits
     clean_cache.crop(-logits.shape[1])
     return logits
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """
+    Number of positions that a model has.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model, not wrapped.
+
+    Returns:
+        `int`, or `None` where its config says none.
+    """
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_packable(model: PreTrainedModel) -> None:

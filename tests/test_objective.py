@@ -322,3 +322,20 @@ def test_progressive_states_do_not_depend_on_the_padding_of_the_last_block(llama
     records = [[make_record(6, 12, pad=pad), make_record(4, 21, pad=pad)] for pad in (0, 9)]
     chosen = [contributions(prepare(llama, each, **SETTINGS["progressive"])[0]) for each in records]
     assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("setting", ["global", "online", "noisy", "ground truth"])
+def test_a_response_may_reach_the_last_position_of_the_model(setting):
+    """The block at its end goes on behind that."""
+    records = [make_record(4, 18, num_states=7), make_record(3, 6)]
+    model, larger = make_model("gpt2", n_positions=22), make_model("gpt2", n_positions=40)
+    weights = larger.state_dict()
+    weights["transformer.wpe.weight"][:22] = model.state_dict()["transformer.wpe.weight"]
+    weights.update({name: weight for name, weight in model.state_dict().items() if "wpe" not in name})
+    larger.load_state_dict(weights)
+    sums = []
+    for one in (model, larger):
+        batch, objective = prepare(one, records, **SETTINGS[setting])
+        sums.append(sum_losses(one, one, batch, objective))
+    assert sums[0][0] > 0
+    torch.testing.assert_close(*sums)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..packing import Drafts, PackedBatch, fill_rows, pack, packed_forward
+from ..packing import Drafts, PackedBatch, fill_rows, pack, packed_forward, position_limit
 from .collator import cut_responses
 from .losses import DIVERGENCES, ar_cross_entropy
 from .online import tokens_at
@@ -102,7 +102,7 @@ def sum_losses(
         `torch.Tensor` of shape `(2,)`: consistency loss and AR loss, summed over their positions.
     """
     blocks, weights = batch["draft_blocks"], batch["consistency_weights"]
-    packed = _pack(batch, blocks)
+    packed = _pack(batch, blocks, position_limit(base_model))
     rows, length = packed.input_ids.shape
     row_starts = torch.arange(rows, device=packed.input_ids.device) * length
 
@@ -135,7 +135,7 @@ def sum_losses(
     return torch.stack([consistency, ar])
 
 
-def _pack(batch: dict[str, torch.Tensor], blocks: DraftBlocks) -> PackedBatch:
+def _pack(batch: dict[str, torch.Tensor], blocks: DraftBlocks, num_positions: int | None) -> PackedBatch:
     before = batch["prompt_lengths"][:, None] - 1
     anchors = blocks.offsets + before
     groups = [Drafts(blocks.states, anchors, blocks.mask)]
@@ -143,7 +143,7 @@ def _pack(batch: dict[str, torch.Tensor], blocks: DraftBlocks) -> PackedBatch:
         groups.append(Drafts(blocks.successors, anchors, blocks.mask))
     if "label_ids" in batch:
         groups.append(Drafts(batch["label_ids"].clamp(min=0)[:, None], before, torch.ones_like(before)))
-    return pack(batch["clean_ids"], batch["clean_mask"], *groups)
+    return pack(batch["clean_ids"], batch["clean_mask"], *groups, num_positions=num_positions)
 
 
 def _sum_divergence(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from ..packing import Drafts, forward_clean, forward_drafts, pack
+from ..packing import Drafts, forward_clean, forward_drafts, pack, position_limit
 from .collator import cut_responses
 from .states import DraftBlocks
 
@@ -62,7 +62,7 @@ def make_online_states(
         _, cache = forward_clean(model, batch["clean_ids"], batch["clean_mask"], 1, base_model)
         for iteration in range(num_iterations + with_successors):
             drafts = Drafts(states, offsets + prompt_lengths - 1, mask)
-            packed = pack(batch["clean_ids"], batch["clean_mask"], drafts)
+            packed = pack(batch["clean_ids"], batch["clean_mask"], drafts, num_positions=position_limit(base_model))
             predicted = forward_drafts(model, packed, cache, base_model).argmax(-1).view_as(states)
             right = tokens_at(response, offsets, block_size)
             # The last token of a state is not fed, so nothing checks it.
