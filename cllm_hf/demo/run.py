@@ -52,6 +52,9 @@ class DemoOptions:
         cllm_batch_size (`int`): trajectories in an update of the CLLM.
         cllm_learning_rate (`float`): highest learning rate of the CLLM.
         ar_loss_weight (`float`): weight of the CLLM's AR loss.
+        position_decay (`float`, *optional*): see `CLLMConfig`.
+        trajectory_source (`str`): `"dataset"` for the states that were collected, `"online"` for those that the model
+            makes while it learns.
         num_held_out (`int`): problems for the measurement, in no training data.
         block_size (`int`): tokens of a block.
         max_new_tokens (`int`): longest answer; a worked answer has at most 68 tokens.
@@ -65,7 +68,9 @@ class DemoOptions:
     cllm_updates: int = 300
     cllm_batch_size: int = 32
     cllm_learning_rate: float = 1.5e-3
-    ar_loss_weight: float = 5.0
+    ar_loss_weight: float = 10.0
+    position_decay: float | None = 4.0
+    trajectory_source: str = "online"
     num_held_out: int = 200
     block_size: int = 16
     max_new_tokens: int = 96
@@ -217,6 +222,9 @@ def make_cllm_trainer(
         max_steps=options.cllm_updates,
         per_device_train_batch_size=options.cllm_batch_size,
         ar_loss_weight=options.ar_loss_weight,
+        position_decay=options.position_decay,
+        trajectory_source=options.trajectory_source,
+        block_size=options.block_size,
         plot_run=False,
         **_training_options(options.seed, options.cllm_learning_rate),
     )
