@@ -56,11 +56,15 @@ class Drafts:
         states (`torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`): a draft state of each block.
         anchors (`torch.LongTensor` of shape `(batch_size, num_blocks)`): position of the token before each block.
         mask (`torch.Tensor` of shape `(batch_size, num_blocks)`): non-zero where there is a block.
+        last_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*): where a sequence ends. What of its
+            blocks lies behind means nothing, and is put there, so that no position is needed that the sequence itself
+            does not have. By default blocks go on as far as they go.
     """
 
     states: torch.Tensor
     anchors: torch.Tensor
     mask: torch.Tensor
+    last_positions: torch.Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -93,9 +97,7 @@ class PackedBatch(Packed):
         return torch.arange(start, start + blocks * size, device=self.input_ids.device).view(blocks, size)
 
 
-def pack(
-    clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts, num_positions: int | None = None
-) -> PackedBatch:
+def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> PackedBatch:
     """
     Lay out clean sequences and draft blocks behind them.
 
@@ -103,8 +105,6 @@ def pack(
         clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
         clean_mask (`torch.Tensor` of shape `(batch_size, clean_length)`): non-zero on tokens, zero on padding.
         groups (`Drafts`): draft blocks; those of a group have the same size.
-        num_positions (`int`, *optional*): positions that the model has. What of a block lies behind them, as of one
-            that begins near the end, is put on the last one: such tokens mean nothing.
 
     Returns:
         `PackedBatch`.
@@ -130,8 +130,8 @@ def pack(
         segments = first_segment + torch.arange(num_blocks, device=device)[None, :, None]
         input_ids.append((block_ids * is_block).flatten(1))
         block_positions = anchors + torch.arange(block_size, device=device)
-        if num_positions is not None:
-            block_positions = block_positions.clamp(max=num_positions - 1)
+        if drafts.last_positions is not None:
+            block_positions = torch.minimum(block_positions, drafts.last_positions[:, None, None])
         position_ids.append((block_positions * is_block).flatten(1))
         segment_ids.append(torch.where(is_block, segments, PADDING_SEGMENT).flatten(1))
         anchor_positions.append((anchors * is_block).flatten(1))
@@ -405,19 +405,6 @@ def forward_drafts(
     ).logits
     clean_cache.crop(-logits.shape[1])
     return logits
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """
-    Number of positions that a model has.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-
-    Returns:
-        `int`, or `None` where its config says none.
-    """
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_packable(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from cllm_hf.training import objective as objective_module
 from cllm_hf.training import preparation
 from cllm_hf.training.losses import DIVERGENCES
 from cllm_hf.training.objective import sum_losses
+from cllm_hf.training.states import position_weights
 
 
 def make_records():
@@ -32,7 +33,6 @@ SETTINGS = {
     "progressive local": {"state_sampling": "progressive", "noise_window": 3, "consistency": "local"},
     "noisy": {"context": "noisy", "noise_window": 2},
     "noisy local": {"context": "noisy", "noise_window": 2, "consistency": "local"},
-    "noisy online": {"context": "noisy", "trajectory_source": "online", "block_size": BLOCK_SIZE},
     "small blocks": {"block_size_schedule": [3]},
     "large blocks": {"block_size_schedule": [12], "states_per_block": 2},
     "ground truth": {"ar_labels": "ground_truth"},
@@ -311,7 +311,7 @@ def test_the_run_goes_through_the_block_sizes_in_equal_parts(llama):
     assert sizes == [2] * 4 + [3] * 4 + [4] * 5
 
 
-@pytest.mark.parametrize("setting", ["noisy", "noisy online", "noisy local"])
+@pytest.mark.parametrize("setting", ["noisy", "noisy local"])
 def test_long_windows_take_no_more_columns_than_the_longest_response(llama, setting):
     batch, _ = prepare(llama, make_records(), **{**SETTINGS[setting], "noise_window": 64})
     longest = -(-18 // BLOCK_SIZE) * BLOCK_SIZE
@@ -339,3 +339,22 @@ def test_a_response_may_reach_the_last_position_of_the_model(setting):
         sums.append(sum_losses(one, one, batch, objective))
     assert sums[0][0] > 0
     torch.testing.assert_close(*sums)
+
+
+@pytest.mark.parametrize("setting", ["global", "online", "ground truth"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_sequences_beyond_the_positions_of_the_config(name, setting):
+    """Rotary positions go on behind those that the config tells."""
+    model = make_model(name, max_position_embeddings=8)
+    check_against_plain_forwards(model, make_records(), **SETTINGS[setting])
+
+
+def test_weights_begin_anew_in_each_block_of_a_noisy_window(llama):
+    (flat, _), (falling, _) = (
+        prepare(llama, make_records(), **SETTINGS["noisy"], position_decay=decay) for decay in (None, 1.5)
+    )
+    blocks = [weights["consistency_weights"].unflatten(-1, (-1, BLOCK_SIZE)) for weights in (flat, falling)]
+    for trained, weights in zip(*(each.flatten(0, 2) for each in blocks)):
+        expected = position_weights(trained > 0, 1.5)
+        assert torch.equal(weights, expected)
+    assert (blocks[0][..., 1, :] > 0).any()

@@ -119,9 +119,9 @@ def test_bfloat16_is_for_devices_that_compute_in_it(monkeypatch):
     training = parse_train(REQUIRED).training
     assert training.use_cpu and not training.bf16 and training.mixed_precision == "no"
     assert parse_train([*REQUIRED, "--bf16", "true"]).training.bf16
-    assert CLLMConfig("o", use_cpu=True).bf16  # the default of the host, for scripts
+    assert not CLLMConfig("o", use_cpu=True).bf16
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr("cllm_hf.training.config.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     training = parse_train(REQUIRED).training
     assert training.bf16 and not training.use_cpu

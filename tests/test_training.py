@@ -346,7 +346,7 @@ def test_datasets_that_are_refused(word_model, tokenizer, dataset, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(word_model, bad, tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="Every state must have `block_size` tokens, 16"):
+    with pytest.raises(ValueError, match=r"`block_size=16` must be that of the trajectories, 5.*schedule=\[16\]"):
         make_trainer(word_model, dataset, tokenizer, tmp_path, block_size=16)
 
 
@@ -378,3 +378,39 @@ def test_records_of_similar_length_come_together(word_model, tokenizer, dataset,
         return sum(int((mask == 0).sum()) for mask in masks)
 
     assert padding("group_by_length") < padding("sequential")
+
+
+def test_formatted_datasets_are_taken(word_model, tokenizer, dataset, tmp_path):
+    weights = []
+    for name in (None, "torch", "numpy"):
+        model = copy.deepcopy(word_model)
+        make_trainer(model, dataset.with_format(name), tokenizer, tmp_path).train()
+        weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+def test_records_of_similar_length_also_in_evaluation(word_model, tokenizer, dataset, tmp_path):
+    options = {"train_sampling_strategy": "group_by_length", "eval_dataset": dataset.select(range(4))}
+    trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, **options)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate(dataset.select(range(4)))["eval_loss"])
+
+
+def test_predictions_are_losses(word_model, tokenizer, dataset, tmp_path):
+    trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, num_monitored_prompts=0)
+    output = trainer.predict(dataset.select(range(4)))
+    assert output.predictions is None and output.metrics["test_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"response_ids": []}, {"trajectory_source": "online"}, "needs tokens in the column `response_ids`"),
+        ({"label_ids": []}, {"ar_labels": "ground_truth"}, "needs tokens in the column `label_ids`"),
+        ({"prompt_ids": [3] * 60}, {"max_length": 60}, "A prompt of 60 tokens, in row 7, leaves no room for a block"),
+    ],
+)
+def test_bad_records_are_found_before_the_run(word_model, tokenizer, dataset, tmp_path, change, options, message):
+    rows = [{**row, "label_ids": [3]} for row in dataset.select(range(8))]
+    rows[7].update(change)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(word_model, Dataset.from_list(rows), tokenizer, tmp_path, **options)

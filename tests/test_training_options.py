@@ -111,6 +111,10 @@ def test_schedules_that_are_refused(value):
             '`state_sampling="progressive"` chooses among stored states, and `trajectory_source="online"` has none',
         ),
         (
+            {"trajectory_source": "online", "context": "noisy"},
+            '`context="noisy"` joins the drafts of neighboring blocks, and `trajectory_source="online"` makes',
+        ),
+        (
             {"consistency": "local", "block_size_schedule": [4, 8]},
             '`consistency="local"` takes the next state of a whole block, which `block_size_schedule` would cut',
         ),
@@ -139,6 +143,8 @@ def test_combinations_that_are_refused(options, message):
         {"pad_to_multiple_of": 64},
         {"dataset_kwargs": {"add_special_tokens": False}},
         {"shuffle_dataset": True},
+        {"neftune_noise_alpha": 5.0},
+        {"dataset_num_proc": 2},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -167,7 +173,7 @@ FROM_OUTSIDE = {
     "position_decay": 4.0,
     "states_per_block": 2,
     "state_sampling": "uniform",
-    "context": "noisy",
+    "context": "clean",
     "noise_window": 4,
     "block_size_schedule": [8, 16, 32],
     "trajectory_source": "online",

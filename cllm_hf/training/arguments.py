@@ -89,10 +89,9 @@ def _read_checkpoint(value: Any) -> Any:
 
 
 def _fit_machine(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Defaults of a command: bfloat16 where the device computes in it, and a place for the model."""
+    """Defaults of a command: the device that there is, and a place for the model."""
     import torch
     from accelerate.utils import parse_flag_from_env
-    from transformers.utils import is_torch_bf16_gpu_available
 
     if options.output_dir is None:
         parser.error("the following arguments are required: --output_dir/--output-dir")
@@ -101,5 +100,3 @@ def _fit_machine(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         options.resume_from_checkpoint = NEWEST if text in ("true", NEWEST) else None
     if not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
         options.use_cpu = True
-    if options.bf16 is None and (options.use_cpu or not is_torch_bf16_gpu_available()):
-        options.bf16 = False

@@ -81,6 +81,12 @@ class CollapseCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._warn(signs)
         if self.on_collapse == "stop" and any(sign.is_lasting for sign in signs):
+            if state.is_world_process_zero and not control.should_training_stop:
+                logger.warning(
+                    '`on_collapse="stop"`: the training ends at update %d of %d, with the weights as they are now.',
+                    state.global_step,
+                    state.max_steps,
+                )
             control.should_training_stop = True
 
     def _warn(self, signs: list[Sign]) -> None:

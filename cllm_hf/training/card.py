@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ _FIGURES = {
     "repetition": "repetition rate",
     "target_repetition": "repetition rate of the dataset's responses",
 }
-_FIGURE = re.compile(rf"(?:eval_(?P<dataset>\w+_)??)?(?P<figure>{'|'.join(_FIGURES)})")
+_FIGURE = re.compile(rf"(?:eval_(?P<dataset>.+_)??)?(?P<figure>{'|'.join(_FIGURES)})")
 _LONGEST_VALUE = 80
 _TEMPLATE = """\
 ---
@@ -346,7 +345,7 @@ def _figures_text(log_history: Sequence[Mapping[str, Any]]) -> str:
     found: dict[str, list[tuple[int, float]]] = {}
     for log in log_history:
         for name, value in log.items():
-            if _FIGURE.fullmatch(name) and isinstance(value, (int, float)) and math.isfinite(value):
+            if _FIGURE.fullmatch(name) and isinstance(value, (int, float)):
                 found.setdefault(name, []).append((int(log.get("step", 0)), float(value)))
     order = list(_FIGURES)
     rows = []

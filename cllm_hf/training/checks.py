@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..decoding.options import DEFAULT_BLOCK_SIZE
@@ -44,13 +47,53 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, config: CLLMConfig) ->
         first = _first(dataset)
         if config.trajectory_source == "online":
             check_response(first)
+            if block_size is None and first.get("states"):
+                block_size = len(first["states"][0][-1])
         elif isinstance(dataset, Dataset):
+            _check_block_size(first, config)
             block_size = check_dataset(dataset, block_size)
         else:
             block_size = check_record(first, block_size)
         if config.ar_labels == "ground_truth":
             get_labels(first)
+        if isinstance(dataset, Dataset) and dataset.format["type"] is None:
+            _check_lengths(dataset, config, 1 if config.trajectory_source == "online" else block_size or 1)
     return block_size or DEFAULT_BLOCK_SIZE
+
+
+def _check_block_size(record: Mapping[str, Any], config: CLLMConfig) -> None:
+    found = len(record["states"][0][-1]) if record.get("states") and record["states"][0] else None
+    if config.block_size is not None and found is not None and found != config.block_size:
+        raise ValueError(
+            f"`block_size={config.block_size}` must be that of the trajectories, {found}. Pass "
+            f"`block_size_schedule=[{config.block_size}]` to cut or join their blocks, or collect new ones."
+        )
+
+
+def _check_lengths(dataset: Dataset, config: CLLMConfig, least: int) -> None:
+    """Find the records at which a run would end: without a prompt, response or label, or without room for them."""
+    names = ["prompt_ids", "response_ids"] + ["label_ids"] * (config.ar_labels == "ground_truth")
+    start = 0
+    for table in dataset.select_columns(names).with_format("arrow").iter(1000):
+        lengths = {name: pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy() for name in names}
+        for name in names:
+            bad = np.flatnonzero(lengths[name] == 0)
+            if len(bad):
+                record = dataset[start + int(bad[0])]
+                if name == "label_ids":
+                    get_labels(record)
+                check_response(record)
+        if config.max_length is not None:
+            room = config.max_length - lengths["prompt_ids"]
+            bad = np.flatnonzero((room < least) & (room < lengths["response_ids"]))
+            if len(bad):
+                row = int(bad[0])
+                raise ValueError(
+                    f"A prompt of {lengths['prompt_ids'][row]} tokens, in row {start + row}, leaves no room for a "
+                    f"block of {least} in `max_length={config.max_length}`. Raise `max_length`, or drop such records "
+                    "with `dataset.filter`."
+                )
+        start += len(table)
 
 
 def check_response(record: Mapping[str, Any]) -> None:
@@ -118,3 +161,24 @@ def _first(dataset: Iterable[dict[str, Any]]) -> dict[str, Any]:
     for record in dataset:
         return record
     raise ValueError("The trajectory dataset is empty. Build it from more prompts, or look at its drop counts.")
+
+
+def check_leftovers(folder: Path, is_adapter: bool) -> None:
+    """
+    Check that a folder holds no model of the other kind: whoever loads it would get that one, or both.
+
+    Args:
+        folder (`pathlib.Path`): where the trained model goes.
+        is_adapter (`bool`): whether that is an adapter.
+
+    Raises:
+        ValueError: if it does.
+    """
+    kind, other, name = ("adapter", "whole model", "config.json")
+    if not is_adapter:
+        kind, other, name = ("whole model", "adapter", "adapter_config.json")
+    if (folder / name).is_file():
+        raise ValueError(
+            f"The output folder would hold two models: {str(folder)!r} has the {other} of an earlier run, and now "
+            f"comes {'an' if is_adapter else 'a'} {kind}. Choose another output folder, or empty that one."
+        )

@@ -191,7 +191,7 @@ def find_bad_data(
     for record in records:
         response = [int(token) for token in record["response_ids"]]
         num_records += 1
-        num_short += len(response) - (response[-1] in stop_ids) <= 1
+        num_short += len(response) - (response[-1:] != [] and response[-1] in stop_ids) <= 1
         repeated, ngrams = count_repeated(response)
         num_repeated, num_ngrams = num_repeated + repeated, num_ngrams + ngrams
         for state, fixed_point in _drafts(record, response) if has_states else ():

@@ -6,6 +6,7 @@ import logging
 import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -40,6 +41,8 @@ _NEEDED = {
     **{field.name: "load_in_4bit" for field in fields(ModelConfig) if "bnb_" in field.name},
 }
 _LOSSES = ("consistency_loss", "ar_loss")
+_NOT_SHOWN = ("runtime", "_per_second", "consistency_tokens", "ar_tokens")
+_STARTED = time.time()  # this is imported when the command runs
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +75,7 @@ def run_train(options: TrainOptions) -> str:
         made_by = manifest.get("model", {})
         model = _choose_model(options.model, made_by, data.trajectories)
         check_writable(Path(str(training.output_dir)))
+        _check_place(str(model.model_name_or_path), training)
         try:
             trainer = _make_trainer(model, training, train_dataset, eval_dataset)
             _check_tokens(train_dataset, trainer.model.config.get_text_config().vocab_size)
@@ -113,7 +117,7 @@ def format_training(state: Any, training: CLLMConfig, published: str | None = No
             parts.append(f"{name}: {change}")
     evaluations = [log for log in state.log_history if "eval_loss" in log]
     for name, value in (evaluations or [{}])[-1].items():
-        if name.startswith("eval_") and not name.endswith(("runtime", "_per_second", "_tokens")):
+        if name.startswith("eval_") and not name.endswith(_NOT_SHOWN):
             first = evaluations[0].get(name)
             before = f"{first:.4g} -> " if len(evaluations) > 1 and first is not None else ""
             parts.append(f"{name}: {before}{value:.4g}")
@@ -136,6 +140,9 @@ def describe_interruption(training: CLLMConfig) -> str:
         `str`: a sentence.
     """
     checkpoint = newest_checkpoint(str(training.output_dir))
+    if checkpoint is not None and training.resume_from_checkpoint is None:
+        # One that an earlier run has left is no way to go on with this one.
+        checkpoint = checkpoint if (Path(checkpoint) / "trainer_state.json").stat().st_mtime >= _STARTED else None
     if checkpoint is None or training.save_only_model:
         return "interrupted before there was a checkpoint (see `--save_steps`); the same command begins anew."
     return f"interrupted; the same command with `--resume_from_checkpoint {NEWEST}` goes on at {checkpoint}."
@@ -222,6 +229,14 @@ def _choose_model(model: ModelConfig, made_by: Mapping[str, Any], trajectories: 
         if find_adapter_config_file(name) is None and made_by.get("revision"):
             model.model_revision = made_by["revision"]
     return model
+
+
+def _check_place(model_name: str, training: CLLMConfig) -> None:
+    if Path(model_name).is_dir() and Path(model_name).resolve() == Path(str(training.output_dir)).resolve():
+        raise ValueError(
+            f"The trained model would take the place of the one that it is made from, got `output_dir` {model_name!r} "
+            "for both. Choose another output folder."
+        )
 
 
 def _load_datasets(data: TrainArguments, training: CLLMConfig) -> tuple[Dataset, Dataset | None]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from ..decoding.options import check_block_size
@@ -28,6 +29,9 @@ _NO_EFFECT = (
     ("chat_template_path", (None,), "the dataset already holds token ids"),
     ("pad_to_multiple_of", ("auto", None), "batches are padded to their longest record"),
     ("dataset_kwargs", (None, {"skip_prepare_dataset": True}), "the dataset is taken as it is"),
+    ("neftune_noise_alpha", (None,), "the noise would be in the targets as well"),
+    ("truncation_mode", ("keep_start",), "`max_length` cuts the last blocks of a response"),
+    ("dataset_num_proc", (None,), "the dataset is taken as it is"),
     ("shuffle_dataset", (False,), "batches are drawn in random order already"),
     (
         "train_sampling_strategy",
@@ -71,7 +75,8 @@ class CLLMConfig(SFTConfig):
             Weight of the AR loss: `loss = consistency_loss + ar_loss_weight * ar_loss`, each a mean over its own
             positions. More keeps more of the model's quality and gains a little less speed.
         block_size (`int`, *optional*):
-            Tokens of a block. By default what the dataset has; if set, a dataset of states must have it.
+            Tokens of a block. By default what the dataset has, or 16 without states; if set, a dataset of states must
+            have it.
         max_length (`int`, *optional*):
             Longest prompt and response, in tokens; longer responses lose their last blocks. By default no limit.
         consistency (`str`, *optional*, defaults to `"global"`):
@@ -122,6 +127,8 @@ class CLLMConfig(SFTConfig):
             no effect here.
     """
 
+    # What the losses were before the first update is what later ones are compared with.
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first update too."})
     ar_loss_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the AR loss: loss = consistency_loss + ar_loss_weight * ar_loss."},
@@ -199,6 +206,8 @@ class CLLMConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
+            self.bf16 = False  # the host would refuse it, or be slow
         super().__post_init__()
         self._check_values()
         self._check_combinations()
@@ -238,6 +247,11 @@ class CLLMConfig(SFTConfig):
             raise ValueError(
                 '`state_sampling="progressive"` chooses among stored states, and `trajectory_source="online"` has '
                 "none: its states are of every noise already. Drop one of the two."
+            )
+        if self.trajectory_source == "online" and self.context == "noisy":
+            raise ValueError(
+                '`context="noisy"` joins the drafts of neighboring blocks, and `trajectory_source="online"` makes '
+                "those of single windows. Drop one of the two."
             )
         if self.consistency == "local" and self.block_size_schedule is not None:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..packing import Drafts, PackedBatch, fill_rows, pack, packed_forward, position_limit
+from ..packing import Drafts, PackedBatch, fill_rows, pack, packed_forward
 from .collator import cut_responses
 from .losses import DIVERGENCES, ar_cross_entropy
 from .online import tokens_at
@@ -39,7 +39,10 @@ class Objective:
 
 
 def weigh_positions(
-    batch: dict[str, torch.Tensor], blocks: DraftBlocks, position_decay: float | None = None
+    batch: dict[str, torch.Tensor],
+    blocks: DraftBlocks,
+    position_decay: float | None = None,
+    decay_over: int | None = None,
 ) -> torch.Tensor:
     """
     Find the positions of the consistency loss and their weights.
@@ -48,6 +51,8 @@ def weigh_positions(
         batch (`dict[str, torch.Tensor]`): from `TrajectoryCollator`.
         blocks (`DraftBlocks`): the states that are trained on.
         position_decay (`float`, *optional*): see `position_weights`.
+        decay_over (`int`, *optional*): tokens after which the weight begins anew, for windows of several blocks; by
+            default a whole block.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_blocks, block_size)`, float32: 0 where the context holds no wrong
@@ -61,7 +66,8 @@ def weigh_positions(
     places = blocks.offsets[..., None] + torch.arange(block_size, device=blocks.offsets.device)
     in_response = places < batch["response_lengths"][:, None, None]
     is_trained = wrong_context(blocks.states, targets) & in_response & blocks.mask[..., None]
-    return position_weights(is_trained, position_decay)
+    parts = is_trained.split(decay_over or block_size, dim=-1)
+    return torch.cat([position_weights(part, position_decay) for part in parts], dim=-1)
 
 
 def count_positions(batch: dict[str, torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
@@ -102,7 +108,7 @@ def sum_losses(
         `torch.Tensor` of shape `(2,)`: consistency loss and AR loss, summed over their positions.
     """
     blocks, weights = batch["draft_blocks"], batch["consistency_weights"]
-    packed = _pack(batch, blocks, position_limit(base_model))
+    packed = _pack(batch, blocks)
     rows, length = packed.input_ids.shape
     row_starts = torch.arange(rows, device=packed.input_ids.device) * length
 
@@ -135,15 +141,16 @@ def sum_losses(
     return torch.stack([consistency, ar])
 
 
-def _pack(batch: dict[str, torch.Tensor], blocks: DraftBlocks, num_positions: int | None) -> PackedBatch:
+def _pack(batch: dict[str, torch.Tensor], blocks: DraftBlocks) -> PackedBatch:
     before = batch["prompt_lengths"][:, None] - 1
     anchors = blocks.offsets + before
-    groups = [Drafts(blocks.states, anchors, blocks.mask)]
+    last_positions = batch["prompt_lengths"] + batch["response_lengths"] - 1
+    groups = [Drafts(blocks.states, anchors, blocks.mask, last_positions)]
     if blocks.successors is not None:
-        groups.append(Drafts(blocks.successors, anchors, blocks.mask))
+        groups.append(Drafts(blocks.successors, anchors, blocks.mask, last_positions))
     if "label_ids" in batch:
         groups.append(Drafts(batch["label_ids"].clamp(min=0)[:, None], before, torch.ones_like(before)))
-    return pack(batch["clean_ids"], batch["clean_mask"], *groups, num_positions=num_positions)
+    return pack(batch["clean_ids"], batch["clean_mask"], *groups)
 
 
 def _sum_divergence(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from ..packing import Drafts, forward_clean, forward_drafts, pack, position_limit
+from ..packing import Drafts, forward_clean, forward_drafts, pack
 from .collator import cut_responses
 from .states import DraftBlocks
 
@@ -47,7 +47,7 @@ def make_online_states(
         `DraftBlocks` with `num_windows` blocks.
     """
     lengths, prompt_lengths = batch["response_lengths"][:, None], batch["prompt_lengths"][:, None]
-    longest = int(lengths.max())
+    longest, last_positions = int(lengths.max()), (lengths + prompt_lengths - 1)[:, 0]
     # Tokens behind the response are wrong whatever they are, and no loss is on them.
     response = cut_responses(batch["clean_ids"], prompt_lengths[:, 0], longest + block_size)
     offsets = (draws[..., 0] * lengths).long()
@@ -61,8 +61,8 @@ def make_online_states(
     try:
         _, cache = forward_clean(model, batch["clean_ids"], batch["clean_mask"], 1, base_model)
         for iteration in range(num_iterations + with_successors):
-            drafts = Drafts(states, offsets + prompt_lengths - 1, mask)
-            packed = pack(batch["clean_ids"], batch["clean_mask"], drafts, num_positions=position_limit(base_model))
+            drafts = Drafts(states, offsets + prompt_lengths - 1, mask, last_positions)
+            packed = pack(batch["clean_ids"], batch["clean_mask"], drafts)
             predicted = forward_drafts(model, packed, cache, base_model).argmax(-1).view_as(states)
             right = tokens_at(response, offsets, block_size)
             # The last token of a state is not fed, so nothing checks it.

@@ -38,17 +38,22 @@ def make_collator(config: CLLMConfig, block_size: int) -> TrajectoryCollator:
     )
 
 
-def add_lengths(dataset: Any, config: CLLMConfig) -> Any:
+def prepare_dataset(dataset: Any, config: CLLMConfig) -> Any:
     """
-    Add the column by which the host groups records of similar length, if that was asked for and it is missing.
+    Have a dataset give Python lists, with the column by which the host groups records of similar length, if that was
+    asked for and it is missing.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): trajectories.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset`, a `dict` of them, or `None`): trajectories.
         config (`CLLMConfig`): options.
 
     Returns:
-        The dataset, with the column `config.length_column_name` or as it was.
+        The same, ready for the host.
     """
+    if isinstance(dataset, dict):
+        return {key: prepare_dataset(one, config) for key, one in dataset.items()}
+    if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
+        dataset = dataset.with_format(None)  # tensors of "torch" or "numpy" would only be taken apart again
     name = config.length_column_name
     is_wanted = config.train_sampling_strategy in ("group_by_length", "batch_rebalance")
     if not is_wanted or not isinstance(dataset, Dataset) or name in dataset.column_names:
@@ -127,7 +132,7 @@ class BatchPreparer:
             blocks = self._make_states(model, base_model, batch, update, block_size)
         else:
             blocks = self._choose_states(batch, update, block_size)
-        weights = weigh_positions(batch, blocks, self.objective.position_decay)
+        weights = weigh_positions(batch, blocks, self.objective.position_decay, self.block_sizes[part])
         return {
             **batch,
             "draft_blocks": blocks,

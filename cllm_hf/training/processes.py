@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -24,6 +23,13 @@ def check_processes(config: CLLMConfig, accelerator: Accelerator) -> None:
     """
     if accelerator.num_processes == 1:
         return
+    parallelism: Any = accelerator.parallelism_config
+    sizes = {name: getattr(parallelism, f"{name}_size", 1) or 1 for name in ("tp", "cp", "sp")}
+    if any(size > 1 for size in sizes.values()):
+        raise ValueError(
+            "Every process must have batches of its own, got tensor, context or sequence parallelism "
+            f"({', '.join(f'{name}_size={size}' for name, size in sizes.items())}). Use DDP or FSDP."
+        )
     options: Any = config.accelerator_config
     if not options.even_batches:
         raise ValueError(
@@ -37,7 +43,9 @@ def check_processes(config: CLLMConfig, accelerator: Accelerator) -> None:
         )
 
 
-def drop_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> tuple[dict[str, torch.Tensor], bool]:
+def drop_repeated(
+    batch: dict[str, torch.Tensor], accelerator: Accelerator, drop_last: bool = False
+) -> tuple[dict[str, torch.Tensor], bool]:
     """
     Drop the records with which the host fills up the last batch of an epoch, so that none counts twice.
 
@@ -48,6 +56,7 @@ def drop_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> t
     Args:
         batch (`dict[str, torch.Tensor]`): from `TrajectoryCollator`, the batch that was fetched last.
         accelerator (`accelerate.Accelerator`): of the run.
+        drop_last (`bool`): whether the host drops what does not fill a batch instead, and repeats nothing.
 
     Returns:
         `tuple[dict[str, torch.Tensor], bool]`: the batch, and whether it counts at all. Of a dataset without a length
@@ -55,12 +64,13 @@ def drop_repeated(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> t
     """
     state: Any = accelerator.gradient_state
     # In this order: outside of a run, another run's options may have taken the processes' state away.
-    if not state.end_of_dataloader or accelerator.num_processes == 1:
+    if drop_last or not state.end_of_dataloader or accelerator.num_processes == 1:
         return batch, True
-    dataset = state.active_dataloader.dataset
-    if not isinstance(dataset, Sized):
+    try:
+        num_records = len(state.active_dataloader.dataset)
+    except TypeError:  # a shard of a stream has a `__len__` that fails
         return batch, True
     num_rows = len(next(iter(batch.values())))
-    num_left = len(dataset) % (num_rows * accelerator.num_processes) or num_rows * accelerator.num_processes
+    num_left = num_records % (num_rows * accelerator.num_processes) or num_rows * accelerator.num_processes
     num_own = min(max(num_left - num_rows * accelerator.process_index, 0), num_rows)
     return {name: values[: max(num_own, 1)] for name, values in batch.items()}, num_own > 0

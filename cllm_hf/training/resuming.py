@@ -20,21 +20,28 @@ _STATE_NAME = "trainer_state.json"  # the last file that a checkpoint gets
 
 def newest_checkpoint(output_dir: str | Path) -> str | None:
     """
-    Find the newest whole checkpoint of a run.
+    Find the checkpoint that was written last, of those that are whole.
 
     Args:
-        output_dir (`str` or `pathlib.Path`): folder of the run.
+        output_dir (`str` or `pathlib.Path`): folder of the run. An earlier run may have left checkpoints of higher
+            numbers there.
 
     Returns:
         `str`: its folder, or `None` if there is none.
     """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    folders.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    folders.sort(key=lambda path: (_time_of(path), int(path.name.removeprefix("checkpoint-"))), reverse=True)
     for path in folders:
         if is_whole(path):
             return str(path)
         logger.warning("%s is not whole: the run was stopped while it was written. An older one is taken.", path)
     return None
+
+
+def _time_of(checkpoint: Path) -> int:
+    """When a checkpoint was finished, or begun if it was not finished; in nanoseconds."""
+    state = checkpoint / _STATE_NAME
+    return (state if state.is_file() else checkpoint).stat().st_mtime_ns
 
 
 def is_whole(checkpoint: str | Path) -> bool:

@@ -44,7 +44,7 @@ _ARGUMENTS = (
     "fp16",
 )
 # Options that change what is written, not what is learned.
-_NOT_TRAINING = {"block_size", "export_custom_generate", "plot_run", "on_collapse"}
+_NOT_TRAINING = {"block_size", "logging_first_step", "export_custom_generate", "plot_run", "on_collapse"}
 _NOT_TRAINING |= {"num_monitored_prompts", "monitored_max_new_tokens"}
 _PLOT = "training.png"
 _NO_ANSWER = (httpx.HTTPError, OSError, ValueError)  # of the Hub: no such thing, no network, no valid name

@@ -19,11 +19,11 @@ from ..files import check_writable
 from ..integration import set_jacobi_defaults
 from ..packing import check_packable
 from .callbacks import add_callbacks
-from .checks import check_datasets, check_trainable
+from .checks import check_datasets, check_leftovers, check_trainable
 from .config import CLLMConfig
 from .monitoring import decoding_metrics
 from .objective import sum_losses
-from .preparation import BatchPreparer, add_lengths, make_collator
+from .preparation import BatchPreparer, make_collator, prepare_dataset
 from .processes import check_processes, drop_repeated
 from .resuming import EpochCallback, ResumingTrainer
 from .saving import SavingTrainer
@@ -102,6 +102,9 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
         for name in _REFUSED_ARGUMENTS:
             if kwargs.get(name) is not None:
                 raise ValueError(f"`CLLMTrainer` has its own collator, loss and metrics, got a `{name}`. Drop it.")
+        if not isinstance(train_dataset, dict):
+            train_dataset = prepare_dataset(train_dataset, args)
+        eval_dataset = prepare_dataset(eval_dataset, args)
         dataset_block_size = check_datasets(train_dataset, eval_dataset, args)
         self.block_size = args.block_size_schedule[-1] if args.block_size_schedule else dataset_block_size
         if args.should_save:
@@ -114,7 +117,7 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
         super().__init__(
             load_target(model, args, peft_config, kwargs.get("quantization_config")),
             args=args,
-            train_dataset=add_lengths(train_dataset, args),
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=load_target_tokenizer(model) if processing_class is None else processing_class,
             peft_config=peft_config,
@@ -122,6 +125,8 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
         )
         check_packable(base_model_of(self.model))
         check_trainable(self.model)
+        if args.should_save:
+            check_leftovers(Path(str(args.output_dir)), is_adapter=base_model_of(self.model) is not self.model)
         check_processes(args, self.accelerator)
         self.add_callback(EpochCallback())
         set_jacobi_defaults(self.model, self.block_size)
@@ -207,7 +212,7 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
             update = self.state.global_step
             progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
         if is_last:
-            batch, counts = drop_repeated(batch, self.accelerator)
+            batch, counts = drop_repeated(batch, self.accelerator, self.args.dataloader_drop_last)
         prepared = self._preparer.prepare(model, base_model_of(self.model), batch, update, progress)
         return prepared if counts else {**prepared, "position_counts": torch.zeros_like(prepared["position_counts"])}
 
@@ -236,6 +241,35 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
                 logs[f"{prefix}{name}_tokens"] = count
             recorded.clear()
         super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """
+        Make the batches of an evaluation.
+
+        Args:
+            eval_dataset (`datasets.Dataset` or `str`, *optional*): as the host takes it.
+
+        Returns:
+            `torch.utils.data.DataLoader`.
+        """
+        return super().get_eval_dataloader(prepare_dataset(eval_dataset, self.args))
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """
+        Evaluate a batch: its loss, and no logits, of which there are none for most positions.
+
+        Args:
+            model (`torch.nn.Module`): the model.
+            inputs (`dict`): what `TrajectoryCollator` gives.
+            prediction_loss_only (`bool`): not used; it is so always.
+            ignore_keys (`list[str]`, *optional*): not used.
+
+        Returns:
+            `tuple`: the loss, and two times `None`.
+        """
+        return super().prediction_step(model, inputs, True, ignore_keys)
 
     def evaluation_loop(
         self,
