@@ -125,7 +125,7 @@ def test_one_process_never_uses_torch_distributed(tmp_path):
 
 
 def test_options_that_would_let_a_process_wait_for_ever_are_refused(tmp_path):
-    accelerator = SimpleNamespace(num_processes=2)
+    accelerator = SimpleNamespace(num_processes=2, parallelism_config=None)
     for option, message in (
         ("even_batches", "got `even_batches=False`"),
         ("dispatch_batches", "`dispatch_batches=True`"),
@@ -135,6 +135,28 @@ def test_options_that_would_let_a_process_wait_for_ever_are_refused(tmp_path):
             check_processes(config, accelerator)
         check_processes(config, SimpleNamespace(num_processes=1))
     check_processes(CLLMConfig(str(tmp_path), bf16=False), accelerator)
+    accelerator.parallelism_config = SimpleNamespace(tp_size=2, cp_size=1)
+    with pytest.raises(ValueError, match=r"sequence parallelism \(tp_size=2, .*Use DDP or FSDP"):
+        check_processes(CLLMConfig(str(tmp_path), bf16=False), accelerator)
+
+
+def test_nothing_is_dropped_where_nothing_is_repeated():
+    class Stream:
+        def __len__(self):  # as the host's shard of a stream has it
+            raise TypeError
+
+    batch = {"record_keys": torch.arange(2)}
+
+    def drop(dataset, drop_last):
+        loader = SimpleNamespace(dataset=dataset)
+        state = SimpleNamespace(end_of_dataloader=True, active_dataloader=loader)
+        accelerator = SimpleNamespace(num_processes=2, process_index=0, gradient_state=state)
+        kept, counts = drop_repeated(batch, accelerator, drop_last)
+        return len(kept["record_keys"]), counts
+
+    assert drop(range(5), False) == (1, True)
+    assert drop(range(5), True) == (2, True)
+    assert drop(Stream(), False) == (2, True)
 
 
 @pytest.mark.parametrize("num_records", [1, 3, 6, 8, 13])
