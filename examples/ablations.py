@@ -176,19 +176,18 @@ def draw(results: dict[str, dict[str, Any]], quality: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, row in results.items():
-        is_base = name == "defaults"
-        axes.plot(row["tokens_per_forward"], row["quality"], "o", color="tab:red" if is_base else "tab:blue")
-        axes.annotate(
-            name,
-            (row["tokens_per_forward"], row["quality"]),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize=8,
-        )
+    by_speed = sorted(results, key=lambda name: results[name]["tokens_per_forward"])
+    for number, (name, row) in enumerate(results.items(), start=1):
+        point = (row["tokens_per_forward"], row["quality"])
+        color = "tab:red" if name == "defaults" else "tab:blue"
+        axes.plot(*point, "o", color=color, label=f"{number}  {name}")
+        # By turns above and below, so that those of neighbors do not meet.
+        offset = (0, 6) if by_speed.index(name) % 2 else (0, -14)
+        axes.annotate(str(number), point, xytext=offset, textcoords="offset points", ha="center", fontsize=9)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9, markerscale=0.6)
     axes.set_xlabel("tokens per forward")
     axes.set_ylabel(quality)
     axes.margins(0.12)
