@@ -191,6 +191,10 @@ def test_random_cases(data):
         "trajectory_source": draw(st.sampled_from(["dataset", "online"])),
         "max_length": draw(st.sampled_from([None, 16])),
     }
+    if options["trajectory_source"] == "online":
+        options["context"] = "clean"
+    if options["context"] == "noisy":
+        options["position_decay"] = None  # the reference knows no blocks inside a window
     if options["trajectory_source"] == "dataset":
         options["state_sampling"] = draw(st.sampled_from(["uniform", "progressive"]))
     if options["consistency"] == "global" and draw(st.booleans()):

@@ -303,7 +303,9 @@ def _first_records(dataloader: DataLoader, count: int) -> list[Mapping[str, Any]
 
 def _is_spread(trainer: Any) -> bool:
     is_tensor_parallel = (getattr(trainer.model, "tp_size", None) or 1) > 1
-    return trainer.is_fsdp_enabled or is_tensor_parallel or is_deepspeed_zero3_enabled()
+    # The host may also spread a model as it loads it; such parameters can be put together again.
+    has_parts = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
+    return trainer.is_fsdp_enabled or is_tensor_parallel or has_parts or is_deepspeed_zero3_enabled()
 
 
 @contextmanager
