@@ -3,20 +3,15 @@ One layout for a clean sequence and many draft blocks, run in one forward: `[cle
 
 Each block repeats its anchor, has the positions it would have in the sequence, and sees the clean tokens before its
 anchor and itself causally, and no other block. One forward thus gives the autoregressive logits of the clean sequence
-and the logits of every draft state. The trajectory collector and the trainer share it.
+and the logits of every draft state. The trajectory collector and the trainer share it; the forwards are in
+`packed_forwards`.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-from ._host import PLAIN_ATTENTION, attention_implementation
 
 
 CLEAN_SEGMENT, PADDING_SEGMENT = 0, -1
@@ -171,9 +166,9 @@ def fill_rows(packed: Packed) -> tuple[Packed, torch.Tensor]:
         they were.
     """
     is_token = packed.segment_ids != PADDING_SEGMENT
-    counts = is_token.sum(-1)
-    row_of, start_of, num_rows = _first_fit(counts.tolist())
-    length, device = int(counts.max()), packed.input_ids.device
+    counts = is_token.sum(-1).tolist()
+    row_of, start_of, num_rows = _first_fit(counts)
+    length, device = max(counts), packed.input_ids.device
     if num_rows * length >= packed.input_ids.numel():
         return packed, torch.arange(packed.input_ids.numel(), device=device)
     starts = torch.tensor(row_of, device=device) * length + torch.tensor(start_of, device=device)
@@ -210,234 +205,3 @@ def _first_fit(counts: list[int]) -> tuple[list[int], list[int], int]:
         row_of[number], start_of[number] = row, used[row]
         used[row] += counts[number]
     return row_of, start_of, len(used)
-
-
-def packed_attention_mask(
-    config: PreTrainedConfig,
-    packed: Packed,
-    dtype: torch.dtype = torch.float32,
-    clean_cache: DynamicCache | None = None,
-) -> Any:
-    """
-    Build the mask of a packed batch, by the host's own mask functions, for the attention that the model runs.
-
-    Args:
-        config (`transformers.PreTrainedConfig`): config of the model.
-        packed (`Packed`): the batch.
-        dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
-        clean_cache (`transformers.DynamicCache`, *optional*): from `forward_clean`; the mask then has only the rows
-            of the drafts.
-
-    Returns:
-        What to pass as `attention_mask`: a mask, or a `dict` of them for models that mix full and sliding attention.
-    """
-    config = config.get_text_config()
-    first = 0 if clean_cache is None else packed.clean_length
-    queries, keys = slice(first, None), packed.segment_ids[:, None]
-    positions, anchors = packed.position_ids, packed.anchor_positions[:, queries, None]
-    columns = torch.arange(positions.shape[1], device=positions.device)
-    clean_before = (keys == CLEAN_SEGMENT) & (positions[:, None] < anchors)
-    same_segment = keys == packed.segment_ids[:, queries, None]
-    visible = (clean_before | same_segment) & (columns <= columns[queries, None])
-    if packed.sequence_ids is not None:
-        visible &= packed.sequence_ids[:, None] == packed.sequence_ids[:, queries, None]
-
-    def build(allowed: torch.Tensor) -> Any:
-        return ALL_MASK_ATTENTION_FUNCTIONS[attention_implementation(config)](
-            batch_size=allowed.shape[0],
-            q_length=allowed.shape[1],
-            kv_length=allowed.shape[2],
-            q_offset=first,
-            mask_function=lambda batch, head, query, key: allowed[batch, query - first, key],
-            allow_is_causal_skip=False,
-            dtype=dtype,
-            config=config,
-            device=allowed.device,
-        )
-
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    window: Any = getattr(config, "sliding_window", None)
-    if "sliding_attention" not in layer_types and (layer_types or window is None):
-        return build(visible)
-    # By position, not by column as in the host: a block stands far behind the tokens it continues.
-    near = positions[:, queries, None] - positions[:, None] < window
-    if layer_types:
-        return {"full_attention": build(visible), "sliding_attention": build(visible & near)}
-    return build(visible & near)
-
-
-def packed_forward(
-    model: torch.nn.Module,
-    packed: Packed,
-    base_model: PreTrainedModel,
-    places: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Run one forward over a packed batch.
-
-    Args:
-        model (`torch.nn.Module`): a causal language model, possibly wrapped (PEFT, DDP, FSDP).
-        packed (`Packed`): the batch, on the model's device.
-        base_model (`transformers.PreTrainedModel`): the model in the wrappers.
-        places (`torch.LongTensor` of shape `(num_places,)`, *optional*): `row * packed_length + column` of the places
-            whose logits are wanted. Logits of no other place are computed.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, packed_length, vocab_size)`, or `(num_places, vocab_size)` with `places`:
-        logits; see `PackedBatch.columns`.
-    """
-    inputs = {
-        "input_ids": packed.input_ids,
-        "attention_mask": packed_attention_mask(base_model.config, packed, base_model.dtype),
-        "position_ids": packed.position_ids,
-        "use_cache": False,
-    }
-    if places is None:
-        return model(**inputs).logits
-    return _logits_at(model, inputs, base_model, places)
-
-
-def _logits_at(
-    model: torch.nn.Module, inputs: dict[str, Any], base_model: PreTrainedModel, places: torch.Tensor
-) -> torch.Tensor:
-    """
-    Logits of some places only: what goes into the output embeddings is cut to them on the way.
-
-    The hosts have `logits_to_keep`, which keeps the same columns of every row. What models do to logits behind their
-    output embeddings (scaling, capping) is done to each element, so it does not matter that there are fewer of them.
-    """
-    was_cut = False
-
-    def keep_places(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        nonlocal was_cut
-        hidden_states, *others = arguments
-        was_cut = hidden_states.shape[:2] == inputs["input_ids"].shape
-        return (hidden_states.flatten(0, 1)[places.to(hidden_states.device)][None], *others) if was_cut else arguments
-
-    output_embeddings: Any = base_model.get_output_embeddings()
-    handle = None if output_embeddings is None else output_embeddings.register_forward_pre_hook(keep_places)
-    try:
-        logits = model(**inputs).logits
-    finally:
-        if handle is not None:
-            handle.remove()
-    return logits[0] if was_cut else logits.flatten(0, 1)[places.to(logits.device)]
-
-
-def forward_clean(
-    model: torch.nn.Module,
-    clean_ids: torch.Tensor,
-    clean_mask: torch.Tensor,
-    num_logits: int,
-    base_model: PreTrainedModel | None = None,
-) -> tuple[torch.Tensor, DynamicCache]:
-    """
-    Run clean sequences once, for several forwards over drafts behind them.
-
-    Args:
-        model (`torch.nn.Module`): a causal language model, possibly wrapped.
-        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
-        clean_mask (`torch.LongTensor` of shape `(batch_size, clean_length)`): 1 on tokens, 0 on padding.
-        num_logits (`int`): last columns whose logits are wanted.
-        base_model (`transformers.PreTrainedModel`, *optional*): the model in the wrappers, if there are any.
-
-    Returns:
-        `tuple[torch.Tensor, transformers.DynamicCache]`: logits of shape `(batch_size, num_logits, vocab_size)`, and
-        keys and values of the clean sequences.
-    """
-    # Without the config, sliding layers keep everything: early blocks stand far before the end of the sequence.
-    cache = DynamicCache()
-    takes_number = "logits_to_keep" in inspect.signature((base_model or model).forward).parameters
-    logits = model(
-        input_ids=clean_ids,
-        attention_mask=clean_mask,
-        position_ids=torch.arange(clean_ids.shape[1], device=clean_ids.device).expand_as(clean_ids),
-        past_key_values=cache,
-        use_cache=True,
-        **({"logits_to_keep": num_logits} if takes_number else {}),
-    ).logits
-    return logits[:, -num_logits:], cache
-
-
-def copy_clean(clean_cache: DynamicCache, rows: torch.Tensor, num_columns: int) -> DynamicCache:
-    """
-    Copy the beginning of some cached clean sequences.
-
-    Args:
-        clean_cache (`transformers.DynamicCache`): from `forward_clean`; it is left as it was.
-        rows (`torch.LongTensor` of shape `(num_rows,)`): which sequences.
-        num_columns (`int`): leading tokens of each.
-
-    Returns:
-        `transformers.DynamicCache`.
-    """
-    copied = DynamicCache()
-    layers: Any = clean_cache.layers
-    for index, layer in enumerate(layers):
-        chosen = rows.to(layer.keys.device)
-        copied.update(layer.keys[chosen, :, :num_columns], layer.values[chosen, :, :num_columns], index)
-    return copied
-
-
-def forward_drafts(
-    model: torch.nn.Module, packed: Packed, clean_cache: DynamicCache, base_model: PreTrainedModel | None = None
-) -> torch.Tensor:
-    """
-    Run one forward over the drafts of a packed batch, behind its cached clean sequences.
-
-    Args:
-        model (`torch.nn.Module`): a causal language model, possibly wrapped.
-        packed (`Packed`): the batch.
-        clean_cache (`transformers.DynamicCache`): from `forward_clean`; it is left as it was.
-        base_model (`transformers.PreTrainedModel`, *optional*): the model in the wrappers, if there are any.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, packed_length - clean_length, vocab_size)`: logits.
-    """
-    drafts = slice(packed.clean_length, None)
-    inner: Any = base_model or model
-    logits = model(
-        input_ids=packed.input_ids[:, drafts],
-        attention_mask=packed_attention_mask(inner.config, packed, inner.dtype, clean_cache),
-        position_ids=packed.position_ids[:, drafts],
-        past_key_values=clean_cache,
-        use_cache=True,
-    ).logits
-    clean_cache.crop(-logits.shape[1])
-    return logits
-
-
-def check_packable(model: PreTrainedModel) -> None:
-    """
-    Check that a model can run packed batches.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-
-    Raises:
-        ValueError: for models that take no positions, that find positions by the column (ALiBi), whose layers are not
-            full or sliding attention, or whose attention implementation takes no mask (flash attention).
-    """
-    config = model.config.get_text_config()
-    name = type(model).__name__
-    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
-        raise ValueError(
-            f"{name} finds positions by itself, so that blocks cannot be packed behind their sequence. Use a model "
-            "whose `forward` takes `position_ids`, such as Llama, Qwen, Gemma, GPT-2 or GPT-NeoX."
-        )
-    if any(
-        getattr(adapter, "alora_invocation_tokens", None) for adapter in getattr(model, "peft_config", {}).values()
-    ):
-        raise ValueError("Packed forwards cannot run activated LoRA, which counts from the end of the sequence.")
-    others = set(getattr(config, "layer_types", None) or ()) - PLAIN_ATTENTION
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        others.add("local")  # GPT-Neo's windows count columns
-    if model.config.is_encoder_decoder or others:
-        kind = "an encoder-decoder model" if model.config.is_encoder_decoder else f"layers of type {sorted(others)}"
-        raise ValueError(f"Packed forwards need a decoder with full or sliding attention, got {kind} in {name}.")
-    implementation = attention_implementation(config) or ""
-    if implementation not in ("sdpa", "eager", "flex_attention"):
-        raise ValueError(
-            f"Packed forwards need attention that takes a mask, got `attn_implementation={implementation!r}`. Call "
-            '`model.set_attn_implementation("sdpa")` first.'
-        )

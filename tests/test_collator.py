@@ -4,7 +4,8 @@ import pytest
 import torch
 from training_cases import BLOCK_SIZE, make_record, make_records
 
-from cllm_hf.training.collator import TrajectoryCollator, cut_responses
+from cllm_hf.training.collator import TrajectoryCollator
+from cllm_hf.training.states import cut_responses
 
 
 def with_augmented(record, counts):

@@ -9,7 +9,8 @@ from training_cases import make_record, make_records
 from cllm_hf.decoding.blocks import count_accepted, next_draft
 from cllm_hf.training import online
 from cllm_hf.training.collator import TrajectoryCollator
-from cllm_hf.training.online import make_online_states, tokens_at
+from cllm_hf.training.online import make_online_states
+from cllm_hf.training.states import tokens_at
 
 
 BLOCK_SIZE = 4

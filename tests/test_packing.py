@@ -4,17 +4,8 @@ import pytest
 import torch
 from conftest import CONFIGS, VOCAB_SIZE, make_model
 
-from cllm_hf.packing import (
-    Drafts,
-    Packed,
-    check_packable,
-    copy_clean,
-    fill_rows,
-    forward_clean,
-    forward_drafts,
-    pack,
-    packed_forward,
-)
+from cllm_hf.packed_forwards import check_packable, copy_clean, forward_clean, forward_drafts, packed_forward
+from cllm_hf.packing import Drafts, Packed, fill_rows, pack
 
 
 BLOCK_SIZE = 5

@@ -13,7 +13,6 @@ from cllm_hf.training.states import (
     choose_progressively,
     choose_uniformly,
     cut_blocks,
-    num_wrong_before,
     position_weights,
     take_states,
     wrong_context,
@@ -162,7 +161,6 @@ def test_wrong_context_is_what_a_loop_finds(rows):
     state, target = rows
     states, targets = torch.tensor([rows[0]]), torch.tensor([rows[1]])
     wrong = [sum(state[k] != target[k] for k in range(i)) for i in range(len(state))]
-    assert num_wrong_before(states, targets).tolist() == [wrong]
     assert wrong_context(states, targets).tolist() == [[count > 0 for count in wrong]]
 
 

@@ -4,6 +4,7 @@ import errno
 import logging
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -12,8 +13,8 @@ from transformers import TrainerControl, TrainerState
 from watched_runs import good_responses, make_dataset, make_trainer
 
 from cllm_hf.training import callbacks, plotting
-from cllm_hf.training.callbacks import PLOT_NAME, PlotCallback
-from cllm_hf.training.plotting import plot_run, read_curves
+from cllm_hf.training.callbacks import PlotCallback
+from cllm_hf.training.plotting import PLOT_NAME, plot_run, read_curves
 
 
 def losses(step, consistency=3.0, ar=0.5, prefix=""):
@@ -151,3 +152,13 @@ def test_only_the_main_process_draws(tmp_path):
         state = TrainerState(is_world_process_zero=is_main, log_history=history())
         PlotCallback().on_train_end(args, state, TrainerControl())
         assert (tmp_path / PLOT_NAME).exists() is is_main
+
+
+def test_a_plot_of_an_earlier_run_goes(tmp_path):
+    (tmp_path / PLOT_NAME).write_bytes(b"old")
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    resumed, fresh = (SimpleNamespace(is_world_process_zero=True, global_step=step) for step in (3, 0))
+    PlotCallback().on_train_begin(args, resumed, None)
+    assert (tmp_path / PLOT_NAME).exists()
+    PlotCallback().on_train_begin(args, fresh, None)
+    assert not (tmp_path / PLOT_NAME).exists()

@@ -12,11 +12,10 @@ from transformers.utils import logging
 from .._host import base_model_of
 from ..trajectories.responding import find_stop_ids
 from .collapse import CollapseDetector, CollapseLimits, Sign, find_bad_data
-from .plotting import plot_run
+from .plotting import PLOT_NAME, plot_run
 
 
 logger = logging.get_logger(__name__)
-PLOT_NAME = "training.png"
 _SAMPLE = 128  # records of the training data that are looked at
 
 
@@ -107,6 +106,11 @@ class PlotCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._has_warned = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A plot of an earlier run in the same folder says nothing of this one."""
+        if state.is_world_process_zero and state.global_step == 0:
+            (Path(args.output_dir) / PLOT_NAME).unlink(missing_ok=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._draw(args, state)

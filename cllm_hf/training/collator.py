@@ -10,6 +10,7 @@ import torch
 
 from ..trajectories.schema import check_record, num_blocks
 from .checks import check_response, get_labels
+from .states import cut_responses
 
 
 class TrajectoryCollator:
@@ -133,20 +134,3 @@ def _stack_candidates(blocks: list[list[list[list[int]]]], batch: dict[str, torc
     in_response = torch.arange(most_blocks * block_size) < batch["response_lengths"][:, None]
     candidates *= in_response.view(len(blocks), most_blocks, 1, block_size)
     return {"candidates": candidates, "num_candidates": num_candidates}
-
-
-def cut_responses(clean_ids: torch.Tensor, prompt_lengths: torch.Tensor, length: int) -> torch.Tensor:
-    """
-    Cut the responses out of clean sequences.
-
-    Args:
-        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): prompts and responses, padded with 0.
-        prompt_lengths (`torch.LongTensor` of shape `(batch_size,)`): where the responses begin.
-        length (`int`): columns of the result.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, length)`: responses, followed by 0.
-    """
-    columns = prompt_lengths[:, None] + torch.arange(length, device=clean_ids.device)
-    inside = columns < clean_ids.shape[1]
-    return clean_ids.gather(1, columns.clamp(max=clean_ids.shape[1] - 1)) * inside

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .._host import base_model_of, input_device
 from ..evaluation.benchmark import split_batches
-from ..packing import forward_clean
+from ..packed_forwards import forward_clean
 from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.responding import find_stop_ids, without_generation_defaults
 from ..trajectories.statistics import measure_trajectories

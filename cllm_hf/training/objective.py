@@ -9,11 +9,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..packing import Drafts, PackedBatch, fill_rows, pack, packed_forward
-from .collator import cut_responses
+from ..packed_forwards import packed_forward
+from ..packing import Drafts, PackedBatch, fill_rows, pack
 from .losses import DIVERGENCES, ar_cross_entropy
-from .online import tokens_at
-from .states import DraftBlocks, position_weights, wrong_context
+from .states import DraftBlocks, cut_responses, position_weights, tokens_at, wrong_context
 
 
 # Positions whose probabilities are held at once: those of a vocabulary of 150,000 take 0.6 GiB in float32.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from ..packing import Drafts, forward_clean, forward_drafts, pack
-from .collator import cut_responses
-from .states import DraftBlocks
+from ..packed_forwards import forward_clean, forward_drafts
+from ..packing import Drafts, pack
+from .states import DraftBlocks, cut_responses, tokens_at
 
 
 @torch.no_grad()
@@ -92,21 +92,3 @@ def _slide(
     offsets = offsets + num_committed
     at_end = offsets >= lengths
     return torch.where(at_end[..., None], fillers, slid), offsets.masked_fill(at_end, 0)
-
-
-def tokens_at(responses: torch.Tensor, offsets: torch.Tensor, block_size: int) -> torch.Tensor:
-    """
-    Take the response's tokens at the places of blocks.
-
-    Args:
-        responses (`torch.LongTensor` of shape `(batch_size, response_length)`): responses.
-        offsets (`torch.LongTensor` of shape `(batch_size, num_blocks)`): first place of each block.
-        block_size (`int`): tokens of a block.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`: 0 behind the end of `responses`.
-    """
-    places = offsets[..., None] + torch.arange(block_size, device=offsets.device)
-    inside = places < responses.shape[1]
-    flat = places.clamp(max=responses.shape[1] - 1).flatten(1)
-    return responses.gather(1, flat).view_as(places) * inside

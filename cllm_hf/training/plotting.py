@@ -13,6 +13,7 @@ from typing import Any
 from ..files import check_writable_file, write_whole
 
 
+PLOT_NAME = "training.png"
 # Told apart also by those who are color-blind.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LOSSES = (("consistency_loss", "consistency loss"), ("ar_loss", "AR loss"))

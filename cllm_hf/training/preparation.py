@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from .collator import TrajectoryCollator, cut_responses
+from .collator import TrajectoryCollator
 from .config import CLLMConfig
 from .objective import Objective, count_positions, weigh_positions
 from .online import make_online_states
-from .states import DraftBlocks, choose_progressively, choose_uniformly, cut_blocks, take_states
+from .states import DraftBlocks, choose_progressively, choose_uniformly, cut_blocks, cut_responses, take_states
 
 
 def make_collator(config: CLLMConfig, block_size: int) -> TrajectoryCollator:

@@ -25,6 +25,7 @@ from ..export import export_custom_generate, is_exported
 from ..files import write_whole
 from ..trajectories.loading import hub_id_of
 from .card import ModelFacts, join_cards, make_model_card, renew_model_card
+from .plotting import PLOT_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,6 @@ _ARGUMENTS = (
 # Options that change what is written, not what is learned.
 _NOT_TRAINING = {"block_size", "logging_first_step", "export_custom_generate", "plot_run", "on_collapse"}
 _NOT_TRAINING |= {"num_monitored_prompts", "monitored_max_new_tokens"}
-_PLOT = "training.png"
 _NO_ANSWER = (httpx.HTTPError, OSError, ValueError)  # of the Hub: no such thing, no network, no valid name
 
 
@@ -205,7 +205,7 @@ class SavingTrainer(SFTTrainer):
             num_updates=self.state.global_step,
             num_epochs=self.state.epoch,
             log_history=self.state.log_history,
-            plot=_PLOT if (folder / _PLOT).is_file() else None,
+            plot=PLOT_NAME if self.args.plot_run and (folder / PLOT_NAME).is_file() else None,
             measured=self.measured,
             license=self._base_license,
             tags=[*self._tag_names, *([adapter.peft_type.value.lower()] if adapter else []), *tags],

@@ -152,22 +152,8 @@ def wrong_context(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.BoolTensor` of shape `(..., block_size)`.
     """
-    return num_wrong_before(states, targets) > 0
-
-
-def num_wrong_before(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """
-    Count the tokens before each position that are not the target's.
-
-    Args:
-        states (`torch.LongTensor` of shape `(..., block_size)`): states of blocks.
-        targets (`torch.LongTensor` of shape `(..., block_size)`): what they are compared with.
-
-    Returns:
-        `torch.LongTensor` of shape `(..., block_size)`.
-    """
     num_wrong = (states != targets).long().cumsum(-1)
-    return torch.nn.functional.pad(num_wrong[..., :-1], (1, 0))
+    return torch.nn.functional.pad(num_wrong[..., :-1], (1, 0)) > 0
 
 
 def position_weights(is_trained: torch.Tensor, decay: float | None) -> torch.Tensor:
@@ -188,3 +174,38 @@ def position_weights(is_trained: torch.Tensor, decay: float | None) -> torch.Ten
         place = (is_trained.long().cumsum(-1) - 1).clamp(min=0)
         weights = weights * torch.exp(-place / decay)
     return weights
+
+
+def cut_responses(clean_ids: torch.Tensor, prompt_lengths: torch.Tensor, length: int) -> torch.Tensor:
+    """
+    Cut the responses out of clean sequences.
+
+    Args:
+        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): prompts and responses, padded with 0.
+        prompt_lengths (`torch.LongTensor` of shape `(batch_size,)`): where the responses begin.
+        length (`int`): columns of the result.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, length)`: responses, followed by 0.
+    """
+    columns = prompt_lengths[:, None] + torch.arange(length, device=clean_ids.device)
+    inside = columns < clean_ids.shape[1]
+    return clean_ids.gather(1, columns.clamp(max=clean_ids.shape[1] - 1)) * inside
+
+
+def tokens_at(responses: torch.Tensor, offsets: torch.Tensor, block_size: int) -> torch.Tensor:
+    """
+    Take the response's tokens at the places of blocks.
+
+    Args:
+        responses (`torch.LongTensor` of shape `(batch_size, response_length)`): responses.
+        offsets (`torch.LongTensor` of shape `(batch_size, num_blocks)`): first place of each block.
+        block_size (`int`): tokens of a block.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`: 0 behind the end of `responses`.
+    """
+    places = offsets[..., None] + torch.arange(block_size, device=offsets.device)
+    inside = places < responses.shape[1]
+    flat = places.clamp(max=responses.shape[1] - 1).flatten(1)
+    return responses.gather(1, flat).view_as(places) * inside

@@ -17,7 +17,7 @@ from .._host import base_model_of
 from ..cards import CLLM_CITATION
 from ..files import check_writable
 from ..integration import set_jacobi_defaults
-from ..packing import check_packable
+from ..packed_forwards import check_packable
 from .callbacks import add_callbacks
 from .checks import check_datasets, check_leftovers, check_trainable
 from .config import CLLMConfig

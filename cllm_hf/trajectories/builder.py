@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._host import base_model_of
-from ..packing import check_packable
+from ..packed_forwards import check_packable
 from .cleaning import CleaningRules
 from .fingerprints import describe_model, describe_tokenizer
 from .folder import OutputFolder

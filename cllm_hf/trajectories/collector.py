@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from .._host import input_device
-from ..packing import CLEAN_SEGMENT, PADDING_SEGMENT, Packed, copy_clean, forward_clean, forward_drafts
+from ..packed_forwards import copy_clean, forward_clean, forward_drafts
+from ..packing import CLEAN_SEGMENT, PADDING_SEGMENT, Packed
 from .schema import num_blocks
 
 
