@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -75,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         method = "GET" if self.command == "HEAD" else self.command
+        if url.path.endswith("/lfs/objects/batch"):
+            time.sleep(hub.seconds_before_uploads)
         with hub.lock:
             hub.requests.append((self.command, url.path))
             try:
@@ -284,6 +287,7 @@ class LoopbackHub:
     def __init__(self):
         self.repositories, self.large_files, self.requests = {}, {}, []
         self.lock = threading.Lock()
+        self.seconds_before_uploads = 0.0  # after a client has hashed its files, and before it sends them
         self.meanwhile = None  # what somebody else does to a repository just before the next commit
 
     def __enter__(self):

@@ -166,16 +166,19 @@ def test_pushes_of_checkpoints(client, tmp_path, strategy, lora):
     then = """
 if trainer.args.hub_strategy == "every_save":
     trainer.push_to_hub()  # while the last checkpoint may still be on its way
-elif trainer.push_in_progress:
-    trainer.push_in_progress.wait_until_done()
-jobs = trainer.push_in_progress.jobs if trainer.push_in_progress else []
-assert all(job.exception() is None for job in jobs)
 result = decode(trainer.model, decoding="autoregressive")
 """
     options = {"push_to_hub": True, "hub_strategy": strategy, "save_strategy": "steps", "save_steps": 1}
     options["hub_token"] = "hf_write"
-    trained = train(client, tmp_path / name, then, lora=lora, hub_always_push=True, **options)
+    client.hub.seconds_before_uploads = 0.4  # the next checkpoint is there before the last one is pushed
+    try:
+        trained = train(client, tmp_path / name, then, lora=lora, hub_always_push=True, **options)
+    finally:
+        client.hub.seconds_before_uploads = 0.0
     files = files_of(client, name)
+    messages = [one for one in client.hub.repositories[f"models/user/{name}"].messages if "checkpoint" not in one]
+    pushed = [f"Training in progress, step {step}" for step in (1, 2)] if strategy != "end" else []
+    assert messages == ["initial commit", *pushed, *(["End of training"] if strategy == "every_save" else [])]
     if strategy == "end":
         assert files.keys() == {".gitattributes"}
         return

@@ -13,6 +13,7 @@ from .._host import base_model_of
 from ..trajectories.responding import find_stop_ids
 from .collapse import CollapseDetector, CollapseLimits, Sign, find_bad_data
 from .plotting import PLOT_NAME, plot_run
+from .saving import is_pushing, wait_for_push
 
 
 logger = logging.get_logger(__name__)
@@ -100,11 +101,16 @@ class PlotCallback(TrainerCallback):
     """
     Draws the losses and what evaluation decoded over updates into `training.png` in `output_dir`.
 
-    It is drawn anew after each evaluation and at the end. A plot that cannot be written gets a warning; the training
-    goes on. [`CLLMTrainer`] adds this callback by itself unless `plot_run` is `False`.
+    It is drawn anew after each evaluation, unless the last one is just being pushed to the Hub, and at the end. A plot
+    that cannot be written gets a warning; the training goes on. [`CLLMTrainer`] adds this callback by itself unless
+    `plot_run` is `False`.
+
+    Args:
+        trainer (`transformers.Trainer`, *optional*): its pushes are not disturbed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Any = None) -> None:
+        self._trainer = trainer
         self._has_warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -113,9 +119,11 @@ class PlotCallback(TrainerCallback):
             (Path(args.output_dir) / PLOT_NAME).unlink(missing_ok=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._draw(args, state)
+        if not is_pushing(self._trainer):
+            self._draw(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_push(self._trainer)
         self._draw(args, state)
 
     def _draw(self, args: Any, state: Any) -> None:
@@ -129,6 +137,24 @@ class PlotCallback(TrainerCallback):
             self._has_warned = True
 
 
+class PushCallback(TrainerCallback):
+    """
+    Lets a push of a checkpoint end before the files that it reads are written for the next.
+
+    [`CLLMTrainer`] adds this callback by itself. With `hub_always_push=True` the host would write them at once;
+    without it a checkpoint is not pushed at all while the one before is on its way.
+
+    Args:
+        trainer (`transformers.Trainer`): it pushes.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_push(self._trainer)
+
+
 def add_callbacks(trainer: Any) -> None:
     """
     Add the callbacks that the options of a trainer ask for, unless it was given such itself.
@@ -140,7 +166,8 @@ def add_callbacks(trainer: Any) -> None:
     if trainer.args.on_collapse != "ignore" and not any(isinstance(one, CollapseCallback) for one in given):
         trainer.add_callback(CollapseCallback(trainer.args.on_collapse))
     if trainer.args.plot_run and not any(isinstance(one, PlotCallback) for one in given):
-        trainer.add_callback(PlotCallback())
+        trainer.add_callback(PlotCallback(trainer))
+    trainer.add_callback(PushCallback(trainer))
 
 
 def _look_at(args: Any, model: Any, train_dataloader: Any, processing_class: Any, **kwargs: Any) -> list[Sign]:

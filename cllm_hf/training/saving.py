@@ -81,9 +81,8 @@ class SavingTrainer(SFTTrainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         is_checkpoint = _internal_call and output_dir is not None
-        pushing = getattr(self, "push_in_progress", None)
-        if pushing is not None and not is_checkpoint:
-            pushing.wait_until_done()  # it reads the files that are written now
+        if not is_checkpoint:
+            wait_for_push(self)
         with _set_aside(folder / _CARD) if self.args.should_save else nullcontext():
             super().save_model(output_dir, _internal_call=True)  # does not push yet
         if self.args.should_save:
@@ -217,6 +216,37 @@ class SavingTrainer(SFTTrainer):
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
         values = {name: getattr(self.args, name, None) for name in (*sizes, *_ARGUMENTS)}
         return {name: value for name, value in values.items() if value is not False}
+
+
+def is_pushing(trainer: Any) -> bool:
+    """
+    Whether a checkpoint is on its way to the Hub, in a thread that reads files of `output_dir`.
+
+    Args:
+        trainer (`transformers.Trainer`): the trainer.
+
+    Returns:
+        `bool`: `False` also before its first push.
+    """
+    push = getattr(trainer, "push_in_progress", None)
+    return push is not None and not push.is_done()
+
+
+def wait_for_push(trainer: Any) -> None:
+    """
+    Wait for the checkpoint that is on its way to the Hub, before files that it reads are written anew: an upload of a
+    file that changes fails as a whole. One that failed gets a warning, for the host tells nobody.
+
+    Args:
+        trainer (`transformers.Trainer`): the trainer.
+    """
+    push = getattr(trainer, "push_in_progress", None)
+    if push is None:
+        return
+    push.wait_until_done()
+    for error in filter(None, (job.exception() for job in push.jobs)):
+        logger.warning("A checkpoint was not pushed to %s: %s", trainer.hub_model_id, error)
+    trainer.push_in_progress = None
 
 
 def consistency_options(args: SFTConfig) -> dict[str, Any]:
