@@ -78,8 +78,8 @@ def compare_models(
 
     Raises:
         ValueError: if there are no prompts, an empty one, or one with a token that the models do not have, a number is
-            below 1, vocabularies differ, an adapter sits on the very model that it is compared with, the judge gives
-            another number of judgements, or a model refuses an option.
+            below 1, vocabularies differ, models share weights, the judge gives another number of judgements, or a model
+            refuses an option.
     """
     _check_numbers(block_size, max_new_tokens, batch_size, repeats)
     _check_models(target, cllm, assistant)
@@ -173,6 +173,11 @@ def _check_models(target: Any, cllm: Any, assistant: Any) -> None:
         raise ValueError(
             "The target model and the CLLM must have the same vocabulary, got "
             f"{sizes['target']} and {sizes['cllm']} tokens. Pass the model that the CLLM was trained from."
+        )
+    if assistant is not None and base_model_of(assistant) in (base_model_of(target), base_model_of(cllm)):
+        raise ValueError(
+            "The assistant must be a model of its own, got one of the two that are compared, whose forwards could not "
+            "be told apart. Load it a second time."
         )
     if assistant is not None and _vocab_size(assistant) != sizes["target"]:
         raise ValueError(
