@@ -78,8 +78,8 @@ def compare_models(
 
     Raises:
         ValueError: if there are no prompts, an empty one, or one with a token that the models do not have, a number is
-            below 1, vocabularies differ, models share weights, the judge gives another number of judgements, or a model
-            refuses an option.
+            below 1, vocabularies differ, models share weights, the judge gives another number of judgements, or a
+            model refuses an option.
     """
     _check_numbers(block_size, max_new_tokens, batch_size, repeats)
     _check_models(target, cllm, assistant)

@@ -128,12 +128,16 @@ def _explain_responses(compared: dict[str, Any]) -> str:
     if paired is None:
         return text
     alone = [paired["num_only_first"], paired["num_only_second"]]
-    split = f"{sum(alone):,} {_plural('prompt', sum(alone))}"
+    text = (
+        f"{text} Solved are {paired['num_both']:,} by both, {alone[0]:,} by the target model alone, {alone[1]:,} by "
+        f"the CLLM alone and {paired['num_neither']:,} by neither"
+    )
+    if not any(alone):
+        return f"{text}."
     return (
-        f"{text} {paired['num_both']:,} {_plural('prompt', paired['num_both'])} are solved by both, {alone[0]:,} by "
-        f"the target model alone, {alone[1]:,} by the CLLM alone and {paired['num_neither']:,} by neither: a "
-        f"difference of {100 * paired['difference']:+.1f} points for the CLLM. A fair coin splits {split} "
-        f"at least as unevenly with a probability of {_probability(paired['p_value'])} (exact two-sided sign test)."
+        f"{text}: a difference of {100 * paired['difference']:+.1f} points for the CLLM. A fair coin splits "
+        f"{sum(alone):,} {_plural('prompt', sum(alone))} at least as unevenly with a probability of "
+        f"{_probability(paired['p_value'])} (exact two-sided sign test)."
     )
 
 
