@@ -393,6 +393,7 @@ def test_errors_of_the_command(folders, byte_tokenizer, tmp_path, capsys):
     make_model("llama", vocab_size=len(byte_tokenizer)).save_pretrained(other)
     byte_tokenizer.save_pretrained(other)
     start = ["benchmark", "models", "--prompts", str(file), "--target", str(folders["target"])]
+    capsys.readouterr()
     for arguments, message in (
         (["--model", str(tmp_path / "none")], "`--model` must be a folder"),
         (["--model", str(other)], "`--model` must have the tokenizer of `--target`"),

@@ -242,13 +242,10 @@ def _measure_memory(runs: list[_Run], prompts: Sequence[list[int]], max_new_toke
             continue
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, run.result.responses)]
         longest = sorted(range(len(prompts)), key=lambda index: -lengths[index])[:_NUM_MEMORY_PROMPTS]
-        peaks = []
-        for index in longest:
-            with PeakMemory(run.method.model.device) as memory:
-                decode_all(run.method, [prompts[index]], max_new_tokens, 1, pad_token_id, show_progress=False)
-            peaks.append(memory.num_bytes)
-        known = [peak for peak in peaks if peak is not None]
-        run.peak_memory = max(known) if len(known) == len(peaks) else None
+        chosen = [prompts[index] for index in longest]
+        with PeakMemory(run.method.model.device) as memory:
+            decode_all(run.method, chosen, max_new_tokens, 1, pad_token_id, show_progress=False)
+        run.peak_memory = memory.num_bytes
 
 
 def _measure_convergence(
