@@ -111,7 +111,7 @@ def compare_models(
         "batch_size": batch_size,
     }
     described = {name: _describe(model) for name, model in {**models, "assistant": assistant}.items() if model}
-    notes = [*_window_notes(models, [*prompts, *more_prompts], max_new_tokens), *notes, *compile_notes(methods[:-1])]
+    notes = [*_window_notes(models, [*prompts, *more_prompts], max_new_tokens), *notes, *compile_notes(methods)]
     return {
         "kind": "models",
         "environment": describe_environment(target),
