@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
 from itertools import zip_longest
 from typing import Any
 
@@ -83,7 +82,10 @@ def format_blocks(
         width = terminal_width()
     whole = [_headed(block, _format_states(block, decode, color, width=sys.maxsize)) for block in blocks]
     if sum(max(map(plain_width, lines)) + _GAP for lines in whole) - _GAP <= width:
-        return "\n".join(reduce(_beside, whole))
+        lines: list[str] = []
+        for more in whole:
+            lines = _beside(lines, more) if lines else more
+        return "\n".join(lines)
     return "\n\n".join("\n".join(_headed(block, _format_states(block, decode, color, width))) for block in blocks)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..evaluation.report import display_width
 from .block import BlockTrajectory
 from .inspection import visible_tokens
@@ -17,7 +19,7 @@ from .inspection import visible_tokens
 # Told apart also by those who are color-blind: face, text and corner of a cell. The corner tells them apart in gray.
 _RIGHT, _WRONG = ("#D6E8F6", "#00497F"), ("#FBD9CC", "#A61E00")
 _CORNER, _GRAY = "#D53A00", "#606060"
-# A token that the first one lacks is taken from the next; those that draw Chinese, Japanese and Korean come with systems.
+# A character that the first one lacks is taken from the next, Chinese ones from what the machine has.
 _FONTS = ("DejaVu Sans Mono", "DejaVu Sans")
 _SYSTEM_FONTS = (
     "Noto Sans CJK SC",
@@ -33,7 +35,7 @@ _SYSTEM_FONTS = (
     "Noto Sans Symbols 2",
 )
 # Lengths are in points, of which 72 are an inch.
-_DPI = 150
+_DPI, _PALETTE = 150, 64
 _FONT_SIZE, _CHARACTER, _ROW, _PADDING = 7.5, 4.55, 15.0, 4.0
 _LINE, _MARGIN, _GAP, _NUMBERS = 13.0, 10.0, 26.0, 22.0
 _WIDEST_PAIR = 1400.0  # beyond, blocks stand one below the other
@@ -105,6 +107,7 @@ def draw_blocks(
     from matplotlib import font_manager, style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     if not blocks:
         raise ValueError("There is nothing to draw, got no blocks. Pass at least one.")
@@ -117,7 +120,7 @@ def draw_blocks(
     with style.context("default"), warnings.catch_warnings():  # whatever the user has set for plots of their own
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width / 72, height / 72), dpi=_DPI)
-        FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(figure)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set_xlim(0, width)
@@ -129,8 +132,11 @@ def draw_blocks(
         for grid, (x, y) in zip(grids, places):
             _draw_grid(pen, grid, _MARGIN + x, top + y)
         _draw_legend(pen, _MARGIN, height - _MARGIN - _LINE)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", metadata={"Software": None})
+        canvas.draw()
+    file = io.BytesIO()
+    # With a palette the file has a third of the size.
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(_PALETTE)
+    picture.save(file, format="PNG", optimize=True, dpi=(_DPI, _DPI))
     return file.getvalue()
 
 
@@ -199,13 +205,13 @@ def _draw_grid(pen: _Pen, grid: _Grid, left: float, top: float) -> None:
 
 
 def _draw_legend(pen: _Pen, left: float, top: float) -> None:
-    for text, (face, _), is_wrong in (("right, as at the fixed point", _RIGHT, False), ("wrong", _WRONG, True)):
+    for text, (face, _), is_wrong in (("right: the token of the fixed point", _RIGHT, False), ("wrong", _WRONG, True)):
         pen.fill([_rectangle(left, top, left + 18, top + _LINE)], face)
         if is_wrong:
             pen.fill([_corner(left + 18, top)], _CORNER, edge="none")
         pen.write(left + 23, top - 0.5, text, size=8, color=_GRAY)
-        left += 23 + len(text) * 5.2 + 10
-    pen.write(left, top - 0.5, "a row a state: 0 is the first draft", size=8, color=_GRAY)
+        left += 23 + len(text) * 4.9 + 16
+    pen.write(left, top - 0.5, "a row a state, from the first draft to the fixed point", size=8, color=_GRAY)
 
 
 def _rectangle(left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:

@@ -17,7 +17,7 @@ from .inspection import format_blocks, indented
 from .prompts import Prompt
 
 
-_KEEP_ALL = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
+KEEP_ALL = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def collect_block(
         block_size,
         longest,
         seed,
-        cleaning=_KEEP_ALL,  # whatever the model says
+        cleaning=KEEP_ALL,  # whatever the model says
         not_greedy="keep",
         show_progress=False,
     )
