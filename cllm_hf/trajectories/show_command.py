@@ -18,7 +18,7 @@ from .block import BlockTrajectory
 from .command import load_model
 from .prompts import Prompt
 from .showing import TrajectoryPicture, collect_block, token_decoder
-from .sources import apply_template, read_source
+from .sources import PLACE, apply_template, read_source
 
 
 _BLOCK_SIZE = 16  # of models that have no Jacobi defaults
@@ -122,6 +122,10 @@ def _load(name: str, options: argparse.Namespace, device: torch.device) -> Any:
 
 def _read_prompt(options: argparse.Namespace) -> Prompt:
     """The prompt as `cllm collect` reads it: text as it is, or from a file also chat messages and token ids."""
+    if PLACE not in options.prompt_template:
+        raise ValueError(
+            f"`--prompt-template` must have {PLACE} where the prompt goes, got {options.prompt_template!r}."
+        )
     if options.prompts is None:
         if options.number is not None:
             raise ValueError(
