@@ -30,8 +30,10 @@ WORDS = {4: "one", 5: "十分", 6: "\n", 7: "<eos>", 9: "e\u0301"}
 
 @pytest.fixture(scope="module")
 def models(tokenizer):
-    names = {"target": 0, "cllm": 1}
-    return {name: make_model("llama", seed=seed, vocab_size=len(tokenizer)) for name, seed in names.items()}
+    kinds = {"target": "gpt2", "cllm": "qwen3"}
+    models = {name: make_model(kind, vocab_size=len(tokenizer)) for name, kind in kinds.items()}
+    set_jacobi_defaults(models["cllm"], BLOCK_SIZE)
+    return models
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +42,6 @@ def folders(models, tokenizer, tmp_path_factory):
     for name, model in models.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    config = transformers.GenerationConfig.from_pretrained(root / "cllm")
-    config.decoding, config.jacobi_block_size = "jacobi", BLOCK_SIZE
-    config.save_pretrained(root / "cllm")
     return root
 
 

@@ -154,6 +154,9 @@ def _add_inspect(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--block", type=_natural, nargs="+", help="numbers of the blocks to show; by default all")
     parser.add_argument("--compare", metavar="OTHER", help="a dataset made after training, for the statistics")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG file for a plot of the statistics")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="PNG file for a picture of the blocks of --block; by default of 0"
+    )
     parser.add_argument("--tokenizer", help="folder or Hub id; by default that of the dataset")
     parser.add_argument("--split", help="such as train or test; by default all")
     parser.add_argument("--config-name", help="which configuration, if the dataset has several")

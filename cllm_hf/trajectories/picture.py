@@ -35,9 +35,10 @@ _SYSTEM_FONTS = (
     "Noto Sans Symbols 2",
 )
 # Lengths are in points, of which 72 are an inch.
-_DPI, _PALETTE = 150, 64
+_DPI = 150
 _FONT_SIZE, _CHARACTER, _ROW, _PADDING = 7.5, 4.55, 15.0, 4.0
 _LINE, _MARGIN, _GAP, _NUMBERS = 13.0, 10.0, 26.0, 22.0
+_LEAST_WIDTH = 450.0  # that of the legend
 _WIDEST_PAIR = 1400.0  # beyond, blocks stand one below the other
 _MOST_CELLS = 5000  # of a block; beyond, cells are too many for their texts
 _LONGEST_SIDE = 1000.0  # of a block whose cells have no texts
@@ -114,6 +115,7 @@ def draw_blocks(
     texts = visible_tokens(blocks, decode)
     grids = [_Grid.of(block, texts) for block in blocks]
     places, width, height = _arrange(grids)
+    width = max(width, _LEAST_WIDTH)
     head = _head(title, caption, width)
     top = _MARGIN + len(head) * _LINE + (4 if head else 0)
     width, height = width + 2 * _MARGIN, top + height + _LINE + 12 + _MARGIN
@@ -134,10 +136,24 @@ def draw_blocks(
         _draw_legend(pen, _MARGIN, height - _MARGIN - _LINE)
         canvas.draw()
     file = io.BytesIO()
-    # With a palette the file has a third of the size.
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(_PALETTE)
+    # With a palette the file has a third of the size. One that is found by itself would lose rare colors.
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    with_palette = Image.new("P", (1, 1))
+    with_palette.putpalette(_palette())
+    picture = picture.quantize(palette=with_palette, dither=Image.Dither.NONE)
     picture.save(file, format="PNG", optimize=True, dpi=(_DPI, _DPI))
     return file.getvalue()
+
+
+def _palette() -> list[int]:
+    """What is drawn upon what, and the shades between, at most 256 colors: red, green and blue of each."""
+    from matplotlib.colors import to_rgb
+
+    pairs = [("white", "black"), ("white", _GRAY), ("white", _RIGHT[0]), ("white", _WRONG[0]), ("white", _CORNER)]
+    pairs += [_RIGHT, _WRONG, (_WRONG[0], _CORNER)]
+    shades = np.linspace(0, 1, 24)[:, None]
+    colors = [np.array(to_rgb(a)) * (1 - shades) + np.array(to_rgb(b)) * shades for a, b in pairs]
+    return np.rint(255 * np.concatenate(colors)).astype(int).flatten().tolist()
 
 
 def _arrange(grids: Sequence[_Grid]) -> tuple[list[tuple[float, float]], float, float]:
@@ -205,13 +221,13 @@ def _draw_grid(pen: _Pen, grid: _Grid, left: float, top: float) -> None:
 
 
 def _draw_legend(pen: _Pen, left: float, top: float) -> None:
-    for text, (face, _), is_wrong in (("right: the token of the fixed point", _RIGHT, False), ("wrong", _WRONG, True)):
+    for text, (face, _), is_wrong in (("right: as in the last row", _RIGHT, False), ("wrong", _WRONG, True)):
         pen.fill([_rectangle(left, top, left + 18, top + _LINE)], face)
         if is_wrong:
             pen.fill([_corner(left + 18, top)], _CORNER, edge="none")
         pen.write(left + 23, top - 0.5, text, size=8, color=_GRAY)
         left += 23 + len(text) * 4.9 + 16
-    pen.write(left, top - 0.5, "a row a state, from the first draft to the fixed point", size=8, color=_GRAY)
+    pen.write(left, top - 0.5, "rows: from the first draft to the fixed point", size=8, color=_GRAY)
 
 
 def _rectangle(left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
