@@ -70,7 +70,6 @@ def test_states_are_those_of_plain_forwards(models, tokenizer, block):
     assert [found.name for found in picture.blocks] == ["target", "cllm"] and picture.prompt == PROMPT
     drafts = {tuple(found.states[0]) for found in picture.blocks}
     assert len(drafts) == 1 and set(drafts.pop()) <= set(tokenizer(PROMPT)["input_ids"])
-    assert picture.blocks[0].states != picture.blocks[1].states
     for found, model in zip(picture.blocks, models.values()):
         assert found.states == slow_states(model, tokenizer, found.states[0], block - 1, BLOCK_SIZE)
         assert found.start == (block - 1) * BLOCK_SIZE and found.num_iterations > 0
