@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .trajectories.hub import push_trajectories
     from .trajectories.loading import load_trajectories
     from .trajectories.schema import FEATURES
+    from .trajectories.showing import TrajectoryPicture, draw_trajectories
     from .trajectories.statistics import TrajectoryStatistics, measure_trajectories
 
 __version__ = "0.1.0"
@@ -37,7 +38,9 @@ __all__ = [
     "JacobiOutput",
     "JacobiStats",
     "TrajectoryBuilder",
+    "TrajectoryPicture",
     "TrajectoryStatistics",
+    "draw_trajectories",
     "export_custom_generate",
     "load_cllm",
     "load_trajectories",
@@ -56,7 +59,9 @@ _LAZY = {
     "JacobiOutput": ".decoding.output",
     "JacobiStats": ".decoding.output",
     "TrajectoryBuilder": ".trajectories.builder",
+    "TrajectoryPicture": ".trajectories.showing",
     "TrajectoryStatistics": ".trajectories.statistics",
+    "draw_trajectories": ".trajectories.showing",
     "export_custom_generate": ".export",
     "load_cllm": ".loading",
     "load_trajectories": ".trajectories.loading",

@@ -70,7 +70,7 @@ def _make_parser() -> argparse.ArgumentParser:
     collect.set_defaults(run=_run_collect)
     train = commands.add_parser("train", help=TRAIN_HELP, add_help=False, allow_abbrev=False)
     train.set_defaults(run=_run_train)
-    add_trajectory_commands(commands, inspect=_run_inspect, verify=_run_verify, push=_run_push)
+    add_trajectory_commands(commands, inspect=_run_inspect, show=_run_show, verify=_run_verify, push=_run_push)
     export = commands.add_parser(
         "export",
         help="put Jacobi decoding beside a saved model, for people who have not installed cllm_hf",
@@ -144,9 +144,20 @@ def _run_train(parsed: argparse.Namespace) -> int:
 def _run_inspect(parsed: argparse.Namespace) -> int:
     from .trajectories.command import run_inspect
 
-    color = sys.stdout.isatty() and not parsed.no_color and not os.environ.get("NO_COLOR")
-    _print(run_inspect(parsed, color))
+    _print(run_inspect(parsed, _may_color(parsed)))
     return 0
+
+
+def _run_show(parsed: argparse.Namespace) -> int:
+    warnings.filterwarnings("ignore")
+    from .trajectories.show_command import run_show
+
+    _print(run_show(parsed, _may_color(parsed)))
+    return 0
+
+
+def _may_color(parsed: argparse.Namespace) -> bool:
+    return sys.stdout.isatty() and not parsed.no_color and not os.environ.get("NO_COLOR")
 
 
 def _run_verify(parsed: argparse.Namespace) -> int:

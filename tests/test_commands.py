@@ -18,6 +18,9 @@ from cllm_hf.demo.problems import make_problems
 from cllm_hf.loading import load_tokenizer
 from cllm_hf.trajectories import command
 from cllm_hf.trajectories.arguments import CollectArguments, parse_collect
+from cllm_hf.trajectories.block import BlockTrajectory
+from cllm_hf.trajectories.picture import draw_blocks
+from cllm_hf.trajectories.showing import token_decoder
 from cllm_hf.trajectories.sources import apply_template, read_source
 
 
@@ -435,6 +438,19 @@ def test_inspect_shows_statistics(saved, tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_draws_blocks(saved, dataset, tokenizer, tmp_path, capsys):
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for file, blocks in zip(files, ([], ["--block", "1", "0"])):
+        assert main(["inspect", str(saved), "--record", "3", "--picture", str(file), *blocks]) == 0
+        assert capsys.readouterr().out.endswith(f"\n\nWritten: {file}\n")
+    record = dataset[3]
+    expected = [BlockTrajectory.of(record, number, f"Block {number}") for number in (1, 0)]
+    title, caption = f"`data_id` {record['data_id']}", f"Prompt: {record['prompt']}"
+    decode = token_decoder(tokenizer)
+    assert files[1].read_bytes() == draw_blocks(expected, decode, title, caption)
+    assert files[0].read_bytes() == draw_blocks(expected[1:], decode, title, caption)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -443,6 +459,7 @@ def test_inspect_shows_statistics(saved, tmp_path, capsys):
         (["--block", "9"], "`blocks` must be from 0 to"),
         (["--block", "0", "--statistics"], "got `--block` with `--statistics`"),
         (["--data-id", "1", "--plot", "x.png"], "got `--data-id` with"),
+        (["--picture", "x.png", "--statistics"], "got `--picture` with"),
         (["--tokenizer", "./none"], "`--tokenizer` must be that of the dataset, got './none'"),
         (["--split", "dev"], "'dev'"),
         (["--statistics", "--plot", "."], "must be a file, got the folder"),

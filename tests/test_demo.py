@@ -78,7 +78,7 @@ def test_all_steps_and_the_readme(tmp_path, monkeypatch, capsys):
     assert jacobi.responses == greedy.responses and len(greedy.responses) == 2
     assert greedy.num_forwards == [len(response) for response in greedy.responses]
     assert all(ours <= theirs for ours, theirs in zip(jacobi.num_forwards, greedy.num_forwards))
-    assert report.table.count("\n") == 5 and "iterations to the fixed point" in report.trajectories
+    assert report.table.count("\n") == 5 and " to converge, " in report.trajectories
 
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     # A model that has hardly been trained repeats itself.

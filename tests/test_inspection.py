@@ -125,6 +125,7 @@ def test_blocks_that_are_not_there(block):
         ("\u2028\ud800", "\\u2028\\ud800"),
         ("=" * 40, "=" * 19 + "…"),
         ("", "''"),
+        ("  ", "␣␣"),
     ],
 )
 def test_visible_tokens(text, expected):

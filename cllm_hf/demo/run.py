@@ -20,15 +20,17 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
-from ..evaluation.report import format_table, format_trajectory
+from ..evaluation.report import format_table
 from ..files import check_writable, save_whole
 from ..quiet import quiet_hosts
 from ..training.config import CLLMConfig
 from ..training.progress import show_progress
 from ..training.trainer import CLLMTrainer
+from ..trajectories.block import BlockTrajectory
 from ..trajectories.builder import TrajectoryBuilder
-from ..trajectories.cleaning import CleaningRules
+from ..trajectories.inspection import format_blocks
 from ..trajectories.loading import load_trajectories
+from ..trajectories.showing import KEEP_ALL, token_decoder
 from .clock import Clock
 from .problems import Problem, make_problems, make_tokenizer, read_answer
 
@@ -336,14 +338,13 @@ def draw_block(
         builder = _make_builder(model, tokenizer, options, show_progress=False)
         records.append({record["prompt"]: record for record in builder.build(prompts)})
     shown = next((prompt for prompt in prompts if all(prompt in kept for kept in records)), None)
-    pictures = []
+    if shown is None:
+        return ""
+    blocks = []
     for name, kept in zip(("Target model", "CLLM"), records):
-        if shown is not None:
-            states = kept[shown]["states"]
-            block = states[min(1, len(states) - 1)]
-            picture = format_trajectory(block, lambda token: str(tokenizer.decode([token])), color)
-            pictures.append(f"{name}: {len(block) - 1} iterations to the fixed point\n{picture}")
-    return "\n\n".join(pictures)
+        last = len(kept[shown]["states"]) - 1
+        blocks.append(BlockTrajectory.of(kept[shown], min(1, last), name))
+    return format_blocks(blocks, token_decoder(tokenizer), color)
 
 
 def _make_builder(
@@ -356,7 +357,7 @@ def _make_builder(
         options.max_new_tokens,
         options.seed,
         # Whatever the target model says: if it was trained for too short, the demo shows that.
-        cleaning=CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False),
+        cleaning=KEEP_ALL,
         show_progress=show_progress,
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
 
 _BLUE, _RED, _RESET = "\033[34m", "\033[31m", "\033[0m"
+_COLOR = re.compile("\033\\[[0-9]+m")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -75,3 +77,16 @@ def display_width(text: str) -> int:
     """
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
+
+
+def plain_width(line: str) -> int:
+    """
+    Columns of a terminal that a line takes which may be colored.
+
+    Args:
+        line (`str`): printable text with the color codes of `format_trajectory`.
+
+    Returns:
+        `int`.
+    """
+    return display_width(_COLOR.sub("", line))

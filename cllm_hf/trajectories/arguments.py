@@ -1,4 +1,4 @@
-"""The options of `cllm collect`, `inspect`, `verify` and `push`. Nothing heavy is imported here."""
+"""The options of `cllm collect`, `inspect`, `show`, `verify` and `push`. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -127,17 +127,19 @@ def parse_collect(arguments: Sequence[str]) -> CollectArguments:
     return parsed
 
 
-def add_trajectory_commands(commands: Any, inspect: _Run, verify: _Run, push: _Run) -> None:
+def add_trajectory_commands(commands: Any, inspect: _Run, show: _Run, verify: _Run, push: _Run) -> None:
     """
-    Add `inspect`, `verify` and `push` to a parser.
+    Add `inspect`, `show`, `verify` and `push` to a parser.
 
     Args:
         commands (`argparse._SubParsersAction`): the commands of the parser.
         inspect (`Callable[[argparse.Namespace], int]`): runs the first.
-        verify (`Callable[[argparse.Namespace], int]`): runs the second.
-        push (`Callable[[argparse.Namespace], int]`): runs the third.
+        show (`Callable[[argparse.Namespace], int]`): runs the second.
+        verify (`Callable[[argparse.Namespace], int]`): runs the third.
+        push (`Callable[[argparse.Namespace], int]`): runs the fourth.
     """
     _add_inspect(commands).set_defaults(run=inspect)
+    _add_show(commands).set_defaults(run=show)
     _add_verify(commands).set_defaults(run=verify)
     _add_push(commands).set_defaults(run=push)
 
@@ -152,10 +154,43 @@ def _add_inspect(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--block", type=_natural, nargs="+", help="numbers of the blocks to show; by default all")
     parser.add_argument("--compare", metavar="OTHER", help="a dataset made after training, for the statistics")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG file for a plot of the statistics")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="PNG file for a picture of the blocks of --block; by default of 0"
+    )
     parser.add_argument("--tokenizer", help="folder or Hub id; by default that of the dataset")
     parser.add_argument("--split", help="such as train or test; by default all")
     parser.add_argument("--config-name", help="which configuration, if the dataset has several")
     parser.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
+    return parser
+
+
+def _add_show(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(commands, "show", "show how a block of a CLLM converges, next to its target model")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a CLLM, or any other model")
+    parser.add_argument("--target", help="folder or Hub id of its target model; by default the one that it names")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="what to answer")
+    prompt.add_argument("--prompts", type=Path, metavar="FILE", help="file with a prompt a line, as of `cllm collect`")
+    parser.add_argument("--number", type=positive, help="which prompt of the file, from 1; by default the first")
+    parser.add_argument(
+        "--prompt-template", default="{prompt}", help="text around the prompt; \\n is a new line, as of `cllm collect`"
+    )
+    parser.add_argument("--block-size", type=positive, help="tokens of a block; by default that of the CLLM, else 16")
+    parser.add_argument("--block", type=positive, default=1, help="which block of the response, from 1")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, help="longest response, in tokens; by default it ends with the block"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="PNG file for a picture")
+    parser.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
+    parser.add_argument("--seed", type=_natural, default=0, help="of the first draft")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights; auto: that of the checkpoint",
+    )
+    parser.add_argument("--device", default="auto", help="such as cpu or cuda:0; auto: cuda if there is one")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code from the models' repositories")
     return parser
 
 

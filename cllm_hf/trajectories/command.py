@@ -20,10 +20,11 @@ from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from .._host import base_model_of
-from ..files import check_writable, check_writable_file
+from ..files import check_writable, check_writable_file, write_whole
 from ..loading import check_model_name, load_cllm, load_tokenizer, pick_device
 from ..quiet import quiet_hosts
 from .arguments import CollectArguments
+from .block import BlockTrajectory
 from .builder import TrajectoryBuilder
 from .cleaning import CleaningRules
 from .fingerprints import fingerprint_weights
@@ -32,6 +33,7 @@ from .inspection import format_record
 from .loading import find_manifest, load_trajectories
 from .manifest import read_manifest
 from .options import CollectionOptions
+from .picture import draw_blocks
 from .process import Process
 from .sources import is_local, read_source
 from .statistics import (
@@ -150,20 +152,28 @@ def run_inspect(options: argparse.Namespace, color: bool = True) -> str:
             holds no trajectories.
     """
     of_all = options.statistics or options.compare is not None or options.plot is not None
-    of_one = [name for name in ("record", "data_id", "block", "tokenizer") if getattr(options, name) is not None]
+    names = ("record", "data_id", "block", "tokenizer", "picture")
+    of_one = [name for name in names if getattr(options, name) is not None]
     if of_all and of_one:
         raise ValueError(
             f"Statistics are those of the whole dataset, got `--{of_one[0].replace('_', '-')}` with `--statistics`, "
             "`--compare` or `--plot`. Drop one of them."
         )
-    if options.plot is not None:
-        check_writable_file(options.plot)
+    for path in (options.plot, options.picture):
+        if path is not None:
+            check_writable_file(path)
     dataset = _load_all(options.dataset, options)
     if of_all:
         return _statistics_of(dataset, options)
     decode, note = _token_decoder(options)
     record = _find_record(dataset, options.record or 0, options.data_id)
-    return "\n\n".join([*note, format_record(record, decode, color, options.block)])
+    parts = [*note, format_record(record, decode, color, options.block)]
+    if options.picture is not None:
+        blocks = [BlockTrajectory.of(record, number, f"Block {number}") for number in options.block or [0]]
+        title, caption = f"`data_id` {record.get('data_id', '?')}", f"Prompt: {record.get('prompt', '')}"
+        write_whole(options.picture, draw_blocks(blocks, decode, title, caption))
+        parts.append(f"Written: {options.picture}")
+    return "\n\n".join(parts)
 
 
 def run_verify(options: argparse.Namespace) -> tuple[str, bool]:

@@ -1,17 +1,20 @@
-"""Looking at a trajectory record in a terminal."""
+"""Looking at trajectories in a terminal: a record, or blocks side by side."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
-from ..evaluation.report import display_width, format_trajectory
-from .statistics import measure_trajectories
+from ..evaluation.report import display_width, format_trajectory, plain_width
+from .block import BlockTrajectory
 
 
 _LONGEST_TOKEN = 20
 _MARGIN = 5  # columns of the number of a state
+_GAP = 4  # columns between two blocks
 
 
 def format_record(
@@ -41,7 +44,7 @@ def format_record(
         ValueError: for a block that the record does not have, or a record whose blocks do not cover its response.
     """
     if width is None:
-        width = shutil.get_terminal_size(fallback=(120, 24)).columns
+        width = terminal_width()
     states = record["states"]
     numbers = list(range(len(states)) if blocks is None else blocks)
     outside = [number for number in numbers if not 0 <= number < len(states)]
@@ -51,16 +54,74 @@ def format_record(
     parts = [
         f"`data_id` {record.get('data_id', '?')}: a prompt of {len(record['prompt_ids'])} tokens, a response of "
         f"{len(record['response_ids'])} tokens{greedy}",
-        f"Prompt:\n{_indented(record.get('prompt', ''))}",
-        f"Response:\n{_indented(record.get('response', ''))}",
+        f"Prompt:\n{indented(record.get('prompt', ''))}",
+        f"Response:\n{indented(record.get('response', ''))}",
         *(_format_block(record, number, decode, color, width) for number in numbers),
     ]
     return "\n\n".join(parts)
 
 
+def format_blocks(
+    blocks: Sequence[BlockTrajectory], decode: Callable[[int], str], color: bool = True, width: int | None = None
+) -> str:
+    """
+    Draw the trajectories of blocks, each under its name and what was counted on it, right tokens blue, wrong ones red.
+
+    They stand side by side if the terminal is wide enough, otherwise one below the other.
+
+    Args:
+        blocks (`Sequence[BlockTrajectory]`): what to draw, such as the same block of two models.
+        decode (`Callable[[int], str]`): text of a token.
+        color (`bool`): whether to color; otherwise wrong tokens stand in brackets.
+        width (`int`, *optional*): columns of the terminal; by default those of the present one.
+
+    Returns:
+        `str`.
+    """
+    if width is None:
+        width = terminal_width()
+    whole = [_headed(block, _format_states(block, decode, color, width=sys.maxsize)) for block in blocks]
+    if sum(max(map(plain_width, lines)) + _GAP for lines in whole) - _GAP <= width:
+        lines: list[str] = []
+        for more in whole:
+            lines = _beside(lines, more) if lines else more
+        return "\n".join(lines)
+    return "\n\n".join("\n".join(_headed(block, _format_states(block, decode, color, width))) for block in blocks)
+
+
+def _headed(block: BlockTrajectory, states: str) -> list[str]:
+    return [*([block.name] if block.name else []), block.describe(), *states.split("\n")]
+
+
+def visible_tokens(blocks: Iterable[BlockTrajectory], decode: Callable[[int], str]) -> dict[int, str]:
+    """
+    The texts of all tokens of some blocks, for a table.
+
+    Args:
+        blocks (`Iterable[BlockTrajectory]`): the blocks.
+        decode (`Callable[[int], str]`): text of a token.
+
+    Returns:
+        `dict[int, str]`: what `visible_token` gives, by token.
+    """
+    tokens = sorted({token for block in blocks for state in block.states for token in state})
+    return {token: visible_token(decode(token)) for token in tokens}
+
+
+def terminal_width() -> int:
+    """
+    Columns of the present terminal.
+
+    Returns:
+        `int`: 120 where there is no terminal.
+    """
+    return shutil.get_terminal_size(fallback=(120, 24)).columns
+
+
 def visible_token(text: str) -> str:
     """
-    The text of a token for a table: what is not printable is escaped, long texts are cut, and none shows as `''`.
+    The text of a token for a table: what is not printable is escaped, long texts are cut, nothing but spaces shows as
+    that many `␣`, and an empty text as `''`.
 
     Args:
         text (`str`): its text.
@@ -69,8 +130,8 @@ def visible_token(text: str) -> str:
         `str`: a line without tabs and control characters.
     """
     text = "".join(character if character.isprintable() else _escaped(character) for character in text)
-    if not text:
-        return "''"
+    if not text.strip(" "):
+        text = "␣" * len(text) or "''"
     return text if len(text) <= _LONGEST_TOKEN else f"{text[: _LONGEST_TOKEN - 1]}…"
 
 
@@ -78,8 +139,16 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def _indented(text: str) -> str:
-    """Printable, with its own lines."""
+def indented(text: str) -> str:
+    """
+    A text as a paragraph of its own.
+
+    Args:
+        text (`str`): the text.
+
+    Returns:
+        `str`: printable, with its own lines, each behind four spaces.
+    """
     lines = ("".join(c if c.isprintable() else _escaped(c) for c in line) for line in text.split("\n"))
     return "\n".join(f"    {line}".rstrip() for line in lines)
 
@@ -87,26 +156,28 @@ def _indented(text: str) -> str:
 def _format_block(
     record: Mapping[str, Any], number: int, decode: Callable[[int], str], color: bool, width: int
 ) -> str:
-    states = record["states"][number]
-    start = number * len(states[0])
-    tokens = list(record["response_ids"][start : start + len(states[0])])
-    length = len(tokens)
-    span = f"tokens {start} to {start + length - 1}" if length > 1 else f"token {start}"
-    where = f"Block {number}, {span} of the response"
-    if record.get("is_greedy") is False and len(states) == 1:
-        heading = f"{where}: its own tokens, where it is not greedy"
-    else:
-        figures = measure_trajectories([{"response_ids": tokens, "states": [states]}])
-        heading = (
-            f"{where}: {_count(len(states) - 1, 'iteration')} to converge, {figures.mean_fast_forwarded:.0f} "
-            f"fast-forwarded, {figures.mean_stationary:.0f} stationary"
-        )
-    texts = {token: visible_token(decode(token)) for state in states for token in state[:length]}
-    parts = _split_columns([[texts[token] for token in state[:length]] for state in states], color, width)
-    drawn = [
-        format_trajectory([state[first:last] for state in states], texts.__getitem__, color) for first, last in parts
-    ]
-    return "\n".join([heading, "\n\n".join(drawn)])
+    block = BlockTrajectory.of(record, number)
+    length = len(block.states[-1])
+    span = f"tokens {block.start} to {block.start + length - 1}" if length > 1 else f"token {block.start}"
+    heading = f"Block {number}, {span} of the response: {block.describe()}"
+    return "\n".join([heading, _format_states(block, decode, color, width)])
+
+
+def _format_states(block: BlockTrajectory, decode: Callable[[int], str], color: bool, width: int) -> str:
+    """The states, a line each; in several parts, one below the other, if they are too wide."""
+    texts = visible_tokens([block], decode)
+    parts = _split_columns([[texts[token] for token in state] for state in block.states], color, width)
+    return "\n\n".join(
+        format_trajectory([state[first:last] for state in block.states], texts.__getitem__, color)
+        for first, last in parts
+    )
+
+
+def _beside(left: list[str], right: list[str]) -> list[str]:
+    """Two pieces of text, line by line, side by side."""
+    width = max(map(plain_width, left))
+    rows = zip_longest(left, right, fillvalue="")
+    return [f"{a}{' ' * (width - plain_width(a) + _GAP)}{b}".rstrip() for a, b in rows]
 
 
 def _split_columns(texts: list[list[str]], color: bool, width: int) -> list[tuple[int, int]]:
@@ -120,7 +191,3 @@ def _split_columns(texts: list[list[str]], color: bool, width: int) -> list[tupl
         if all(sum(widths[first:last]) + _MARGIN - 1 <= width for first, last in parts):
             return parts
     return [(column, column + 1) for column in range(num_columns)]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

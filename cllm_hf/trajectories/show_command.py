@@ -1,0 +1,166 @@
+"""From the options of `cllm show` to the pictures of a CLLM's and its target model's trajectories."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from transformers.utils import find_adapter_config_file
+
+from ..files import check_writable_file
+from ..loading import check_model_name, load_tokenizer, pick_device
+from ..quiet import quiet_hosts
+from .block import BlockTrajectory
+from .command import load_model
+from .prompts import Prompt
+from .showing import TrajectoryPicture, collect_block, token_decoder
+from .sources import PLACE, apply_template, read_source
+
+
+_BLOCK_SIZE = 16  # of models that have no Jacobi defaults
+_TAG = "cllm"  # of the cards that `CLLMTrainer` writes
+
+
+def run_show(options: argparse.Namespace, color: bool = True) -> str:
+    """
+    Run `cllm show`. All that can be wrong before a model is loaded is found before.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names.
+        color (`bool`): whether to color tokens.
+
+    Returns:
+        `str`: the trajectories, and what is to be said of them.
+
+    Raises:
+        OSError: if a file cannot be read or written, or a model not be loaded.
+        ValueError: for options that contradict each other, a prompt that is not usable, a target model with another
+            tokenizer, or a block that the response does not have.
+    """
+    check_model_name(options.model, "model")
+    if options.target is not None:
+        check_model_name(options.target, "target")
+    if options.output is not None:
+        if options.output.suffix.lower() != ".png":
+            raise ValueError(
+                f"`--output` must be a PNG file, got {str(options.output)!r}. Name one that ends in .png."
+            )
+        check_writable_file(options.output)
+    prompt = _read_prompt(options)
+    device = pick_device(options.device)
+    with quiet_hosts(keep_bars=sys.stderr.isatty()):
+        tokenizer = load_tokenizer(options.model, None, options.trust_remote_code)
+        model = _load(options.model, options, device)
+        block_size = options.block_size or _block_size_of(model)
+
+        def collect(model: Any, name: str) -> tuple[str, BlockTrajectory]:
+            return collect_block(
+                model, tokenizer, prompt, name, block_size, options.block, options.max_new_tokens, options.seed
+            )
+
+        text, own = collect(model, f"CLLM: {_short(options.model)}")
+        del model  # the memory of a machine may hold one only
+        target, reason = _find_target(options, device)
+        blocks = [own]
+        if target is not None:
+            name = target.name_or_path
+            _check_tokenizer(name, tokenizer, text)
+            blocks.insert(0, collect(target, f"Target model: {_short(name)}")[1])
+        picture = TrajectoryPicture(text, blocks, token_decoder(tokenizer))
+        parts = [picture.format(color)]
+        if reason is not None:
+            parts.append(f"Only {_short(options.model)} is shown: {reason}. Pass its target model as `--target`.")
+        if options.output is not None:
+            picture.save(options.output)
+            parts.append(f"Written: {options.output}")
+    return "\n\n".join(parts)
+
+
+def find_target_name(name: str) -> str | None:
+    """
+    Find out which model a CLLM was made from: an adapter says it, and the card of a whole model if that is on the Hub.
+
+    Args:
+        name (`str`): folder or Hub id of the CLLM.
+
+    Returns:
+        `str`: folder or Hub id, or `None` if it is not known.
+    """
+    if find_adapter_config_file(name) is not None:
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(name).base_model_name_or_path or None
+    try:
+        # What a model was made from that has nothing to do with CLLMs is no target model.
+        data = ModelCard.load(Path(name) / "README.md" if Path(name).is_dir() else name).data
+        base = data.get("base_model") if _TAG in (data.get("tags") or ()) else None
+    except Exception:  # no card, no network, or what the parser of YAML does not take
+        return None
+    return base if isinstance(base, str) else None
+
+
+def _find_target(options: argparse.Namespace, device: torch.device) -> tuple[Any, str | None]:
+    """The target model, or why there is none."""
+    if options.target is not None:
+        return _load(options.target, options, device), None
+    name = find_target_name(options.model)
+    if name is None:
+        return None, "it does not say which model it was made from"
+    try:
+        return _load(name, options, device), None
+    except OSError as error:
+        return None, f"{name}, which it was made from, cannot be loaded ({str(error).strip().splitlines()[0]})"
+
+
+def _load(name: str, options: argparse.Namespace, device: torch.device) -> Any:
+    return load_model(name, options.dtype, device, trust_remote_code=options.trust_remote_code)
+
+
+def _read_prompt(options: argparse.Namespace) -> Prompt:
+    """The prompt as `cllm collect` reads it: text as it is, or from a file also chat messages and token ids."""
+    if PLACE not in options.prompt_template:
+        raise ValueError(
+            f"`--prompt-template` must have {PLACE} where the prompt goes, got {options.prompt_template!r}."
+        )
+    if options.prompts is None:
+        if options.number is not None:
+            raise ValueError(
+                f"`--number` chooses a prompt of `--prompts`, got {options.number} with `--prompt`. Drop it."
+            )
+        if not options.prompt:
+            raise ValueError("`--prompt` must hold text, got none. Write a prompt of the kind that it was trained on.")
+        return apply_template(options.prompt_template, options.prompt)
+    number = options.number or 1
+    prompts, _ = read_source(str(options.prompts), limit=number, template=options.prompt_template)
+    if number > len(prompts):
+        raise ValueError(
+            f"`--number` must be from 1 to {len(prompts)}, the prompts of {str(options.prompts)!r}, got {number}. "
+            "Choose one of those."
+        )
+    return prompts[number - 1]
+
+
+def _block_size_of(model: Any) -> int:
+    size = getattr(model.generation_config, "jacobi_block_size", None)
+    return size if isinstance(size, int) else _BLOCK_SIZE
+
+
+def _check_tokenizer(name: str, tokenizer: Any, text: str) -> None:
+    try:
+        other = load_tokenizer(name)
+    except OSError:  # that of the CLLM must do
+        return
+    if other(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        raise ValueError(
+            f"The target model must have the tokenizer of the CLLM, got {name!r}, which reads the prompt as other "
+            "tokens. Pass the model that the CLLM was made from."
+        )
+
+
+def _short(name: str) -> str:
+    """The last part of a folder's name; an id of the Hub as it is."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
