@@ -30,7 +30,7 @@ def rows(first, *others):
 
 def signatures():
     """Calls in the reference's code blocks, as `(dotted name, arguments with defaults)`."""
-    for block in re.findall(r"```python\n(.*?)```", REFERENCE, flags=re.DOTALL):
+    for block in re.findall(r"```text\n(.*?)```", REFERENCE, flags=re.DOTALL):
         for call in re.split(r"\n(?=\S)", block.strip()):
             name, parameters = call.split("(", 1)
             yield name, ast.parse(f"def f({parameters}: ...").body[0].args
@@ -140,23 +140,35 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tm
         assert loaded and [address for address in loaded if re.match(r"\w+:|//", address)] == [], page
 
 
-@pytest.mark.slow
-def test_the_tour_runs(tmp_path, monkeypatch, capsys):
-    """All of it, with a target model that has hardly been trained, few prompts and few updates."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """What `cllm demo --output-dir runs/demo` leaves, with a target model that has hardly been trained."""
+    folder = tmp_path_factory.mktemp("docs")
+    tiny = {"hidden_size": 32, "target_updates": 5, "target_batch_size": 4, "num_trajectories": 8, "cllm_updates": 3}
+    options = DemoOptions(**tiny, cllm_batch_size=4, num_held_out=2, max_new_tokens=20)
+    run_demo(options, folder / "runs" / "demo", color=False)
+    return folder
+
+
+@pytest.fixture
+def runs_here(demo, monkeypatch):
+    monkeypatch.chdir(demo)
     # Such a model repeats itself.
     monkeypatch.setattr(cllm_hf.CleaningRules, "reason_to_drop", lambda *_: None)
-    tiny = {"hidden_size": 32, "target_updates": 5, "target_batch_size": 4, "num_trajectories": 8, "cllm_updates": 3}
-    run_demo(DemoOptions(**tiny, cllm_batch_size=4, num_held_out=2, max_new_tokens=20), Path("runs/demo"), color=False)
+
+
+@pytest.mark.slow
+def test_the_tour_runs(runs_here, capsys):
+    """From its first line to its last, with few prompts and few updates."""
     text = (ROOT / "docs" / "tour.md").read_text()
-    for given, small in (("make_problems(600", "make_problems(16"), ("make_problems(640", "make_problems(20")):
-        assert given in text
-        text = text.replace(given, small)
-    for given, small in (
-        ("[600:]", "[16:]"),
-        ("max_steps=100", "max_steps=2"),
-        ("--num-prompts 20", "--num-prompts 2"),
-    ):
+    smaller = {
+        "make_problems(600": "make_problems(16",
+        "make_problems(640": "make_problems(20",
+        "[600:]": "[16:]",
+        "max_steps=100": "max_steps=2",
+        "--num-prompts 20": "--num-prompts 2",
+    }
+    for given, small in smaller.items():
         assert text.count(given) == 1
         text = text.replace(given, small)
     names = {}
@@ -173,4 +185,15 @@ def test_the_tour_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert num_commands == 4 and "tensor(True)" in printed and "speed-up over generate()" in printed
     assert names["cllm"].generation_config.decoding == "jacobi"
-    assert (tmp_path / "runs/tour/cllm/training.png").is_file()
+    assert Path("runs/tour/cllm/training.png").is_file()
+
+
+@pytest.mark.slow
+def test_guides_begin_with_an_example_that_runs(runs_here, capsys):
+    for guide in ("decoding", "trajectories", "training", "serving"):
+        block = re.search(r"```python\n(.*?)```", (ROOT / "docs" / f"{guide}.md").read_text(), flags=re.DOTALL)
+        code = block[1].replace("Qwen/Qwen3-0.6B", "runs/demo/target")
+        exec(compile(code, f"{guide}.md", "exec"), {})
+    assert "Counter({'kept': 2})" in capsys.readouterr().out
+    assert Path("runs/cllm/adapter_config.json").is_file()
+    assert Path("runs/demo/cllm/custom_generate/generate.py").is_file()
