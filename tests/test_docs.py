@@ -1,22 +1,108 @@
-"""The documents name everything public, and the README's code runs as it stands."""
+"""The documents name everything public as it is, their links hold, their site is built, and the tour's code runs."""
 
+import argparse
+import ast
+import dataclasses
+import inspect
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import trl
+from transformers import GenerationMixin
 
 import cllm_hf
+from cllm_hf.cli import _make_parser, main
+from cllm_hf.demo.run import DemoOptions, run_demo
 
 
 ROOT = Path(__file__).parent.parent
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+
+
+def rows(first, *others):
+    """Whether the reference has a table row that begins with these cells."""
+    return any(line.startswith(" | ".join([f"| `{first}`", *others])) for line in REFERENCE.splitlines())
+
+
+def signatures():
+    """Calls in the reference's code blocks, as `(dotted name, arguments with defaults)`."""
+    for block in re.findall(r"```text\n(.*?)```", REFERENCE, flags=re.DOTALL):
+        for call in re.split(r"\n(?=\S)", block.strip()):
+            name, parameters = call.split("(", 1)
+            yield name, ast.parse(f"def f({parameters}: ...").body[0].args
 
 
 def test_every_public_name_is_in_the_reference():
-    reference = (ROOT / "docs" / "reference.md").read_text()
-    assert [name for name in cllm_hf.__all__ if f"`{name}`" not in reference] == []
+    assert [name for name in cllm_hf.__all__ if f"`{name}`" not in REFERENCE] == []
     assert sorted(cllm_hf.__all__) == cllm_hf.__all__
     for name in cllm_hf.__all__:
         assert getattr(cllm_hf, name).__doc__ or name == "FEATURES"
+
+
+def test_every_argument_of_generate_is_in_the_reference():
+    added = set(inspect.signature(GenerationMixin.generate, follow_wrapped=False).parameters) - {"self"}
+    added = {name for name in added if name not in ("args", "kwargs")}
+    assert "decoding" in added and "jacobi_block_size" in added
+    assert [name for name in added if not rows(name)] == []
+
+
+def test_every_option_is_in_the_reference_with_its_default():
+    host = {field.name for field in dataclasses.fields(trl.SFTConfig)}
+    own = {*inspect.get_annotations(cllm_hf.CLLMConfig)} | {
+        field.name for field in dataclasses.fields(cllm_hf.CLLMConfig) if field.name not in host
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(cllm_hf.CLLMConfig)}
+    assert len(own) > 15
+    missing = [name for name in own if not rows(name, f"`{defaults[name]!r}`".replace("'", '"'))]
+    assert missing == []
+
+
+def test_every_parameter_of_the_builder_is_in_the_reference():
+    parameters = inspect.signature(cllm_hf.TrajectoryBuilder).parameters
+    assert [name for name in parameters if not rows(name)] == []
+
+
+def test_signatures_in_the_reference_are_true():
+    found = 0
+    for name, arguments in signatures():
+        owner = cllm_hf
+        for part in name.split("."):
+            owner = getattr(owner, part)
+        true = inspect.signature(owner).parameters.values()
+        expected = [
+            (one.name, None if one.default is one.empty else repr(one.default)) for one in true if one.name != "self"
+        ]
+        assert read_arguments(arguments) == expected, name
+        assert [one.arg for one in arguments.kwonlyargs] == [one.name for one in true if one.kind is one.KEYWORD_ONLY]
+        found += 1
+    assert found > 10
+
+
+def read_arguments(arguments):
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    pairs = [*zip(positional, defaults), *zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    written = [(one.arg, None if default is None else repr(ast.literal_eval(default))) for one, default in pairs]
+    return written + ([(arguments.kwarg.arg, None)] if arguments.kwarg else [])
+
+
+def test_every_command_is_in_the_reference():
+    commands = list(find_commands(_make_parser(), "cllm"))
+    assert "cllm benchmark decode" in commands and "cllm train" in commands
+    assert [name for name in commands if f"\n| `{name} " not in REFERENCE] == []
+
+
+def find_commands(parser, name):
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield name
+    for action in inner:
+        for key, subparser in action.choices.items():
+            yield from find_commands(subparser, f"{name} {key}")
 
 
 def test_unknown_names_are_refused():
@@ -24,11 +110,90 @@ def test_unknown_names_are_refused():
         cllm_hf.Jacobian  # noqa: B018
 
 
-def test_links_lead_to_files():
+def test_links_lead_to_files_and_headings():
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(#[^)]+)?\)", document.read_text()):
+            file = document.parent / target if target else document
+            assert file.exists(), f"{document.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
+                anchors = ["#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in anchors, f"{document.name}: {target}{anchor}"
 
 
 def test_version_is_in_the_changelog():
     assert f"## [{cllm_hf.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    pytest.importorskip("mkdocs", reason="the site is built with the extra `docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(list((ROOT / "docs").glob("*.md")))  # the changelog too
+    for page in pages:
+        text = page.read_text()
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?([^\"\s>]+)", text)
+        loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|icon)[^>]*href=\"?([^\"\s>]+)", text)
+        assert loaded and [address for address in loaded if re.match(r"\w+:|//", address)] == [], page
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """What `cllm demo --output-dir runs/demo` leaves, with a target model that has hardly been trained."""
+    folder = tmp_path_factory.mktemp("docs")
+    tiny = {"hidden_size": 32, "target_updates": 5, "target_batch_size": 4, "num_trajectories": 8, "cllm_updates": 3}
+    options = DemoOptions(**tiny, cllm_batch_size=4, num_held_out=2, max_new_tokens=20)
+    run_demo(options, folder / "runs" / "demo", color=False)
+    return folder
+
+
+@pytest.fixture
+def runs_here(demo, monkeypatch):
+    monkeypatch.chdir(demo)
+    # Such a model repeats itself.
+    monkeypatch.setattr(cllm_hf.CleaningRules, "reason_to_drop", lambda *_: None)
+
+
+@pytest.mark.slow
+def test_the_tour_runs(runs_here, capsys):
+    """From its first line to its last, with few prompts and few updates."""
+    text = (ROOT / "docs" / "tour.md").read_text()
+    smaller = {
+        "make_problems(600": "make_problems(16",
+        "make_problems(640": "make_problems(20",
+        "[600:]": "[16:]",
+        "max_steps=100": "max_steps=2",
+        "--num-prompts 20": "--num-prompts 2",
+    }
+    for given, small in smaller.items():
+        assert text.count(given) == 1
+        text = text.replace(given, small)
+    names = {}
+    num_commands = 0
+    for kind, block in re.findall(r"^```(python|bash)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        if kind == "python":
+            exec(compile(block, "tour.md", "exec"), names)
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            command = shlex.split(line)
+            if command[0] == "cllm" and command[1] != "demo":
+                assert main(command[1:]) == 0, line
+                num_commands += 1
+    printed = capsys.readouterr().out
+    assert num_commands == 4 and "tensor(True)" in printed and "speed-up over generate()" in printed
+    assert names["cllm"].generation_config.decoding == "jacobi"
+    assert Path("runs/tour/cllm/training.png").is_file()
+
+
+@pytest.mark.slow
+def test_guides_begin_with_an_example_that_runs(runs_here, capsys):
+    for guide in ("decoding", "trajectories", "training", "serving"):
+        block = re.search(r"```python\n(.*?)```", (ROOT / "docs" / f"{guide}.md").read_text(), flags=re.DOTALL)
+        code = block[1].replace("Qwen/Qwen3-0.6B", "runs/demo/target")
+        exec(compile(code, f"{guide}.md", "exec"), {})
+    assert "Counter({'kept': 2})" in capsys.readouterr().out
+    assert Path("runs/cllm/adapter_config.json").is_file()
+    assert Path("runs/demo/cllm/custom_generate/generate.py").is_file()
