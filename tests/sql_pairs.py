@@ -24,7 +24,8 @@ def make_databases(folder):
             CREATE INDEX by_age ON pet (age);
             CREATE VIEW old AS SELECT name FROM pet WHERE age > 5;
             INSERT INTO owner VALUES (1, 'Ann', 'Oslo'), (2, 'Bob', 'Rome'), (3, 'Cid', NULL), (4, 'Dee', 'Oslo');
-            INSERT INTO pet VALUES (1, 1, 'Rex', 3, 10.5, 'dog'), (2, 1, 'Tom', 7, 4.0, 'cat'), (3, 2, 'Rex', 9, 0.3, 'dog'),
+            INSERT INTO pet VALUES (1, 1, 'Rex', 3, 10.5, 'dog'), (2, 1, 'Tom', 7, 4.0, 'cat'),
+                (3, 2, 'Rex', 9, 0.3, 'dog'),
                 (4, 3, 'Zoe', NULL, 2.5, 'cat'), (5, NULL, 'Kim', 3, NULL, 'bird');
             INSERT INTO "order" VALUES (1, 'order by', 'it''s'), (2, 'x', 'a;b -- c');
             INSERT INTO bytes VALUES (CAST(x'ff6f6b' AS TEXT)), (x'6f6b');
@@ -154,15 +155,21 @@ PAIRS = {
         ("SELECT kind, count(*) FROM pet GROUP BY kind", "SELECT kind, count(*) FROM pet GROUP BY name", OTHER),
         ("SELECT kind FROM pet GROUP BY kind HAVING count(*) > 1", "VALUES ('cat'), ('dog')", RIGHT),
         ("SELECT kind FROM pet GROUP BY kind HAVING count(*) >= 1", "VALUES ('cat'), ('dog')", OTHER),
-        ("SELECT name FROM pet UNION SELECT name FROM owner", "SELECT name FROM owner UNION SELECT name FROM pet", RIGHT),
-        ("SELECT name FROM pet UNION ALL SELECT name FROM owner", "SELECT name FROM owner UNION SELECT name FROM pet", OTHER),
+        ("SELECT name FROM pet UNION SELECT name FROM owner",
+         "SELECT name FROM owner UNION SELECT name FROM pet", RIGHT),
+        ("SELECT name FROM pet UNION ALL SELECT name FROM owner",
+         "SELECT name FROM owner UNION SELECT name FROM pet", OTHER),
         ("SELECT id FROM owner EXCEPT SELECT owner_id FROM pet", "SELECT 4", RIGHT),
-        ("SELECT id FROM owner EXCEPT SELECT owner_id FROM pet", "SELECT owner_id FROM pet EXCEPT SELECT id FROM owner", OTHER),
-        ("SELECT id FROM owner INTERSECT SELECT owner_id FROM pet", "SELECT DISTINCT owner_id FROM pet WHERE owner_id", RIGHT),
+        ("SELECT id FROM owner EXCEPT SELECT owner_id FROM pet",
+         "SELECT owner_id FROM pet EXCEPT SELECT id FROM owner", OTHER),
+        ("SELECT id FROM owner INTERSECT SELECT owner_id FROM pet",
+         "SELECT DISTINCT owner_id FROM pet WHERE owner_id", RIGHT),
         ("SELECT name FROM pet WHERE age > (SELECT avg(age) FROM pet)", "SELECT name FROM pet WHERE age > 5.5", RIGHT),
         ("SELECT name FROM pet WHERE age > 5", "SELECT name FROM old", RIGHT),
-        ("SELECT name FROM pet WHERE age > 5", "WITH o AS (SELECT * FROM pet) SELECT name FROM o WHERE age > 5", RIGHT),
-        ("SELECT 10", "WITH RECURSIVE r(n) AS (SELECT 1 UNION SELECT n + 1 FROM r WHERE n < 10) SELECT max(n) FROM r", RIGHT),
+        ("SELECT name FROM pet WHERE age > 5",
+         "WITH o AS (SELECT * FROM pet) SELECT name FROM o WHERE age > 5", RIGHT),
+        ("SELECT 10",
+         "WITH RECURSIVE r(n) AS (SELECT 1 UNION SELECT n + 1 FROM r WHERE n < 10) SELECT max(n) FROM r", RIGHT),
         ("SELECT id FROM pet WHERE age BETWEEN 3 AND 7", "SELECT id FROM pet WHERE age >= 3 AND age <= 7", RIGHT),
         ("SELECT name FROM pet WHERE name LIKE '%e%'", "SELECT name FROM pet WHERE instr(name, 'e')", RIGHT),
         ("SELECT count(*) FROM pet WHERE EXISTS (SELECT 1)", "SELECT count(*) FROM pet", RIGHT),
@@ -264,7 +271,8 @@ PAIRS = {
         ("SELECT 1", f"{ENDLESS} SELECT count(*) FROM r", "time"),
         ("SELECT 1", f"{ENDLESS} SELECT n FROM r WHERE n < 0", "time"),
         ("SELECT 1", f"SELECT 1 WHERE 0 IN ({ENDLESS} SELECT n FROM r)", "time"),
-        ("SELECT 1", "SELECT count(*) FROM pet a, pet b, pet c, pet d, pet e, pet f, pet g, pet h, pet i, pet j, pet k", "time"),
+        ("SELECT 1",
+         "SELECT count(*) FROM pet a, pet b, pet c, pet d, pet e, pet f, pet g, pet h, pet i, pet j, pet k", "time"),
         ("SELECT 1", f"{ENDLESS} SELECT n FROM r", "too many rows"),
         ("SELECT 1", "SELECT a.id FROM pet a, pet b, pet c, pet d, pet e, pet f, pet g", "too many rows"),
         ("SELECT 1", f"{ENDLESS} SELECT hex(zeroblob(90000)), n FROM r", "too large"),
@@ -276,7 +284,8 @@ PAIRS = {
         ("SELECT 1", "SELECT printf('%.*c', 2000000000, 'x')", "time"),
         ("SELECT 1", "SELECT replace(hex(zeroblob(100000)), '0', hex(zeroblob(100000)))", "too large"),
         ("SELECT 1", "SELECT group_concat(hex(zeroblob(100000)), '') FROM pet a, pet b, pet c", "too large"),
-        ("SELECT 1", "WITH RECURSIVE r(s) AS (SELECT 'ab' UNION ALL SELECT s || s FROM r) SELECT max(s) FROM r", "too large"),
+        ("SELECT 1",
+         "WITH RECURSIVE r(s) AS (SELECT 'ab' UNION ALL SELECT s || s FROM r) SELECT max(s) FROM r", "too large"),
         ("SELECT 0", "SELECT count(*) FROM pet WHERE 0", RIGHT),
     ],
 }  # fmt: skip

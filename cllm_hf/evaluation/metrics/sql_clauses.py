@@ -199,7 +199,8 @@ def _describe_expression(node: Any, scope: _Scope, merge: bool = True) -> Any:
     if isinstance(node, (exp.GT, exp.GTE)):  # a > b is b < a
         return _MIRRORED[node.key], operand(node.expression), operand(node.this)
     if isinstance(node, (exp.LT, exp.LTE, exp.Like, exp.Glob)):
-        return node.key, operand(node.this), operand(node.expression)
+        described = node.key, operand(node.this), operand(node.expression)
+        return ("not", described) if node.args.get("negate") else described  # of NOT LIKE
     if isinstance(node, exp.Between):
         return node.key, operand(node.this), operand(node.args["low"]), operand(node.args["high"])
     if isinstance(node, exp.In) and node.expressions:
