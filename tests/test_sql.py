@@ -1,0 +1,137 @@
+"""Untrusted SQL: what comes back, what is refused, and that no file changes."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+from sql_pairs import ENDLESS, make_databases
+
+from cllm_hf.evaluation.metrics import sql_worker
+from cllm_hf.evaluation.metrics.sql import QueryLimits, QueryRunner, run_query
+
+
+@pytest.fixture(scope="module")
+def databases(tmp_path_factory):
+    return make_databases(tmp_path_factory.mktemp("databases"))
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with QueryRunner() as runner:
+        yield runner
+
+
+def test_columns_and_rows_come_in_order(databases, runner):
+    result = runner.run(databases[0], "SELECT name, age AS years, weight FROM pet ORDER BY id LIMIT 2")
+    assert (result.kind, result.columns) == ("rows", ["name", "years", "weight"])
+    assert result.rows == [("Rex", 3, 10.5), ("Tom", 7, 4.0)]
+    assert [type(value) for value in result.rows[0]] == [str, int, float]
+    assert runner.run(databases[0], "SELECT a FROM empty").columns == ["a"]
+    values = runner.run(databases[0], "SELECT NULL, x'00ff', '\"é\n', 9e999, 9223372036854775807, a FROM bytes").rows
+    assert values[0] == (None, b"\x00\xff", '"é\n', float("inf"), 2**63 - 1, "ok")
+    assert values[1][-1] == b"ok"
+
+
+def test_names_of_files_are_not_part_of_an_address(databases, runner):
+    assert runner.run(str(databases[1]), "SELECT a FROM t").rows == [(1,)]
+
+
+def test_what_is_no_database_is_said_to_be_none(runner, tmp_path):
+    text = tmp_path / "text.sqlite"
+    text.write_text("no database" * 100)
+    for path in (tmp_path / "missing.sqlite", tmp_path, text):
+        result = runner.run(path, "SELECT 1")
+        assert (result.kind, result.rows) == ("no database", []) and str(path) in result.message
+    assert [path.name for path in tmp_path.iterdir()] == ["text.sqlite"]
+
+
+@pytest.mark.parametrize("mode", ["wal", "persist", "truncate", "delete"])
+def test_logs_of_other_connections_are_respected(mode, runner, tmp_path):
+    """Without the log, the file lacks what the other connection has written, or holds what it may take back."""
+    path = tmp_path / "busy.sqlite"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute(f"PRAGMA journal_mode = {mode}")
+    other.execute("CREATE TABLE t (a)")
+    other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert runner.run(path, "SELECT count(*) FROM t").rows == [(0,)]
+    other.execute("PRAGMA cache_size = 1")
+    other.execute("BEGIN IMMEDIATE")
+    other.executemany("INSERT INTO t VALUES (?)", [("x" * 2000,)] * 20)  # more than the cache holds
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert runner.run(path, "SELECT count(*) FROM t").kind == "database in use"
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    other.execute("COMMIT")
+    if mode == "wal":
+        assert runner.run(path, "SELECT count(*) FROM t").kind == "database in use"
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert runner.run(path, "SELECT count(*) FROM t").rows == [(20,)]
+    other.close()
+    assert runner.run(path, "SELECT count(*) FROM t").rows == [(20,)]
+    assert not [file for file in tmp_path.iterdir() if file.name.endswith(("-wal", "-shm"))]
+
+
+@pytest.mark.parametrize(
+    ("limits", "query", "kind"),
+    [
+        ({"seconds": 0.2}, f"{ENDLESS} SELECT count(*) FROM r", "time"),
+        ({"max_rows": 4}, "SELECT id FROM pet", "too many rows"),
+        ({"max_rows": 5}, "SELECT id FROM pet", "rows"),
+        ({"max_bytes": 2000}, f"{ENDLESS} SELECT n FROM r LIMIT 200", "too large"),
+        ({"max_value_bytes": 100}, "SELECT zeroblob(101)", "too large"),
+        ({"max_value_bytes": 100}, "SELECT zeroblob(99)", "rows"),
+        ({"max_value_bytes": 2**30, "max_memory": 2**24}, "SELECT length(hex(randomblob(20000000)))", "too large"),
+        ({"max_value_bytes": 2**30, "max_memory": 2**23}, f"{ENDLESS} SELECT n FROM r ORDER BY n DESC", "too large"),
+    ],
+)
+def test_limits_hold(limits, query, kind, databases):
+    if "max_value_bytes" in limits and sys.version_info < (3, 11) and "max_memory" not in limits:
+        pytest.skip("Python 3.10 cannot limit a value")
+    result = run_query(databases[0], query, QueryLimits(**{"seconds": 30, **limits}))
+    assert (result.kind, bool(result.message)) == (kind, kind != "rows")
+
+
+@pytest.mark.parametrize("name", ["seconds", "max_rows", "max_bytes", "max_value_bytes", "max_memory"])
+def test_limits_must_be_positive(name):
+    for value in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"`{name}` must be positive, got {value}"):
+            QueryLimits(**{name: value})
+
+
+def test_a_query_that_nothing_interrupts_is_ended_and_the_next_one_runs(databases):
+    with QueryRunner(QueryLimits(seconds=0.1)) as runner:
+        result = runner.run(databases[0], "SELECT printf('%.*c', 2000000000, 'x')")
+        assert result.kind == "time" and "does not stop" in result.message
+        assert runner.run(databases[0], "SELECT 1").rows == [(1,)]
+
+
+def test_a_process_that_dies_or_is_left_waiting_is_replaced(databases, monkeypatch):
+    with QueryRunner() as runner:
+        assert runner.run(databases[0], "SELECT 1").rows == [(1,)]
+        runner._process.kill()
+        runner._process.wait()
+        assert runner.run(databases[0], "SELECT 2").kind == "error"
+        assert runner.run(databases[0], "SELECT 3").rows == [(3,)]
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+            context.setattr(runner._process.stdout, "readline", _interrupt, raising=False)
+            runner.run(databases[0], "SELECT 4")
+        assert runner.run(databases[0], "SELECT 5").rows == [(5,)]
+        process = runner._process
+    assert process.poll() is not None
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def test_the_process_imports_the_standard_library_alone(databases):
+    code = f"import runpy; runpy.run_path({sql_worker.__file__!r})"
+    assert subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True).returncode == 0
+    limits = {"seconds": 1, "max_rows": 2, "max_bytes": 10**6, "max_value_bytes": 10**6, "max_memory": 2**40}
+    answer = sql_worker.answer(str(databases[0]), "SELECT x'00', 1 FROM pet LIMIT 1", limits)
+    assert json.loads(json.dumps(answer)) == {
+        "kind": "rows",
+        "columns": ["x'00'", "1"],
+        "rows": [[{"hex": "00"}, 1]],
+    }
