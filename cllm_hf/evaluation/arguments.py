@@ -13,7 +13,7 @@ SHAPE_NAMES = ("4m", "30m", "125m", "0.5b")
 
 def add_benchmark_commands(commands: Any, run: Callable[[argparse.Namespace], int]) -> None:
     """
-    Add `benchmark decode`, `benchmark overhead`, `benchmark collect` and `benchmark train` to a parser.
+    Add `benchmark decode`, `models`, `overhead`, `collect` and `train` to a parser.
 
     Args:
         commands (`argparse._SubParsersAction`): the commands of the parser.
@@ -24,6 +24,7 @@ def add_benchmark_commands(commands: Any, run: Callable[[argparse.Namespace], in
     )
     kinds = benchmark.add_subparsers(dest="kind", required=True, metavar="kind")
     _add_decode(kinds)
+    _add_models(kinds)
     _add_overhead(kinds)
     _add_collect(kinds)
     _add_train(kinds)
@@ -45,6 +46,35 @@ def _add_decode(kinds: Any) -> None:
     decode.add_argument("--repeats", type=positive, default=1, help="rounds over all prompts")
     decode.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
     _add_common(decode)
+
+
+def _add_models(kinds: Any) -> None:
+    models = kinds.add_parser(
+        "models",
+        help="compare a target model and its CLLM: speed, accuracy and convergence of every way to decode",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    models.add_argument("--target", required=True, help="folder or Hub id of the target model")
+    models.add_argument("--model", required=True, help="folder or Hub id of the CLLM, whole or an adapter")
+    models.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        help="file with a prompt a line, as text or JSON (`prompt`, `question`); with `answer` or `response` for "
+        "accuracy",
+    )
+    models.add_argument("--num-prompts", type=positive, default=64, help="how many, the first ones of the file")
+    models.add_argument(
+        "--num-more-prompts", type=natural, default=0, help="how many behind them are judged too, but not timed"
+    )
+    models.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
+    models.add_argument("--block-size", type=positive, default=16, help="tokens of a block")
+    models.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
+    models.add_argument("--batch-size", type=positive, default=32, help="of the prompts that are not timed")
+    models.add_argument("--repeats", type=positive, default=1, help="timed rounds over the prompts")
+    models.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
+    _add_common(models)
+    models.add_argument("--plot", type=Path, help="PNG file for accuracy over speed, or speed alone")
 
 
 def _add_overhead(kinds: Any) -> None:
@@ -151,6 +181,24 @@ def positive(text: str) -> int:
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """
+    Read an integer of at least 0.
+
+    Args:
+        text (`str`): what the user typed.
+
+    Returns:
+        `int`.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is something else.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
     return int(text)
 
 

@@ -180,6 +180,54 @@ def split_batches(rows: Sequence[Any], batch_size: int) -> list[list[Any]]:
     return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
+def decode_all(
+    method: DecodingMethod,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int = 1,
+    pad_token_id: int = 0,
+    show_progress: bool = True,
+) -> list[list[int]]:
+    """
+    Decode prompts greedily in batches of similar lengths, when the time does not matter.
+
+    Args:
+        method (`DecodingMethod`): the way to decode.
+        prompts (`Sequence[list[int]]`): token ids of each prompt; there may be none.
+        max_new_tokens (`int`): longest response.
+        batch_size (`int`): prompts that are decoded together, padded on the left.
+        pad_token_id (`int`): what pads prompts; it is masked.
+        show_progress (`bool`): whether to draw a progress bar.
+
+    Returns:
+        `list[list[int]]`: generated token ids, a stop token included, in the order of the prompts.
+    """
+    # The longest first, so that memory that does not suffice shows at once.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    responses: dict[int, list[int]] = {}
+    with tqdm(total=len(prompts), desc=method.name, unit="prompt", disable=not show_progress) as progress:
+        for batch in split_batches(order, batch_size):
+            run = _run(method, [prompts[index] for index in batch], max_new_tokens, pad_token_id)
+            responses.update(zip(batch, run.responses))
+            progress.update(len(batch))
+    return [responses[index] for index in range(len(prompts))]
+
+
+def stop_ids_of(method: DecodingMethod) -> set[int]:
+    """
+    Find the tokens that end a response.
+
+    Args:
+        method (`DecodingMethod`): the way to decode.
+
+    Returns:
+        `set[int]`: those of its options, otherwise those of the model's generation config; empty if there are none.
+    """
+    stop = method.options.get("eos_token_id")
+    stop = base_model_of(method.model).generation_config.eos_token_id if stop is None else stop
+    return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+
+
 @dataclass
 class _Run:
     """One `generate` of one batch."""
@@ -228,7 +276,7 @@ def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pa
         stats = getattr(output, "jacobi_stats", None)
         num_forwards = len(responses[0]) if stats is None else stats.num_forwards
     if len(batch) > 1:  # rows that end early are padded
-        stop_ids = _stop_ids(base_model, method.options)
+        stop_ids = stop_ids_of(method)
         responses = [cut_after_stop(response, stop_ids) for response in responses]
     return _Run(responses, num_forwards, seconds, widths[1:], peak_memory)
 
@@ -262,12 +310,6 @@ def cut_after_stop(response: list[int], stop_ids: set[int]) -> list[int]:
     """
     stop = next((index for index, token in enumerate(response) if token in stop_ids), len(response))
     return response[: stop + 1]
-
-
-def _stop_ids(model: Any, options: dict[str, Any]) -> set[int]:
-    stop = options.get("eos_token_id")
-    stop = model.generation_config.eos_token_id if stop is None else stop
-    return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
 
 
 def _shapes(batches: list[list[list[int]]]) -> list[list[list[int]]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +11,20 @@ from datasets import Dataset
 from transformers import AutoTokenizer, GenerationConfig
 
 from .._host import base_model_of
-from ..files import check_writable_file, write_whole
-from ..loading import check_model_name, load_cllm, pick_device
+from ..loading import check_model_name
 from ..quiet import quiet_hosts
 from ..trajectories.loading import load_trajectories
 from ..trajectories.schema import FEATURES
 from .collection import compare_collection, format_collection
 from .collectors import CollectionSetting
 from .comparison import check_assistant, compare_decoding, format_comparison
+from .model_command import run_models
 from .overhead import format_overhead, measure_overhead, overhead_methods
+from .preparing import check_outputs, finish, load_model, prepare_device, tokenize
 from .prompts import read_prompts
 from .shapes import make_number_tokenizer, make_random_model, random_prompts
 
 
-SCHEMA_VERSION = 1
 # Of the random trajectories of `cllm benchmark train`.
 _RANDOM_SIZES = {"prompt_length": 64, "response_length": 128, "block_size": 16}
 
@@ -46,7 +44,13 @@ def run_benchmark(options: argparse.Namespace) -> str:
         ValueError: if options contradict each other or prompts are not usable.
     """
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
-        runs = {"decode": run_decode, "overhead": run_overhead, "collect": run_collect, "train": run_train}
+        runs = {
+            "decode": run_decode,
+            "models": run_models,
+            "overhead": run_overhead,
+            "collect": run_collect,
+            "train": run_train,
+        }
         return runs[options.kind](options)
 
 
@@ -73,18 +77,18 @@ def run_decode(options: argparse.Namespace) -> str:
         )
     check_assistant(options.assistant, options.batch_size)
     texts = [] if options.prompts is None else read_prompts(options.prompts, options.num_prompts)
-    _check_outputs(options)
-    device = _prepare(options)
+    check_outputs(options)
+    device = prepare_device(options)
     assistant, pad_token_id = None, 0
     if options.model is None:
         model = make_random_model(options.shape, options.seed, _shape_dtype(options, device), device)
         prompts = random_prompts(model.config.vocab_size, options.num_prompts, options.prompt_length, options.seed)
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        prompts = _tokenize(tokenizer, texts)
+        prompts = tokenize(tokenizer, texts)
         pad_token_id = tokenizer.pad_token_id or 0
-        model = _load(options.model, options, device)
-        assistant = None if options.assistant is None else _load(options.assistant, options, device)
+        model = load_model(options.model, options, device)
+        assistant = None if options.assistant is None else load_model(options.assistant, options, device)
     report = compare_decoding(
         model,
         prompts,
@@ -97,7 +101,7 @@ def run_decode(options: argparse.Namespace) -> str:
         pad_token_id,
         show_progress=sys.stderr.isatty(),
     )
-    return _finish({**report, "name": options.model or options.shape}, format_comparison(report), options)
+    return finish({**report, "name": options.model or options.shape}, format_comparison(report), options)
 
 
 def run_overhead(options: argparse.Namespace) -> str:
@@ -117,14 +121,14 @@ def run_overhead(options: argparse.Namespace) -> str:
     if options.model is None and options.shape is None:
         options.shape = ["4m", "125m"]
     _check_source(options)
-    _check_outputs(options)
-    device = _prepare(options)
+    check_outputs(options)
+    device = prepare_device(options)
     reports = []
     for name in options.shape or [options.model]:
         if options.model is None:
             model = make_random_model(name, options.seed, _shape_dtype(options, device), device)
         else:
-            model = _load(name, options, device)
+            model = load_model(name, options, device)
             # Every iteration counts, also behind the end of the text, and none of the model's own processors.
             base_model_of(model).generation_config = model.generation_config = GenerationConfig(pad_token_id=0)
         vocab_size = model.config.get_text_config().vocab_size
@@ -135,7 +139,7 @@ def run_overhead(options: argparse.Namespace) -> str:
         )
         reports.append({**report, "name": name})
         del model, methods
-    return _finish({"kind": "overhead", "reports": reports}, format_overhead(reports), options)
+    return finish({"kind": "overhead", "reports": reports}, format_overhead(reports), options)
 
 
 def run_collect(options: argparse.Namespace) -> str:
@@ -159,8 +163,8 @@ def run_collect(options: argparse.Namespace) -> str:
             "A shape has prompts of its own, got `--shape` with `--prompts`. Drop one of the two, or pass `--model`."
         )
     texts = [] if options.prompts is None else read_prompts(options.prompts, options.num_prompts)
-    _check_outputs(options)
-    device = _prepare(options)
+    check_outputs(options)
+    device = prepare_device(options)
     if options.model is None:
         model = make_random_model(options.shape, options.seed, _shape_dtype(options, device), device)
         tokenizer: Any = make_number_tokenizer(model.config.vocab_size)
@@ -168,8 +172,8 @@ def run_collect(options: argparse.Namespace) -> str:
         texts = [" ".join(map(str, row)) for row in rows]
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        _tokenize(tokenizer, texts)
-        model = _load(options.model, options, device)
+        tokenize(tokenizer, texts)
+        model = load_model(options.model, options, device)
     setting = CollectionSetting(options.block_size, options.max_new_tokens, options.seed, options.max_tokens_per_batch)
     report = compare_collection(
         model,
@@ -182,7 +186,7 @@ def run_collect(options: argparse.Namespace) -> str:
         options.block_sizes,
         show_progress=sys.stderr.isatty(),
     )
-    return _finish({**report, "name": options.model or options.shape}, format_collection(report), options)
+    return finish({**report, "name": options.model or options.shape}, format_collection(report), options)
 
 
 def run_train(options: argparse.Namespace) -> str:
@@ -210,8 +214,8 @@ def run_train(options: argparse.Namespace) -> str:
     if options.model is not None and sizes:
         names = ", ".join(f"`--{name.replace('_', '-')}`" for name in sizes)
         raise ValueError(f"Trajectories have sizes of their own, got {names} with `--trajectories`. Drop that.")
-    _check_outputs(options)
-    device = _prepare(options)
+    check_outputs(options)
+    device = prepare_device(options)
     from .training import compare_training, format_training  # loads the trainer, which others do without
     from .training_methods import TrainingSetting, random_trajectories
 
@@ -233,9 +237,9 @@ def run_train(options: argparse.Namespace) -> str:
     else:
         dataset = load_trajectories(options.trajectories)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = _load(options.model, options, device)
+        model = load_model(options.model, options, device)
     report = compare_training(model, tokenizer, dataset, setting, show_progress=sys.stderr.isatty())
-    return _finish({**report, "name": options.model or options.shape}, format_training(report), options)
+    return finish({**report, "name": options.model or options.shape}, format_training(report), options)
 
 
 def _check_prompts(options: argparse.Namespace) -> None:
@@ -253,51 +257,7 @@ def _check_source(options: argparse.Namespace) -> None:
             check_model_name(name, option)
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
-    if options.json is not None and options.json == options.markdown:
-        raise ValueError(f"`--json` and `--markdown` must be two files, got {str(options.json)!r} for both.")
-    for path in (options.json, options.markdown):
-        if path is not None:
-            check_writable_file(path)
-
-
-def _prepare(options: argparse.Namespace) -> torch.device:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    return pick_device(options.device)
-
-
 def _shape_dtype(options: argparse.Namespace, device: torch.device) -> torch.dtype:
     if options.dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, options.dtype)
-
-
-def _load(name: str, options: argparse.Namespace, device: torch.device) -> Any:
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model: Any = load_cllm(name, dtype=dtype)
-    return model.to(device)
-
-
-def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    prompts = [tokenizer(text)["input_ids"] for text in texts]
-    empty = next((text for text, prompt in zip(texts, prompts) if not prompt), None)
-    if empty is not None:
-        raise ValueError(
-            f"Every prompt must have at least one token, got none for {empty[:60]!r}. Leave that line out."
-        )
-    return prompts
-
-
-def _finish(report: dict[str, Any], text: str, options: argparse.Namespace) -> str:
-    record = {"schema_version": SCHEMA_VERSION, "command": options.command_line, "options": _plain(options), **report}
-    if options.json is not None:
-        write_whole(options.json, json.dumps(record) + "\n")
-    if options.markdown is not None:
-        write_whole(options.markdown, f"    {options.command_line}\n\n{text}\n")
-    return text
-
-
-def _plain(options: argparse.Namespace) -> dict[str, Any]:
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    return {name: value for name, value in values.items() if not callable(value)}

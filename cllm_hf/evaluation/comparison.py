@@ -119,8 +119,35 @@ def compare_decoding(
         "prompt_lengths": [len(prompt) for prompt in prompts],
         "cache_length": cache_length,
         "forward_seconds": {str(width): seconds for width, seconds in forwards.items()},
-        "methods": [_raw(method, result) for method, result in zip(methods, results)],
+        "methods": [raw_result(method, result) for method, result in zip(methods, results)],
         "rows": [_row(method, result, results[0], forwards) for method, result in zip(methods, results)],
+    }
+
+
+def raw_result(method: DecodingMethod, result: DecodingResult) -> dict[str, Any]:
+    """
+    Turn what a method did into what JSON can hold.
+
+    Args:
+        method (`DecodingMethod`): the way to decode; a model among its options is put down by name.
+        result (`DecodingResult`): what it did.
+
+    Returns:
+        `dict`.
+    """
+    options = {
+        name: getattr(base_model_of(value), "name_or_path", value) if name == "assistant_model" else value
+        for name, value in method.options.items()
+    }
+    return {
+        "name": result.name,
+        "options": options,
+        "is_compiled": method.is_compiled,
+        "responses": result.responses,
+        "num_forwards": result.num_forwards,
+        "seconds": result.seconds,
+        "widths": {str(width): count for width, count in sorted(result.widths.items())},
+        "peak_memory": result.peak_memory,
     }
 
 
@@ -216,22 +243,5 @@ def _row(
         "limit": None if cost is None else gain / cost,
         "speedup": result.speedup_over(baseline),
         "num_equal": result.num_equal_to(baseline),
-        "peak_memory": result.peak_memory,
-    }
-
-
-def _raw(method: DecodingMethod, result: DecodingResult) -> dict[str, Any]:
-    options = {
-        name: getattr(base_model_of(value), "name_or_path", value) if name == "assistant_model" else value
-        for name, value in method.options.items()
-    }
-    return {
-        "name": result.name,
-        "options": options,
-        "is_compiled": method.is_compiled,
-        "responses": result.responses,
-        "num_forwards": result.num_forwards,
-        "seconds": result.seconds,
-        "widths": {str(width): count for width, count in sorted(result.widths.items())},
         "peak_memory": result.peak_memory,
     }

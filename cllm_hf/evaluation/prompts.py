@@ -10,6 +10,7 @@ from typing import Any
 
 _FIELDS = ("prompt", "question")
 _RESPONSE_FIELD = "response"
+_ANSWER_FIELDS = ("answer", "response")
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
@@ -74,6 +75,40 @@ def read_prompts_and_responses(
             "none. Give every prompt a response, or none."
         )
     return [prompt for prompt, _ in pairs], [response for _, response in pairs]
+
+
+def read_prompts_and_answers(path: Path, limit: int | None = None) -> tuple[list[str], list[str] | None]:
+    """
+    Read prompts, and the right answer to each where the file has them.
+
+    Args:
+        path (`pathlib.Path`): as for `read_prompts`.
+        limit (`int`, *optional*): read only so many lines.
+
+    Returns:
+        `tuple[list[str], list[str] | None]`: the prompts, and their answers: the field `answer` of JSON lines, or
+        else `response`.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: as `read_prompts`, or if only some lines have an answer.
+    """
+    lines, is_json = _read_lines(path)
+    lines = lines[:limit]
+    if not is_json:
+        return [line for _, line in lines], None
+    for field in _ANSWER_FIELDS:
+        pairs = [_record_of(*line, path, _FIELDS, field) for line in lines]
+        answers = [answer for _, answer in pairs if isinstance(answer, str)]
+        if answers and len(answers) < len(lines):
+            number = next(line[0] for line, (_, answer) in zip(lines, pairs) if not isinstance(answer, str))
+            raise ValueError(
+                f"Line {number} of {str(path)!r} must have text in the field `{field}`, got none. Give every prompt "
+                "an answer, or none."
+            )
+        if answers:
+            break
+    return [prompt for prompt, _ in pairs], answers or None
 
 
 def is_prompt(value: Any) -> bool:

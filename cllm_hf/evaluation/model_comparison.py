@@ -1,0 +1,371 @@
+"""A target model and its CLLM side by side: speed, quality and convergence of every way to decode, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .._host import base_model_of
+from ..decoding.options import check_block_size
+from .benchmark import (
+    DecodingMethod,
+    DecodingResult,
+    benchmark_decoding,
+    compile_notes,
+    decode_all,
+    stop_ids_of,
+)
+from .comparison import make_methods, raw_result
+from .convergence import measure_convergence
+from .environment import describe_environment
+from .judgements import Judgement, count_right
+from .memory import PeakMemory
+from .paired import compare_judgements
+
+
+Judge = Callable[[list[list[int]]], list[Judgement]]
+TITLES = {"target": "target model", "cllm": "CLLM"}
+_NUM_MEMORY_PROMPTS = 3
+_MOST_TRAJECTORIES = 128
+
+
+def compare_models(
+    target: Any,
+    cllm: Any,
+    prompts: Sequence[list[int]],
+    *,
+    block_size: int,
+    max_new_tokens: int,
+    judge: Judge | None = None,
+    more_prompts: Sequence[list[int]] = (),
+    assistant: Any = None,
+    is_compiled: bool = False,
+    batch_size: int = 32,
+    repeats: int = 1,
+    pad_token_id: int = 0,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Measure every way to decode with a target model and its CLLM, on the same prompts, in one run.
+
+    The target model decodes by `generate()`, prompt lookup, assisted decoding if there is an `assistant`, and Jacobi;
+    the CLLM by `generate()` and Jacobi. All take turns on `prompts`, one at a time, which gives speed. How blocks
+    converge is measured on up to 128 of these prompts, peak memory on three, both apart from the clocks. Accuracy is
+    that of a method's own timed responses and of its model's greedy responses to `more_prompts`, decoded in batches.
+
+    Args:
+        target (`transformers.PreTrainedModel` or `peft.PeftModel`): the target model.
+        cllm (`transformers.PreTrainedModel` or `peft.PeftModel`): the CLLM, with weights of its own.
+        prompts (`Sequence[list[int]]`): token ids of each prompt that is timed.
+        block_size (`int`): tokens of a block.
+        max_new_tokens (`int`): longest response.
+        judge (`Callable[[list[list[int]]], list[Judgement]]`, *optional*): says of each response to
+            `[*prompts, *more_prompts]`, in that order, whether it is right. It gets token ids with the stop token, if
+            the response has one, and is called once for each distinct list of responses.
+        more_prompts (`Sequence[list[int]]`): prompts whose responses are judged too, but not timed.
+        assistant (`transformers.PreTrainedModel`, *optional*): draft model of assisted decoding.
+        is_compiled (`bool`): whether to have `generate()` and Jacobi with a compiled forward too.
+        batch_size (`int`): of `more_prompts`.
+        repeats (`int`): timed rounds over `prompts`.
+        pad_token_id (`int`): what pads prompts and blocks; it is masked.
+        show_progress (`bool`): whether to draw progress bars.
+
+    Returns:
+        `dict`: everything that was measured, ready for JSON; `format_models` makes a text of it, `plot_models` a
+        picture.
+
+    Raises:
+        ValueError: if there are no prompts, an empty one, or one with a token that the models do not have, a number is
+            below 1, vocabularies differ, models share weights, the judge gives another number of judgements, or a model
+            refuses an option.
+    """
+    _check_numbers(block_size, max_new_tokens, batch_size, repeats)
+    _check_models(target, cllm, assistant)
+    _check_prompts(prompts, more_prompts, target)
+    models = {"target": target, "cllm": cllm}
+    runs = _list_runs(models, block_size, assistant, is_compiled)
+    methods = [run.method for run in runs]
+    with _evaluation_mode(target, cllm, assistant):
+        results = benchmark_decoding(
+            methods, prompts, max_new_tokens, show_progress, repeats=repeats, pad_token_id=pad_token_id
+        )
+        for run, result in zip(runs, results):
+            run.result = result
+        baselines = {run.model: run for run in reversed(runs)}  # the first of each model is `generate()`
+        for run in baselines.values():
+            more = decode_all(run.method, more_prompts, max_new_tokens, batch_size, pad_token_id, show_progress)
+            for other in runs:
+                if other.model == run.model:
+                    other.more = more
+        _judge_all(runs, judge, len(prompts) + len(more_prompts))
+        _measure_memory(runs, prompts, max_new_tokens, pad_token_id)
+        convergence, notes = _measure_convergence(baselines, prompts, block_size, pad_token_id)
+    settings = {
+        "block_size": block_size,
+        "max_new_tokens": max_new_tokens,
+        "repeats": repeats,
+        "num_prompts": len(prompts),
+        "num_more_prompts": len(more_prompts),
+        "batch_size": batch_size,
+    }
+    described = {name: _describe(model) for name, model in {**models, "assistant": assistant}.items() if model}
+    notes = [*_window_notes(models, [*prompts, *more_prompts], max_new_tokens), *notes, *compile_notes(methods[:-1])]
+    return {
+        "kind": "models",
+        "environment": describe_environment(target),
+        "models": described,
+        "settings": settings,
+        "notes": [*_difference_notes(described), *notes],
+        "prompt_lengths": [len(prompt) for prompt in prompts],
+        "rows": [_row(run, baselines["target"], baselines[run.model]) for run in runs],
+        "convergence": convergence,
+        "comparison": _compare_responses(baselines["target"], baselines["cllm"]),
+        "methods": [_raw(run) for run in runs],
+    }
+
+
+@dataclass
+class _Run:
+    """A method, whose it is, and all that is known of what it did; `more` are its model's responses in batches."""
+
+    model: str
+    method: DecodingMethod
+    result: DecodingResult
+    more: list[list[int]]
+    judgements: list[Judgement] | None = None
+    peak_memory: int | None = None
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """To all prompts."""
+        return [*self.result.responses, *self.more]
+
+
+def _list_runs(models: dict[str, Any], block_size: int, assistant: Any, is_compiled: bool) -> list[_Run]:
+    listed = {
+        "target": make_methods(models["target"], [block_size], assistant, is_compiled=is_compiled),
+        "cllm": make_methods(models["cllm"], [block_size], prompt_lookup=False, is_compiled=is_compiled),
+    }
+    return [
+        _Run(name, replace(method, name=f"{TITLES[name]}, {method.name}"), DecodingResult(method.name), [])
+        for name, methods in listed.items()
+        for method in methods
+    ]
+
+
+def _check_numbers(block_size: int, max_new_tokens: int, batch_size: int, repeats: int) -> None:
+    check_block_size(block_size, "block_size")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def _check_models(target: Any, cllm: Any, assistant: Any) -> None:
+    if target is not cllm and base_model_of(target) is base_model_of(cllm):
+        raise ValueError(
+            "The target model and the CLLM must not share their weights, got an adapter on the very model that it is "
+            "compared with: its layers would act in both. Load the target model a second time."
+        )
+    sizes = {name: _vocab_size(model) for name, model in (("target", target), ("cllm", cllm))}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            "The target model and the CLLM must have the same vocabulary, got "
+            f"{sizes['target']} and {sizes['cllm']} tokens. Pass the model that the CLLM was trained from."
+        )
+    if assistant is not None and base_model_of(assistant) in (base_model_of(target), base_model_of(cllm)):
+        raise ValueError(
+            "The assistant must be a model of its own, got one of the two that are compared, whose forwards could not "
+            "be told apart. Load it a second time."
+        )
+    if assistant is not None and _vocab_size(assistant) != sizes["target"]:
+        raise ValueError(
+            f"The assistant must have the tokenizer of the target model, of {sizes['target']} tokens, got one of "
+            f"{_vocab_size(assistant)} tokens. Pass a smaller model of the same family, or none."
+        )
+
+
+def _check_prompts(prompts: Sequence[list[int]], more_prompts: Sequence[list[int]], model: Any) -> None:
+    if not len(prompts):
+        raise ValueError("`prompts` must hold at least one prompt, got none.")
+    limit = _vocab_size(model)
+    for name, rows in (("prompts", prompts), ("more_prompts", more_prompts)):
+        for number, row in enumerate(rows):
+            if not len(row):
+                raise ValueError(f"Every prompt must have at least one token, got none in `{name}[{number}]`.")
+            if not 0 <= min(row) <= max(row) < limit:
+                raise ValueError(
+                    f"The tokens of a prompt must be of the models' vocabulary, from 0 to {limit - 1}, got {min(row)} "
+                    f"to {max(row)} in `{name}[{number}]`. Use the models' own tokenizer."
+                )
+
+
+def _vocab_size(model: Any) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+@contextmanager
+def _evaluation_mode(*models: Any) -> Iterator[None]:
+    """Some parts of a model may have been in another mode than others; all get theirs back."""
+    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+def _judge_all(runs: list[_Run], judge: Judge | None, num_prompts: int) -> None:
+    if judge is None:
+        return
+    known: dict[tuple[tuple[int, ...], ...], list[Judgement]] = {}
+    for run in runs:
+        key = tuple(map(tuple, run.responses))
+        if key not in known:
+            found = judge([list(response) for response in run.responses])
+            if len(found) != num_prompts:
+                raise ValueError(
+                    f"`judge` must give one judgement for each of the {num_prompts} responses that it gets, got "
+                    f"{len(found)}. Return them in the order of the responses, wrong ones too."
+                )
+            known[key] = list(found)
+        run.judgements = known[key]
+
+
+def _measure_memory(runs: list[_Run], prompts: Sequence[list[int]], max_new_tokens: int, pad_token_id: int) -> None:
+    """Off the clock, on the prompts that are longest with their responses. What compiled code holds is not known."""
+    for run in runs:
+        if run.method.is_compiled:
+            continue
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, run.result.responses)]
+        longest = sorted(range(len(prompts)), key=lambda index: -lengths[index])[:_NUM_MEMORY_PROMPTS]
+        peaks = []
+        for index in longest:
+            with PeakMemory(run.method.model.device) as memory:
+                decode_all(run.method, [prompts[index]], max_new_tokens, 1, pad_token_id, show_progress=False)
+            peaks.append(memory.num_bytes)
+        known = [peak for peak in peaks if peak is not None]
+        run.peak_memory = max(known) if len(known) == len(peaks) else None
+
+
+def _measure_convergence(
+    baselines: dict[str, _Run], prompts: Sequence[list[int]], block_size: int, pad_token_id: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Statistics of each model's trajectories, `None` for a model that cannot give any, and the reasons as notes."""
+    found: dict[str, Any] = {}
+    notes = []
+    for name in TITLES:
+        run = baselines[name]
+        some = list(prompts[:_MOST_TRAJECTORIES])
+        stop_ids = stop_ids_of(run.method)
+        try:
+            statistics = measure_convergence(
+                run.method.model, some, run.result.responses, block_size, pad_token_id, stop_ids
+            )
+        except ValueError as error:
+            found[name] = None
+            notes.append(f"The trajectories of the {TITLES[name]} are not measured: {error}")
+            continue
+        found[name] = statistics.to_dict()
+        if statistics.num_left_out_blocks:
+            notes.append(
+                f"{statistics.num_left_out_blocks} blocks of the {TITLES[name]} have no trajectory: there its "
+                "response is not the plain argmax of its logits, by rounding or by a processor."
+            )
+    return found, notes
+
+
+def _compare_responses(target: _Run, cllm: _Run) -> dict[str, Any]:
+    pairs = list(zip(target.responses, cllm.responses))
+    compared: dict[str, Any] = {
+        "num_responses": len(pairs),
+        "num_equal": sum(ours == theirs for ours, theirs in pairs),
+        "mean_tokens": {run.model: sum(map(len, run.responses)) / len(pairs) for run in (target, cllm)},
+        "kinds": None,
+        "paired": None,
+    }
+    if target.judgements is None or cllm.judgements is None:
+        return compared
+    paired = compare_judgements(target.judgements, cllm.judgements)
+    compared["kinds"] = {
+        run.model: count_right(run.judgements).kinds for run in (target, cllm) if run.judgements is not None
+    }
+    compared["paired"] = {**asdict(paired), "difference": paired.difference, "p_value": paired.p_value}
+    return compared
+
+
+def _row(run: _Run, target: _Run, own: _Run) -> dict[str, Any]:
+    result, assistant = run.result, run.method.options.get("assistant_model")
+    accuracy = None
+    if run.judgements is not None:
+        counted = count_right(run.judgements)
+        accuracy = {**asdict(counted), "share": counted.share, "interval": list(counted.interval)}
+    used = [run.method.model] + [assistant] * (assistant is not None)
+    return {
+        "name": result.name,
+        "model": run.model,
+        "tokens_per_second": result.tokens_per_second,
+        "speedup_over_target": _speedup(result, target.result),
+        "speedup_over_own": _speedup(result, own.result),
+        "tokens_per_forward": result.tokens_per_forward if sum(result.num_forwards) else None,
+        "num_equal": result.num_equal_to(own.result),
+        "accuracy": accuracy,
+        "num_parameters": run.method.model.num_parameters(),
+        "num_assistant_parameters": None if assistant is None else assistant.num_parameters(),
+        "weight_bytes": sum(map(_weight_bytes, used)),
+        "peak_memory": run.peak_memory,
+    }
+
+
+def _speedup(result: DecodingResult, baseline: DecodingResult) -> float | None:
+    """`None` where the baseline has said nothing to some prompt, which is no speed to compare with."""
+    return result.speedup_over(baseline) if all(baseline.responses) else None
+
+
+def _weight_bytes(model: Any) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _raw(run: _Run) -> dict[str, Any]:
+    judgements = run.judgements
+    return {
+        **raw_result(run.method, run.result),
+        "peak_memory": run.peak_memory,
+        "more_responses": run.more,
+        "judgements": None if judgements is None else [[one.is_right, one.kind] for one in judgements],
+    }
+
+
+def _describe(model: Any) -> dict[str, Any]:
+    environment = describe_environment(model)
+    names = ("device", "dtype", "attention", "architecture", "num_parameters")
+    described = {name: environment[name] for name in names}
+    return {"name": base_model_of(model).name_or_path, "has_adapter": base_model_of(model) is not model, **described}
+
+
+def _difference_notes(described: dict[str, dict[str, Any]]) -> list[str]:
+    target, cllm = described["target"], described["cllm"]
+    return [
+        f"The target model and the CLLM differ in more than their weights: {name} {target[name]} and {cllm[name]}."
+        for name in ("device", "dtype", "attention", "architecture")
+        if target[name] != cllm[name]
+    ]
+
+
+def _window_notes(models: dict[str, Any], prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """Beyond the window transformers goes on decoding, so that what is written there says little."""
+    longest = max(map(len, prompts))
+    windows = {
+        name: getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        for name, model in models.items()
+    }
+    return [
+        f"A prompt of {longest} tokens and a response of {max_new_tokens} are more than the {window} positions of the "
+        f"{TITLES[name]}."
+        for name, window in windows.items()
+        if window is not None and longest + max_new_tokens > window
+    ]

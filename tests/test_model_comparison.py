@@ -1,0 +1,419 @@
+"""The table of a target model and its CLLM: what is in it is counted right; nothing here looks at a time."""
+
+import itertools
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, make_model, make_word_model
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from cllm_hf import TrajectoryBuilder, measure_trajectories, set_jacobi_defaults
+from cllm_hf.cli import main
+from cllm_hf.demo.problems import make_problems
+from cllm_hf.evaluation import model_comparison, model_plot
+from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, decode_all
+from cllm_hf.evaluation.convergence import measure_convergence
+from cllm_hf.evaluation.judgements import Judgement, wilson_interval
+from cllm_hf.evaluation.model_comparison import compare_models
+from cllm_hf.evaluation.model_plot import plot_models
+from cllm_hf.evaluation.model_report import format_models
+from cllm_hf.evaluation.paired import compare_judgements, sign_test
+from cllm_hf.evaluation.prompts import read_prompts_and_answers
+from cllm_hf.evaluation.shapes import random_prompts
+from cllm_hf.trajectories.cleaning import CleaningRules
+
+
+GREEDY = {"decoding": "autoregressive"}
+OPTIONS = {"block_size": 4, "max_new_tokens": 12, "show_progress": False}
+
+
+def random_ids(*lengths, vocab_size=VOCAB_SIZE):
+    return [random_prompts(vocab_size, 1, length, seed=length)[0] for length in lengths]
+
+
+PROMPTS, MORE = random_ids(9, 6, 7), random_ids(4, 11, 5, 8)
+
+
+def is_even(response):
+    return sum(response) % 2 == 0
+
+
+def judge_by_sum(responses):
+    return [Judgement(is_even(one), "even" if is_even(one) else "odd") for one in responses]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return make_model("llama", seed=0), make_model("llama", seed=1)
+
+
+@pytest.fixture(scope="module")
+def report(models):
+    return compare_models(
+        *models,
+        PROMPTS,
+        judge=judge_by_sum,
+        more_prompts=MORE,
+        assistant=make_model("llama", seed=0, num_hidden_layers=1),
+        batch_size=3,
+        **OPTIONS,
+    )
+
+
+# Counting
+
+
+def test_the_methods_in_their_order(report):
+    names = ["generate()", "prompt lookup", "assisted", "jacobi 4"]
+    expected = [f"target model, {name}" for name in names] + ["CLLM, generate()", "CLLM, jacobi 4"]
+    assert [row["name"] for row in report["rows"]] == expected == [raw["name"] for raw in report["methods"]]
+    assert [row["model"] for row in report["rows"]] == ["target"] * 4 + ["cllm"] * 2
+
+
+def test_every_method_gives_its_own_models_text(report, models):
+    for row, raw in zip(report["rows"], report["methods"]):
+        model = models[row["model"] == "cllm"]
+        for prompt, response in zip(PROMPTS + MORE, raw["responses"] + raw["more_responses"], strict=True):
+            ids = torch.tensor([prompt])
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+            assert output[0, len(prompt) :].tolist() == response
+        assert row["num_equal"] == len(PROMPTS)
+        total = sum(map(len, raw["responses"]))
+        assert row["tokens_per_forward"] == total / sum(raw["num_forwards"])
+    generate, jacobi = report["rows"][0], report["rows"][3]
+    assert generate["tokens_per_forward"] == 1.0 < jacobi["tokens_per_forward"]
+    assert generate["speedup_over_target"] == generate["speedup_over_own"] == 1.0
+    own = report["rows"][4]
+    assert own["speedup_over_own"] == 1.0 and report["rows"][5]["speedup_over_own"] > 0
+
+
+def test_accuracy_is_that_of_all_responses(report):
+    for row, raw in zip(report["rows"], report["methods"]):
+        responses = raw["responses"] + raw["more_responses"]
+        right = sum(map(is_even, responses))
+        accuracy = row["accuracy"]
+        assert (accuracy["num_right"], accuracy["num_answers"]) == (right, len(PROMPTS + MORE))
+        assert accuracy["interval"] == list(wilson_interval(right, len(responses)))
+        assert sum(accuracy["kinds"].values()) == len(responses)
+        assert raw["judgements"] == [[is_even(one), "even" if is_even(one) else "odd"] for one in responses]
+
+
+def test_both_models_side_by_side(report):
+    target, cllm = (report["methods"][number] for number in (0, 4))
+    pairs = list(zip(*(raw["responses"] + raw["more_responses"] for raw in (target, cllm))))
+    compared = report["comparison"]
+    assert compared["num_responses"] == len(pairs) and compared["num_equal"] == sum(a == b for a, b in pairs)
+    right = [(is_even(a), is_even(b)) for a, b in pairs]
+    paired = compared["paired"]
+    assert paired["num_only_first"] == right.count((True, False))
+    assert paired["num_only_second"] == right.count((False, True))
+    assert paired["num_both"] + paired["num_neither"] == sum(a == b for a, b in right)
+    shares = [report["rows"][number]["accuracy"]["share"] for number in (0, 4)]
+    assert paired["difference"] == pytest.approx(shares[1] - shares[0])
+    assert compared["kinds"]["target"] == report["rows"][0]["accuracy"]["kinds"]
+
+
+def test_parameters_and_weights(report, models):
+    rows, size = report["rows"], models[0].num_parameters()
+    assert [row["num_parameters"] for row in rows] == [size] * 6
+    with_assistant = [row["num_assistant_parameters"] for row in rows]
+    assert with_assistant[2] < size and with_assistant[:2] + with_assistant[3:] == [None] * 5
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in models[0].buffers())
+    assert rows[0]["weight_bytes"] == 4 * size + buffers < rows[2]["weight_bytes"]
+    if sys.platform == "linux":
+        assert all(row["peak_memory"] >= 0 for row in rows)
+
+
+def test_a_model_beside_itself(llama):
+    calls = []
+
+    def judge(responses):
+        calls.append(responses)
+        return [Judgement(True, "right")] * len(responses)
+
+    report = compare_models(llama, llama, PROMPTS, judge=judge, more_prompts=MORE, **OPTIONS)
+    assert len(calls) == 1 and len(calls[0]) == len(PROMPTS + MORE)  # the only distinct responses
+    compared = report["comparison"]
+    assert compared["num_equal"] == compared["num_responses"] == len(PROMPTS + MORE)
+    assert compared["paired"]["p_value"] == 1.0 and compared["paired"]["difference"] == 0.0
+    assert report["convergence"]["target"] == report["convergence"]["cllm"]
+
+
+def test_convergence_is_that_of_the_builder(tokenizer):
+    model = make_word_model(tokenizer)
+    prompts = [tokenizer(problem.prompt)["input_ids"] for problem in make_problems(9, seed=4)]
+    cleaning = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
+    options = {"block_size": 5, "max_new_tokens": 23, "cleaning": cleaning, "show_progress": False}
+    expected = measure_trajectories(TrajectoryBuilder(model, tokenizer, **options).build(prompts))
+    responses = decode_all(DecodingMethod("", model, GREEDY), prompts, 23, show_progress=False)
+    stop_ids = model.generation_config.eos_token_id
+    measured = measure_convergence(model, prompts, responses, 5, tokenizer.pad_token_id, stop_ids)
+    assert measured == expected and measured.num_blocks > 9
+    # What is not the model's own argmax has no trajectory, and is counted.
+    changed = [[(response[0] + 1) % 30 + 3, *response[1:]] for response in responses]
+    assert measure_convergence(model, prompts, changed, 5, 0, stop_ids).num_left_out_blocks >= 9
+    assert measure_convergence(model, prompts, [[]] * 9, 5).num_records == 0
+
+
+def test_batches_keep_the_order_of_the_prompts(tokenizer):
+    model, prompts = make_word_model(tokenizer), random_ids(4, 9, 6, 7, 8)
+    method = DecodingMethod("generate()", model, GREEDY)
+    alone = benchmark_decoding([method], prompts, 15, show_progress=False)[0].responses
+    assert decode_all(method, prompts, 15, 3, tokenizer.pad_token_id, show_progress=False) == alone
+    assert decode_all(method, [], 15, 3) == []
+
+
+def test_compiled_methods_stand_behind_their_models_others(llama):
+    runs = model_comparison._list_runs({"target": llama, "cllm": llama}, 4, None, is_compiled=True)
+    ways = ["generate()", "prompt lookup", "jacobi 4", "generate(), compiled", "jacobi 4, compiled"]
+    expected = [f"target model, {way}" for way in ways]
+    expected += [f"CLLM, {way}" for way in ways if way != "prompt lookup"]
+    assert [run.method.name for run in runs] == expected
+    assert [run.method.is_compiled for run in runs] == [name.endswith("compiled") for name in expected]
+    for run in runs:
+        assert model_plot._marker(run.method.name) in model_plot._MARKERS.values()
+
+
+def test_models_get_their_mode_back(llama):
+    other = make_model("llama", seed=1).train()
+    other.model.layers[0].eval()
+    modes = [module.training for module in other.modules()]
+    seen = []
+    handle = other.register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    compare_models(llama, other, PROMPTS[:1], **OPTIONS)
+    handle.remove()
+    assert set(seen) == {False} and [module.training for module in other.modules()] == modes
+
+
+# The sign test
+
+
+def test_the_sign_test_is_that_of_all_sequences_of_coins():
+    for total in range(9):
+        splits = [sum(coins) for coins in itertools.product((0, 1), repeat=total)]
+        for heads in range(total + 1):
+            as_uneven = sum(abs(2 * split - total) >= abs(2 * heads - total) for split in splits)
+            assert sign_test(heads, total - heads) == pytest.approx(as_uneven / len(splits))
+
+
+def test_the_sign_test_of_large_numbers():
+    assert sign_test(0, 0) == 1.0 and sign_test(2000, 2000) == 1.0
+    assert sign_test(0, 2000) == 0.0 or sign_test(0, 2000) == pytest.approx(2.0**-1999)
+    assert math.isclose(sign_test(40, 60), 0.056887933640980784)  # as in textbooks and scipy
+    with pytest.raises(ValueError, match="must be at least 0, got -1 and 3"):
+        sign_test(-1, 3)
+
+
+def test_judgements_of_other_prompts_are_not_compared():
+    one = [Judgement(True, "right")]
+    for first, second in (([], []), (one, one * 2)):
+        with pytest.raises(ValueError, match="must answer the same prompts"):
+            compare_judgements(first, second)
+
+
+# The report
+
+
+def test_json_gives_the_same_text(report):
+    text = format_models(report)
+    assert format_models(json.loads(json.dumps(report, allow_nan=False))) == text
+    header, _, *rows = text.split("\n\n")[0].splitlines()
+    assert len(rows) == 6 and {line.count("|") for line in (header, *rows)} == {header.count("|")}
+    assert "accuracy" in header and " + " in rows[2] and "3/3" in rows[0]
+    assert "block size 4" in text and "fast-forwarded tokens a block" in text and "answers: even" in text
+    assert "exact two-sided sign test" in text and "4 more" in text and "one at a time" in text
+
+
+def test_without_a_judge_there_is_no_accuracy(models):
+    report = compare_models(*models, PROMPTS[:1], **OPTIONS)
+    assert all(row["accuracy"] is None for row in report["rows"]) and report["comparison"]["paired"] is None
+    text = format_models(report)
+    assert "accuracy" not in text and "sign test" not in text and "1 response " in text and "1 prompt (" in text
+
+
+def test_responses_of_no_tokens_have_no_speed_to_compare_with(llama):
+    method = DecodingMethod("target model, generate()", llama, GREEDY)
+    silent = DecodingResult(method.name, [[], []], [0, 0], [1.0, 1.0])
+    spoken = DecodingResult(method.name, [[1, 2], [3]], [2, 1], [1.0, 1.0])
+    rows = []
+    for result in (silent, spoken):
+        run = model_comparison._Run("target", method, result, [])
+        own = model_comparison._Run("target", method, silent, [])
+        rows.append(model_comparison._row(run, own, own))
+    assert [row["speedup_over_target"] for row in rows] == [None, None] == [row["speedup_over_own"] for row in rows]
+    assert [row["tokens_per_forward"] for row in rows] == [None, 1.0] and rows[0]["tokens_per_second"] == 0
+
+
+def test_models_that_cannot_be_packed_are_compared_all_the_same(llama):
+    mamba = make_model("llama", seed=1)
+    mamba.set_attn_implementation("eager")
+    notes = compare_models(llama, mamba, PROMPTS[:1], **OPTIONS)["notes"]
+    assert any("differ in more than their weights: attention sdpa and eager" in note for note in notes)
+    mamba.config.layer_types = ["recurrent"] * 3  # as hybrid models say it
+    found, notes = model_comparison._measure_convergence(
+        {
+            name: model_comparison._Run(
+                name, DecodingMethod("", model, GREEDY), DecodingResult("", responses=[[5] * 6] * 3), []
+            )
+            for name, model in (("target", llama), ("cllm", mamba))
+        },
+        PROMPTS,
+        4,
+        0,
+    )
+    assert found["target"] is not None and found["cllm"] is None
+    assert any("trajectories of the CLLM are not measured: Packed forwards need" in note for note in notes)
+
+
+def test_beyond_the_window_there_is_a_note():
+    model = make_model("llama", max_position_embeddings=16)
+    report = compare_models(model, make_model("llama", seed=1), PROMPTS[:1], **OPTIONS)
+    expected = "A prompt of 9 tokens and a response of 12 are more than the 16 positions of the target model."
+    assert report["notes"] == [expected] and report["rows"][0]["num_equal"] == 1
+
+
+@pytest.mark.parametrize("has_accuracy", [True, False])
+def test_the_picture(report, tmp_path, has_accuracy):
+    import matplotlib
+
+    shown = json.loads(json.dumps(report))
+    if not has_accuracy:
+        for row in shown["rows"]:
+            row["accuracy"] = None
+    pictures = []
+    for size in (8, 30):
+        with matplotlib.rc_context({"font.size": size}):  # somebody else's plots
+            plot_models(shown, tmp_path / "new" / "models.png")
+        pictures.append((tmp_path / "new" / "models.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    with Image.open(tmp_path / "new" / "models.png") as image:
+        found = {"#{:02X}{:02X}{:02X}".format(*color) for _, color in image.convert("RGB").getcolors(1 << 24)}
+    assert set(model_plot._COLORS.values()) <= found
+
+
+# What is refused
+
+
+def test_a_judge_that_leaves_answers_out(models):
+    with pytest.raises(ValueError, match="one judgement for each of the 1 responses that it gets, got 0"):
+        compare_models(*models, PROMPTS[:1], judge=lambda responses: [], **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "`prompts` must hold at least one prompt, got none"),
+        ({"prompts": [[3], []]}, r"at least one token, got none in `prompts\[1\]`"),
+        ({"more_prompts": [[]]}, r"got none in `more_prompts\[0\]`"),
+        ({"more_prompts": [[4, VOCAB_SIZE]]}, r"got 4 to 60 in `more_prompts\[0\]`"),
+        ({"block_size": 0}, "`block_size` must be an integer of at least 1, got 0"),
+        ({"block_size": "auto"}, "`block_size` must be an integer of at least 1, got 'auto'"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"repeats": 0}, "`repeats` must be at least 1, got 0"),
+        ({"cllm": "larger"}, "must have the same vocabulary, got 60 and 64 tokens"),
+        ({"assistant": "larger"}, "tokenizer of the target model, of 60 tokens, got one of 64 tokens"),
+        ({"assistant": "target"}, "must be a model of its own"),
+        ({"cllm": "adapter"}, "must not share their weights"),
+    ],
+)
+def test_what_is_refused(llama, changes, message):
+    special = {"larger": lambda: make_model("llama", vocab_size=64)}
+    special["target"] = lambda: llama
+    special["adapter"] = lambda: get_peft_model(llama, LoraConfig(target_modules="all-linear"))
+    changes = {
+        name: special[value]() if isinstance(value, str) and value in special else value
+        for name, value in changes.items()
+    }
+    arguments = {"target": llama, "cllm": llama, "prompts": PROMPTS, **OPTIONS, **changes}
+    with pytest.raises(ValueError, match=message):
+        compare_models(**arguments)
+
+
+def test_ctrl_c_goes_through(models):
+    def judge(responses):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_models(*models, PROMPTS[:1], judge=judge, **OPTIONS)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer):
+    paths = {}
+    for seed, name in enumerate(("target", "cllm")):
+        paths[name] = tmp_path_factory.mktemp("models") / name
+        model = make_word_model(tokenizer)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1 + seed)
+        set_jacobi_defaults(model, 8)  # as a CLLM has them
+        model.save_pretrained(paths[name])
+        tokenizer.save_pretrained(paths[name])
+    return paths
+
+
+def test_the_command(folders, tokenizer, tmp_path, capsys):
+    problems = make_problems(5, seed=7)
+    file = tmp_path / "prompts.jsonl"
+    model = make_word_model(tokenizer)
+    prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
+    responses = decode_all(DecodingMethod("", model, GREEDY), prompts, 10, show_progress=False)
+    answers = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+    answers[3] = "something else"
+    lines = [{"question": problem.prompt, "answer": f" {text}\n"} for problem, text in zip(problems, answers)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["benchmark", "models", "--target", str(folders["target"]), "--model", str(folders["cllm"])]
+    arguments += ["--prompts", str(file), "--num-prompts", "3", "--num-more-prompts", "9", "--block-size", "4"]
+    arguments += ["--max-new-tokens", "10", "--assistant", str(folders["target"])]
+    outputs = {name: tmp_path / f"models.{name}" for name in ("json", "markdown", "plot")}
+    arguments += [text for name, path in outputs.items() for text in (f"--{name}", str(path))]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(outputs["json"].read_text())
+    assert format_models(report) + "\n" == printed
+    assert outputs["markdown"].read_text() == f"    {report['command']}\n\n{printed}"
+    assert report["settings"]["num_prompts"] == 3 and report["settings"]["num_more_prompts"] == 2
+    assert [row["num_equal"] for row in report["rows"]] == [3] * 6
+    assert report["rows"][0]["accuracy"]["kinds"] == {"equal": 4, "different": 1}
+    assert report["models"]["cllm"]["name"] == str(folders["cllm"]) and str(folders["cllm"]) in printed
+    with Image.open(outputs["plot"]) as image:
+        assert image.format == "PNG"
+
+
+def test_errors_of_the_command(folders, byte_tokenizer, tmp_path, capsys):
+    file, other = tmp_path / "prompts.txt", tmp_path / "other"
+    file.write_text("Mia has 7 apples .\n")
+    make_model("llama", vocab_size=len(byte_tokenizer)).save_pretrained(other)
+    byte_tokenizer.save_pretrained(other)
+    start = ["benchmark", "models", "--prompts", str(file), "--target", str(folders["target"])]
+    for arguments, message in (
+        (["--model", str(tmp_path / "none")], "`--model` must be a folder"),
+        (["--model", str(other)], "`--model` must have the tokenizer of `--target`"),
+        (["--model", str(folders["cllm"]), "--assistant", str(other)], "`--assistant` must have the tokenizer"),
+        (["--model", str(other), "--plot", "x", "--json", "x"], "`--json` and `--plot` must be two files"),
+    ):
+        assert main([*start, *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("cllm: ") and error.count("\n") == 1 and message in error
+
+
+def test_answers_of_a_prompt_file(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b", "response": "c"}\n{"prompt": "d", "answer": "e"}\n')
+    assert read_prompts_and_answers(file) == (["a", "d"], ["b", "e"])
+    assert read_prompts_and_answers(file, limit=1) == (["a"], ["b"])
+    file.write_text('{"prompt": "a", "response": "c"}\n\n{"prompt": "d"}\n')
+    with pytest.raises(ValueError, match="Line 3 .* must have text in the field `response`, got none"):
+        read_prompts_and_answers(file)
+    assert read_prompts_and_answers(file, limit=1) == (["a"], ["c"])
+    file.write_text('{"prompt": "a"}\n')
+    assert read_prompts_and_answers(file) == (["a"], None)
+    (tmp_path / "prompts.txt").write_text("a\n\nb\n")
+    assert read_prompts_and_answers(tmp_path / "prompts.txt") == (["a", "b"], None)
