@@ -2,7 +2,7 @@
 Consistency LLMs for transformers: decode several tokens a forward, and train models for it.
 
 Importing this package adds `decoding="jacobi"` to `generate` of every transformers model; `unregister` takes it back.
-What needs `datasets`, `trl` or `peft` is loaded when it is first used.
+What needs `datasets`, `evaluate`, `trl` or `peft` is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .integration import register, set_jacobi_defaults, unregister
 
 if TYPE_CHECKING:
     from .decoding.output import JacobiOutput, JacobiStats
+    from .evaluation.metrics.classes import DecodingSpeed, GSM8KAccuracy, SpiderAccuracy
     from .export import export_custom_generate
     from .loading import load_cllm
     from .training.callbacks import CollapseCallback
@@ -33,9 +34,12 @@ __all__ = [
     "CLLMTrainer",
     "CleaningRules",
     "CollapseCallback",
+    "DecodingSpeed",
     "FEATURES",
+    "GSM8KAccuracy",
     "JacobiOutput",
     "JacobiStats",
+    "SpiderAccuracy",
     "TrajectoryBuilder",
     "TrajectoryStatistics",
     "export_custom_generate",
@@ -52,9 +56,12 @@ _LAZY = {
     "CLLMTrainer": ".training.trainer",
     "CleaningRules": ".trajectories.cleaning",
     "CollapseCallback": ".training.callbacks",
+    "DecodingSpeed": ".evaluation.metrics.classes",
     "FEATURES": ".trajectories.schema",
+    "GSM8KAccuracy": ".evaluation.metrics.classes",
     "JacobiOutput": ".decoding.output",
     "JacobiStats": ".decoding.output",
+    "SpiderAccuracy": ".evaluation.metrics.classes",
     "TrajectoryBuilder": ".trajectories.builder",
     "TrajectoryStatistics": ".trajectories.statistics",
     "export_custom_generate": ".export",
