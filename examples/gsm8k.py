@@ -25,7 +25,7 @@ from cllm_hf.pipeline.task import Problem, Task, task_option
 
 @dataclass
 class GSM8K(Task):
-    """The answer is right if its number is; see `cllm_hf.evaluation.metrics.judge_gsm8k`."""
+    """The answer is right if its number is; see `cllm_hf.evaluation.metrics.gsm8k.judge_gsm8k`."""
 
     name = "gsm8k"
     title = "GSM8K"
@@ -42,7 +42,7 @@ class GSM8K(Task):
 
     def judge(self, responses: list[str], problems: Sequence[Problem]) -> list[Judgement]:
         """Compare the final numbers."""
-        from cllm_hf.evaluation.metrics import judge_gsm8k
+        from cllm_hf.evaluation.metrics.gsm8k import judge_gsm8k
 
         return [judge_gsm8k(response, problem.reference) for response, problem in zip(responses, problems)]
 

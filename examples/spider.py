@@ -38,8 +38,8 @@ Schema = list[tuple[str, list[str]]]  # tables and their columns
 @dataclass
 class Spider(Task):
     """
-    A query is right if its result is that of the query in the data, on the database. Without databases it must be the
-    same query, but for what does not matter.
+    A query is right if it returns what the query in the data returns. Without databases it must have the same clauses,
+    which takes the package `sqlglot`.
     """
 
     name = "spider"
@@ -77,13 +77,19 @@ class Spider(Task):
         return [one for one in problems if longest is None or len(_text_of(one.prompt)) <= longest]
 
     def judge(self, responses: list[str], problems: Sequence[Problem]) -> list[Judgement]:
-        """Execute both queries, or compare them where there is no database."""
-        from cllm_hf.evaluation.metrics import judge_sql
+        """Execute both queries, or compare their clauses where there is no database."""
+        from cllm_hf.evaluation.metrics.spider import judge_exact_match, judge_sql
+        from cllm_hf.evaluation.metrics.sql import QueryRunner
 
-        return [
-            judge_sql(response, problem.reference["query"], problem.reference["database"])
-            for response, problem in zip(responses, problems)
-        ]
+        def judge_one(response: str, row: dict[str, str]) -> Judgement:
+            database = self._database(row["db_id"])
+            if database is not None:
+                return judge_sql(response, row["query"], database, runner)
+            schema = {name.lower(): [column.lower() for column in own] for name, own in self._schema(row["db_id"])}
+            return judge_exact_match(response, row["query"], schema)
+
+        with QueryRunner() as runner:
+            return [judge_one(response, problem.reference) for response, problem in zip(responses, problems)]
 
     def _rows(self, name: str) -> list[dict[str, str]]:
         if self.data is None:
@@ -92,9 +98,8 @@ class Spider(Task):
 
     def _problem(self, row: dict[str, str], schema: Schema) -> Problem:
         text = f"{format_schema(schema)}\n{row['question'].strip()}\n"
-        reference = {"query": row["query"], "database": self._database(row["db_id"])}
         prompt = [{"role": "user", "content": text.strip()}] if self.chat else text
-        return Problem(prompt, normalize_sql(row["query"]), reference)
+        return Problem(prompt, normalize_sql(row["query"]), reference=row)
 
     def _database(self, name: str) -> Path | None:
         folder = self.databases or (self.data and str(Path(self.data) / "database"))

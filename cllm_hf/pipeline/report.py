@@ -84,7 +84,8 @@ def write_report(folder: Path, title: str, comparison: dict[str, Any], facts: Ma
     Returns:
         `str`: the report as Markdown.
     """
-    from ..evaluation.model_comparison import format_models, plot_models
+    from ..evaluation.model_plot import plot_models
+    from ..evaluation.model_report import format_models
 
     table = format_models(comparison)
     lines = [f"# {title}", "", table.strip(), "", "## How it was made", ""]

@@ -118,7 +118,8 @@ def make_sft_dataset(
     Raises:
         ValueError: if none is left.
     """
-    rows, texts = [], []
+    rows: list[dict[str, Any]] = []
+    texts = []
     for problem in problems:
         if isinstance(problem.prompt, str):
             rows.append({"prompt": problem.prompt, "completion": problem.response})
