@@ -275,6 +275,9 @@ def read_options(
     for name in values:
         if name not in {*top, *_SECTIONS}:
             raise ValueError(f"There is no option `{name}`.{closest(str(name), {*top, *_SECTIONS})}")
+    for name in _SECTIONS:
+        if not isinstance(values.get(name) or {}, dict):
+            raise ValueError(f"Section `{name}` must hold options by name, got {values[name]!r}.")
     shared = read_section(_Top, {name: values[name] for name in top & set(values)}, "top level")
     check_block_size(shared.block_size, "block_size")
     _check_count("max_new_tokens", shared.max_new_tokens, 1)
