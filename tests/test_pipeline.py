@@ -171,10 +171,21 @@ def test_a_tokenizer_keeps_every_text_and_every_digit(tmp_path):
 def test_long_problems_are_left_out_whole(byte_tokenizer):
     problems = [Problem("ab", "c" * length) for length in range(1, 6)]
     dataset = make_sft_dataset(problems, byte_tokenizer, 6)  # two of the prompt, one stop token
-    assert dataset["completion"] == ["c", "cc", "ccc"]
+    assert [byte_tokenizer.decode(ids) for ids in dataset["input_ids"]] == ["abc<eos>", "abcc<eos>", "abccc<eos>"]
+    assert dataset["completion_mask"][0] == [0, 0, 1, 1]
     assert len(make_sft_dataset(problems, byte_tokenizer, None)) == 5
     with pytest.raises(ValueError, match="at most 3 tokens, the shortest has 4"):
         make_sft_dataset(problems, byte_tokenizer, 3)
+
+
+def test_prompt_and_response_are_tokens_as_in_decoding():
+    """The model is asked with the tokens of the prompt alone, so it has to learn from those."""
+    tokenizer = make_tokenizer(["ab ab ab"] * 9, 270)
+    prompt = tokenizer("a")["input_ids"]
+    assert tokenizer("ab")["input_ids"][:1] != prompt
+    (row,) = make_sft_dataset([Problem("a", "b")], tokenizer, None)
+    assert row["input_ids"] == [*prompt, *tokenizer("b")["input_ids"], tokenizer.eos_token_id]
+    assert row["completion_mask"] == [0, 1, 1]
 
 
 def test_fingerprints_tell_problems_apart():

@@ -91,6 +91,8 @@ def train_by_sft(
     set_seed(options.seed)
     args = options.sft_config(checkpoints, model.sft)
     dataset = make_sft_dataset(problems, tokenizer, args.max_length)
+    if args.completion_only_loss is None:
+        args.completion_only_loss = True  # the host sees no `prompt` among the columns
     adapter = make_adapter(model)
     if model.name is not None:
         args.model_init_kwargs = loading_options(model)
@@ -108,36 +110,56 @@ def make_sft_dataset(
     """
     Make a dataset of prompts and completions, without those that are too long: cut ones would teach to end anywhere.
 
+    Texts are turned into tokens here, all at once, since the host does so one by one.
+
     Args:
         problems (`Sequence[Problem]`): training problems.
         tokenizer (`transformers.PreTrainedTokenizerBase`): the model's tokenizer.
         max_length (`int`, *optional*): most tokens of prompt, response and stop token.
 
     Returns:
-        `datasets.Dataset`: with columns `prompt` and `completion`, as texts or chat messages.
+        `datasets.Dataset`: with columns `input_ids` and `completion_mask`; for chat messages `prompt` and
+        `completion`.
 
     Raises:
-        ValueError: if none is left.
+        ValueError: if none is left, or some prompts are texts and others messages.
     """
-    rows: list[dict[str, Any]] = []
-    texts = []
-    for problem in problems:
-        if isinstance(problem.prompt, str):
-            rows.append({"prompt": problem.prompt, "completion": problem.response})
-            texts.append(problem.prompt + problem.response)
-        else:
-            answer = [{"role": "assistant", "content": problem.response}]
-            rows.append({"prompt": problem.prompt, "completion": answer})
-            texts.append(str(tokenizer.apply_chat_template([*problem.prompt, *answer], tokenize=False)))
-    if max_length is not None:
-        lengths = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]
-        rows = [row for row, length in zip(rows, lengths) if length <= max_length]
-        if not rows:
-            raise ValueError(
-                f"No training problem has at most {max_length} tokens, the shortest has {min(lengths)}. Raise "
-                "`sft.max_length`."
-            )
-    return Dataset.from_list(rows)
+    is_text = {isinstance(problem.prompt, str) for problem in problems}
+    if len(is_text) > 1:
+        raise ValueError("Prompts must all be texts, or all chat messages, got both.")
+    rows = _text_rows(problems, tokenizer) if is_text == {True} else _chat_rows(problems, tokenizer)
+    kept = [row for length, row in rows if max_length is None or length <= max_length]
+    if not kept:
+        raise ValueError(
+            f"No training problem has at most {max_length} tokens, the shortest has "
+            f"{min(length for length, _ in rows)}. Raise `sft.max_length`."
+        )
+    return Dataset.from_list(kept)
+
+
+def _text_rows(problems: Sequence[Problem], tokenizer: Any) -> list[tuple[int, dict[str, Any]]]:
+    """Tokens of each row, and their number."""
+    stop = tokenizer.eos_token_id
+    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
+    whole = tokenizer([f"{problem.prompt}{problem.response}" for problem in problems])["input_ids"]
+    rows = []
+    for problem, prompt, ids in zip(problems, prompts, whole):
+        prompt = prompt[:-1] if prompt[-1:] == [stop] else prompt  # which some tokenizers add
+        ids = ids[:-1] if ids[-1:] == [stop] else ids
+        if ids[: len(prompt)] != prompt:  # a token reaches over the border
+            ids = prompt + tokenizer(problem.response, add_special_tokens=False)["input_ids"]
+        ids = [*ids, stop]
+        mask = [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+        rows.append((len(ids), {"input_ids": ids, "completion_mask": mask}))
+    return rows
+
+
+def _chat_rows(problems: Sequence[Problem], tokenizer: Any) -> list[tuple[int, dict[str, Any]]]:
+    """Messages of each row, and the number of their tokens."""
+    answers = [[{"role": "assistant", "content": problem.response}] for problem in problems]
+    rows = [{"prompt": problem.prompt, "completion": answer} for problem, answer in zip(problems, answers)]
+    texts = [tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False) for row in rows]
+    return [(len(ids), row) for ids, row in zip(tokenizer(texts, add_special_tokens=False)["input_ids"], rows)]
 
 
 def _save(trainer: SFTTrainer, folder: Path, has_adapter: bool) -> None:
