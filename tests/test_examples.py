@@ -5,6 +5,8 @@ import json
 import random
 import re
 import sqlite3
+import sys
+import types
 
 import pytest
 import yaml
@@ -226,3 +228,15 @@ def test_functions_without_their_documentation(tmp_path):
     strip = load_example("codesearchnet").without_docstring
     assert strip("def f(): 'x'") is None and strip("x = 1") is None and strip("def f():\n    'x'; return 1") is None
     assert strip("def f():\n    return 1\n") == "def f():\n    return 1"
+
+
+def test_the_task_of_the_guide(monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "examples.md").read_text(), flags=re.DOTALL)
+    module = types.ModuleType("sums")
+    monkeypatch.setitem(sys.modules, "sums", module)
+    exec(compile(code, "examples.md", "exec"), module.__dict__)
+    task = module.Sums(largest=10)
+    train, test = task.load("train"), task.load("test")
+    assert len(train) + len(test) == 100 and not {one.prompt for one in train} & {one.prompt for one in test}
+    judgements = task.judge([*(one.response for one in test[:3]), "", "0 + 3 = 4"], test[:5])
+    assert [judgement.is_right for judgement in judgements] == [True] * 3 + [False] * 2
