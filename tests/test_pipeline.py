@@ -120,6 +120,11 @@ def test_values_have_the_types_of_their_fields(tmp_path):
     assert options.collection().cleaning.max_token_run is None and options.collection().block_size == 4
 
 
+def test_sharding_is_an_option_without_a_value(tmp_path):
+    """The host says that it is a text; on a CPU it is ignored."""
+    assert read(tmp_path, ["train.fsdp=true"]).cllm_config(tmp_path).fsdp is True
+
+
 def test_bfloat16_on_a_cpu_if_asked_for(tmp_path):
     options = read(tmp_path, ["sft.bf16=true", "train.bf16=true"])
     assert options.sft_config(tmp_path).bf16 and options.cllm_config(tmp_path).bf16
