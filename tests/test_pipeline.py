@@ -15,7 +15,7 @@ from cllm_hf.pipeline import steps as pipeline_steps
 from cllm_hf.pipeline.command import main
 from cllm_hf.pipeline.models import make_tokenizer
 from cllm_hf.pipeline.options import read_options
-from cllm_hf.pipeline.parts import PARTS, STEPS
+from cllm_hf.pipeline.parts import PARTS, STEPS, Records
 from cllm_hf.pipeline.sections import apply_overrides
 from cllm_hf.pipeline.sft import make_sft_dataset
 from cllm_hf.pipeline.steps import Pipeline
@@ -294,6 +294,40 @@ def test_what_is_in_the_way_is_left_alone(tmp_path, stand_in):
     run_with = Pipeline(read(tmp_path), lambda line: None)
     assert run_with.records.discard("sft") == []
     assert (tmp_path / "run" / "target" / "mine.txt").read_text() == "keep me"
+
+
+def test_what_has_left_nothing_binds_nobody(tmp_path):
+    """A step that fails at once may be begun with other options, and no tokenizer of the failed one stays."""
+    records, part = Records(tmp_path), PARTS["target"]
+    assert not records.is_complete(part, {"a": 1})
+    records.begin(part, {"a": 1})
+    (tmp_path / "target-checkpoints" / "tokenizer").mkdir(parents=True)
+    records.end(part, {"a": 1}, 2.0, is_complete=False)
+    assert not records.is_complete(part, {"a": 2})
+    records.begin(part, {"a": 2})
+    assert not (tmp_path / "target-checkpoints").exists() and records.seconds(part) == 0
+    (tmp_path / "target-checkpoints" / "checkpoint-1").mkdir(parents=True)
+    records.end(part, {"a": 2}, 2.0, is_complete=False)
+    records.begin(part, {"a": 2})  # goes on
+    records.end(part, {"a": 2}, 3.0, is_complete=False)
+    assert records.seconds(part) == 5 and not records.is_complete(part, {"a": 2})
+    for options, shown in (({"a": 1}, "`a` is 1,.* was begun with 2"), ({}, "`a` is the default,.* with 2")):
+        with pytest.raises(ValueError, match=shown):
+            records.is_complete(part, options)
+    (tmp_path / "target").mkdir()
+    records.end(part, {"a": 2}, 0.0, is_complete=True)
+    assert records.is_complete(part, {"a": 2})
+    with pytest.raises(ValueError, match="`b` is 3, but 'target' in .* was made with the default"):
+        records.is_complete(part, {"a": 2, "b": 3})
+    assert records.discard("collect") == [] and records.discard("sft") == ["target"]
+    assert [path.name for path in tmp_path.iterdir()] == ["steps"]
+
+
+def test_a_damaged_record_is_said(tmp_path):
+    Records(tmp_path).begin(PARTS["cllm"], {})
+    (tmp_path / "steps" / "cllm.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged. Remove it"):
+        Records(tmp_path).is_complete(PARTS["cllm"], {})
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

@@ -83,6 +83,8 @@ class Records:
                     "Choose another `--output-dir`."
                 )
             return False
+        if not there and not self._has_checkpoints(part):
+            return False  # it was begun and has left nothing, or somebody has removed it
         self._compare(part, record, options)
         return record["is_complete"] and len(there) == len(part.paths)
 
@@ -91,9 +93,24 @@ class Records:
         record = self._read(part)
         return None if record is None else record["seconds"]
 
-    def write(self, part: Part, options: Mapping[str, Any], seconds: float, is_complete: bool) -> None:
+    def begin(self, part: Part, options: Mapping[str, Any]) -> None:
         """
-        Write down that a part is begun or complete.
+        Write down that a part is begun, or goes on.
+
+        Args:
+            part (`Part`): the part.
+            options (`Mapping[str, Any]`): what it depends on.
+        """
+        record = self._read(part)
+        is_same = record is not None and record["options"] == _as_read(options)
+        if not is_same or not self._has_checkpoints(part) and not (self.folder / part.paths[0]).exists():
+            shutil.rmtree(self.folder / part.checkpoints, ignore_errors=True)  # of what was begun otherwise
+            record = None
+        self._write(part, options, 0.0 if record is None else record["seconds"], is_complete=False)
+
+    def end(self, part: Part, options: Mapping[str, Any], seconds: float, is_complete: bool) -> None:
+        """
+        Write down that a part is complete, or was stopped.
 
         Args:
             part (`Part`): the part.
@@ -101,15 +118,7 @@ class Records:
             seconds (`float`): that it has taken, added to those before.
             is_complete (`bool`): whether it is.
         """
-        path = self._path(part)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "step": part.step,
-            "is_complete": is_complete,
-            "seconds": (self.seconds(part) or 0.0) + seconds,
-            "options": dict(options),
-        }
-        write_whole(path, json.dumps(record, indent=2) + "\n")
+        self._write(part, options, (self.seconds(part) or 0.0) + seconds, is_complete)
 
     def discard(self, step: str) -> list[str]:
         """
@@ -135,17 +144,26 @@ class Records:
         return removed[::-1]
 
     def _compare(self, part: Part, record: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        earlier, now = record["options"], json.loads(json.dumps(dict(options)))
+        earlier, now = record["options"], _as_read(options)
         for name in [*now, *earlier]:
             if earlier.get(name) == now.get(name):
                 continue
-            values = [repr(side[name]) if name in side else "not set" for side in (now, earlier)]
+            values = [repr(side[name]) if name in side else "the default" for side in (now, earlier)]
             verb = "was made" if record["is_complete"] else "was begun"
             raise ValueError(
                 f"`{name}` is {values[0]}, but {part.name!r} in {str(self.folder)!r} {verb} with {values[1]}. Begin "
                 f"anew with `--overwrite {part.step}`, which also removes what was made from it, or choose another "
                 "`--output-dir`."
             )
+
+    def _has_checkpoints(self, part: Part) -> bool:
+        return any((self.folder / part.checkpoints).glob("checkpoint-*"))
+
+    def _write(self, part: Part, options: Mapping[str, Any], seconds: float, is_complete: bool) -> None:
+        path = self._path(part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"step": part.step, "is_complete": is_complete, "seconds": seconds, "options": dict(options)}
+        write_whole(path, json.dumps(record, indent=2) + "\n")
 
     def _path(self, part: Part) -> Path:
         return self.folder / "steps" / f"{part.name}.json"
@@ -161,3 +179,8 @@ class Records:
             raise ValueError(
                 f"{str(path)!r} must be a record of a step, and is damaged. Remove it and the part it is about."
             ) from error
+
+
+def _as_read(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they are when they have been written and read."""
+    return json.loads(json.dumps(dict(options)))

@@ -158,13 +158,13 @@ class Pipeline:
         checkpoints = self.folder / part.checkpoints
         start, has_ended, outcome = time.perf_counter(), False, ""
         if is_first_process():
-            self.records.write(part, depends, 0.0, is_complete=False)
+            self.records.begin(part, depends)
         try:
             outcome = make(self.folder, checkpoints)
             has_ended = True
         finally:  # also at Ctrl-C
             if is_first_process():
-                self.records.write(part, depends, time.perf_counter() - start, is_complete=has_ended)
+                self.records.end(part, depends, time.perf_counter() - start, is_complete=has_ended)
         if is_first_process():
             shutil.rmtree(checkpoints, ignore_errors=True)
         wait()
