@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
+from .._host import base_model_of
 from ..loading import load_tokenizer, pick_device
 from ..training.plotting import PLOT_NAME
 from ..training.progress import show_progress
@@ -103,6 +104,7 @@ def train_cllm(
     def save(new: Path) -> None:
         if is_first_process() and (checkpoints / PLOT_NAME).is_file():
             shutil.copyfile(checkpoints / PLOT_NAME, new / PLOT_NAME)  # the card shows it
+        base_model_of(trainer.model).config.use_cache = True  # training turns it off for good
         trainer.save_model(str(new))
 
     save_together(folder, save)
