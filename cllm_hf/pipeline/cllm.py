@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from ..training.trainer import CLLMTrainer
 from ..trajectories.builder import TrajectoryBuilder
 from ..trajectories.command import load_model
 from ..trajectories.loading import load_trajectories
-from .models import is_first_process, loading_options, make_adapter, save_together
+from .models import is_first_process, loading_options, make_adapter, release, save_together
 from .options import Options
 from .task import Problem
 
@@ -108,6 +109,7 @@ def train_cllm(
         trainer.save_model(str(new))
 
     save_together(folder, save)
+    release(trainer)
 
 
 def load_for_decoding(options: Options, name: str, dtype: str | None, device: str) -> Any:
@@ -128,7 +130,7 @@ def load_for_decoding(options: Options, name: str, dtype: str | None, device: st
         ValueError: if there is no such device.
     """
     if device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{torch.cuda.current_device()}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return load_model(
         name,
         dtype or options.model.dtype,

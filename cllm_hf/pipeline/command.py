@@ -29,7 +29,7 @@ def main(task: type[Task], default_config: str | Path, arguments: Sequence[str] 
     parsed = _make_parser(task, default_config).parse_args(arguments)
     warnings.filterwarnings("ignore")  # the hosts' deprecation notices are for programmers
     from ..quiet import show_notices
-    from .models import is_first_process
+    from .models import is_first_process, leave_others
     from .options import read_options
     from .steps import Pipeline
 
@@ -40,6 +40,7 @@ def main(task: type[Task], default_config: str | Path, arguments: Sequence[str] 
         with show_notices(is_first_process()):
             options = read_options(task, parsed.config, parsed.set, parsed.output_dir, given)
             Pipeline(options, _say, show_bars=sys.stderr.isatty()).run(parsed.step, parsed.overwrite)
+            leave_others()
     except KeyboardInterrupt:
         if is_first_process():
             without = "" if parsed.overwrite is None else " without `--overwrite`"

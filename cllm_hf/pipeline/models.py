@@ -136,6 +136,25 @@ def wait_for_all() -> None:
         PartialState().wait_for_everyone()
 
 
+def release(trainer: Any) -> None:
+    """
+    Free the memory of a trainer, for the next step.
+
+    Args:
+        trainer (`transformers.Trainer`): it does not train any more.
+    """
+    # If the wrapper of the model were the last to hold the process group, it would wait for gloo's threads, which may
+    # wait for the lock of the interpreter, which it does not release.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+
+
+def leave_others() -> None:
+    """Leave the other processes, at the very end."""
+    if Process.current().count > 1:
+        PartialState().destroy_process_group()
+
+
 def save_together(folder: Path, save: Callable[[Path], object]) -> None:
     """
     Save by all processes into a folder that appears under its name only when it is complete.

@@ -20,6 +20,7 @@ from .models import (
     make_adapter,
     make_model,
     make_tokenizer,
+    release,
     save_together,
     wait_for_all,
 )
@@ -101,6 +102,7 @@ def train_by_sft(
     show_progress(trainer, "loss", bar=show_bar, show=is_first_process())
     trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
     save_together(folder, lambda new: _save(trainer, new, has_adapter=adapter is not None))
+    release(trainer)
     return len(dataset)
 
 
