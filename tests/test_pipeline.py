@@ -226,7 +226,7 @@ def test_every_step_is_done_once(tmp_path, stand_in):
         (["collect.num_prompts=5"], "collect", "'trajectories'"),
         (["train.learning_rate=0.5"], "train", "'cllm'"),
         (["evaluate.num_prompts=1"], "evaluate", "'report'"),
-        (["task.ending=!"], "sft", "'target'"),
+        (["task.ending=end"], "sft", "'target'"),
         (["seed=1"], "sft", "'target'"),
     ):
         changed = read(tmp_path, change, draft={**SHAPE, "sft": {"max_steps": 2}})
