@@ -238,5 +238,5 @@ def test_the_task_of_the_guide(monkeypatch):
     task = module.Sums(largest=10)
     train, test = task.load("train"), task.load("test")
     assert len(train) + len(test) == 100 and not {one.prompt for one in train} & {one.prompt for one in test}
-    judgements = task.judge([*(one.response for one in test[:3]), "", "0 + 3 = 4"], test[:5])
+    judgements = task.judge([*(one.response for one in test[:3]), "", "0 + 4 = 5"], test[:5])
     assert [judgement.is_right for judgement in judgements] == [True] * 3 + [False] * 2

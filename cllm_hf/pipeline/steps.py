@@ -113,7 +113,8 @@ class Pipeline:
         values |= self.options.dependencies["top"]
         for section in sections:
             found = self.options.dependencies[section]
-            values |= {f"{section}.{name}": value for name, value in found.items()}
+            # The block size is an option of the top level.
+            values |= {name if name == "block_size" else f"{section}.{name}": found[name] for name in found}
         if part.name == "report":
             values["test data"] = self._fingerprints["test"]
         return values
