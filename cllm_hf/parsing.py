@@ -143,6 +143,8 @@ def _check_value(field: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
     choices = _choices_of(field, hint)
     if value is False and "no" in choices:  # what YAML makes of `save_strategy: no`
         return "no"
+    if value is True and field.metadata.get("const") is True:  # a text by its type, as `fsdp`, but set by its name
+        return value
     if not _fits(value, hint) or (isinstance(value, str) and choices and value not in choices):
         if choices:
             expected = " or ".join(map(repr, choices))

@@ -1,0 +1,110 @@
+"""The step `evaluate`: target model and CLLM on the same test problems, as JSON, Markdown and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import find_adapter_config_file
+
+from ..evaluation.judgements import Judgement
+from ..files import write_whole
+from ..loading import load_cllm, load_tokenizer
+from ..trajectories.prompts import read_rows
+from .cllm import choose, load_for_decoding
+from .options import Options
+from .task import Problem
+
+
+def evaluate_models(
+    options: Options, target: str, cllm: str, draft: str | None, problems: Sequence[Problem], show_bar: bool = True
+) -> dict[str, Any]:
+    """
+    Decode test problems by both models in every way, and judge the answers.
+
+    Args:
+        options (`Options`): of the pipeline.
+        target (`str`): folder or Hub id of the target model.
+        cllm (`str`): folder of the CLLM, a model or an adapter.
+        draft (`str`, *optional*): folder or Hub id of the draft model.
+        problems (`Sequence[Problem]`): test problems.
+        show_bar (`bool`): whether to draw progress bars.
+
+    Returns:
+        `dict[str, Any]`: what `compare_models` says, ready for JSON.
+    """
+    from ..evaluation.model_comparison import compare_models
+
+    section, task = options.evaluate, options.task
+    tokenizer = load_tokenizer(target)
+    order = choose(problems, None, options.seed)
+    last = None if section.more_prompts is None or not task.has_metric else section.num_prompts + section.more_prompts
+    chosen = [problems[index] for index in order[:last]]
+    rows = read_rows([problem.prompt for problem in chosen], None, tokenizer)
+    prompts = [row.prompt_ids for row in rows]
+
+    def judge(responses: list[list[int]]) -> list[Judgement]:
+        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in responses]
+        judgements = task.judge(texts, chosen[: len(texts)])
+        if judgements is None or len(judgements) != len(texts):
+            got = "none" if judgements is None else len(judgements)
+            raise ValueError(f"{type(task).__name__}.judge must give {len(texts)} judgements, got {got}.")
+        return judgements
+
+    target_model = load_for_decoding(options, target, section.dtype, section.device)
+    return compare_models(
+        target_model,
+        _load_trained(options, target, cllm),
+        prompts[: section.num_prompts],
+        block_size=options.block_size,
+        max_new_tokens=section.max_new_tokens or options.max_new_tokens,
+        judge=judge if task.has_metric else None,
+        more_prompts=prompts[section.num_prompts :] if task.has_metric else (),
+        assistant=None if draft is None else load_for_decoding(options, draft, section.dtype, section.device),
+        is_compiled=section.is_compiled,
+        batch_size=section.batch_size,
+        repeats=section.repeats,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        show_progress=show_bar,
+    )
+
+
+def write_report(folder: Path, title: str, comparison: dict[str, Any], facts: Mapping[str, Any]) -> str:
+    """
+    Write `report.json`, `report.md` and `report.png`.
+
+    Args:
+        folder (`pathlib.Path`): where to.
+        title (`str`): of the report.
+        comparison (`dict[str, Any]`): from `compare_models`.
+        facts (`Mapping[str, Any]`): how the models were made: `options` by name and `seconds` by step.
+
+    Returns:
+        `str`: the report as Markdown.
+    """
+    from ..evaluation.model_plot import plot_models
+    from ..evaluation.model_report import format_models
+
+    table = format_models(comparison)
+    lines = [f"# {title}", "", table.strip(), "", "## How it was made", ""]
+    seconds = ", ".join(f"`{step}` {value:.0f} s" for step, value in facts["seconds"].items())
+    lines += [f"Time of the steps: {seconds}.", "", "| option | value |", "| --- | --- |"]
+    lines += [f"| `{name}` | `{json.dumps(value)}` |" for name, value in facts["options"].items()]
+    text = "\n".join(lines) + "\n"
+    write_whole(
+        folder / "report.json", json.dumps({"title": title, **facts, "comparison": comparison}, indent=2) + "\n"
+    )
+    plot_models(comparison, folder / "report.png")
+    write_whole(folder / "report.md", text)
+    return table
+
+
+def _load_trained(options: Options, target: str, cllm: str) -> Any:
+    section = options.evaluate
+    if find_adapter_config_file(cllm) is None:
+        return load_for_decoding(options, cllm, section.dtype, section.device)
+    base = load_for_decoding(options, target, section.dtype, section.device)
+    base.name_or_path = target  # as the adapter names it
+    return load_cllm(cllm, base_model=base)

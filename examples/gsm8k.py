@@ -1,0 +1,67 @@
+"""
+GSM8K: grade-school math problems with worked answers.
+
+    python examples/gsm8k.py all --data ../shared/data/gsm8k
+    python examples/gsm8k.py all --config examples/configs/gsm8k-gpu.yaml --output-dir runs/gsm8k-gpu
+
+Steps: `sft` (target model), `collect` (its trajectories), `train` (the CLLM), `evaluate` (the table), or `all`. Each
+goes on where it was interrupted. The data are `openai/gsm8k` from the Hub, or a folder with `train.jsonl` and
+`test.jsonl`, a JSON object with `question` and `answer` a line.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import load_dataset
+
+from cllm_hf.evaluation.judgements import Judgement
+from cllm_hf.pipeline.command import main
+from cllm_hf.pipeline.task import Problem, Task, task_option
+
+
+@dataclass
+class GSM8K(Task):
+    """The answer is right if its number is; see `cllm_hf.evaluation.metrics.gsm8k.judge_gsm8k`."""
+
+    name = "gsm8k"
+    title = "GSM8K"
+    source = "openai/gsm8k"
+    license = "mit"
+
+    chat: bool = task_option(False, "whether prompts are chat messages, for an instruct model")
+    # As published. They give a small model the figures of each step a second time, as tokens to look at.
+    calculator: bool = task_option(True, "whether to keep the annotations of the data, such as <<48/2=24>>")
+
+    def load(self, split: str) -> list[Problem]:
+        """Load the problems of `"train"` or `"test"`."""
+        return [self._problem(row["question"].strip(), row["answer"].strip()) for row in self._rows(split)]
+
+    def judge(self, responses: list[str], problems: Sequence[Problem]) -> list[Judgement]:
+        """Compare the final numbers."""
+        from cllm_hf.evaluation.metrics.gsm8k import judge_gsm8k
+
+        return [judge_gsm8k(response, problem.reference) for response, problem in zip(responses, problems)]
+
+    def _rows(self, split: str) -> list[dict[str, str]]:
+        if self.data is None:
+            return list(load_dataset("openai/gsm8k", "main", split=split))
+        path = Path(self.data) / f"{split}.jsonl"
+        with path.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not {"question", "answer"} <= row.keys():
+                raise ValueError(f"Line {number} of {str(path)!r} must have `question` and `answer`, got {row!r:.60}.")
+        return rows
+
+    def _problem(self, question: str, answer: str) -> Problem:
+        response = answer if self.calculator else re.sub(r"<<[^<>]*>>", "", answer)
+        prompt = [{"role": "user", "content": question}] if self.chat else f"{question}\n"
+        return Problem(prompt, response, reference=answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main(GSM8K, Path(__file__).parent / "configs" / "gsm8k-cpu.yaml"))

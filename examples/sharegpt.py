@@ -1,0 +1,72 @@
+"""
+ShareGPT: chats of all kinds, for the speed of an instruct model on the questions of MT-bench.
+
+    python examples/sharegpt.py all
+    python examples/sharegpt.py all --data DIR --set model.name=Qwen/Qwen3-0.6B
+
+The data are `anon8231489123/ShareGPT_Vicuna_unfiltered` and `HuggingFaceH4/mt_bench_prompts` from the Hub, or a folder
+with `train.json` (a list of objects with `conversations`, a list of `{"from": "human" or "gpt", "value": ..}`) and
+`test.jsonl` (an object a line with the questions as a list in `prompt` or `turns`). First turns only. No answer is
+right or wrong here, so the report is on speed alone.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from huggingface_hub import hf_hub_download
+
+from cllm_hf.pipeline.command import main
+from cllm_hf.pipeline.task import Problem, Task, task_option
+
+
+@dataclass
+class ShareGPT(Task):
+    """Chats without a metric."""
+
+    name = "sharegpt"
+    title = "ShareGPT, measured on MT-bench's questions"
+    source = "anon8231489123/ShareGPT_Vicuna_unfiltered"
+    license = "apache-2.0"
+
+    chat: bool = task_option(True, "whether prompts are chat messages, for an instruct model")
+    max_prompt_chars: int = task_option(2000, "longest question of the training data, in characters")
+
+    def load(self, split: str) -> list[Problem]:
+        """Load first turns: of ShareGPT for `"train"`, of MT-bench for `"test"`."""
+        if split == "test":
+            return [self._problem(question, "") for question in self._questions()]
+        turns = (first_turn(chat.get("conversations") or []) for chat in self._chats())
+        return [self._problem(*turn) for turn in turns if turn and len(turn[0]) <= self.max_prompt_chars]
+
+    def _chats(self) -> list[dict[str, Any]]:
+        path = None if self.data is None else Path(self.data) / "train.json"
+        if path is None:
+            path = Path(hf_hub_download(self.source, "ShareGPT_V3_unfiltered_cleaned_split.json", repo_type="dataset"))
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _questions(self) -> list[str]:
+        if self.data is None:
+            rows = list(load_dataset("HuggingFaceH4/mt_bench_prompts", split="train"))
+        else:
+            lines = (Path(self.data) / "test.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+        return [(row.get("prompt") or row["turns"])[0].strip() for row in rows]
+
+    def _problem(self, question: str, answer: str) -> Problem:
+        return Problem([{"role": "user", "content": question}] if self.chat else f"{question}\n", answer)
+
+
+def first_turn(conversation: list[dict[str, str]]) -> tuple[str, str] | None:
+    """The first question and its answer; `None` if a chat begins otherwise."""
+    if len(conversation) < 2 or (conversation[0]["from"], conversation[1]["from"]) != ("human", "gpt"):
+        return None
+    question, answer = (turn["value"].strip() for turn in conversation[:2])
+    return (question, answer) if question and answer else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(ShareGPT, Path(__file__).parent / "configs" / "sharegpt-gpu.yaml"))

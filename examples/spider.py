@@ -1,0 +1,187 @@
+"""
+Spider: questions about databases, answered in SQL.
+
+    python examples/spider.py all --data ../shared/data/spider
+    python examples/spider.py all --config examples/configs/spider-gpu.yaml --databases spider_data/database
+
+Steps: `sft` (target model), `collect` (its trajectories), `train` (the CLLM), `evaluate` (the table), or `all`. Each
+goes on where it was interrupted. The data are a folder with `train.json`, `dev.json`, `tables.json` and
+`database/DB_ID/DB_ID.sqlite`, or `xlangai/spider` from the Hub, which has no databases: `--databases` names their
+folder. A prompt is the schema of a database and a question:
+
+    singer : singer_id , name , country | concert : concert_id , singer_id , year
+    How many singers do we have?
+"""
+
+import json
+import random
+import re
+import sqlite3
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+
+from cllm_hf.evaluation.judgements import Judgement
+from cllm_hf.pipeline.command import main
+from cllm_hf.pipeline.task import Problem, Task, task_option
+
+
+Schema = list[tuple[str, list[str]]]  # tables and their columns
+
+
+@dataclass
+class Spider(Task):
+    """
+    A query is right if it returns what the query in the data returns. Without databases it must have the same clauses,
+    which takes the package `sqlglot`.
+    """
+
+    name = "spider"
+    title = "Spider"
+    source = "xlangai/spider"
+    license = "cc-by-sa-4.0"
+    places = ("data", "databases")
+
+    databases: str | None = task_option(
+        None, "folder with DB_ID/DB_ID.sqlite for each database; by default `database` in `data`"
+    )
+    chat: bool = task_option(False, "whether prompts are chat messages, for an instruct model")
+    schema_shuffles: int = task_option(
+        0,
+        "copies of the training data, each with tables and columns in other orders, so that a small model learns to "
+        "read the schema; 0 for one copy in the order of the data",
+    )
+    max_prompt_chars: int | None = task_option(
+        None, "longest prompt of a training problem, in characters; no test problem is left out"
+    )
+
+    def load(self, split: str) -> list[Problem]:
+        """Load the problems of `"train"` or `"test"`, which is the development set: no other has databases."""
+        rows = {name: self._rows(name) for name in ("train", "dev")}
+        check_split(rows["train"], rows["dev"])
+        if split == "test":
+            return [self._problem(row, self._schema(row["db_id"])) for row in rows["dev"]]
+        rng = random.Random(self.seed)
+        problems = []
+        for _ in range(max(self.schema_shuffles, 1)):
+            for row in rows["train"]:
+                schema = self._schema(row["db_id"])
+                problems.append(self._problem(row, shuffle_schema(schema, rng) if self.schema_shuffles else schema))
+        longest = self.max_prompt_chars
+        return [one for one in problems if longest is None or len(_text_of(one.prompt)) <= longest]
+
+    def judge(self, responses: list[str], problems: Sequence[Problem]) -> list[Judgement]:
+        """Execute both queries, or compare their clauses where there is no database."""
+        from cllm_hf.evaluation.metrics.spider import judge_exact_match, judge_sql
+        from cllm_hf.evaluation.metrics.sql import QueryRunner
+
+        def judge_one(response: str, row: dict[str, str]) -> Judgement:
+            database = self._database(row["db_id"])
+            if database is not None:
+                return judge_sql(response, row["query"], database, runner)
+            schema = {name.lower(): [column.lower() for column in own] for name, own in self._schema(row["db_id"])}
+            return judge_exact_match(response, row["query"], schema)
+
+        with QueryRunner() as runner:
+            return [judge_one(response, problem.reference) for response, problem in zip(responses, problems)]
+
+    def _rows(self, name: str) -> list[dict[str, str]]:
+        if self.data is None:
+            return list(load_dataset("xlangai/spider", split={"train": "train", "dev": "validation"}[name]))
+        return json.loads((Path(self.data) / f"{name}.json").read_text(encoding="utf-8"))
+
+    def _problem(self, row: dict[str, str], schema: Schema) -> Problem:
+        text = f"{format_schema(schema)}\n{row['question'].strip()}\n"
+        prompt = [{"role": "user", "content": text.strip()}] if self.chat else text
+        return Problem(prompt, normalize_sql(row["query"]), reference=row)
+
+    def _database(self, name: str) -> Path | None:
+        folder = self.databases or (self.data and str(Path(self.data) / "database"))
+        path = Path(folder) / name / f"{name}.sqlite" if folder else None
+        return path if path is not None and path.is_file() else None
+
+    @cached_property
+    def _schemas(self) -> dict[str, Schema]:
+        """Of `tables.json`, or none without that."""
+        places = [Path(place) / "tables.json" for place in (self.data, self.databases) if place is not None]
+        if self.databases is not None:
+            places.append(Path(self.databases).parent / "tables.json")
+        found = next((path for path in places if path.is_file()), None)
+        entries = [] if found is None else json.loads(found.read_text(encoding="utf-8"))
+        return {entry["db_id"]: read_schema(entry) for entry in entries}
+
+    def _schema(self, name: str) -> Schema:
+        if name not in self._schemas:
+            database = self._database(name)
+            if database is None:
+                raise ValueError(
+                    f"The prompt needs the schema of the database {name!r}, got neither `tables.json` nor its file. "
+                    "Download both from https://yale-lily.github.io/spider, and pass `--data` or `--databases`."
+                )
+            self._schemas[name] = schema_of_database(database)
+        return self._schemas[name]
+
+
+def read_schema(entry: dict[str, Any]) -> Schema:
+    """Tables and columns of an entry of `tables.json`, by their names in the database."""
+    columns: list[list[str]] = [[] for _ in entry["table_names_original"]]
+    for table, column in entry["column_names_original"]:
+        if table >= 0:  # not of `*`
+            columns[table].append(column)
+    return list(zip(entry["table_names_original"], columns))
+
+
+def schema_of_database(path: Path) -> Schema:
+    """Tables and columns of a database file, which is not changed."""
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
+        tables = [name for (name,) in connection.execute(query)]
+        return [
+            (table, [column for (column,) in connection.execute("SELECT name FROM pragma_table_info(?)", (table,))])
+            for table in tables
+        ]
+
+
+def shuffle_schema(schema: Schema, rng: random.Random) -> Schema:
+    """The same tables and columns in another order."""
+    shuffled = [(table, rng.sample(columns, len(columns))) for table, columns in schema]
+    rng.shuffle(shuffled)
+    return shuffled
+
+
+def format_schema(schema: Schema) -> str:
+    """A schema as a line: `table : column , column | table : column`."""
+    return " | ".join(f"{table} : {' , '.join(columns)}" for table, columns in schema)
+
+
+def normalize_sql(query: str) -> str:
+    """A query on one line, with single spaces, none before a comma or inside brackets, and no semicolon at its end."""
+    parts = re.split(r"('[^']*'|\"[^\"]*\")", query.strip().rstrip("; \n\t"))
+    for index in range(0, len(parts), 2):  # the others are quoted, and stay as they are
+        text = re.sub(r"\s+", " ", parts[index])
+        parts[index] = re.sub(r" (?=[,)])|(?<=\() ", "", text)
+    return "".join(parts)
+
+
+def check_split(train: list[dict[str, str]], dev: list[dict[str, str]]) -> None:
+    """Raise ValueError if a database is on both sides: what is measured would be memory, not reading."""
+    shared = sorted({row["db_id"] for row in train} & {row["db_id"] for row in dev})
+    if shared:
+        raise ValueError(
+            f"Training and test problems must be of different databases, got {len(shared)} in both, such as "
+            f"{shared[0]!r}. Use the split of the data as it is published."
+        )
+
+
+def _text_of(prompt: str | list[dict[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else prompt[0]["content"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(Spider, Path(__file__).parent / "configs" / "spider-cpu.yaml"))

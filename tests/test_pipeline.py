@@ -1,0 +1,355 @@
+"""Options are checked before anything is done; every step is done once, and goes on where it was stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pipelines import SHAPE, TRAINING, Letters, letters_config, write_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cllm_hf.pipeline import cllm as cllm_steps
+from cllm_hf.pipeline import sft as sft_step
+from cllm_hf.pipeline import steps as pipeline_steps
+from cllm_hf.pipeline.command import main
+from cllm_hf.pipeline.models import make_tokenizer
+from cllm_hf.pipeline.options import read_options
+from cllm_hf.pipeline.parts import PARTS, STEPS, Records
+from cllm_hf.pipeline.sections import apply_overrides
+from cllm_hf.pipeline.sft import make_sft_dataset
+from cllm_hf.pipeline.steps import Pipeline
+from cllm_hf.pipeline.task import Problem, fingerprint_problems
+
+
+def read(tmp_path, overrides=(), **changes):
+    return read_options(Letters, write_config(tmp_path / "config.yaml", **changes), overrides, str(tmp_path / "run"))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """In place of the measurement, which has tests of its own."""
+    calls = []
+
+    def evaluate(options, target, cllm, draft, problems, show_bar):
+        calls.append((target, cllm, draft, len(problems)))
+        return {"rows": []}
+
+    def write(folder, title, comparison, facts):
+        (folder / "report.json").write_text(json.dumps({"comparison": comparison, **facts}))
+        for name in ("report.md", "report.png"):
+            (folder / name).write_text("")
+        return "the table"
+
+    monkeypatch.setattr(pipeline_steps, "evaluate_models", evaluate)
+    monkeypatch.setattr(pipeline_steps, "write_report", write)
+    return calls
+
+
+def run(options, step="all", overwrite=None):
+    said = []
+    Pipeline(options, said.append, show_bars=False).run(step, overwrite)
+    return said
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.max_step=3"], "no option `train.max_step`. Did you mean `train.max_steps`"),
+        (["sft.learning_rat=3"], "Did you mean `sft.learning_rate`"),
+        (["collect.num_prompt=3"], "Did you mean `collect.num_prompts`"),
+        (["tran.max_steps=3"], "no option `tran`. Did you mean `train`"),
+        (["task.cuont=3"], "Did you mean `task.count`"),
+        (["model.hidden_sise=3"], "Did you mean `model.hidden_size`"),
+        (["model.architecture=lama"], "Did you mean `.*llama"),
+        (["train.max_steps=many"], "Section `train`: .*max_steps.*many"),
+        (["train.bf16=7"], "`bf16` must be of type bool, got 7"),
+        (["train.ar_loss_weight=-1"], "`ar_loss_weight` must be at least 0, got -1"),
+        (["train.packing=true"], "has no place in consistency training"),
+        (["collect.num_prompts=0"], "`collect.num_prompts` must be at least 1, got 0"),
+        (["collect.not_greedy=maybe"], "must be 'drop' or 'keep', got 'maybe'"),
+        (["collect.test_fraction=2"], "`test_fraction` must be at least 0 and below 1"),
+        (["evaluate.more_prompts=-1"], "`evaluate.more_prompts` must be at least 0"),
+        (["sft.output_dir=x"], "`sft.output_dir` cannot be set, got 'x'.*top-level"),
+        (["train.push_to_hub=true"], "`train.push_to_hub` cannot be set"),
+        (["block_size=0"], "`block_size` must be"),
+        (["sft=null"], "A model from nothing must be trained"),
+        (["model.name=a"], "either a `name` or an `architecture`, got both"),
+        (["model=null"], "must be a section `model`"),
+        (["model.lora={r: 2}"], "An adapter goes on a trained model"),
+        (["model={name: a, lora: {rank: 2}}"], "no option `model.lora.rank`"),
+        (["sft=3"], "Section `sft` must hold options by name, got 3"),
+        (["max_steps"], "`--set` takes SECTION.OPTION=VALUE, got 'max_steps'"),
+        (["block_size.x=1"], "`block_size` is no section"),
+        (["sft.max_steps=[1"], "takes values as in YAML"),
+    ],
+)
+def test_a_wrong_option_is_named(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, overrides)
+
+
+def test_a_config_that_cannot_be_read(tmp_path):
+    with pytest.raises(OSError, match="`--config` must be a file that can be read"):
+        read_options(Letters, tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="options by name"):
+        read_options(Letters, tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="must be a YAML file"):
+        read_options(Letters, tmp_path / "broken.yaml")
+
+
+def test_values_have_the_types_of_their_fields(tmp_path):
+    """In YAML `1e-3` is a text."""
+    changes = ["train.learning_rate=1e-3", "train.max_steps=7", "train.save_strategy=no", "task.count=3", "seed=5"]
+    options = read(tmp_path, [*changes, "train.block_size_schedule=[2, 4]", "collect.max_token_run=null"])
+    config = options.cllm_config(tmp_path / "here")
+    assert config.learning_rate == 1e-3 and type(config.learning_rate) is float and config.max_steps == 7
+    assert config.save_strategy == "no" and config.block_size_schedule == [2, 4] and config.seed == 5
+    assert Path(config.output_dir) == tmp_path / "here" and not config.report_to
+    assert options.task.count == 3 and options.task.seed == options.seed == 5
+    assert options.collection().cleaning.max_token_run is None and options.collection().block_size == 4
+
+
+def test_sharding_is_an_option_without_a_value(tmp_path):
+    """The host says that it is a text; on a CPU it is ignored."""
+    assert read(tmp_path, ["train.fsdp=true"]).cllm_config(tmp_path).fsdp is True
+
+
+def test_bfloat16_on_a_cpu_if_asked_for(tmp_path):
+    options = read(tmp_path, ["sft.bf16=true", "train.bf16=true"])
+    assert options.sft_config(tmp_path).bf16 and options.cllm_config(tmp_path).bf16
+    for section in ("sft", "train"):
+        values = {**TRAINING, "max_steps": 2}
+        del values["bf16"]
+        options = read(tmp_path, **{section: values})
+        config = options.sft_config(tmp_path) if section == "sft" else options.cllm_config(tmp_path)
+        assert not config.bf16
+
+
+def test_options_of_the_task_and_the_folder_win(tmp_path):
+    path = write_config(tmp_path / "config.yaml", task={"count": 9, "ending": "!"}, output_dir="there")
+    options = read_options(Letters, path, ["task.count=8"], None, {"count": "7"})
+    assert (options.task.count, options.task.ending, options.output_dir) == (7, "!", Path("there"))
+    path = write_config(tmp_path / "config.yaml")
+    assert read_options(Letters, path).output_dir == Path("runs/letters")
+
+
+def test_overrides_make_sections():
+    values = {"a": {"b": 1}, "c": None}
+    apply_overrides(values, ["a.b=2", "a.d=x=y", "c.e.f=[1, 2]", "g=null"])
+    assert values == {"a": {"b": 2, "d": "x=y"}, "c": {"e": {"f": [1, 2]}}, "g": None}
+
+
+def test_only_what_changes_the_outcome_is_depended_on(tmp_path):
+    plain = read(tmp_path).dependencies
+    assert plain == read(tmp_path, ["train.logging_steps=3", "sft.save_steps=2", "collect.device=auto"]).dependencies
+    assert plain == read(tmp_path, ["task.data=/elsewhere", "train.states_per_block=1"]).dependencies  # a default
+    assert plain["train"]["max_steps"] == 4 and plain["sft"]["learning_rate"] == 1e-3
+    assert read(tmp_path, ["task.count=5"]).dependencies["task"] == {"count": 5}
+
+
+def test_a_tokenizer_keeps_every_text_and_every_digit(tmp_path):
+    texts = ["She has 48 of 100 pens.\n", "  SELECT a , b", "héllo\t漢字 <<2+2=4>>"] * 3
+    make_tokenizer(texts, 300).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) <= 300 and tokenizer.pad_token_id == 0
+    for text in (*texts, "never seen: ß 1234"):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert not {tokenizer.eos_token_id, tokenizer.bos_token_id} & set(ids)
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("in 1984")["input_ids"])
+    assert tokens[-4:] == ["1", "9", "8", "4"]
+    with pytest.raises(ValueError, match="at least 259"):
+        make_tokenizer(texts, 258)
+
+
+def test_long_problems_are_left_out_whole(byte_tokenizer):
+    problems = [Problem("ab", "c" * length) for length in range(1, 6)]
+    dataset = make_sft_dataset(problems, byte_tokenizer, 6)  # two of the prompt, one stop token
+    assert [byte_tokenizer.decode(ids) for ids in dataset["input_ids"]] == ["abc<eos>", "abcc<eos>", "abccc<eos>"]
+    assert dataset["completion_mask"][0] == [0, 0, 1, 1]
+    assert len(make_sft_dataset(problems, byte_tokenizer, None)) == 5
+    with pytest.raises(ValueError, match="at most 3 tokens, the shortest has 4"):
+        make_sft_dataset(problems, byte_tokenizer, 3)
+
+
+def test_prompt_and_response_are_tokens_as_in_decoding():
+    """The model is asked with the tokens of the prompt alone, so it has to learn from those."""
+    tokenizer = make_tokenizer(["ab ab ab"] * 9, 270)
+    prompt = tokenizer("a")["input_ids"]
+    assert tokenizer("ab")["input_ids"][:1] != prompt
+    (row,) = make_sft_dataset([Problem("a", "b")], tokenizer, None)
+    assert row["input_ids"] == [*prompt, *tokenizer("b")["input_ids"], tokenizer.eos_token_id]
+    assert row["completion_mask"] == [0, 1, 1]
+
+
+def test_fingerprints_tell_problems_apart():
+    problems = Letters().load("train")
+    assert fingerprint_problems(problems) == fingerprint_problems(Letters().load("train"))
+    changed = [*problems[:-1], Problem(problems[-1].prompt, "other")]
+    assert len({fingerprint_problems(one) for one in (problems, changed, problems[:-1])}) == 3
+
+
+@pytest.mark.slow
+def test_every_step_is_done_once(tmp_path, stand_in):
+    options = read(tmp_path, draft={**SHAPE, "sft": {"max_steps": 2}})
+    with pytest.raises(ValueError, match="step `train` needs 'target'.*Run the step `sft` first"):
+        run(options, "train")
+    for step in STEPS:
+        assert any(f"] {step}:" in line for line in run(options, step))
+    folder = tmp_path / "run"
+    names = {"target", "draft", "trajectories", "cllm", "report.json", "report.md", "report.png", "steps"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert stand_in == [(str(folder / "target"), str(folder / "cllm"), str(folder / "draft"), 6)]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    said = run(options)
+    assert all("is complete" in line for line in said) and len(said) == len(PARTS)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")} and len(stand_in) == 1
+    cllm = AutoModelForCausalLM.from_pretrained(folder / "cllm")
+    assert cllm.generation_config.decoding == "jacobi" and cllm.generation_config.jacobi_block_size == 4
+    assert cllm.config.use_cache and AutoModelForCausalLM.from_pretrained(folder / "target").config.use_cache
+    assert set(json.loads((folder / "report.json").read_text())["seconds"]) == {"sft", "collect", "train"}
+
+    # Changed options: each error names what there was, what there is, and the step to do again.
+    for change, step, verb in (
+        (["sft.max_steps=5"], "sft", "'target'"),
+        (["collect.num_prompts=5"], "collect", "'trajectories'"),
+        (["train.learning_rate=0.5"], "train", "'cllm'"),
+        (["evaluate.num_prompts=1"], "evaluate", "'report'"),
+        (["task.ending=end"], "sft", "'target'"),
+        (["seed=1"], "sft", "'target'"),
+    ):
+        changed = read(tmp_path, change, draft={**SHAPE, "sft": {"max_steps": 2}})
+        with pytest.raises(ValueError, match=rf"{verb} in .* was made with .*--overwrite {step}`.*--output-dir"):
+            run(changed)
+    changed = read(tmp_path, ["train.learning_rate=0.5"], draft={**SHAPE, "sft": {"max_steps": 2}})
+    said = run(changed, overwrite="train")
+    assert said[0] == "Removed: cllm, report." and sum("is complete" in line for line in said) == 3
+    assert len(stand_in) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["sft", "train"])
+def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path, stand_in, monkeypatch, step):
+    undisturbed, name = tmp_path / "undisturbed", {"sft": "target", "train": "cllm"}[step]
+    run(read_options(Letters, write_config(tmp_path / "config.yaml"), (), str(undisturbed)))
+    options = read(tmp_path)
+    module, kind = {"sft": (sft_step, "SFTTrainer"), "train": (cllm_steps, "CLLMTrainer")}[step]
+    trainer, started_at = getattr(module, kind), []
+
+    class Stopped(trainer):
+        def training_step(self, *args, **kwargs):
+            started_at.append(self.state.global_step)
+            if self.state.global_step == 2 and len(started_at) <= 3:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(module, kind, Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(options)
+    folder = tmp_path / "run"
+    assert (folder / f"{name}-checkpoints" / "checkpoint-2").is_dir() and not (folder / name).exists()
+    with pytest.raises(ValueError, match=rf"'{name}' in .* was begun with .*--overwrite {step}"):
+        run(read(tmp_path, [f"{step}.max_steps=6"]))
+    run(options)
+    assert started_at == [0, 1, 2, 2, 3]
+    assert not list(folder.glob("*-checkpoints")) and not list(folder.glob(".*"))
+    assert same(weights(folder / name), weights(undisturbed / name))
+
+
+@pytest.mark.slow
+def test_a_named_model_with_adapters(tmp_path, stand_in):
+    """Those of `sft` are merged; the CLLM is an adapter. And no step `sft` for a model that is good as it is."""
+    run(read(tmp_path), "sft")
+    start = tmp_path / "run" / "target"
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    section = {"name": str(start), "lora": lora}
+    config = write_config(tmp_path / "lora.yaml", model=section)
+    run(read_options(Letters, config, (), str(tmp_path / "lora")))
+    merged, before = weights(tmp_path / "lora" / "target"), weights(start)
+    changed = {name for name in merged if not torch.equal(merged[name], before[name])}
+    assert merged.keys() == before.keys() and changed and all("q_proj" in n or "v_proj" in n for n in changed)
+    assert (tmp_path / "lora" / "cllm" / "adapter_config.json").is_file()
+    config = write_config(tmp_path / "ready.yaml", model={"name": str(start)}, sft=None)
+    said = run(read_options(Letters, config, (), str(tmp_path / "ready")))
+    assert "left out" in said[0] and not (tmp_path / "ready" / "target").exists()
+    assert stand_in[-1][0] == str(start)
+
+
+def test_what_is_in_the_way_is_left_alone(tmp_path, stand_in):
+    (tmp_path / "run" / "target").mkdir(parents=True)
+    (tmp_path / "run" / "target" / "mine.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="is in the way of the step `sft`"):
+        run(read(tmp_path))
+    run_with = Pipeline(read(tmp_path), lambda line: None)
+    assert run_with.records.discard("sft") == []
+    assert (tmp_path / "run" / "target" / "mine.txt").read_text() == "keep me"
+
+
+def test_what_has_left_nothing_binds_nobody(tmp_path):
+    """A step that fails at once may be begun with other options, and no tokenizer of the failed one stays."""
+    records, part = Records(tmp_path), PARTS["target"]
+    assert not records.is_complete(part, {"a": 1})
+    records.begin(part, {"a": 1})
+    (tmp_path / "target-checkpoints" / "tokenizer").mkdir(parents=True)
+    records.end(part, {"a": 1}, 2.0, is_complete=False)
+    assert not records.is_complete(part, {"a": 2})
+    records.begin(part, {"a": 2})
+    assert not (tmp_path / "target-checkpoints").exists() and records.seconds(part) == 0
+    (tmp_path / "target-checkpoints" / "checkpoint-1").mkdir(parents=True)
+    records.end(part, {"a": 2}, 2.0, is_complete=False)
+    records.begin(part, {"a": 2})  # goes on
+    records.end(part, {"a": 2}, 3.0, is_complete=False)
+    assert records.seconds(part) == 5 and not records.is_complete(part, {"a": 2})
+    for options, shown in (({"a": 1}, "`a` is 1,.* was begun with 2"), ({}, "`a` is the default,.* with 2")):
+        with pytest.raises(ValueError, match=shown):
+            records.is_complete(part, options)
+    (tmp_path / "target").mkdir()
+    records.end(part, {"a": 2}, 0.0, is_complete=True)
+    assert records.is_complete(part, {"a": 2})
+    with pytest.raises(ValueError, match="`b` is 3, but 'target' in .* was made with the default"):
+        records.is_complete(part, {"a": 2, "b": 3})
+    assert records.discard("collect") == [] and records.discard("sft") == ["target"]
+    assert [path.name for path in tmp_path.iterdir()] == ["steps"]
+
+
+def test_a_damaged_record_is_said(tmp_path):
+    Records(tmp_path).begin(PARTS["cllm"], {})
+    (tmp_path / "steps" / "cllm.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged. Remove it"):
+        Records(tmp_path).is_complete(PARTS["cllm"], {})
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path / "config.yaml")
+    arguments = ["sft", "--output-dir", str(tmp_path / "run"), "--set", "train.max_stepz=3"]
+    assert main(Letters, config, arguments) == 1
+    assert "letters: There is no option `train.max_stepz`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(Letters, config, ["--help"])
+    assert "--count" in capsys.readouterr().out
+    seen = []
+
+    def stop(self, step, overwrite):
+        seen.append((step, overwrite, self.options.task.count, self.options.train["max_steps"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "run", stop)
+    arguments = ["all", "--output-dir", str(tmp_path / "run"), "--count", "7", "--set", "train.max_steps=9"]
+    assert main(Letters, "none.yaml", [*arguments, "--config", str(config), "--overwrite", "train"]) == 130
+    assert seen == [("all", "train", 7, 9)]
+    assert "without `--overwrite` goes on" in capsys.readouterr().err
+
+
+def test_the_config_of_the_tests_is_one():
+    assert yaml.safe_load(yaml.safe_dump(letters_config())) == letters_config()
