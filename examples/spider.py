@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
+from made_up_sql import make_problems, read_tables
 
 from cllm_hf.evaluation.judgements import Judgement
 from cllm_hf.pipeline.command import main
@@ -57,6 +58,11 @@ class Spider(Task):
         "copies of the training data, each with tables and columns in other orders, so that a small model learns to "
         "read the schema; 0 for one copy in the order of the data",
     )
+    made_up: int = task_option(
+        0,
+        "made-up problems beside the training data, each with a schema of its own, for a model from nothing; takes "
+        "`tables.json`",
+    )
     max_prompt_chars: int | None = task_option(
         None, "longest prompt of a training problem, in characters; no test problem is left out"
     )
@@ -73,6 +79,7 @@ class Spider(Task):
             for row in rows["train"]:
                 schema = self._schema(row["db_id"])
                 problems.append(self._problem(row, shuffle_schema(schema, rng) if self.schema_shuffles else schema))
+        problems += self._make_up({row["db_id"] for row in rows["train"]})
         longest = self.max_prompt_chars
         return [one for one in problems if longest is None or len(_text_of(one.prompt)) <= longest]
 
@@ -96,6 +103,24 @@ class Spider(Task):
             return list(load_dataset("xlangai/spider", split={"train": "train", "dev": "validation"}[name]))
         return json.loads((Path(self.data) / f"{name}.json").read_text(encoding="utf-8"))
 
+    def _make_up(self, databases: set[str]) -> list[Problem]:
+        """Problems over schemas that are put together from tables of the training databases."""
+        if not self.made_up:
+            return []
+        tables = read_tables(entry for entry in self._entries if entry["db_id"] in databases)
+        if len(tables) < 4:
+            raise ValueError(
+                f"`made_up` takes a `tables.json` with at least 4 tables of training databases, got {len(tables)}. "
+                "Put it into `data`, or beside or in `databases`."
+            )
+        return [
+            self._problem(
+                {"question": one.question, "query": one.query, "db_id": ""},
+                [(table.name, [column.name for column in table.columns]) for table in one.tables],
+            )
+            for one in make_problems(tables, self.made_up, self.seed)
+        ]
+
     def _problem(self, row: dict[str, str], schema: Schema) -> Problem:
         text = f"{format_schema(schema)}\n{row['question'].strip()}\n"
         prompt = [{"role": "user", "content": text.strip()}] if self.chat else text
@@ -107,14 +132,17 @@ class Spider(Task):
         return path if path is not None and path.is_file() else None
 
     @cached_property
-    def _schemas(self) -> dict[str, Schema]:
+    def _entries(self) -> list[dict[str, Any]]:
         """Of `tables.json`, or none without that."""
         places = [Path(place) / "tables.json" for place in (self.data, self.databases) if place is not None]
         if self.databases is not None:
             places.append(Path(self.databases).parent / "tables.json")
         found = next((path for path in places if path.is_file()), None)
-        entries = [] if found is None else json.loads(found.read_text(encoding="utf-8"))
-        return {entry["db_id"]: read_schema(entry) for entry in entries}
+        return [] if found is None else json.loads(found.read_text(encoding="utf-8"))
+
+    @cached_property
+    def _schemas(self) -> dict[str, Schema]:
+        return {entry["db_id"]: read_schema(entry) for entry in self._entries}
 
     def _schema(self, name: str) -> Schema:
         if name not in self._schemas:

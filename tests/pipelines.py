@@ -87,7 +87,9 @@ def write_config(path, **changes):
 
 
 def load_example(name):
-    """An example as a module."""
+    """An example as a module, which finds what stands beside it."""
+    if str(ROOT / "examples") not in sys.path:
+        sys.path.append(str(ROOT / "examples"))
     spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it
@@ -132,7 +134,11 @@ def write_spider(folder, with_tables=True):
             connection.commit()
         tables = list(schema)
         columns = [[-1, "*"]] + [[tables.index(table), column] for table in tables for column in schema[table]]
-        entries.append({"db_id": name, "table_names_original": tables, "column_names_original": columns})
+        words = [[number, column.lower().replace("_", " ")] for number, column in columns]
+        entry = {"db_id": name, "table_names_original": tables, "column_names_original": columns}
+        entries.append(
+            {**entry, "table_names": tables, "column_names": words, "column_types": ["number"] * len(columns)}
+        )
     if with_tables:
         (folder / "tables.json").write_text(json.dumps(entries))
     train, dev = [], []
