@@ -47,7 +47,7 @@ def test_pairs_are_judged_as_by_hand_and_change_nothing(databases, runner):
         assert other.execute("SELECT count(*) FROM pet").fetchone() == (5,)
         wrong = []
         for topic, gold, prediction, kind in ALL_PAIRS:
-            judgement = judge_sql(prediction, gold, pets, runner)
+            judgement = judge_sql(prediction, gold, pets, runner, keep_distinct=topic != "published default")
             if judgement.kind != kind or judgement.is_right != (kind == "right"):
                 wrong.append((topic, gold, prediction, kind, judgement))
         assert wrong == []
@@ -71,11 +71,15 @@ def test_faults_of_the_data_are_not_the_models(databases, runner, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_distinct_can_be_left_out_of_account(databases, runner):
+def test_distinct_counts_only_if_asked_for(databases, runner):
     pets, _ = databases
     pair = "SELECT DISTINCT name FROM pet", "SELECT name FROM pet"
-    assert not judge_sql(*pair, pets, runner).is_right
-    assert judge_sql(*pair, pets, runner, keep_distinct=False).is_right
+    assert judge_sql(*pair, pets, runner).is_right
+    assert not judge_sql(*pair, pets, runner, keep_distinct=True).is_right
+    reference = {"query": pair[0], "database": str(pets)}
+    for keep_distinct, share in ({}, 1.0), ({"keep_distinct": True}, 0.0):
+        metric = cllm_hf.SpiderAccuracy(exact_match=False, **keep_distinct)
+        assert metric.compute(predictions=[pair[1]], references=[reference])["accuracy"] == share
     assert without_distinct("SELECT DISTINCT 'distinct' FROM x -- distinct") == "SELECT  'distinct' FROM x -- distinct"
 
 
