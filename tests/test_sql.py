@@ -1,6 +1,8 @@
 """Untrusted SQL: what comes back, what is refused, and that no file changes."""
 
 import json
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -111,7 +113,12 @@ def test_a_process_that_dies_or_is_left_waiting_is_replaced(databases, monkeypat
         assert runner.run(databases[0], "SELECT 1").rows == [(1,)]
         runner._process.kill()
         runner._process.wait()
-        assert runner.run(databases[0], "SELECT 2").kind == "error"
+        assert runner.run(databases[0], "SELECT 2").rows == [(2,)]
+        with monkeypatch.context() as context:  # as if it ended in the middle of a query
+            context.setattr(runner._process, "poll", lambda: None)
+            runner._process.kill()
+            runner._process.wait()
+            assert runner.run(databases[0], "SELECT 2").kind == "error"
         assert runner.run(databases[0], "SELECT 3").rows == [(3,)]
         with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
             context.setattr(runner._process.stdout, "readline", _interrupt, raising=False)
@@ -119,6 +126,28 @@ def test_a_process_that_dies_or_is_left_waiting_is_replaced(databases, monkeypat
         assert runner.run(databases[0], "SELECT 5").rows == [(5,)]
         process = runner._process
     assert process.poll() is not None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent in other ways there")
+def test_ctrl_c_is_for_the_process_that_asks(databases):
+    """A terminal sends it to both; a caller that goes on must not find its next query judged an error."""
+    with QueryRunner() as runner:
+        assert runner.run(databases[0], "SELECT 1").rows == [(1,)]
+        process = runner._process
+        process.send_signal(signal.SIGINT)
+        assert runner.run(databases[0], "SELECT 2").rows == [(2,)]
+        assert runner._process is process and process.poll() is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system cannot end a process after a time")
+def test_a_process_that_is_left_alone_in_a_query_ends(databases):
+    code = "import sql_worker; sql_worker._ALONE_AFTER = -0.9; sql_worker.main()"
+    path = [sys.executable, "-S", "-c", code]
+    limits = json.dumps({"seconds": 1, "max_rows": 2, "max_bytes": 1, "max_value_bytes": 2**20, "max_memory": 2**40})
+    request = json.dumps({"database": str(databases[0]), "query": "SELECT printf('%.*c', 2000000000, 'x')"})
+    folder = os.path.dirname(sql_worker.__file__)
+    result = subprocess.run([*path, limits], input=request, cwd=folder, capture_output=True, text=True)
+    assert result.stdout == sql_worker.READY and result.returncode == -signal.SIGALRM
 
 
 def _interrupt():
