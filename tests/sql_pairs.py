@@ -76,6 +76,17 @@ PAIRS = {
         ("SELECT 1 UNION ALL SELECT 1", "SELECT 1", OTHER),
         ("SELECT 1 UNION ALL SELECT 1", "VALUES (1), (1)", RIGHT),
     ],
+    # Judged without `keep_distinct`, all others with it.
+    "published default": [
+        ("SELECT name FROM pet", "SELECT DISTINCT name FROM pet", RIGHT),
+        ("SELECT DISTINCT name FROM pet", "SELECT name FROM pet", RIGHT),
+        ("SELECT DISTINCT name FROM pet", "SELECT name FROM pet GROUP BY name", OTHER),
+        ("SELECT count(kind) FROM pet", "SELECT count(DISTINCT kind) FROM pet", RIGHT),
+        ("SELECT count(distinct kind) FROM pet", "SELECT 5", RIGHT),
+        ("SELECT count(DISTINCT kind) FROM pet", "SELECT 3", OTHER),
+        ("SELECT name FROM pet", "SELECT name FROM pet UNION SELECT name FROM pet", OTHER),
+        ("SELECT 'distinct'", "SELECT ''", OTHER),
+    ],
     "NULLs": [
         ("SELECT NULL", "SELECT NULL", RIGHT),
         ("SELECT NULL", "SELECT 0", OTHER),

@@ -1,6 +1,8 @@
 """Untrusted SQL: what comes back, what is refused, and that no file changes."""
 
 import json
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import sys
 import pytest
 from sql_pairs import ENDLESS, make_databases
 
-from cllm_hf.evaluation.metrics import sql_worker
+from cllm_hf.evaluation.metrics import sql, sql_worker
 from cllm_hf.evaluation.metrics.sql import QueryLimits, QueryRunner, run_query
 
 
@@ -19,7 +21,7 @@ def databases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runner():
-    with QueryRunner() as runner:
+    with QueryRunner(QueryLimits(seconds=60)) as runner:
         yield runner
 
 
@@ -99,10 +101,12 @@ def test_limits_must_be_positive(name):
             QueryLimits(**{name: value})
 
 
-def test_a_query_that_nothing_interrupts_is_ended_and_the_next_one_runs(databases):
+def test_a_query_that_nothing_interrupts_is_ended_and_the_next_one_runs(databases, monkeypatch):
+    monkeypatch.setattr(sql, "_GRACE", 0.3)
     with QueryRunner(QueryLimits(seconds=0.1)) as runner:
         result = runner.run(databases[0], "SELECT printf('%.*c', 2000000000, 'x')")
         assert result.kind == "time" and "does not stop" in result.message
+        runner.limits = QueryLimits(seconds=60)  # of the process that is started now
         assert runner.run(databases[0], "SELECT 1").rows == [(1,)]
 
 
@@ -111,7 +115,12 @@ def test_a_process_that_dies_or_is_left_waiting_is_replaced(databases, monkeypat
         assert runner.run(databases[0], "SELECT 1").rows == [(1,)]
         runner._process.kill()
         runner._process.wait()
-        assert runner.run(databases[0], "SELECT 2").kind == "error"
+        assert runner.run(databases[0], "SELECT 2").rows == [(2,)]
+        with monkeypatch.context() as context:  # as if it ended in the middle of a query
+            context.setattr(runner._process, "poll", lambda: None)
+            runner._process.kill()
+            runner._process.wait()
+            assert runner.run(databases[0], "SELECT 2").kind == "error"
         assert runner.run(databases[0], "SELECT 3").rows == [(3,)]
         with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
             context.setattr(runner._process.stdout, "readline", _interrupt, raising=False)
@@ -121,6 +130,28 @@ def test_a_process_that_dies_or_is_left_waiting_is_replaced(databases, monkeypat
     assert process.poll() is not None
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent in other ways there")
+def test_ctrl_c_is_for_the_process_that_asks(databases):
+    """A terminal sends it to both; a caller that goes on must not find its next query judged an error."""
+    with QueryRunner() as runner:
+        assert runner.run(databases[0], "SELECT 1").rows == [(1,)]
+        process = runner._process
+        process.send_signal(signal.SIGINT)
+        assert runner.run(databases[0], "SELECT 2").rows == [(2,)]
+        assert runner._process is process and process.poll() is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system cannot end a process after a time")
+def test_a_process_that_is_left_alone_in_a_query_ends(databases):
+    code = "import sql_worker; sql_worker._ALONE_AFTER = -0.9; sql_worker.main()"
+    path = [sys.executable, "-S", "-c", code]
+    limits = json.dumps({"seconds": 1, "max_rows": 2, "max_bytes": 1, "max_value_bytes": 2**20, "max_memory": 2**40})
+    request = json.dumps({"database": str(databases[0]), "query": "SELECT printf('%.*c', 2000000000, 'x')"})
+    folder = os.path.dirname(sql_worker.__file__)
+    result = subprocess.run([*path, limits], input=request, cwd=folder, capture_output=True, text=True)
+    assert result.stdout == sql_worker.READY and result.returncode == -signal.SIGALRM
+
+
 def _interrupt():
     raise KeyboardInterrupt
 
@@ -128,7 +159,7 @@ def _interrupt():
 def test_the_process_imports_the_standard_library_alone(databases):
     code = f"import runpy; runpy.run_path({sql_worker.__file__!r})"
     assert subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True).returncode == 0
-    limits = {"seconds": 1, "max_rows": 2, "max_bytes": 10**6, "max_value_bytes": 10**6, "max_memory": 2**40}
+    limits = {"seconds": 60, "max_rows": 2, "max_bytes": 10**6, "max_value_bytes": 10**6, "max_memory": 2**40}
     answer = sql_worker.answer(str(databases[0]), "SELECT x'00', 1 FROM pet LIMIT 1", limits)
     assert json.loads(json.dumps(answer)) == {
         "kind": "rows",

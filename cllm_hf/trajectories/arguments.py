@@ -151,7 +151,7 @@ def _add_inspect(commands: Any) -> argparse.ArgumentParser:
     which.add_argument("--record", type=_natural, help="number of the record; by default 0")
     which.add_argument("--data-id", help="the record with this `data_id` instead")
     which.add_argument("--statistics", action="store_true", help="how the blocks of the whole dataset converge")
-    parser.add_argument("--block", type=_natural, nargs="+", help="numbers of the blocks to show; by default all")
+    parser.add_argument("--block", type=_natural, nargs="+", help="numbers of the blocks, from 0; by default all")
     parser.add_argument("--compare", metavar="OTHER", help="a dataset made after training, for the statistics")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG file for a plot of the statistics")
     parser.add_argument(
@@ -176,7 +176,7 @@ def _add_show(commands: Any) -> argparse.ArgumentParser:
         "--prompt-template", default="{prompt}", help="text around the prompt; \\n is a new line, as of `cllm collect`"
     )
     parser.add_argument("--block-size", type=positive, help="tokens of a block; by default that of the CLLM, else 16")
-    parser.add_argument("--block", type=positive, default=1, help="which block of the response, from 1")
+    parser.add_argument("--block", type=_natural, default=0, help="number of the block in the response, from 0")
     parser.add_argument(
         "--max-new-tokens", type=positive, help="longest response, in tokens; by default it ends with the block"
     )

@@ -50,6 +50,12 @@ class BlockTrajectory:
         return cls([list(state[:length]) for state in states], number, start, is_trajectory, name)
 
     @property
+    def span(self) -> str:
+        """`str`: which tokens of the response it holds, counted from 0, such as `"tokens 16 to 31"`."""
+        last = self.start + len(self.states[-1]) - 1
+        return f"tokens {self.start} to {last}" if last > self.start else f"token {self.start}"
+
+    @property
     def num_iterations(self) -> int:
         """Iterations to converge, the confirming one not counted."""
         return len(self.states) - 1

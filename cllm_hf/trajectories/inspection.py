@@ -157,9 +157,7 @@ def _format_block(
     record: Mapping[str, Any], number: int, decode: Callable[[int], str], color: bool, width: int
 ) -> str:
     block = BlockTrajectory.of(record, number)
-    length = len(block.states[-1])
-    span = f"tokens {block.start} to {block.start + length - 1}" if length > 1 else f"token {block.start}"
-    heading = f"Block {number}, {span} of the response: {block.describe()}"
+    heading = f"Block {number}, {block.span} of the response: {block.describe()}"
     return "\n".join([heading, _format_states(block, decode, color, width)])
 
 

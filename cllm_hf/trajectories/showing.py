@@ -37,11 +37,9 @@ class TrajectoryPicture:
 
     @property
     def title(self) -> str:
-        """Which block it is, and where in the response; both counted from 1."""
+        """Which block it is, and which tokens of the response; both counted from 0, as in a record."""
         block = max(self.blocks, key=lambda block: len(block.states[-1]))
-        first, last = block.start + 1, block.start + len(block.states[-1])
-        span = f"tokens {first} to {last}" if last > first else f"token {first}"
-        return f"Block {block.number + 1}, {span} of the response"
+        return f"Block {block.number}, {block.span} of the response"
 
     def format(self, color: bool = True, width: int | None = None) -> str:
         """
@@ -99,7 +97,7 @@ def draw_trajectories(
     processing_class: PreTrainedTokenizerBase,
     prompt: Prompt,
     block_size: int = 16,
-    block: int = 1,
+    block: int = 0,
     max_new_tokens: int | None = None,
     seed: int = 0,
 ) -> TrajectoryPicture:
@@ -116,7 +114,7 @@ def draw_trajectories(
         processing_class (`transformers.PreTrainedTokenizerBase`): their tokenizer.
         prompt (`str`, `list[dict]` or `list[int]`): text, chat messages or token ids.
         block_size (`int`): tokens of a block.
-        block (`int`): number of the block in the response, from 1.
+        block (`int`): number of the block in the response, from 0.
         max_new_tokens (`int`, *optional*): longest response, in tokens; by default it ends with the block.
         seed (`int`): of the first draft.
 
@@ -142,7 +140,7 @@ def collect_block(
     prompt: Prompt,
     name: str,
     block_size: int = 16,
-    block: int = 1,
+    block: int = 0,
     max_new_tokens: int | None = None,
     seed: int = 0,
 ) -> tuple[str, BlockTrajectory]:
@@ -155,7 +153,7 @@ def collect_block(
         prompt (`str`, `list[dict]` or `list[int]`): text, chat messages or token ids.
         name (`str`): what the model is called.
         block_size (`int`): tokens of a block.
-        block (`int`): number of the block in the response, from 1.
+        block (`int`): number of the block in the response, from 0.
         max_new_tokens (`int`, *optional*): longest response, in tokens; by default it ends with the block.
         seed (`int`): of the first draft.
 
@@ -165,9 +163,9 @@ def collect_block(
     Raises:
         ValueError: as `draw_trajectories`.
     """
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"`block` must be an integer of at least 1, got {block!r}.")
-    longest = block * block_size if max_new_tokens is None else max_new_tokens
+    if isinstance(block, bool) or not isinstance(block, int) or block < 0:
+        raise ValueError(f"`block` must be an integer of at least 0, got {block!r}.")
+    longest = (block + 1) * block_size if max_new_tokens is None else max_new_tokens
     builder = TrajectoryBuilder(
         model,
         processing_class,
@@ -190,13 +188,13 @@ def collect_block(
             ) from error
         raise
     blocks = len(record["states"])
-    if block > blocks:
+    if block >= blocks:
         ends = "" if max_new_tokens is None else f" of at most {max_new_tokens} tokens"
         raise ValueError(
-            f"`block` must be from 1 to {blocks}, the blocks of the response of {name}{ends}, got {block}. Choose one "
-            "of those."
+            f"`block` must be from 0 to {blocks - 1}, the blocks of the response of {name}{ends}, got {block}. Choose "
+            "one of those."
         )
-    found = BlockTrajectory.of(record, block - 1, name)
+    found = BlockTrajectory.of(record, block, name)
     if not found.is_trajectory:
         raise ValueError(
             f"Block {block} of the response of {name} has no trajectory: two tokens there are equally good but for "

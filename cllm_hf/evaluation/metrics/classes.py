@@ -83,7 +83,8 @@ class SpiderAccuracy(_LocalMetric):
     Args:
         database_folder (`str` or `Path`, *optional*): where `<db_id>/<db_id>.sqlite` are.
         exact_match (`bool`): whether to compare clauses, too, which needs the package `sqlglot`.
-        keep_distinct (`bool`): whether `DISTINCT` counts in execution; see `judge_sql`.
+        keep_distinct (`bool`): whether `DISTINCT` counts in execution, as it does not in the published
+            evaluator unless asked for; see `judge_sql`.
         limits (`QueryLimits`, *optional*): of each query.
         **kwargs: arguments of `evaluate.Metric`; `keep_in_memory` is `True` here by default.
 
@@ -104,7 +105,7 @@ class SpiderAccuracy(_LocalMetric):
         self,
         database_folder: str | Path | None = None,
         exact_match: bool = True,
-        keep_distinct: bool = True,
+        keep_distinct: bool = False,
         limits: QueryLimits | None = None,
         **kwargs: Any,
     ):

@@ -31,10 +31,10 @@ def read_answer(text: str) -> Fraction | None:
 
     It is the first number on the line of the first `####` that has a number behind it, as in the data set; without
     such a line it is the last number of the text. Commas between thousands, currency signs, a percent sign and units
-    are left
-    out (`$1,234.50` is 1234.5, `50%` is 50); `12.` at the end of a sentence is 12, `3/4` is the fraction, and `1 1/2`
-        one
-    and a half. Calculations in `<<...>>` are passed over. Words such as "half" or "million" are not read.
+    are left out (`$1,234.50` is 1234.5, `50%` is 50); `12.` at the end of a sentence is 12, `3/4` is the fraction, and
+    `1 1/2` is one and a half.
+    Calculations in `<<...>>` are passed over. Words such as "half" or "million", `½` and powers of ten such as `1e3`
+    are not read.
 
     Args:
         text (`str`): a response, or an answer of the data set.

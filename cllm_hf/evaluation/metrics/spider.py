@@ -24,7 +24,7 @@ def judge_sql(
     gold_query: str,
     database: str | Path,
     runner: QueryRunner | None = None,
-    keep_distinct: bool = True,
+    keep_distinct: bool = False,
 ) -> Judgement:
     """
     Judge a query by its execution: whether it returns what the gold query returns.
@@ -33,13 +33,13 @@ def judge_sql(
     2020, arXiv 2010.02840) on one database. Results are equal if some order of the predicted columns gives the same
     rows, each as often, and in the same order if the gold query has an `ORDER BY`, be it in a subquery; names of
     columns do not count, 1 equals 1.0, and two empty results are equal. Operators in two pieces, such as `> =`, are
-    put together first.
+    put together first, and every `DISTINCT` is taken out of both queries, as that evaluator does unless it is told
+    `--keep_distinct`.
 
     It differs from that evaluator's as follows. `ORDER BY` inside of quotes and comments does not count, and may have
-    more than one space in it, as it is the query that orders, not its text. By default `DISTINCT` stays in both
-    queries (there: `--keep_distinct`), since the question is what the predicted query returns. The search over columns
-    is complete: there, it rests on a sample of the rows and on an order of values by their text. Queries that take
-    more than `limits` are wrong. `YEAR(CURDATE())` has no meaning of its own.
+    more than one space in it, as it is the query that orders, not its text. The search over columns is complete:
+    there, it rests on a sample of the rows and on an order of values by their text. Queries that take more than
+    `limits` are wrong. `YEAR(CURDATE())` has no meaning of its own.
 
     Args:
         prediction (`str`): SQL that a model has written.
@@ -47,8 +47,7 @@ def judge_sql(
         database (`str` or `Path`): an SQLite file.
         runner (`QueryRunner`, *optional*): runs both queries; by default one with the usual limits is started for this
             call.
-        keep_distinct (`bool`): whether `DISTINCT` counts; `False` takes it out of both queries, as that evaluator does
-            by default.
+        keep_distinct (`bool`): whether to run the queries as they are written, so that `DISTINCT` counts.
 
     Returns:
         `Judgement`: of the kind `"right"`, `"other result"`, or a kind of `QueryResult` that says why there is no
@@ -77,8 +76,7 @@ def judge_exact_match(prediction: str, gold_query: str, schema: Mapping[str, Seq
 
     This follows Spider's exact set match without values (`evaluation.py` of taoyds/spider), of which
     `sql_clauses.describe_query` says what it leaves out. It is stricter than that evaluator in what the latter passes
-    over: how `AND` and `OR` are nested, columns on the right of a comparison, the direction of each term of `ORDER
-        BY`,
+    over: how `AND` and `OR` are nested, columns on the right of a comparison, the direction of each term that orders,
     all conditions of a join instead of the first one, outer joins, `UNION ALL`, and subqueries in `FROM`. It is more
     lenient in two things: `ORDER BY` may name a column by its alias, and what an inner join sets equal is one column,
     where there it is what the published schema calls a foreign key. And it parses all of SQLite's queries.

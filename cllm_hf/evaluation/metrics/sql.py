@@ -169,6 +169,8 @@ class QueryRunner:
         return line, late.is_set() and not line.endswith("\n")
 
     def _started(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is not None:
+            self._end()  # it has ended between two queries, which is no fault of the next one
         if self._process is None:
             self._process = subprocess.Popen(
                 # Isolated, without site packages: it starts at once, and what is installed cannot change it.

@@ -8,6 +8,7 @@ standard library alone. A request is a line of JSON on standard input, its answe
 from __future__ import annotations
 
 import json
+import signal
 import sqlite3
 import sys
 import time
@@ -19,6 +20,8 @@ READY = "ready\n"
 _READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer"}
 _STEPS_BETWEEN_LOOKS = 1000  # instructions of SQLite's virtual machine: well under a millisecond
+# Longer than whoever asks waits before it ends this process; for where it is gone itself.
+_ALONE_AFTER = 10.0  # seconds beyond those of a query
 _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 
 
@@ -210,15 +213,25 @@ def kind_of(error: Exception, guard: Guard) -> str:
     return "error"
 
 
+def _end_after(seconds: float) -> None:
+    """Have this process ended by its system, in the middle of whatever call; 0 takes that back."""
+    if hasattr(signal, "setitimer"):  # Windows has none
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def main() -> None:
     """Answer requests until there are no more."""
     limits = json.loads(sys.argv[1])
+    # Ctrl-C in a terminal is for the process that asks. It ends this one, if it does not go on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout.write(READY)
     sys.stdout.flush()
     for line in sys.stdin:
         request = json.loads(line)
+        _end_after(limits["seconds"] + _ALONE_AFTER)
         sys.stdout.write(json.dumps(answer(request["database"], request["query"], limits)) + "\n")
         sys.stdout.flush()
+        _end_after(0)
 
 
 if __name__ == "__main__":
