@@ -13,6 +13,7 @@ from cllm_hf.pipeline import cllm as cllm_steps
 from cllm_hf.pipeline import sft as sft_step
 from cllm_hf.pipeline import steps as pipeline_steps
 from cllm_hf.pipeline.command import main
+from cllm_hf.pipeline.data import read_json_rows
 from cllm_hf.pipeline.models import make_tokenizer
 from cllm_hf.pipeline.options import read_options
 from cllm_hf.pipeline.parts import PARTS, STEPS, Records
@@ -353,3 +354,28 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 def test_the_config_of_the_tests_is_one():
     assert yaml.safe_load(yaml.safe_dump(letters_config())) == letters_config()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"q": 1}\n\n{"r": "x"}\n', "Line 3 of .*a.jsonl' must be an object with `q`, got {'r': 'x'}"),
+        ("a.jsonl", '{"q": 1}\n{"q"', "Line 2 of .*a.jsonl' must be a JSON object: Expecting"),
+        ("a.json", '[{"q": 1}, 3]', "Object 2 of .* must be an object with `q`, got 3"),
+        ("a.json", '{"q": 1}', "must hold a JSON list of objects"),
+        ("a.json", "[", "must be a JSON file: Expecting"),
+        ("a.json", b"\xff", "must be a text in UTF-8"),
+    ],
+)
+def test_data_of_another_format_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        read_json_rows(tmp_path / name, ("q",))
+
+
+def test_data_keep_line_ends_of_all_kinds(tmp_path):
+    rows = [{"q": "a\u2028b\x85c\r\nd"}, {"q": "e"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert read_json_rows(tmp_path / "a.jsonl", ("q",)) == rows
+    with pytest.raises(OSError, match="must be in .*none.jsonl', which cannot be read.*`--data`"):
+        read_json_rows(tmp_path / "none.jsonl")
