@@ -97,8 +97,8 @@ class Spider(Task):
         missing = sorted(name for name in names if self._database(name) is None)
         if missing and (self.databases is not None or len(missing) < len(names)):
             raise ValueError(
-                f"There must be a file DB_ID/DB_ID.sqlite for each of the {len(names)} databases of the test problems, "
-                f"got none for {len(missing)}, such as {missing[0]!r}. Name their folder with `--databases`."
+                f"There must be a file DB_ID/DB_ID.sqlite for each of the {len(names)} databases of the test "
+                f"problems, got none for {len(missing)}, such as {missing[0]!r}. Name their folder with `--databases`."
             )
 
     def _rows(self, name: str) -> list[dict[str, str]]:
