@@ -191,6 +191,7 @@ def run_all(name, data, folder, capsys):
     assert capsys.readouterr().out.count("is complete") == 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "spider").is_dir(), reason="needs the data")
 def test_the_real_spider(tmp_path):
     task = task_of("spider")(data=str(SHARED / "spider"))
