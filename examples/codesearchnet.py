@@ -10,7 +10,7 @@ There are no tests to run the functions with, so the report is on speed alone.
 """
 
 import ast
-import json
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from pathlib import Path
 from datasets import load_dataset
 
 from cllm_hf.pipeline.command import main
+from cllm_hf.pipeline.data import read_json_rows
 from cllm_hf.pipeline.task import Problem, Task, task_option
 
 
@@ -46,8 +47,8 @@ class CodeSearchNet(Task):
         if self.data is None:
             rows = load_dataset(str(self.source), "python", split=split)
             return list(zip(rows["func_documentation_string"], rows["func_code_string"]))
-        lines = (Path(self.data) / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [(row["docstring"], row["code"]) for row in map(json.loads, filter(str.strip, lines))]
+        rows = read_json_rows(Path(self.data) / f"{split}.jsonl", ("docstring", "code"))
+        return [(row["docstring"], row["code"]) for row in rows]
 
 
 def without_docstring(code: str) -> str | None:
@@ -65,7 +66,7 @@ def without_docstring(code: str) -> str | None:
         return code.strip()
     if len(function.body) == 1 or first.lineno == function.lineno or first.end_lineno == function.body[1].lineno:
         return None
-    lines = code.splitlines()
+    lines = re.split(r"\r\n|\r|\n", code)  # as the parser counts them; a form feed ends no line
     return "\n".join(lines[: first.lineno - 1] + lines[first.end_lineno :]).strip()
 
 

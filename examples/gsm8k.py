@@ -9,7 +9,6 @@ goes on where it was interrupted. The data are `openai/gsm8k` from the Hub, or a
 `test.jsonl`, a JSON object with `question` and `answer` a line.
 """
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from datasets import load_dataset
 
 from cllm_hf.evaluation.judgements import Judgement
 from cllm_hf.pipeline.command import main
+from cllm_hf.pipeline.data import read_json_rows
 from cllm_hf.pipeline.task import Problem, Task, task_option
 
 
@@ -49,13 +49,7 @@ class GSM8K(Task):
     def _rows(self, split: str) -> list[dict[str, str]]:
         if self.data is None:
             return list(load_dataset("openai/gsm8k", "main", split=split))
-        path = Path(self.data) / f"{split}.jsonl"
-        with path.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not {"question", "answer"} <= row.keys():
-                raise ValueError(f"Line {number} of {str(path)!r} must have `question` and `answer`, got {row!r:.60}.")
-        return rows
+        return read_json_rows(Path(self.data) / f"{split}.jsonl", ("question", "answer"))
 
     def _problem(self, question: str, answer: str) -> Problem:
         response = answer if self.calculator else re.sub(r"<<[^<>]*>>", "", answer)

@@ -10,7 +10,6 @@ with `train.json` (a list of objects with `conversations`, a list of `{"from": "
 right or wrong here, so the report is on speed alone.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from datasets import load_dataset
 from huggingface_hub import hf_hub_download
 
 from cllm_hf.pipeline.command import main
+from cllm_hf.pipeline.data import read_json_rows
 from cllm_hf.pipeline.task import Problem, Task, task_option
 
 
@@ -46,15 +46,18 @@ class ShareGPT(Task):
         path = None if self.data is None else Path(self.data) / "train.json"
         if path is None:
             path = Path(hf_hub_download(self.source, "ShareGPT_V3_unfiltered_cleaned_split.json", repo_type="dataset"))
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json_rows(path)
 
     def _questions(self) -> list[str]:
         if self.data is None:
             rows = list(load_dataset("HuggingFaceH4/mt_bench_prompts", split="train"))
         else:
-            lines = (Path(self.data) / "test.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-        return [(row.get("prompt") or row["turns"])[0].strip() for row in rows]
+            rows = read_json_rows(Path(self.data) / "test.jsonl")
+        found = [row.get("prompt") or row.get("turns") for row in rows]
+        for row, turns in zip(rows, found):
+            if not (isinstance(turns, list) and turns and isinstance(turns[0], str)):
+                raise ValueError(f"A question must be a list of texts in `prompt` or `turns`, got {row!r:.60}.")
+        return [turns[0].strip() for turns in found]
 
     def _problem(self, question: str, answer: str) -> Problem:
         return Problem([{"role": "user", "content": question}] if self.chat else f"{question}\n", answer)
@@ -62,9 +65,9 @@ class ShareGPT(Task):
 
 def first_turn(conversation: list[dict[str, str]]) -> tuple[str, str] | None:
     """The first question and its answer; `None` if a chat begins otherwise."""
-    if len(conversation) < 2 or (conversation[0]["from"], conversation[1]["from"]) != ("human", "gpt"):
+    if len(conversation) < 2 or tuple(turn.get("from") for turn in conversation[:2]) != ("human", "gpt"):
         return None
-    question, answer = (turn["value"].strip() for turn in conversation[:2])
+    question, answer = ((turn.get("value") or "").strip() for turn in conversation[:2])
     return (question, answer) if question and answer else None
 
 

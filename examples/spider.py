@@ -13,7 +13,6 @@ folder. A prompt is the schema of a database and a question:
     How many singers do we have?
 """
 
-import json
 import random
 import re
 import sqlite3
@@ -30,6 +29,7 @@ from made_up_sql import make_problems, read_tables
 
 from cllm_hf.evaluation.judgements import Judgement
 from cllm_hf.pipeline.command import main
+from cllm_hf.pipeline.data import read_json, read_json_rows
 from cllm_hf.pipeline.task import Problem, Task, task_option
 
 
@@ -72,6 +72,7 @@ class Spider(Task):
         rows = {name: self._rows(name) for name in ("train", "dev")}
         check_split(rows["train"], rows["dev"])
         if split == "test":
+            self._check_databases({row["db_id"] for row in rows["dev"]})
             return [self._problem(row, self._schema(row["db_id"])) for row in rows["dev"]]
         rng = random.Random(self.seed)
         problems = []
@@ -98,10 +99,19 @@ class Spider(Task):
         with QueryRunner() as runner:
             return [judge_one(response, problem.reference) for response, problem in zip(responses, problems)]
 
+    def _check_databases(self, names: set[str]) -> None:
+        """All or none, so that one metric judges all answers."""
+        missing = sorted(name for name in names if self._database(name) is None)
+        if missing and (self.databases is not None or len(missing) < len(names)):
+            raise ValueError(
+                f"There must be a file DB_ID/DB_ID.sqlite for each of the {len(names)} databases of the test "
+                f"problems, got none for {len(missing)}, such as {missing[0]!r}. Name their folder with `--databases`."
+            )
+
     def _rows(self, name: str) -> list[dict[str, str]]:
         if self.data is None:
             return list(load_dataset("xlangai/spider", split={"train": "train", "dev": "validation"}[name]))
-        return json.loads((Path(self.data) / f"{name}.json").read_text(encoding="utf-8"))
+        return read_json_rows(Path(self.data) / f"{name}.json", ("db_id", "question", "query"))
 
     def _make_up(self, databases: set[str]) -> list[Problem]:
         """Problems over schemas that are put together from tables of the training databases."""
@@ -138,7 +148,7 @@ class Spider(Task):
         if self.databases is not None:
             places.append(Path(self.databases).parent / "tables.json")
         found = next((path for path in places if path.is_file()), None)
-        return [] if found is None else json.loads(found.read_text(encoding="utf-8"))
+        return [] if found is None else read_json(found)
 
     @cached_property
     def _schemas(self) -> dict[str, Schema]:

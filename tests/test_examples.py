@@ -47,7 +47,7 @@ def test_gsm8k_problems(tmp_path):
     answers[1] = answers[1].replace("####", "#### $") + ".00"
     assert [judgement.is_right for judgement in kind().judge(answers, test)] == [False] + [True] * 5
     (tmp_path / "data" / "test.jsonl").write_text('{"question": "?"}\n')
-    with pytest.raises(ValueError, match="Line 1 of .*must have `question` and `answer`"):
+    with pytest.raises(ValueError, match="Line 1 of .*must be an object with `question`, `answer`"):
         kind(data=data).load("test")
 
 
@@ -147,6 +147,18 @@ def test_spider_without_databases_compares_clauses(tmp_path):
     assert [judgement.is_right for judgement in task.judge(answers, problems)] == [True, False]
 
 
+def test_spider_needs_all_databases_or_none(tmp_path):
+    """Otherwise some answers were judged by what they return, others by their clauses."""
+    data = write_spider(tmp_path / "data")
+    rows = json.loads((data / "dev.json").read_text())
+    rows[2]["db_id"] = "books"
+    (data / "dev.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="each of the 2 databases.*none for 1, such as 'books'.*`--databases`"):
+        task_of("spider")(data=str(data)).load("test")
+    with pytest.raises(ValueError, match="none for 2"):
+        task_of("spider")(data=str(data), databases=str(tmp_path / "typo")).load("test")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gsm8k", "spider"])
 def test_all_steps_at_a_tiny_size(tmp_path, name, capsys):
@@ -179,6 +191,7 @@ def run_all(name, data, folder, capsys):
     assert capsys.readouterr().out.count("is complete") == 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "spider").is_dir(), reason="needs the data")
 def test_the_real_spider(tmp_path):
     task = task_of("spider")(data=str(SHARED / "spider"))
@@ -210,6 +223,9 @@ def test_first_turns_of_chats(tmp_path):
     assert problem.prompt == [{"role": "user", "content": "Hi?"}] and problem.response == "Hello."
     assert [one.prompt for one in kind(data=str(tmp_path), chat=False).load("test")] == ["Why?\n", "How?\n"]
     assert not task.has_metric and task_of("gsm8k")().has_metric
+    (tmp_path / "test.jsonl").write_text('{"question": "How?"}\n')
+    with pytest.raises(ValueError, match="a list of texts in `prompt` or `turns`, got {'question': 'How"):
+        task.load("test")
 
 
 def test_functions_without_their_documentation(tmp_path):
@@ -227,6 +243,8 @@ def test_functions_without_their_documentation(tmp_path):
     assert problem.response == "def add(a, b):\n    # both\n    return a + b"
     strip = load_example("codesearchnet").without_docstring
     assert strip("def f(): 'x'") is None and strip("x = 1") is None and strip("def f():\n    'x'; return 1") is None
+    assert strip("def f():\n    'x'\n    a = '\\x0c'\n    return a") == "def f():\n    a = '\\x0c'\n    return a"
+    assert strip("def f(a='\x0c'):\n    'x'\n    return a") == "def f(a='\x0c'):\n    return a"
     assert strip("def f():\n    return 1\n") == "def f():\n    return 1"
 
 

@@ -10,9 +10,11 @@ from pipelines import SHAPE, TRAINING, Letters, letters_config, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cllm_hf.pipeline import cllm as cllm_steps
+from cllm_hf.pipeline import parts
 from cllm_hf.pipeline import sft as sft_step
 from cllm_hf.pipeline import steps as pipeline_steps
 from cllm_hf.pipeline.command import main
+from cllm_hf.pipeline.data import read_json_rows
 from cllm_hf.pipeline.models import make_tokenizer
 from cllm_hf.pipeline.options import read_options
 from cllm_hf.pipeline.parts import PARTS, STEPS, Records
@@ -86,6 +88,10 @@ def same(ours, theirs):
         (["model=null"], "must be a section `model`"),
         (["model.lora={r: 2}"], "An adapter goes on a trained model"),
         (["model={name: a, lora: {rank: 2}}"], "no option `model.lora.rank`"),
+        (["model={name: a, vocab_size: 300}"], "`model.vocab_size` cannot be set, got 300.*that it comes with"),
+        (["draft={architecture: llama, vocab_size: 300}"], "`draft.vocab_size` cannot be set.*of the target model"),
+        (["draft={name: a, lora: {r: 2}}"], "`draft.lora` is for a draft model that is trained"),
+        (["train.block_size=8"], "`train.block_size` cannot be set, got 8.*top level"),
         (["sft=3"], "Section `sft` must hold options by name, got 3"),
         (["max_steps"], "`--set` takes SECTION.OPTION=VALUE, got 'max_steps'"),
         (["block_size.x=1"], "`block_size` is no section"),
@@ -323,6 +329,37 @@ def test_what_has_left_nothing_binds_nobody(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["steps"]
 
 
+def test_half_a_folder_is_not_taken_for_a_part(tmp_path, monkeypatch):
+    """Whatever happens while a complete part is removed."""
+    records, part = Records(tmp_path), PARTS["cllm"]
+    (tmp_path / "cllm").mkdir()
+    records.begin(part, {})
+    records.end(part, {}, 1.0, is_complete=True)
+    assert records.is_complete(part, {})
+
+    def stop(path, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            records.discard("train")
+    assert not records.is_complete(part, {})
+    (tmp_path / "cllm").mkdir()
+    assert records.discard("train") == ["cllm"] and [path.name for path in tmp_path.iterdir()] == ["steps"]
+
+
+@pytest.mark.parametrize("error", [ImportError("needs a package"), ValueError("no such database")])
+def test_a_metric_that_cannot_work_is_said_before_anything_is_done(tmp_path, monkeypatch, capsys, error):
+    def judge(self, responses, problems):
+        raise error
+
+    monkeypatch.setattr(Letters, "judge", judge)
+    arguments = ["all", "--output-dir", str(tmp_path / "run")]
+    assert main(Letters, write_config(tmp_path / "config.yaml"), arguments) == 1
+    assert capsys.readouterr().err == f"letters: {error}\n" and not list((tmp_path / "run").iterdir())
+
+
 def test_a_damaged_record_is_said(tmp_path):
     Records(tmp_path).begin(PARTS["cllm"], {})
     (tmp_path / "steps" / "cllm.json").write_text("{")
@@ -353,3 +390,28 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 def test_the_config_of_the_tests_is_one():
     assert yaml.safe_load(yaml.safe_dump(letters_config())) == letters_config()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"q": 1}\n\n{"r": "x"}\n', "Line 3 of .*a.jsonl' must be an object with `q`, got {'r': 'x'}"),
+        ("a.jsonl", '{"q": 1}\n{"q"', "Line 2 of .*a.jsonl' must be a JSON object: Expecting"),
+        ("a.json", '[{"q": 1}, 3]', "Object 2 of .* must be an object with `q`, got 3"),
+        ("a.json", '{"q": 1}', "must hold a JSON list of objects"),
+        ("a.json", "[", "must be a JSON file: Expecting"),
+        ("a.json", b"\xff", "must be a text in UTF-8"),
+    ],
+)
+def test_data_of_another_format_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        read_json_rows(tmp_path / name, ("q",))
+
+
+def test_data_keep_line_ends_of_all_kinds(tmp_path):
+    rows = [{"q": "a\u2028b\x85c\r\nd"}, {"q": "e"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert read_json_rows(tmp_path / "a.jsonl", ("q",)) == rows
+    with pytest.raises(OSError, match="must be in .*none.jsonl', which cannot be read.*`--data`"):
+        read_json_rows(tmp_path / "none.jsonl")

@@ -28,14 +28,16 @@ def main(task: type[Task], default_config: str | Path, arguments: Sequence[str] 
     """
     parsed = _make_parser(task, default_config).parse_args(arguments)
     warnings.filterwarnings("ignore")  # the hosts' deprecation notices are for programmers
-    from ..quiet import show_notices
-    from .models import is_first_process, leave_others
-    from .options import read_options
-    from .steps import Pipeline
-
     program = task.name
     given = {name: getattr(parsed, name) for name in _flags(task)}
     given = {name: value for name, value in given.items() if value is not None}
+    try:
+        from ..quiet import show_notices
+        from .models import is_first_process, leave_others
+        from .options import read_options
+        from .steps import Pipeline
+    except KeyboardInterrupt:  # imports take seconds
+        return 130
     try:
         with show_notices(is_first_process()):
             options = read_options(task, parsed.config, parsed.set, parsed.output_dir, given)
@@ -46,7 +48,7 @@ def main(task: type[Task], default_config: str | Path, arguments: Sequence[str] 
             without = "" if parsed.overwrite is None else " without `--overwrite`"
             print(f"\n{program}: interrupted; the same command{without} goes on where it was.", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # the first for what a metric needs
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     return 0

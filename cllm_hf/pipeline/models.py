@@ -19,7 +19,7 @@ from transformers import (
 
 from ..files import save_whole
 from ..trajectories.process import Process
-from .options import ModelOptions
+from .model_options import ModelOptions
 
 
 _PAD, _BOS, _EOS = "<pad>", "<s>", "</s>"

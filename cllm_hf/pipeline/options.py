@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
-from transformers import CONFIG_MAPPING
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -16,17 +15,18 @@ from ..decoding.options import check_block_size
 from ..training.config import CLLMConfig
 from ..trajectories.cleaning import CleaningRules
 from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
+from .model_options import ModelOptions, describe_model, read_model
 from .sections import apply_overrides, changed_values, check_names, closest, read_section
 from .task import Task
 
 
-_DTYPE = Literal["float32", "bfloat16", "float16"]
 # Options of the hosts that are the pipeline's own.
 _REFUSED = {
     "output_dir": "every step has its folder in the top-level `output_dir`",
     "resume_from_checkpoint": "a step goes on by itself",
     "push_to_hub": "push the finished folder instead",
     "save_only_model": "a step goes on from its checkpoints",
+    "block_size": "it is an option of the top level, the same for every step",
     "model_init_kwargs": "the section `model` has `dtype` and `attn_implementation`",
 }
 # What a training is not changed by.
@@ -49,32 +49,6 @@ _INCIDENTAL = {
     "num_monitored_prompts",
     "monitored_max_new_tokens",
 }
-
-
-@dataclasses.dataclass
-class ModelOptions:
-    """
-    A model, by name or made from nothing.
-
-    Attributes:
-        name (`str`, *optional*): folder or Hub id.
-        dtype (`str`): of the weights that are loaded for training, and by default elsewhere.
-        attn_implementation (`str`, *optional*): such as `"sdpa"`.
-        lora (`dict`, *optional*): options of `peft.LoraConfig`; adapters are trained instead of the whole model.
-        architecture (`str`, *optional*): model type of a model from nothing, such as `"llama"`.
-        vocab_size (`int`): tokens of its tokenizer, which is trained on the training texts.
-        shape (`dict`): further options of its config, such as `hidden_size`; in YAML they stand in the section itself.
-        sft (`dict`): of a draft model: options that differ from those of the section `sft`.
-    """
-
-    name: str | None = None
-    dtype: _DTYPE = "float32"
-    attn_implementation: str | None = None
-    lora: dict | None = None
-    architecture: str | None = None
-    vocab_size: int = 2048
-    shape: dict = dataclasses.field(default_factory=dict)
-    sft: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -284,8 +258,8 @@ def read_options(
     given_task = {"seed": shared.seed, **(values.get("task") or {}), **(task_options or {})}
     for section in ("collect", "train", "evaluate"):
         values[section] = {} if values.get(section) is None else values[section]
-    model = _read_model(values.get("model"), "model")
-    draft = None if values.get("draft") is None else _read_model(values["draft"], "draft")
+    model = read_model(values.get("model"), "model")
+    draft = None if values.get("draft") is None else read_model(values["draft"], "draft")
     if values.get("sft") is None and model.name is None:
         raise ValueError("A model from nothing must be trained, got no section `sft`. Add one, or name a model.")
     options = Options(
@@ -313,8 +287,8 @@ def _dependencies(
     found = {
         "top": {"seed": options.seed},
         "task": changed_values(options.task, given_task, {*options.task.places, "seed"}),
-        "model": _describe_model(options.model),
-        "draft": {} if options.draft is None else _describe_model(options.draft),
+        "model": describe_model(options.model),
+        "draft": {} if options.draft is None else describe_model(options.draft),
         "collect": changed_values(options.collect, values["collect"], {"device", "max_new_tokens"}),
         "train": changed_values(options.cllm_config(options.output_dir), options.train, _INCIDENTAL),
         "evaluate": changed_values(options.evaluate, values["evaluate"], {"device", "max_new_tokens"}),
@@ -347,54 +321,6 @@ def _check_not_refused(values: Mapping[str, Any], section: str) -> None:
     for name, reason in _REFUSED.items():
         if name in values:
             raise ValueError(f"`{section}.{name}` cannot be set, got {values[name]!r}: {reason}. Drop it.")
-
-
-def _read_model(values: Any, section: str) -> ModelOptions:
-    if values is None:
-        raise ValueError(f"There must be a section `{section}` with a `name` or an `architecture`, got none.")
-    own = (
-        {field.name for field in dataclasses.fields(ModelOptions)}
-        - {"shape"}
-        - ({"sft"} if section == "model" else set())
-    )
-    if not isinstance(values, Mapping) or values.get("architecture") is None:
-        check_names(values, own, section)
-        shape: dict[str, Any] = {}
-    else:
-        known = _config_options(values["architecture"], section)
-        check_names(values, own | known, section)
-        shape = {name: value for name, value in values.items() if name not in own}
-    made = read_section(ModelOptions, {**{n: v for n, v in values.items() if n in own}, "shape": shape}, section)
-    if (made.name is None) == (made.architecture is None):
-        got = "neither" if made.name is None else "both"
-        raise ValueError(f"Section `{section}` must have either a `name` or an `architecture`, got {got}.")
-    if made.architecture is not None and made.lora is not None:
-        raise ValueError(f"An adapter goes on a trained model, got `{section}.lora` for one from nothing. Drop it.")
-    if made.lora is not None:
-        _check_lora(made.lora, section)
-    return made
-
-
-def _config_options(architecture: Any, section: str) -> set[str]:
-    if architecture not in CONFIG_MAPPING:
-        raise ValueError(
-            f"`{section}.architecture` must be a model type of transformers, got {architecture!r}."
-            f"{closest(str(architecture), list(CONFIG_MAPPING.keys()))}"
-        )
-    kind = CONFIG_MAPPING[architecture]
-    return {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
-
-
-def _check_lora(values: Mapping[str, Any], section: str) -> None:
-    from peft import LoraConfig
-
-    check_names(values, {field.name for field in dataclasses.fields(LoraConfig)}, f"{section}.lora")
-
-
-def _describe_model(model: ModelOptions) -> dict[str, Any]:
-    values = vars(model)
-    kept = changed_values(model, values, {"attn_implementation", "shape", "sft"})
-    return {**kept, **model.shape, **({"sft": model.sft} if model.sft else {})}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -135,10 +135,7 @@ class Records:
             if STEPS.index(part.step) < STEPS.index(step) or self._read(part) is None:
                 continue
             for path in (self.folder / name for name in (*part.paths, part.checkpoints)):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                _remove(path)
             self._path(part).unlink()
             removed.append(part.name)
         return removed[::-1]
@@ -179,6 +176,18 @@ class Records:
             raise ValueError(
                 f"{str(path)!r} must be a record of a step, and is damaged. Remove it and the part it is about."
             ) from error
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder. If that is interrupted, half a folder does not stand under its name."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    doomed = path.with_name(f".{path.name}.removed")
+    if doomed.exists():  # of an earlier interruption
+        shutil.rmtree(doomed)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _as_read(options: Mapping[str, Any]) -> dict[str, Any]:

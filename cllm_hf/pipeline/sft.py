@@ -14,6 +14,7 @@ from ..files import save_whole
 from ..loading import load_tokenizer
 from ..training.progress import show_progress
 from ..training.resuming import newest_checkpoint
+from .model_options import ModelOptions
 from .models import (
     is_first_process,
     loading_options,
@@ -24,7 +25,7 @@ from .models import (
     save_together,
     wait_for_all,
 )
-from .options import ModelOptions, Options
+from .options import Options
 from .task import Problem
 
 

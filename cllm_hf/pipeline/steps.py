@@ -62,6 +62,8 @@ class Pipeline:
                 removed = self.records.discard(overwrite)
                 self._say(f"Removed: {', '.join(removed) or 'nothing, as there was nothing'}.")
             wait_for_all()
+        if step in ("all", "evaluate"):
+            self._try_metric()
         for name in STEPS if step == "all" else (step,):
             self._check_inputs(name)
             with quiet_hosts():
@@ -76,6 +78,12 @@ class Pipeline:
     def test_problems(self) -> list[Problem]:
         """`list[Problem]`: of the test split."""
         return self._load("test")
+
+    def _try_metric(self) -> None:
+        """What is wrong with the test problems, or misses for the metric, is said before the hours of the training."""
+        problem, task = self.test_problems[0], self.options.task
+        if task.has_metric and is_first_process():
+            task.judge([problem.response], [problem])
 
     def _load(self, split: str) -> list[Problem]:
         with quiet_hosts(keep_bars=self.show_bars):
@@ -153,6 +161,8 @@ class Pipeline:
         is_complete = self.records.is_complete(part, depends)
         wait()  # before anything changes
         if is_complete:
+            if is_first_process():  # checkpoints stay if a process is killed just before it removes them
+                shutil.rmtree(self.folder / part.checkpoints, ignore_errors=True)
             self._say(f"{title} {part.name} is complete: {place}")
             return
         self._say(f"{title} {what}")
