@@ -440,10 +440,12 @@ def test_inspect_shows_statistics(saved, tmp_path, capsys):
 
 def test_inspect_draws_blocks(saved, dataset, tokenizer, tmp_path, capsys):
     files = [tmp_path / f"{number}.png" for number in range(2)]
+    place = max(range(len(dataset)), key=lambda number: len(dataset[number]["states"]))
+    record = dataset[place]
+    assert len(record["states"]) > 1
     for file, blocks in zip(files, ([], ["--block", "1", "0"])):
-        assert main(["inspect", str(saved), "--record", "3", "--picture", str(file), *blocks]) == 0
+        assert main(["inspect", str(saved), "--record", str(place), "--picture", str(file), *blocks]) == 0
         assert capsys.readouterr().out.endswith(f"\n\nWritten: {file}\n")
-    record = dataset[3]
     expected = [BlockTrajectory.of(record, number, f"Block {number}") for number in (1, 0)]
     title, caption = f"`data_id` {record['data_id']}", f"Prompt: {record['prompt']}"
     decode = token_decoder(tokenizer)
