@@ -180,6 +180,8 @@ def _is_of(value: Any, kind: Any) -> bool:
     origin = get_origin(kind)
     if origin is Literal:
         return value in get_args(kind)
+    if kind is Any:
+        return True
     if origin is list:
         return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
     if kind is float:

@@ -83,6 +83,16 @@ def test_the_methods_in_their_order(report):
     assert [row["model"] for row in report["rows"]] == ["target"] * 4 + ["cllm"] * 2
 
 
+def test_further_block_sizes_are_rows_of_both_models(models):
+    report = compare_models(*models, PROMPTS[:2], block_size=4, max_new_tokens=6, more_block_sizes=[2, "auto", 4])
+    ways = [row["name"].partition(", ")[2] for row in report["rows"]]
+    by_jacobi = ["jacobi 4", "jacobi 2", "jacobi auto"]
+    assert ways == ["generate()", "prompt lookup", *by_jacobi, "generate()", *by_jacobi]
+    assert all(row["num_equal"] == 2 for row in report["rows"])
+    with pytest.raises(ValueError, match="`more_block_sizes` must be an integer of at least 1 or .auto., got 'all'"):
+        compare_models(*models, PROMPTS[:2], block_size=4, max_new_tokens=6, more_block_sizes=["all"])
+
+
 def test_every_method_gives_its_own_models_text(report, models):
     for row, raw in zip(report["rows"], report["methods"]):
         model = models[row["model"] == "cllm"]
@@ -177,7 +187,7 @@ def test_batches_keep_the_order_of_the_prompts(tokenizer):
 
 
 def test_compiled_methods_stand_behind_their_models_others(llama):
-    runs = model_comparison._list_runs({"target": llama, "cllm": llama}, 4, None, is_compiled=True)
+    runs = model_comparison._list_runs({"target": llama, "cllm": llama}, [4], None, is_compiled=True)
     ways = ["generate()", "prompt lookup", "jacobi 4", "generate(), compiled", "jacobi 4, compiled"]
     expected = [f"target model, {way}" for way in ways]
     expected += [f"CLLM, {way}" for way in ways if way != "prompt lookup"]

@@ -69,6 +69,9 @@ def _add_models(kinds: Any) -> None:
     )
     models.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
     models.add_argument("--block-size", type=positive, default=16, help="tokens of a block")
+    models.add_argument(
+        "--more-block-sizes", type=block_size, nargs="+", default=[], help="further ones, or auto, for rows of both"
+    )
     models.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     models.add_argument("--batch-size", type=positive, default=32, help="of the prompts that are not timed")
     models.add_argument("--repeats", type=positive, default=1, help="timed rounds over the prompts")

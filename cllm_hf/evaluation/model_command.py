@@ -47,6 +47,7 @@ def run_models(options: argparse.Namespace) -> str:
         prompts[: options.num_prompts],
         block_size=options.block_size,
         max_new_tokens=options.max_new_tokens,
+        more_block_sizes=options.more_block_sizes,
         judge=None if answers is None else make_equality_judge(tokenizer, answers),
         more_prompts=prompts[options.num_prompts :],
         assistant=assistant,

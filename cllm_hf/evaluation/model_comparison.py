@@ -38,6 +38,7 @@ def compare_models(
     *,
     block_size: int,
     max_new_tokens: int,
+    more_block_sizes: Sequence[int | str] = (),
     judge: Judge | None = None,
     more_prompts: Sequence[list[int]] = (),
     assistant: Any = None,
@@ -61,6 +62,8 @@ def compare_models(
         prompts (`Sequence[list[int]]`): token ids of each prompt that is timed.
         block_size (`int`): tokens of a block.
         max_new_tokens (`int`): longest response.
+        more_block_sizes (`Sequence[int | str]`): further values of `jacobi_block_size`, `"auto"` too, for rows of
+            both models.
         judge (`Callable[[list[list[int]]], list[Judgement]]`, *optional*): says of each response to
             `[*prompts, *more_prompts]`, in that order, whether it is right. It gets token ids with the stop token, if
             the response has one, and is called once for each distinct list of responses.
@@ -81,11 +84,15 @@ def compare_models(
             below 1, vocabularies differ, models share weights, the judge gives another number of judgements, or a
             model refuses an option.
     """
-    _check_numbers(block_size, max_new_tokens, batch_size, repeats)
+    check_block_size(block_size, "block_size")
+    for size in more_block_sizes:
+        check_block_size(size, "more_block_sizes", allows_auto=True)
+    _check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=repeats)
     _check_models(target, cllm, assistant)
     _check_prompts(prompts, more_prompts, target)
     models = {"target": target, "cllm": cllm}
-    runs = _list_runs(models, block_size, assistant, is_compiled)
+    block_sizes = list(dict.fromkeys([block_size, *more_block_sizes]))
+    runs = _list_runs(models, block_sizes, assistant, is_compiled)
     methods = [run.method for run in runs]
     with _evaluation_mode(target, cllm, assistant):
         results = benchmark_decoding(
@@ -143,10 +150,12 @@ class _Run:
         return [*self.result.responses, *self.more]
 
 
-def _list_runs(models: dict[str, Any], block_size: int, assistant: Any, is_compiled: bool) -> list[_Run]:
+def _list_runs(
+    models: dict[str, Any], block_sizes: Sequence[int | str], assistant: Any, is_compiled: bool
+) -> list[_Run]:
     listed = {
-        "target": make_methods(models["target"], [block_size], assistant, is_compiled=is_compiled),
-        "cllm": make_methods(models["cllm"], [block_size], prompt_lookup=False, is_compiled=is_compiled),
+        "target": make_methods(models["target"], block_sizes, assistant, is_compiled=is_compiled),
+        "cllm": make_methods(models["cllm"], block_sizes, prompt_lookup=False, is_compiled=is_compiled),
     }
     return [
         _Run(name, replace(method, name=f"{TITLES[name]}, {method.name}"), DecodingResult(method.name), [])
@@ -155,9 +164,8 @@ def _list_runs(models: dict[str, Any], block_size: int, assistant: Any, is_compi
     ]
 
 
-def _check_numbers(block_size: int, max_new_tokens: int, batch_size: int, repeats: int) -> None:
-    check_block_size(block_size, "block_size")
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("repeats", repeats)):
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
 

@@ -93,6 +93,7 @@ class EvaluateOptions:
         num_prompts (`int`): test problems that are decoded one at a time by every method, drawn with the seed.
         more_prompts (`int`, *optional*): further ones whose answers are judged but not timed; by default all others.
         max_new_tokens (`int`, *optional*): by default that of the top level.
+        more_block_sizes (`list[int | str]`): block sizes, or `"auto"`, for further rows of both models by Jacobi.
         batch_size (`int`): of the further ones.
         repeats (`int`): rounds over the timed ones.
         is_compiled (`bool`): whether to add compiled `generate()` and Jacobi.
@@ -103,6 +104,7 @@ class EvaluateOptions:
     num_prompts: int = 50
     more_prompts: int | None = None
     max_new_tokens: int | None = None
+    more_block_sizes: list[Any] = dataclasses.field(default_factory=list)
     batch_size: int = 32
     repeats: int = 1
     is_compiled: bool = False
@@ -112,6 +114,8 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         for name, least in (("num_prompts", 1), ("more_prompts", 0), ("batch_size", 1), ("repeats", 1)):
             _check_count(f"evaluate.{name}", getattr(self, name), least)
+        for size in self.more_block_sizes:
+            check_block_size(size, "evaluate.more_block_sizes", allows_auto=True)
 
 
 @dataclasses.dataclass
