@@ -182,9 +182,7 @@ def positive(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: if it is something else.
     """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
+    return _at_least(1, text)
 
 
 def natural(text: str) -> int:
@@ -200,8 +198,12 @@ def natural(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: if it is something else.
     """
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
     return int(text)
 
 

@@ -9,12 +9,8 @@ from .._host import base_model_of
 from ..packed_forwards import check_packable
 from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH
-from ..trajectories.responding import batch_by_tokens
+from ..trajectories.responding import batch_by_tokens, limit_tokens
 from ..trajectories.statistics import TrajectoryStatistics, measure_trajectories
-
-
-# Logits of a forward at most: a gigabyte in float32.
-_MOST_LOGITS = 2**28
 
 
 def measure_convergence(
@@ -55,9 +51,8 @@ def measure_convergence(
         if response
     ]
     sizes = [(len(request.prompt_ids) + len(request.response_ids), len(request.response_ids)) for request in requests]
-    most = min(DEFAULT_TOKENS_PER_BATCH, 2 * _MOST_LOGITS // model.config.get_text_config().vocab_size)
     total = TrajectoryStatistics(block_size)
-    for batch in batch_by_tokens(sizes, most):
+    for batch in batch_by_tokens(sizes, limit_tokens(model, DEFAULT_TOKENS_PER_BATCH)):
         chosen = [requests[index] for index in batch]
         found = collect_trajectories(model, chosen, block_size, pad_token_id, stop_ids, keep_not_greedy=True)
         total += measure_trajectories([vars(trajectory) for trajectory in found], block_size)

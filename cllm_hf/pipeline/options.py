@@ -208,13 +208,7 @@ class Options:
             ValueError: for a value out of range.
         """
         section = self.collect
-        cleaning = CleaningRules(
-            max_token_run=section.max_token_run or None,
-            max_sentence_repeats=section.max_sentence_repeats or None,
-            drop_empty=section.drop_empty,
-            drop_truncated=section.drop_truncated,
-            max_prompt_tokens=section.max_prompt_tokens,
-        )
+        cleaning = CleaningRules.from_options(section)
         shared = {field.name for field in dataclasses.fields(CollectionOptions)} & set(vars(section))
         values = {name: getattr(section, name) for name in shared - {"max_new_tokens"}}
         longest = section.max_new_tokens or self.max_new_tokens

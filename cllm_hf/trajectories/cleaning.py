@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from typing import Any
 
@@ -64,6 +64,24 @@ class CleaningRules:
         for name in ("drop_empty", "drop_truncated"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be `True` or `False`, got {getattr(self, name)!r}.")
+
+    @classmethod
+    def from_options(cls, options: Any) -> CleaningRules:
+        """
+        Make the rules of options that have the same names, such as those of a command.
+
+        Args:
+            options (`Any`): where 0 as `max_token_run` or `max_sentence_repeats` is no such rule: a number is easier
+                to write than `None`.
+
+        Returns:
+            `CleaningRules`.
+
+        Raises:
+            ValueError: as the class.
+        """
+        values = {field.name: getattr(options, field.name) for field in fields(cls)}
+        return cls(**{**values, **{name: values[name] or None for name in ("max_token_run", "max_sentence_repeats")}})
 
     def reason_to_drop(self, response_ids: Sequence[int], text: str, stop_ids: Collection[int]) -> str | None:
         """

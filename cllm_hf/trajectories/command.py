@@ -289,13 +289,7 @@ def load_model(
 
 
 def _collection_options(options: CollectArguments) -> CollectionOptions:
-    cleaning = CleaningRules(
-        max_token_run=options.max_token_run or None,
-        max_sentence_repeats=options.max_sentence_repeats or None,
-        drop_empty=options.drop_empty,
-        drop_truncated=options.drop_truncated,
-        max_prompt_tokens=options.max_prompt_tokens,
-    )
+    cleaning = CleaningRules.from_options(options)
     names = [field.name for field in fields(CollectionOptions) if field.name != "cleaning"]
     return CollectionOptions(cleaning=cleaning, **{name: getattr(options, name) for name in names})
 

@@ -12,6 +12,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .._host import input_device
 
 
+# Logits of a forward at most, so that a large vocabulary does not fill the memory: a gigabyte in float32.
+_MOST_LOGITS = 2**28
+
+
 def batch_by_tokens(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
     """
     Put items of similar size together, each batch within a budget of tokens.
@@ -35,6 +39,21 @@ def batch_by_tokens(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[
             batches.append([index])
             first, second = sizes[index]
     return batches
+
+
+def limit_tokens(model: PreTrainedModel, budget: int) -> int:
+    """
+    Lower a budget of tokens to what a forward with logits for half of them may hold.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model.
+        budget (`int`): tokens of a batch, padding included.
+
+    Returns:
+        `int`.
+    """
+    config: Any = model.config.get_text_config()
+    return min(budget, 2 * _MOST_LOGITS // config.vocab_size)
 
 
 def respond(

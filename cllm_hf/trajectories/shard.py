@@ -18,12 +18,8 @@ from .journal import Journal
 from .options import CollectionOptions
 from .progress import Progress
 from .prompts import PromptRow
-from .responding import batch_by_tokens, find_stop_ids, respond
+from .responding import batch_by_tokens, find_stop_ids, limit_tokens, respond
 from .schema import features
-
-
-# Logits of a forward at most, so that a large vocabulary does not fill the memory: a gigabyte in float32.
-_MOST_LOGITS = 2**28
 
 
 _ADVICE = {
@@ -65,7 +61,7 @@ class ShardCollector:
         self._pad_id: int = pad_id
         config: Any = model.config.get_text_config()
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
-        self._most_tokens = min(options.max_tokens_per_batch, 2 * _MOST_LOGITS // config.vocab_size)
+        self._most_tokens = limit_tokens(model, options.max_tokens_per_batch)
 
     def __enter__(self) -> ShardCollector:
         self._modes = [(module, module.training) for module in self.model.modules()]
