@@ -9,7 +9,7 @@ goes on where it was interrupted. The data are a folder with `train.json`, `dev.
 `database/DB_ID/DB_ID.sqlite`, or `xlangai/spider` from the Hub, which has no databases: `--databases` names their
 folder. A prompt is the schema of a database and a question:
 
-    singer : singer_id , name , country | concert : concert_id , singer_id , year
+    singer:singer_id,name,country|concert:concert_id,singer_id,year
     How many singers do we have?
 """
 
@@ -53,6 +53,11 @@ class Spider(Task):
         None, "folder with DB_ID/DB_ID.sqlite for each database; by default `database` in `data`"
     )
     chat: bool = task_option(False, "whether prompts are chat messages, for an instruct model")
+    lower_case: bool = task_option(
+        False,
+        "whether schemas and queries are in lower case, but for what is quoted: SQL takes names in either case, and a "
+        "small model has fewer to learn",
+    )
     schema_shuffles: int = task_option(
         0,
         "copies of the training data, each with tables and columns in other orders, so that a small model learns to "
@@ -132,9 +137,10 @@ class Spider(Task):
         ]
 
     def _problem(self, row: dict[str, str], schema: Schema) -> Problem:
-        text = f"{format_schema(schema)}\n{row['question'].strip()}\n"
+        tables = format_schema(schema)
+        text = f"{tables.lower() if self.lower_case else tables}\n{row['question'].strip()}\n"
         prompt = [{"role": "user", "content": text.strip()}] if self.chat else text
-        return Problem(prompt, normalize_sql(row["query"]), reference=row)
+        return Problem(prompt, normalize_sql(row["query"], self.lower_case), reference=row)
 
     def _database(self, name: str) -> Path | None:
         folder = self.databases or (self.data and str(Path(self.data) / "database"))
@@ -194,16 +200,20 @@ def shuffle_schema(schema: Schema, rng: random.Random) -> Schema:
 
 
 def format_schema(schema: Schema) -> str:
-    """A schema as a line: `table : column , column | table : column`."""
-    return " | ".join(f"{table} : {' , '.join(columns)}" for table, columns in schema)
+    """A schema as a line: `table:column,column|table:column`."""
+    return "|".join(f"{table}:{','.join(columns)}" for table, columns in schema)
 
 
-def normalize_sql(query: str) -> str:
-    """A query on one line, with single spaces, none before a comma or inside brackets, and no semicolon at its end."""
+def normalize_sql(query: str, lower_case: bool = False) -> str:
+    """
+    A query on one line, with single spaces, none before a comma or inside brackets, and no semicolon at its end; with
+    `lower_case` in lower case. What is quoted stays as it is.
+    """
     parts = re.split(r"('[^']*'|\"[^\"]*\")", query.strip().rstrip("; \n\t"))
-    for index in range(0, len(parts), 2):  # the others are quoted, and stay as they are
+    for index in range(0, len(parts), 2):  # the others are quoted
         text = re.sub(r"\s+", " ", parts[index])
-        parts[index] = re.sub(r" (?=[,)])|(?<=\() ", "", text)
+        text = re.sub(r" (?=[,)])|(?<=\() ", "", text)
+        parts[index] = text.lower() if lower_case else text
     return "".join(parts)
 
 

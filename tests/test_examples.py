@@ -56,12 +56,14 @@ def test_spider_problems(tmp_path):
     data = str(write_spider(tmp_path / "data"))
     train, test = kind(data=data).load("train"), kind(data=data).load("test")
     assert (len(train), len(test)) == (8, 5)
-    schema = "owner : owner_id , Name | pet : pet_id , owner_id , weight"
+    schema = "owner:owner_id,Name|pet:pet_id,owner_id,weight"
     assert train[0].prompt == f"{schema}\nWhich pets weigh over 0?\n"
-    assert test[1].prompt == "shop : shop_id , city , year opened\nWhich shops are in 1?\n"
+    assert test[1].prompt == "shop:shop_id,city,year opened\nWhich shops are in 1?\n"
     assert test[1].response == "SELECT shop_id FROM shop WHERE city = 1"
     (tmp_path / "data" / "tables.json").unlink()  # then the schema is read from the database
     assert [problem.prompt for problem in kind(data=data).load("train")] == [problem.prompt for problem in train]
+    lower = kind(data=data, lower_case=True).load("train")[0]
+    assert lower.prompt == f"{schema.lower()}\nWhich pets weigh over 0?\n" and lower.response == train[0].response.lower()
     limit = len(train[0].prompt) - 1
     assert not kind(data=data, max_prompt_chars=limit).load("train")
     assert len(kind(data=data, max_prompt_chars=1).load("test")) == 5
@@ -89,8 +91,8 @@ def test_schemas_are_shuffled_anew_in_every_copy(tmp_path):
     orders = set()
     for number, problem in enumerate(shuffled):
         schema, question, _ = problem.prompt.split("\n")
-        tables = dict(part.split(" : ") for part in schema.split(" | "))
-        assert {name: sorted(columns.split(" , ")) for name, columns in tables.items()} == {
+        tables = dict(part.split(":") for part in schema.split("|"))
+        assert {name: sorted(columns.split(",")) for name, columns in tables.items()} == {
             name: sorted(columns) for name, columns in SCHEMAS["pets"].items()
         }
         assert question in plain[number % len(plain)].prompt
@@ -124,6 +126,13 @@ def test_a_database_on_both_sides_is_refused(tmp_path):
 def test_normalized_queries(query, expected):
     normalize = load_example("spider").normalize_sql
     assert normalize(query) == expected == normalize(expected)
+
+
+def test_queries_in_lower_case_keep_what_is_quoted():
+    normalize = load_example("spider").normalize_sql
+    query = "SELECT  T1.Name FROM Pet AS T1 WHERE T1.Kind = 'Small  Dog' OR Name LIKE \"%Rex%\" ;"
+    expected = "select t1.name from pet as t1 where t1.kind = 'Small  Dog' or name like \"%Rex%\""
+    assert normalize(query, lower_case=True) == expected == normalize(expected, lower_case=True)
 
 
 def test_spider_judges_by_what_is_returned(tmp_path):

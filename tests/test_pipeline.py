@@ -92,6 +92,7 @@ def same(ours, theirs):
         (["model={name: a, lora: {rank: 2}}"], "no option `model.lora.rank`"),
         (["model={name: a, vocab_size: 300}"], "`model.vocab_size` cannot be set, got 300.*that it comes with"),
         (["draft={architecture: llama, vocab_size: 300}"], "`draft.vocab_size` cannot be set.*of the target model"),
+        (["draft={architecture: llama, split_spaces: true}"], "`draft.split_spaces` cannot be set, got True.*of the"),
         (["draft={name: a, lora: {r: 2}}"], "`draft.lora` is for a draft model that is trained"),
         (["train.block_size=8"], "`train.block_size` cannot be set, got 8.*top level"),
         (["sft=3"], "Section `sft` must hold options by name, got 3"),
@@ -166,9 +167,10 @@ def test_only_what_changes_the_outcome_is_depended_on(tmp_path):
     assert read(tmp_path, ["task.count=5"]).dependencies["task"] == {"count": 5}
 
 
-def test_a_tokenizer_keeps_every_text_and_every_digit(tmp_path):
+@pytest.mark.parametrize("split_spaces", [False, True])
+def test_a_tokenizer_keeps_every_text_and_every_digit(tmp_path, split_spaces):
     texts = ["She has 48 of 100 pens.\n", "  SELECT a , b", "héllo\t漢字 <<2+2=4>>"] * 3
-    make_tokenizer(texts, 300).save_pretrained(tmp_path)
+    make_tokenizer(texts, 300, split_spaces).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) <= 300 and tokenizer.pad_token_id == 0
     for text in (*texts, "never seen: ß 1234"):
@@ -179,6 +181,18 @@ def test_a_tokenizer_keeps_every_text_and_every_digit(tmp_path):
     assert tokens[-4:] == ["1", "9", "8", "4"]
     with pytest.raises(ValueError, match="at least 259"):
         make_tokenizer(texts, 258)
+
+
+def test_with_split_spaces_a_word_has_the_same_tokens_wherever_it_stands():
+    texts = ["singer:singer_id,name which name? select name from singer where t1.name = 1"] * 5
+
+    def places_of_name(tokenizer):
+        wanted = tokenizer("name")["input_ids"]
+        ids = tokenizer(texts[0])["input_ids"]
+        return sum(ids[place : place + len(wanted)] == wanted for place in range(len(ids)))
+
+    assert places_of_name(make_tokenizer(texts, 330, split_spaces=True)) == 4
+    assert places_of_name(make_tokenizer(texts, 330)) < 4
 
 
 def test_long_problems_are_left_out_whole(byte_tokenizer):

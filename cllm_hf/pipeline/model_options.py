@@ -26,6 +26,8 @@ class ModelOptions:
         lora (`dict`, *optional*): options of `peft.LoraConfig`; adapters are trained instead of the whole model.
         architecture (`str`, *optional*): model type of a model from nothing, such as `"llama"`.
         vocab_size (`int`): tokens of its tokenizer, which is trained on the training texts.
+        split_spaces (`bool`): whether a space is a token of its own in that tokenizer, and not part of the word behind
+            it. Texts have more tokens, but a word has the same ones wherever it stands, which makes it easier to copy.
         shape (`dict`): further options of its config, such as `hidden_size`; in YAML they stand in the section itself.
         sft (`dict`): of a draft model: options that differ from those of the section `sft`.
     """
@@ -36,6 +38,7 @@ class ModelOptions:
     lora: dict | None = None
     architecture: str | None = None
     vocab_size: int = 2048
+    split_spaces: bool = False
     shape: dict = dataclasses.field(default_factory=dict)
     sft: dict = dataclasses.field(default_factory=dict)
 
@@ -70,11 +73,12 @@ def read_model(values: Any, section: str) -> ModelOptions:
         raise ValueError(f"Section `{section}` must have either a `name` or an `architecture`, got {got}.")
     if made.architecture is not None and made.lora is not None:
         raise ValueError(f"An adapter goes on a trained model, got `{section}.lora` for one from nothing. Drop it.")
-    if "vocab_size" in values and (made.name is not None or section == "draft"):
-        whose = "of the target model" if section == "draft" else "that it comes with"
-        raise ValueError(
-            f"`{section}.vocab_size` cannot be set, got {made.vocab_size}: the tokenizer is the one {whose}. Drop it."
-        )
+    for name in ("vocab_size", "split_spaces"):
+        if name in values and (made.name is not None or section == "draft"):
+            whose = "of the target model" if section == "draft" else "that it comes with"
+            raise ValueError(
+                f"`{section}.{name}` cannot be set, got {values[name]!r}: the tokenizer is the one {whose}. Drop it."
+            )
     if made.lora is not None:
         _check_lora(made.lora, section)
         if section == "draft" and not made.sft:

@@ -25,13 +25,15 @@ from .model_options import ModelOptions
 _PAD, _BOS, _EOS = "<pad>", "<s>", "</s>"
 
 
-def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Iterable[str], vocab_size: int, split_spaces: bool = False) -> PreTrainedTokenizerFast:
     """
     Make a tokenizer for a model from nothing: byte-level BPE in which each digit is a token of its own.
 
     Args:
         texts (`Iterable[str]`): what to train it on.
         vocab_size (`int`): tokens, of which 259 are the bytes and `<pad>`, `<s>` and `</s>`.
+        split_spaces (`bool`): whether each space is a token of its own, so that a word has the same tokens whatever
+            stands before it; otherwise it is part of the word behind it.
 
     Returns:
         `transformers.PreTrainedTokenizerFast`: adds no special tokens to a text.
@@ -42,8 +44,10 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     if vocab_size < 259:
         raise ValueError(f"`vocab_size` must be at least 259, for all bytes and 3 special tokens, got {vocab_size}.")
     tokenizer = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    splits = [pre_tokenizers.Digits(individual_digits=True)]
+    if split_spaces:
+        splits.append(pre_tokenizers.Split(" ", "isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

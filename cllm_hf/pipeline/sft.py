@@ -58,7 +58,7 @@ def find_tokenizer(model: ModelOptions, problems: Sequence[Problem], checkpoints
                 raise ValueError("A model from nothing has no chat template, got chat messages. Use prompts of text.")
             texts.append(problem.prompt + problem.response)
         checkpoints.mkdir(parents=True, exist_ok=True)
-        save_whole(kept, make_tokenizer(texts, model.vocab_size).save_pretrained)
+        save_whole(kept, make_tokenizer(texts, model.vocab_size, model.split_spaces).save_pretrained)
     wait_for_all()
     return load_tokenizer(str(kept))
 
