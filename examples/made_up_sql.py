@@ -3,8 +3,8 @@ Made-up questions about made-up databases, from which a small model learns to re
 
 A model from nothing that only sees the 140 training databases of Spider remembers their names, and writes them
 whatever schema stands in its prompt. Here every problem has a schema of its own, put together from tables of the
-training databases, with columns mixed in from others; a name can only be had from the prompt. Questions and queries
-are from templates, in the words of Spider.
+training databases, with columns mixed in from others, and many names replaced by new ones of known and made-up words;
+a name can only be had from the prompt. Questions and queries are from templates, in the words of Spider.
 """
 
 import random
@@ -12,6 +12,15 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
+
+
+# What SQLite does not take as a name without quotes.
+_RESERVED = frozenset(
+    "add all alter and as autoincrement between case check collate commit constraint create default deferrable delete "
+    "distinct drop else escape except exists foreign from group having in index insert intersect into is isnull join "
+    "limit not nothing notnull null on or order primary references returning select set table then to transaction "
+    "union unique update using values when where".split()
+)
 
 
 @dataclass(frozen=True)
@@ -76,12 +85,13 @@ def make_problems(tables: list[Table], count: int, seed: int) -> list[MadeUp]:
         seed (`int`): the same seed and tables give the same problems.
     """
     rng = random.Random(seed)
-    words = [word for table in tables for column in table.columns for word in column.words.split()]
+    named = [word for table in tables for column in table.columns for word in column.words.split()]
+    words = [word for word in named if len(word) >= 3 and word.isascii() and word.isalpha()]
     return [_make_problem(tables, words, rng) for _ in range(count)]
 
 
 def _make_problem(tables: list[Table], words: list[str], rng: random.Random) -> MadeUp:
-    chosen = _draw_schema(tables, rng)
+    chosen = _rename(_draw_schema(tables, rng), words, rng)
     key = None
     if len(chosen) > 1 and rng.random() < 0.8:
         chosen, key = _join_two(chosen, rng)
@@ -111,6 +121,35 @@ def _draw_columns(table: Table, tables: list[Table], rng: random.Random) -> Tabl
     distinct = list({column.name.lower(): column for column in columns}.values())
     count = min(rng.randint(2, 9), len(distinct))
     return replace(table, columns=tuple(rng.sample(distinct, max(count, min(2, len(distinct))))))
+
+
+def _rename(tables: list[Table], words: list[str], rng: random.Random) -> list[Table]:
+    """The same tables with none, half or all of their names replaced by new ones."""
+    share = rng.choice((0.0, 0.5, 1.0))
+
+    def rename(one: Any) -> Any:
+        if rng.random() >= share:
+            return one
+        name, called = _new_name(words, rng)
+        return replace(one, name=name, words=called)
+
+    named: dict[str, Table] = {}
+    for table in map(rename, tables):
+        columns = {column.name.lower(): column for column in map(rename, table.columns)}
+        if len(columns) >= 2:
+            named[table.name.lower()] = replace(table, columns=tuple(columns.values()))
+    return list(named.values()) or tables
+
+
+def _new_name(words: list[str], rng: random.Random) -> tuple[str, str]:
+    """A name of one to three words, and how a question calls it. A word is known, or the ends of two known ones."""
+    parts = []
+    for _ in range(rng.choice((1, 2, 2, 3))):
+        start, end = rng.choice(words).lower(), rng.choice(words).lower()
+        parts.append(start if rng.random() < 0.5 else start[: rng.randint(2, 4)] + end[-rng.randint(2, 4) :])
+    name = rng.choice(("_".join(parts), "_".join(parts).capitalize(), "".join(part.title() for part in parts)))
+    # Three names, such as `Order`, would need quotes.
+    return (f"{name}_{rng.choice(('name', 'code'))}" if name.lower() in _RESERVED else name), " ".join(parts)
 
 
 def _join_two(tables: list[Table], rng: random.Random) -> tuple[list[Table], Column]:

@@ -63,7 +63,9 @@ def test_spider_problems(tmp_path):
     (tmp_path / "data" / "tables.json").unlink()  # then the schema is read from the database
     assert [problem.prompt for problem in kind(data=data).load("train")] == [problem.prompt for problem in train]
     lower = kind(data=data, lower_case=True).load("train")[0]
-    assert lower.prompt == f"{schema.lower()}\nWhich pets weigh over 0?\n" and lower.response == train[0].response.lower()
+    assert (
+        lower.prompt == f"{schema.lower()}\nWhich pets weigh over 0?\n" and lower.response == train[0].response.lower()
+    )
     limit = len(train[0].prompt) - 1
     assert not kind(data=data, max_prompt_chars=limit).load("train")
     assert len(kind(data=data, max_prompt_chars=1).load("test")) == 5

@@ -4,6 +4,7 @@ import json
 import re
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from pipelines import load_example, write_spider
@@ -64,6 +65,21 @@ def test_every_query_runs_on_a_database_of_its_schema(module):
     assert all(any(kind in problem.query for problem in problems) for kind in kinds) and len(queries) > 15
 
 
+def test_many_names_are_new_ones_that_need_no_quotes(module):
+    """Words that are reserved in SQL are the worst case."""
+    table = module.Table("t", "t", tuple(module.Column(name, "order", False) for name in ("a", "b", "c")))
+    tables = [replace(table, name=f"t{number}", words="select from") for number in range(4)]
+    old, new = {"a", "b", "c", *(one.name for one in tables)}, set()
+    for problem in module.make_problems(tables, 400, seed=3):
+        with closing(sqlite3.connect(":memory:")) as connection:
+            for table in problem.tables:
+                columns = [column.name for column in table.columns]
+                connection.execute(f"CREATE TABLE {table.name} ({', '.join(columns)})")
+                new |= {table.name, *columns} - old
+            connection.execute(problem.query)
+    assert len(new) > 50
+
+
 def test_texts_in_double_quotes_are_no_columns(module):
     for problem in module.make_problems(module.read_tables(ENTRIES), 1500, seed=5):
         used = {table.name for table in problem.tables if re.search(rf"\b{table.name}\b", problem.query)}
@@ -88,4 +104,4 @@ def test_training_problems_have_them_and_test_problems_do_not(tmp_path):
     task = spider.Spider(data=str(data), made_up=5)
     problems = task.load("train")
     assert len(problems) == len(plain) + 5 and len(task.load("test")) == 5
-    assert all(re.search(r" : .*\n.+\n$", problem.prompt) for problem in problems[-5:])
+    assert all(re.search(r":.*\n.+\n$", problem.prompt) for problem in problems[-5:])

@@ -44,7 +44,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int, split_spaces: bool = F
     if vocab_size < 259:
         raise ValueError(f"`vocab_size` must be at least 259, for all bytes and 3 special tokens, got {vocab_size}.")
     tokenizer = Tokenizer(models.BPE())
-    splits = [pre_tokenizers.Digits(individual_digits=True)]
+    splits: list[Any] = [pre_tokenizers.Digits(individual_digits=True)]
     if split_spaces:
         splits.append(pre_tokenizers.Split(" ", "isolated"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
