@@ -65,7 +65,7 @@ def test_every_query_runs_on_a_database_of_its_schema(module):
     assert all(any(kind in problem.query for problem in problems) for kind in kinds) and len(queries) > 15
 
 
-def test_many_names_are_new_ones_that_need_no_quotes(module):
+def test_some_names_are_new_ones_that_need_no_quotes(module):
     """Words that are reserved in SQL are the worst case."""
     table = module.Table("t", "t", tuple(module.Column(name, "order", False) for name in ("a", "b", "c")))
     tables = [replace(table, name=f"t{number}", words="select from") for number in range(4)]
