@@ -1,11 +1,13 @@
 """Options are checked before anything is done; every step is done once, and goes on where it was stopped."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from pipelines import SHAPE, TRAINING, Letters, letters_config, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -218,8 +220,13 @@ def test_prompt_and_response_are_tokens_as_in_decoding():
 def test_fingerprints_tell_problems_apart():
     problems = Letters().load("train")
     assert fingerprint_problems(problems) == fingerprint_problems(Letters().load("train"))
-    changed = [*problems[:-1], Problem(problems[-1].prompt, "other")]
-    assert len({fingerprint_problems(one) for one in (problems, changed, problems[:-1])}) == 3
+    last = problems[-1]
+    changed = [*problems[:-1], replace(last, response="other")]
+    judged = [*problems[:-1], replace(last, reference={"answer": {("a", 1): object()}})]
+    assert len({fingerprint_problems(one) for one in (problems, changed, judged, problems[:-1])}) == 4
+    assert fingerprint_problems([replace(last, reference=object())]) == fingerprint_problems(
+        [replace(last, reference=object())]
+    )
 
 
 @pytest.mark.slow
@@ -231,12 +238,16 @@ def test_every_step_is_done_once(tmp_path, stand_in):
         assert any(f"] {step}:" in line for line in run(options, step))
     folder = tmp_path / "run"
     names = {"target", "draft", "trajectories", "cllm", "report.json", "report.md", "report.png", "steps"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} - {".lock"} == names
     assert stand_in == [(str(folder / "target"), str(folder / "cllm"), str(folder / "draft"), 6)]
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def changes():
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+    before = changes()
     said = run(options)
     assert all("is complete" in line for line in said) and len(said) == len(PARTS)
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")} and len(stand_in) == 1
+    assert before == changes() and len(stand_in) == 1
     cllm = AutoModelForCausalLM.from_pretrained(folder / "cllm")
     assert cllm.generation_config.decoding == "jacobi" and cllm.generation_config.jacobi_block_size == 4
     assert cllm.config.use_cache and AutoModelForCausalLM.from_pretrained(folder / "target").config.use_cache
@@ -306,6 +317,19 @@ def test_a_named_model_with_adapters(tmp_path, stand_in):
     said = run(read_options(Letters, config, (), str(tmp_path / "ready")))
     assert "left out" in said[0] and not (tmp_path / "ready" / "target").exists()
     assert stand_in[-1][0] == str(start)
+
+
+def test_two_runs_in_one_folder_do_not_meet(tmp_path, stand_in):
+    """What the second one would overwrite stays, and a lock that a killed run has left is none."""
+    options = read(tmp_path)
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock", timeout=0):
+        with pytest.raises(OSError, match="One run at a time.*another one is at work in .*run'.*--output-dir"):
+            run(options, overwrite="sft")
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+    (tmp_path / "run" / ".lock").touch()
+    with pytest.raises(ValueError, match="needs 'target'"):
+        run(options, "evaluate")
 
 
 def test_what_is_in_the_way_is_left_alone(tmp_path, stand_in):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..files import check_writable
 from ..loading import load_tokenizer
@@ -53,21 +56,39 @@ class Pipeline:
             overwrite (`str`, *optional*): a step to begin anew; what those after it have made is removed too.
 
         Raises:
-            OSError: if something cannot be read or written.
+            OSError: if something cannot be read or written, or another run is at work in the folder.
             ValueError: if a step before it is not complete, or what is there was made with other options; or as the
                 steps say.
         """
-        if overwrite is not None:
-            if is_first_process():
-                removed = self.records.discard(overwrite)
-                self._say(f"Removed: {', '.join(removed) or 'nothing, as there was nothing'}.")
-            wait_for_all()
         if step in ("all", "evaluate"):
             self._try_metric()
-        for name in STEPS if step == "all" else (step,):
-            self._check_inputs(name)
-            with quiet_hosts():
-                getattr(self, f"_{name}")(f"[{STEPS.index(name) + 1}/{len(STEPS)}] {name}:")
+        with self._no_other_run():
+            if overwrite is not None:
+                if is_first_process():
+                    removed = self.records.discard(overwrite)
+                    self._say(f"Removed: {', '.join(removed) or 'nothing, as there was nothing'}.")
+                wait_for_all()
+            for name in STEPS if step == "all" else (step,):
+                self._check_inputs(name)
+                with quiet_hosts():
+                    getattr(self, f"_{name}")(f"[{STEPS.index(name) + 1}/{len(STEPS)}] {name}:")
+
+    @contextmanager
+    def _no_other_run(self) -> Iterator[None]:
+        """Two runs in one folder would write over each other's checkpoints. A killed one leaves no lock."""
+        if not is_first_process():
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = FileLock(self.folder / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise OSError(
+                f"One run at a time may work in an output folder, and another one is at work in {str(self.folder)!r}. "
+                "Wait for it, or choose another `--output-dir`."
+            ) from None
+        with held:
+            yield
 
     @cached_property
     def train_problems(self) -> list[Problem]:

@@ -112,5 +112,7 @@ def fingerprint_problems(problems: Sequence[Problem]) -> str:
     """
     digest = hashlib.sha256()
     for problem in problems:
-        digest.update(json.dumps([problem.prompt, problem.response]).encode())
+        values = [problem.prompt, problem.response, problem.reference]
+        # Of what JSON does not hold, the kind: its text may differ from one process to the next.
+        digest.update(json.dumps(values, skipkeys=True, default=lambda value: type(value).__name__).encode())
     return f"{len(problems)} problems, {digest.hexdigest()[:12]}"
