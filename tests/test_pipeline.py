@@ -395,9 +395,12 @@ def test_a_metric_that_cannot_work_is_said_before_anything_is_done(tmp_path, mon
         raise error
 
     monkeypatch.setattr(Letters, "judge", judge)
-    arguments = ["all", "--output-dir", str(tmp_path / "run")]
+    Records(tmp_path / "run").begin(PARTS["cllm"], {})
+    arguments = ["all", "--output-dir", str(tmp_path / "run"), "--overwrite", "train"]
     assert main(Letters, write_config(tmp_path / "config.yaml"), arguments) == 1
-    assert capsys.readouterr().err == f"letters: {error}\n" and not list((tmp_path / "run").iterdir())
+    printed = capsys.readouterr()
+    assert printed.err == f"letters: {error}\n" and not printed.out
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["steps", "cllm.json"]  # nothing is removed
 
 
 def test_a_damaged_record_is_said(tmp_path):
