@@ -295,6 +295,23 @@ def test_beyond_the_window_there_is_a_note():
     assert report["notes"] == [expected] and report["rows"][0]["num_equal"] == 1
 
 
+def test_a_cllm_that_does_not_stop_is_noted(models):
+    target, cllm = make_model("llama", seed=0), models[1]
+    free = compare_models(target, cllm, PROMPTS, more_prompts=MORE, **OPTIONS)
+    assert free["comparison"]["num_cut_off"] == {"target": 7, "cllm": 7} and free["notes"] == []
+    raw = free["methods"][0]
+    target.generation_config.eos_token_id = sorted({one[2] for one in raw["responses"] + raw["more_responses"]})
+    report = compare_models(target, cllm, PROMPTS, more_prompts=MORE, **OPTIONS)
+    assert report["comparison"]["num_cut_off"] == {"target": 0, "cllm": 7}
+    assert max(map(len, report["methods"][0]["responses"])) <= 3
+    (note,) = report["notes"]
+    assert "7 of 7 run on to the 12 new tokens at which they are cut off, and 0 of the target model's" in note
+    text = format_models(report)
+    assert note in text
+    row = next(line for line in text.splitlines() if "cut off, without a stop token" in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["cut off, without a stop token", "0", "7"]
+
+
 @pytest.mark.parametrize("has_accuracy", [True, False])
 def test_the_picture(report, tmp_path, has_accuracy):
     import matplotlib

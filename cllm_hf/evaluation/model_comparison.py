@@ -29,6 +29,8 @@ Judge = Callable[[list[list[int]]], list[Judgement]]
 TITLES = {"target": "target model", "cllm": "CLLM"}
 _NUM_MEMORY_PROMPTS = 3
 _MOST_TRAJECTORIES = 128
+# So many more of the CLLM's responses than of the target model's, as a share of all, are no accident of single prompts.
+_MANY_CUT_OFF = 0.05
 
 
 def compare_models(
@@ -118,7 +120,9 @@ def compare_models(
         "batch_size": batch_size,
     }
     described = {name: _describe(model) for name, model in {**models, "assistant": assistant}.items() if model}
+    compared = _compare_responses(baselines["target"], baselines["cllm"], max_new_tokens)
     notes = [*_window_notes(models, [*prompts, *more_prompts], max_new_tokens), *notes, *compile_notes(methods)]
+    notes += _collapse_notes(compared, max_new_tokens)
     return {
         "kind": "models",
         "environment": describe_environment(target),
@@ -128,7 +132,7 @@ def compare_models(
         "prompt_lengths": [len(prompt) for prompt in prompts],
         "rows": [_row(run, baselines["target"], baselines[run.model]) for run in runs],
         "convergence": convergence,
-        "comparison": _compare_responses(baselines["target"], baselines["cllm"]),
+        "comparison": compared,
         "methods": [_raw(run) for run in runs],
     }
 
@@ -283,12 +287,13 @@ def _measure_convergence(
     return found, notes
 
 
-def _compare_responses(target: _Run, cllm: _Run) -> dict[str, Any]:
+def _compare_responses(target: _Run, cllm: _Run, max_new_tokens: int) -> dict[str, Any]:
     pairs = list(zip(target.responses, cllm.responses))
     compared: dict[str, Any] = {
         "num_responses": len(pairs),
         "num_equal": sum(ours == theirs for ours, theirs in pairs),
         "mean_tokens": {run.model: sum(map(len, run.responses)) / len(pairs) for run in (target, cllm)},
+        "num_cut_off": {run.model: _count_cut_off(run, max_new_tokens) for run in (target, cllm)},
         "kinds": None,
         "paired": None,
     }
@@ -300,6 +305,25 @@ def _compare_responses(target: _Run, cllm: _Run) -> dict[str, Any]:
     }
     compared["paired"] = {**asdict(paired), "difference": paired.difference, "p_value": paired.p_value}
     return compared
+
+
+def _count_cut_off(run: _Run, max_new_tokens: int) -> int:
+    """Responses that `max_new_tokens` has ended, and no stop token."""
+    stop_ids = stop_ids_of(run.method)
+    return sum(len(response) == max_new_tokens and response[-1] not in stop_ids for response in run.responses)
+
+
+def _collapse_notes(compared: dict[str, Any], max_new_tokens: int) -> list[str]:
+    """A CLLM that repeats itself is foreseen easily: its tokens per forward are high, and worth nothing."""
+    cut_off, total = compared["num_cut_off"], compared["num_responses"]
+    if cut_off["cllm"] - cut_off["target"] <= _MANY_CUT_OFF * total:
+        return []
+    return [
+        f"**Read the CLLM's responses before its speed**: {cut_off['cllm']:,} of {total:,} run on to the "
+        f"{max_new_tokens} new tokens at which they are cut off, and {cut_off['target']:,} of the target model's. A "
+        "CLLM that repeats itself decodes fast and says nothing. A higher `ar_loss_weight`, a lower learning rate or "
+        "more prompts keep its texts."
+    ]
 
 
 def _row(run: _Run, target: _Run, own: _Run) -> dict[str, Any]:

@@ -110,7 +110,10 @@ def _format_convergence(report: dict[str, Any]) -> str:
 def _format_responses(report: dict[str, Any]) -> str:
     compared = report["comparison"]
     total, kinds = compared["num_responses"], compared["kinds"]
-    rows = [["tokens a response", *(f"{compared['mean_tokens'][name]:.1f}" for name in TITLES)]]
+    rows = [
+        ["tokens a response", *(f"{compared['mean_tokens'][name]:.1f}" for name in TITLES)],
+        ["cut off, without a stop token", *(f"{compared['num_cut_off'][name]:,}" for name in TITLES)],
+    ]
     if kinds is not None:
         counts = {kind: [kinds[name].get(kind, 0) for name in TITLES] for name in TITLES for kind in kinds[name]}
         for kind, numbers in sorted(counts.items(), key=lambda item: (-sum(item[1]), item[0])):
