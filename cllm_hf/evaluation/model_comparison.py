@@ -29,7 +29,7 @@ Judge = Callable[[list[list[int]]], list[Judgement]]
 TITLES = {"target": "target model", "cllm": "CLLM"}
 _NUM_MEMORY_PROMPTS = 3
 _MOST_TRAJECTORIES = 128
-# So many more of the CLLM's responses than of the target model's, as a share of all, are no accident of single prompts.
+# So many more of the CLLM's responses than of the target model's, as a share of all, are no accident.
 _MANY_CUT_OFF = 0.05
 
 
