@@ -312,6 +312,15 @@ def test_a_cllm_that_does_not_stop_is_noted(models):
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["cut off, without a stop token", "0", "7"]
 
 
+@pytest.mark.parametrize(
+    ("target", "cllm", "total", "is_noted"),
+    [(0, 2, 7, False), (0, 3, 7, True), (10, 60, 1000, False), (10, 61, 1000, True), (61, 10, 1000, False)],
+)
+def test_how_many_cut_off_are_noted(target, cllm, total, is_noted):
+    compared = {"num_cut_off": {"target": target, "cllm": cllm}, "num_responses": total}
+    assert len(model_comparison._collapse_notes(compared, 12)) == is_noted
+
+
 @pytest.mark.parametrize("has_accuracy", [True, False])
 def test_the_picture(report, tmp_path, has_accuracy):
     import matplotlib

@@ -29,8 +29,10 @@ Judge = Callable[[list[list[int]]], list[Judgement]]
 TITLES = {"target": "target model", "cllm": "CLLM"}
 _NUM_MEMORY_PROMPTS = 3
 _MOST_TRAJECTORIES = 128
-# So many more of the CLLM's responses than of the target model's, as a share of all, are no accident.
+# From when on it is noted that more of the CLLM's responses are cut off than of the target model's: as a share of all
+# responses, and at least how many, since of a few prompts one may be an accident.
 _MANY_CUT_OFF = 0.05
+_FEW_CUT_OFF = 2
 
 
 def compare_models(
@@ -314,15 +316,15 @@ def _count_cut_off(run: _Run, max_new_tokens: int) -> int:
 
 
 def _collapse_notes(compared: dict[str, Any], max_new_tokens: int) -> list[str]:
-    """A CLLM that repeats itself is foreseen easily: its tokens per forward are high, and worth nothing."""
+    """Repetition is easy to decode in parallel: many tokens per forward, which are worth nothing."""
     cut_off, total = compared["num_cut_off"], compared["num_responses"]
-    if cut_off["cllm"] - cut_off["target"] <= _MANY_CUT_OFF * total:
+    if cut_off["cllm"] - cut_off["target"] <= max(_FEW_CUT_OFF, _MANY_CUT_OFF * total):
         return []
     return [
         f"**Read the CLLM's responses before its speed**: {cut_off['cllm']:,} of {total:,} run on to the "
         f"{max_new_tokens} new tokens at which they are cut off, and {cut_off['target']:,} of the target model's. A "
         "CLLM that repeats itself decodes fast and says nothing. A higher `ar_loss_weight`, a lower learning rate or "
-        "more prompts keep its texts."
+        "more prompts help it to keep the texts of its target model."
     ]
 
 
