@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import load_dataset
-from new_numbers import make_problems
 
 from cllm_hf.evaluation.judgements import Judgement
 from cllm_hf.pipeline.command import main
@@ -36,19 +35,10 @@ class GSM8K(Task):
     chat: bool = task_option(False, "whether prompts are chat messages, for an instruct model")
     # As published. They give a small model the figures of each step a second time, as tokens to look at.
     calculator: bool = task_option(True, "whether to keep the annotations of the data, such as <<48/2=24>>")
-    equations_only: bool = task_option(
-        False, "whether answers are what the calculator says, 48/2=24 and so on, and the final number, without words"
-    )
-    new_numbers: int = task_option(
-        0, "training problems with other numbers, and answers computed from them, beside the data"
-    )
 
     def load(self, split: str) -> list[Problem]:
         """Load the problems of `"train"` or `"test"`."""
-        rows = [(row["question"].strip(), row["answer"].strip()) for row in self._rows(split)]
-        if split == "train" and self.new_numbers:
-            rows += make_problems(rows, self.new_numbers, self.seed)
-        return [self._problem(question, answer) for question, answer in rows]
+        return [self._problem(row["question"].strip(), row["answer"].strip()) for row in self._rows(split)]
 
     def judge(self, responses: list[str], problems: Sequence[Problem]) -> list[Judgement]:
         """Compare the final numbers."""
@@ -63,9 +53,6 @@ class GSM8K(Task):
 
     def _problem(self, question: str, answer: str) -> Problem:
         response = answer if self.calculator else re.sub(r"<<[^<>]*>>", "", answer)
-        if self.equations_only:  # as for implicit chain of thought (arXiv 2311.01460)
-            final = answer.rpartition("####")[2].strip()
-            response = "\n".join([*re.findall(r"<<([^<>]*)>>", answer), f"#### {final}"])
         prompt = [{"role": "user", "content": question}] if self.chat else f"{question}\n"
         return Problem(prompt, response, reference=answer)
 

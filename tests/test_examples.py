@@ -40,10 +40,6 @@ def test_gsm8k_problems(tmp_path):
     assert train[0].prompt == "Ann has 2 pens and buys 12 more. How many has she?\n"
     assert train[0].response == "She has 2+12=<<2+12=14>>14.\n#### 14"
     assert kind(data=data, calculator=False).load("train")[0].response == "She has 2+12=14.\n#### 14"
-    assert kind(data=data, equations_only=True).load("train")[0].response == "2+12=14\n#### 14"
-    more = kind(data=data, equations_only=True, new_numbers=20)
-    assert (len(more.load("train")), len(more.load("test"))) == (32, 6)
-    assert all(re.fullmatch(r"\d+\+\d+=(\d+)\n#### \1", problem.response) for problem in more.load("train"))
     (message,) = kind(data=data, chat=True).load("train")[0].prompt
     assert message == {"role": "user", "content": train[0].prompt.strip()}
     answers = [problem.response for problem in test]
