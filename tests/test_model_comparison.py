@@ -306,10 +306,30 @@ def test_a_cllm_that_does_not_stop_is_noted(models):
     assert max(map(len, report["methods"][0]["responses"])) <= 3
     (note,) = report["notes"]
     assert "7 of 7 run on to the 12 new tokens at which they are cut off, and 0 of the target model's" in note
+    assert "timed ones that end" not in note  # there are none
     text = format_models(report)
     assert note in text
     row = next(line for line in text.splitlines() if "cut off, without a stop token" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["cut off, without a stop token", "0", "7"]
+
+
+def test_the_note_has_the_tokens_per_forward_of_what_ends(models):
+    target, cllm = make_model("llama", seed=0), make_model("llama", seed=1)
+    options = {"more_prompts": MORE, "more_block_sizes": [2], **OPTIONS}
+    target.generation_config.eos_token_id = list(range(VOCAB_SIZE))
+    # The first prompt's response ends; no other response has that token.
+    free = compare_models(target, cllm, PROMPTS, **options)["methods"]
+    responses = next(raw for raw in free if raw["name"] == "CLLM, generate()")["responses"]
+    stop = next(token for token in responses[0] if all(token not in other for other in responses[1:]))
+    cllm.generation_config.eos_token_id = stop
+    report = compare_models(target, cllm, PROMPTS, **options)
+    expected = []
+    for size in (4, 2):
+        raw = next(raw for raw in report["methods"] if raw["name"] == f"CLLM, jacobi {size}")
+        assert raw["responses"][0][-1] == stop and len(raw["responses"][0]) < 12 == len(raw["responses"][1])
+        expected.append(f"{len(raw['responses'][0]) / raw['num_forwards'][0]:.2f} for CLLM, jacobi {size}")
+    (note,) = report["notes"]
+    assert note.endswith(f"Tokens per forward of the 1 of 3 timed ones that end: {', '.join(expected)}.")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +338,7 @@ def test_a_cllm_that_does_not_stop_is_noted(models):
 )
 def test_how_many_cut_off_are_noted(target, cllm, total, is_noted):
     compared = {"num_cut_off": {"target": target, "cllm": cllm}, "num_responses": total}
-    assert len(model_comparison._collapse_notes(compared, 12)) == is_noted
+    assert len(model_comparison._collapse_notes(compared, [], 12)) == is_noted
 
 
 @pytest.mark.parametrize("has_accuracy", [True, False])

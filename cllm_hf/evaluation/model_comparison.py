@@ -124,7 +124,7 @@ def compare_models(
     described = {name: _describe(model) for name, model in {**models, "assistant": assistant}.items() if model}
     compared = _compare_responses(baselines["target"], baselines["cllm"], max_new_tokens)
     notes = [*_window_notes(models, [*prompts, *more_prompts], max_new_tokens), *notes, *compile_notes(methods)]
-    notes += _collapse_notes(compared, max_new_tokens)
+    notes += _collapse_notes(compared, [run for run in runs if run.model == "cllm"], max_new_tokens)
     return {
         "kind": "models",
         "environment": describe_environment(target),
@@ -309,13 +309,16 @@ def _compare_responses(target: _Run, cllm: _Run, max_new_tokens: int) -> dict[st
     return compared
 
 
+def _is_cut_off(run: _Run, response: list[int], max_new_tokens: int) -> bool:
+    """Whether `max_new_tokens` has ended a response, and no stop token."""
+    return len(response) == max_new_tokens and response[-1] not in stop_ids_of(run.method)
+
+
 def _count_cut_off(run: _Run, max_new_tokens: int) -> int:
-    """Responses that `max_new_tokens` has ended, and no stop token."""
-    stop_ids = stop_ids_of(run.method)
-    return sum(len(response) == max_new_tokens and response[-1] not in stop_ids for response in run.responses)
+    return sum(_is_cut_off(run, response, max_new_tokens) for response in run.responses)
 
 
-def _collapse_notes(compared: dict[str, Any], max_new_tokens: int) -> list[str]:
+def _collapse_notes(compared: dict[str, Any], cllm_runs: Sequence[_Run], max_new_tokens: int) -> list[str]:
     """Repetition is easy to decode in parallel: many tokens per forward, which are worth nothing."""
     cut_off, total = compared["num_cut_off"], compared["num_responses"]
     if cut_off["cllm"] - cut_off["target"] <= max(_FEW_CUT_OFF, _MANY_CUT_OFF * total):
@@ -325,7 +328,23 @@ def _collapse_notes(compared: dict[str, Any], max_new_tokens: int) -> list[str]:
         f"{max_new_tokens} new tokens at which they are cut off, and {cut_off['target']:,} of the target model's. A "
         "CLLM that repeats itself decodes fast and says nothing. A higher `ar_loss_weight`, a lower learning rate or "
         "more prompts help it to keep the texts of its target model."
+        f"{_describe_ended(cllm_runs, max_new_tokens)}"
     ]
+
+
+def _describe_ended(cllm_runs: Sequence[_Run], max_new_tokens: int) -> str:
+    """Tokens per forward of the timed responses that are not cut off, behind a space; empty if there are none."""
+    figures, count, total = [], 0, 0
+    for run in cllm_runs:
+        responses, forwards = run.result.responses, run.result.num_forwards
+        ended = [n for n, response in enumerate(responses) if not _is_cut_off(run, response, max_new_tokens)]
+        num_forwards = sum(forwards[n] for n in ended)  # 0 too where those of a method are not known
+        if run.method.options.get("decoding") == "jacobi" and num_forwards:
+            figures.append(f"{sum(len(responses[n]) for n in ended) / num_forwards:.2f} for {run.result.name}")
+            count, total = len(ended), len(responses)
+    return (
+        f" Tokens per forward of the {count} of {total} timed ones that end: {', '.join(figures)}." if figures else ""
+    )
 
 
 def _row(run: _Run, target: _Run, own: _Run) -> dict[str, Any]:
