@@ -19,8 +19,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import httpx
 
 from .bundling import bundle
-from .decoding.options import check_block_size
 from .files import check_writable, save_whole, write_whole
+from .options import check_block_size
 
 
 # Lower bounds as in `pyproject.toml`; the host compares one bound a line and installs nothing.

@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ._host import has_own_loop, mark_as_edited, mixes_adapters
-from .decoding.options import DEFAULT_BLOCK_SIZE, OPTION_NAMES, JacobiOptions, check_block_size
+from .options import DEFAULT_BLOCK_SIZE, OPTION_NAMES, JacobiOptions, check_block_size
 
 
 DECODINGS = ("jacobi", "autoregressive")

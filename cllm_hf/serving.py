@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.utils.import_utils import is_serve_available
 
-from .decoding.options import check_block_size
+from .options import check_block_size
 
 
 def serve(

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import cllm_hf
 from cllm_hf import load_cllm
+from cllm_hf.blocks.forward import packed_forward
 from cllm_hf.demo.problems import make_tokenizer
-from cllm_hf.packed_forwards import packed_forward
 from cllm_hf.training.objective import sum_losses
 
 

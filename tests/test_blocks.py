@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cllm_hf.decoding.blocks import count_accepted, count_until_stop, draw_context_tokens, next_draft
+from cllm_hf.blocks.rules import count_accepted, count_until_stop, draw_context_tokens, next_draft
 
 
 def random_ids(*shape, high=3, seed=0):

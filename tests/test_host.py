@@ -31,8 +31,8 @@ from cllm_hf._host import (
     mark_as_edited,
     mixes_adapters,
 )
-from cllm_hf.packed_forwards import forward_clean, packed_attention_mask
-from cllm_hf.packing import Packed
+from cllm_hf.blocks.forward import forward_clean, packed_attention_mask
+from cllm_hf.blocks.layout import Packed
 
 
 def test_extras_of_a_derived_generation_config_are_lost_unless_marked(llama, tmp_path):

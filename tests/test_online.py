@@ -6,7 +6,7 @@ from conftest import CONFIGS, VOCAB_SIZE, make_model
 from peft import LoraConfig, get_peft_model
 from training_cases import make_record, make_records
 
-from cllm_hf.decoding.blocks import count_accepted, next_draft
+from cllm_hf.blocks.rules import count_accepted, next_draft
 from cllm_hf.training import online
 from cllm_hf.training.collator import TrajectoryCollator
 from cllm_hf.training.online import make_online_states

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from cllm_hf.decoding.options import DEFAULT_BLOCK_SIZE
 from cllm_hf.decoding.pacing import AutoPace, Experience, FixedPace, Gains, make_pace
+from cllm_hf.options import DEFAULT_BLOCK_SIZE
 
 
 class Simulation:

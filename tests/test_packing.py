@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import CONFIGS, VOCAB_SIZE, make_model
 
-from cllm_hf.packed_forwards import check_packable, copy_clean, forward_clean, forward_drafts, packed_forward
-from cllm_hf.packing import Drafts, Packed, fill_rows, pack
+from cllm_hf.blocks.forward import copy_clean, forward_clean, forward_drafts, packed_forward
+from cllm_hf.blocks.layout import Drafts, Packed, fill_rows, pack
+from cllm_hf.blocks.support import check_packable
 
 
 BLOCK_SIZE = 5

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
 
-from .blocks import count_accepted, count_until_stop
+from ..blocks.rules import count_accepted, count_until_stop
 from .sampling import GumbelNoise
 
 

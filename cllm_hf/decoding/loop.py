@@ -16,8 +16,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from ..options import JacobiOptions
 from .commit import Committer, length_limit
-from .options import JacobiOptions
 from .output import JacobiOutput, JacobiStats
 from .pacing import make_pace
 from .sampling import GumbelNoise

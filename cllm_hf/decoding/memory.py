@@ -20,8 +20,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from ..blocks.support import forgets_between_steps
 from . import caches
-from .support import forgets_between_steps
 
 
 # The host gives the caches of some models another name.

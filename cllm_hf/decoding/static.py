@@ -15,8 +15,8 @@ from transformers.cache_utils import StaticLayer
 from transformers.utils import logging
 
 from .._host import attention_implementation, compiles_whole
+from ..blocks.support import forgets_between_steps
 from .memory import CACHE_NAMES, Memory
-from .support import forgets_between_steps
 
 
 logger = logging.get_logger(__name__)

@@ -9,11 +9,11 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
+from ..blocks.rules import draw_context_tokens, next_draft
+from ..blocks.support import check_embeds, check_model, check_model_inputs, check_positions, needs_same_length
 from . import caches
-from .blocks import draw_context_tokens, next_draft
 from .memory import choose_memory
 from .static import make_static_memory
-from .support import check_embeds, check_model, check_model_inputs, check_positions, needs_same_length
 
 
 # The output does not depend on the first guess, only the number of forwards does: keep that repeatable.

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .._host import base_model_of
-from ..packed_forwards import check_packable
+from ..blocks.support import check_packable
 from .collectors import (
     BUILDER,
     PUBLISHED,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from .._host import base_model_of
-from ..packed_forwards import check_packable
+from ..blocks.support import check_packable
 from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH
 from ..trajectories.responding import batch_by_tokens, limit_tokens

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .._host import base_model_of
-from ..decoding.options import check_block_size
+from ..options import check_block_size
 from .benchmark import (
     DecodingMethod,
     DecodingResult,

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..files import save_whole
-from ..trajectories.process import Process
+from ..process import Process
 from .model_options import ModelOptions
 
 

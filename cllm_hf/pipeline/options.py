@@ -11,7 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from ..decoding.options import check_block_size
+from ..options import check_block_size
 from ..training.config import CLLMConfig
 from ..trajectories.cleaning import CleaningRules
 from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions

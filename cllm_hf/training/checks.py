@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from ..decoding.options import DEFAULT_BLOCK_SIZE
+from ..options import DEFAULT_BLOCK_SIZE
 from ..trajectories.schema import check_dataset, check_record
 from .config import CLLMConfig
 

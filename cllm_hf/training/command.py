@@ -22,11 +22,11 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .._host import base_model_of
 from ..files import check_writable
 from ..loading import check_model_name, load_tokenizer
+from ..process import Process
 from ..quiet import quiet_hosts, show_notices
 from ..trajectories.fingerprints import find_commit, fingerprint_weights
 from ..trajectories.hub import check_can_push
 from ..trajectories.loading import find_manifest, load_trajectories
-from ..trajectories.process import Process
 from ..trajectories.sources import is_local
 from .arguments import NEWEST, TrainArguments, TrainOptions
 from .config import CLLMConfig

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from ..decoding.options import check_block_size
+from ..options import check_block_size
 from .losses import DIVERGENCES
 
 

@@ -16,8 +16,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .._host import base_model_of, input_device
+from ..blocks.forward import forward_clean
 from ..evaluation.benchmark import split_batches
-from ..packed_forwards import forward_clean
 from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.responding import find_stop_ids, without_generation_defaults
 from ..trajectories.statistics import measure_trajectories

@@ -9,8 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..packed_forwards import packed_forward
-from ..packing import Drafts, PackedBatch, fill_rows, pack
+from ..blocks.forward import packed_forward
+from ..blocks.layout import Drafts, PackedBatch, fill_rows, pack
 from .losses import DIVERGENCES, ar_cross_entropy
 from .states import DraftBlocks, cut_responses, position_weights, tokens_at, wrong_context
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from ..packed_forwards import forward_clean, forward_drafts
-from ..packing import Drafts, pack
+from ..blocks.forward import forward_clean, forward_drafts
+from ..blocks.layout import Drafts, pack
 from .states import DraftBlocks, cut_responses, tokens_at
 
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from .._host import base_model_of
+from ..blocks.support import check_packable
 from ..cards import CLLM_CITATION
 from ..files import check_writable
 from ..integration import set_jacobi_defaults
-from ..packed_forwards import check_packable
 from .callbacks import add_callbacks
 from .checks import check_datasets, check_leftovers, check_trainable
 from .config import CLLMConfig

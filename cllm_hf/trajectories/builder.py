@@ -15,14 +15,14 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._host import base_model_of
-from ..packed_forwards import check_packable
+from ..blocks.support import check_packable
+from ..process import Process
 from .cleaning import CleaningRules
 from .fingerprints import describe_model, describe_tokenizer
 from .folder import OutputFolder
 from .journal import Journal
 from .manifest import FORMAT, read_manifest
 from .options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
-from .process import Process
 from .progress import Progress
 from .prompts import Prompt, PromptRow, Response, check_ids, find_duplicates, fingerprint_rows, is_held_out, read_rows
 from .responding import find_stop_ids

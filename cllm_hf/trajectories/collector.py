@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from .._host import input_device
-from ..packed_forwards import copy_clean, forward_clean, forward_drafts
-from ..packing import CLEAN_SEGMENT, PADDING_SEGMENT, Packed
+from ..blocks.forward import copy_clean, forward_clean, forward_drafts
+from ..blocks.layout import CLEAN_SEGMENT, PADDING_SEGMENT, Packed
 from .schema import num_blocks
 
 

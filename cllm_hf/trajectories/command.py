@@ -22,6 +22,7 @@ from transformers.utils import find_adapter_config_file
 from .._host import base_model_of
 from ..files import check_writable, check_writable_file, write_whole
 from ..loading import check_model_name, load_cllm, load_tokenizer, pick_device
+from ..process import Process
 from ..quiet import quiet_hosts
 from .arguments import CollectArguments
 from .block import BlockTrajectory
@@ -34,7 +35,6 @@ from .loading import find_manifest, load_trajectories
 from .manifest import read_manifest
 from .options import CollectionOptions
 from .picture import draw_blocks
-from .process import Process
 from .sources import is_local, read_source
 from .statistics import (
     TrajectoryStatistics,

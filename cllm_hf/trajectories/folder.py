@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from ..files import check_writable, replace_file
+from ..process import Process
 from .card import PLOT_NAME, make_card, merge_card
 from .journal import Journal
 from .loading import check_shards
 from .manifest import MANIFEST_NAME, describe_difference, read_manifest, write_manifest
-from .process import Process
 from .shard import explain_none_left
 from .statistics import TrajectoryStatistics, plot_statistics
 

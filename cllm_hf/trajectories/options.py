@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..decoding.options import check_block_size
+from ..options import check_block_size
 from .cleaning import CleaningRules
 
 

@@ -4,7 +4,7 @@ One layout for a clean sequence and many draft blocks, run in one forward: `[cle
 Each block repeats its anchor, has the positions it would have in the sequence, and sees the clean tokens before its
 anchor and itself causally, and no other block. One forward thus gives the autoregressive logits of the clean sequence
 and the logits of every draft state. The trajectory collector and the trainer share it; the forwards are in
-`packed_forwards`.
+`forward`.
 """
 
 from __future__ import annotations

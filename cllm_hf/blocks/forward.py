@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ._host import PLAIN_ATTENTION, attention_implementation
-from .packing import CLEAN_SEGMENT, Packed
+from .._host import attention_implementation
+from .layout import CLEAN_SEGMENT, Packed
 
 
 def packed_attention_mask(
@@ -206,39 +206,3 @@ def forward_drafts(
     ).logits
     clean_cache.crop(-logits.shape[1])
     return logits
-
-
-def check_packable(model: PreTrainedModel) -> None:
-    """
-    Check that a model can run packed batches.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-
-    Raises:
-        ValueError: for models that take no positions, that find positions by the column (ALiBi), whose layers are not
-            full or sliding attention, or whose attention implementation takes no mask (flash attention).
-    """
-    config = model.config.get_text_config()
-    name = type(model).__name__
-    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
-        raise ValueError(
-            f"{name} finds positions by itself, so that blocks cannot be packed behind their sequence. Use a model "
-            "whose `forward` takes `position_ids`, such as Llama, Qwen, Gemma, GPT-2 or GPT-NeoX."
-        )
-    if any(
-        getattr(adapter, "alora_invocation_tokens", None) for adapter in getattr(model, "peft_config", {}).values()
-    ):
-        raise ValueError("Packed forwards cannot run activated LoRA, which counts from the end of the sequence.")
-    others = set(getattr(config, "layer_types", None) or ()) - PLAIN_ATTENTION
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        others.add("local")  # GPT-Neo's windows count columns
-    if model.config.is_encoder_decoder or others:
-        kind = "an encoder-decoder model" if model.config.is_encoder_decoder else f"layers of type {sorted(others)}"
-        raise ValueError(f"Packed forwards need a decoder with full or sliding attention, got {kind} in {name}.")
-    implementation = attention_implementation(config) or ""
-    if implementation not in ("sdpa", "eager", "flex_attention"):
-        raise ValueError(
-            f"Packed forwards need attention that takes a mask, got `attn_implementation={implementation!r}`. Call "
-            '`model.set_attn_implementation("sdpa")` first.'
-        )
