@@ -1,8 +1,11 @@
 """
-Pure functions over blocks: first draft, accepted tokens, next draft, cut at a stop token.
+The rules of Jacobi decoding, once each: first draft, accepted tokens, cut at a stop token, slide of the window.
 
-Words (one forward over a block of size `n`): the input is `[anchor, draft_0 .. draft_{n-2}]`, the prediction at input
-position `i` checks `draft_i`, and the prediction behind the last accepted draft token is the bonus token.
+Words (one forward pass over a block of size `n`): the input is `[anchor, draft_0 .. draft_{n-2}]`, the prediction at
+input position `i` checks `draft_i`, and the prediction after the last accepted draft token is the bonus token.
+
+Decoding walks lists, since rows of a batch accept different numbers of tokens and a device is slow at that; training
+and collecting handle many blocks at once, as tensors. Both forms stand side by side and are tested against each other.
 """
 
 from __future__ import annotations
@@ -61,6 +64,30 @@ def count_accepted(draft: list[int], predicted: list[int]) -> int:
     return next((place for place, token in enumerate(draft) if token != predicted[place]), len(draft))
 
 
+def count_accepted_in_blocks(drafts: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """
+    Count the leading draft tokens that the model confirms, in many blocks at once: `count_accepted` for tensors.
+
+    Args:
+        drafts (`torch.LongTensor` of shape `(..., draft_length)`): guesses, each fed after its anchor.
+        predicted (`torch.LongTensor` of shape `(..., predicted_length)`): the model's token at each position; those
+            beyond `draft_length` check nothing.
+
+    Returns:
+        `torch.LongTensor` of shape `(...)`: between 0 and `draft_length`.
+
+    Raises:
+        ValueError: if there are fewer predictions than draft tokens.
+    """
+    length = drafts.shape[-1]
+    if predicted.shape[-1] < length:
+        raise ValueError(
+            f"`predicted` must be at least as long as `drafts`, got shapes {tuple(predicted.shape)} and "
+            f"{tuple(drafts.shape)}."
+        )
+    return (drafts == predicted[..., :length]).long().cumprod(-1).sum(-1)
+
+
 def count_until_stop(tokens: list[int], stop_ids: Collection[int]) -> int:
     """
     Count the tokens up to and including the first stop token.
@@ -87,3 +114,19 @@ def next_draft(rest: list[int], filler: list[int]) -> list[int]:
         `list[int]`: as long as `filler`; `rest[i]` where it exists, elsewhere `filler[i - len(rest)]`.
     """
     return (rest + filler)[: len(filler)]
+
+
+def next_drafts(predicted: torch.Tensor, num_committed: torch.Tensor, fillers: torch.Tensor) -> torch.Tensor:
+    """
+    Slide many windows at once: `next_draft` for tensors.
+
+    Args:
+        predicted (`torch.LongTensor` of shape `(..., predicted_length)`): the model's token at each position.
+        num_committed (`torch.LongTensor` of shape `(...)`): how many of them were committed, up to `predicted_length`.
+        fillers (`torch.LongTensor` of shape `(..., draft_length)`): tokens for positions with no prediction.
+
+    Returns:
+        `torch.LongTensor` of the shape of `fillers`.
+    """
+    places = num_committed[..., None] + torch.arange(fillers.shape[-1], device=predicted.device)
+    return torch.cat([predicted, fillers], dim=-1).gather(-1, places)

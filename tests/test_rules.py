@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from cllm_hf.blocks.rules import count_accepted, count_until_stop, draw_context_tokens, next_draft
+from cllm_hf.blocks.rules import (
+    count_accepted,
+    count_accepted_in_blocks,
+    count_until_stop,
+    draw_context_tokens,
+    next_draft,
+    next_drafts,
+)
 
 
 def random_ids(*shape, high=3, seed=0):
@@ -60,3 +67,21 @@ def test_drawn_tokens_come_from_the_allowed_context_and_repeat_with_the_seed():
 def test_drawing_from_no_context_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
         draw_context_tokens(random_ids(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]), 2, torch.Generator())
+
+
+def test_tensor_forms_equal_list_forms():
+    drafts, predicted = random_ids(40, 3, 5, high=2, seed=1), random_ids(40, 3, 6, high=2, seed=2)
+    fillers = random_ids(40, 3, 4, high=9, seed=3)
+    accepted = count_accepted_in_blocks(drafts, predicted)
+    slid = next_drafts(predicted, accepted + 1, fillers)
+    for row in range(40):
+        for block in range(3):
+            said = predicted[row, block].tolist()
+            count = count_accepted(drafts[row, block].tolist(), said)
+            assert accepted[row, block] == count
+            assert slid[row, block].tolist() == next_draft(said[count + 1 :], fillers[row, block].tolist())
+
+
+def test_fewer_predictions_than_draft_tokens_are_refused():
+    with pytest.raises(ValueError, match="at least as long"):
+        count_accepted_in_blocks(random_ids(2, 5), random_ids(2, 4))
