@@ -25,10 +25,17 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ._host import has_own_loop, mark_as_edited, mixes_adapters
-from .options import DEFAULT_BLOCK_SIZE, OPTION_NAMES, JacobiOptions, check_block_size
+from .decoding.registry import decodings
+from .options import (
+    AUTOREGRESSIVE,
+    DEFAULT_BLOCK_SIZE,
+    JACOBI,
+    OPTION_NAMES,
+    JacobiOptions,
+    check_block_size,
+)
 
 
-DECODINGS = ("jacobi", "autoregressive")
 _ORIGINAL = "_cllm_hf_original"
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _STRATEGY_OPTIONS = ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "cache_implementation")
@@ -51,11 +58,17 @@ def register() -> None:
         *args: Any,
         decoding: str | None = None,
         jacobi_block_size: int | str | None = None,
+        jacobi_candidates: int | None = None,
         jacobi_seed: int | None = None,
         jacobi_compile: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        given = {"jacobi_block_size": jacobi_block_size, "jacobi_seed": jacobi_seed, "jacobi_compile": jacobi_compile}
+        given = {
+            "jacobi_block_size": jacobi_block_size,
+            "jacobi_candidates": jacobi_candidates,
+            "jacobi_seed": jacobi_seed,
+            "jacobi_compile": jacobi_compile,
+        }
         return _generate(original, self, args, kwargs, decoding, given)
 
     setattr(generate, _ORIGINAL, original)
@@ -96,7 +109,7 @@ def set_jacobi_defaults(model: Any, block_size: int | str = DEFAULT_BLOCK_SIZE) 
             other.
     """
     config = model.generation_config
-    config.decoding = "jacobi"
+    config.decoding = JACOBI
     config.jacobi_block_size = check_block_size(block_size, "block_size", allows_auto=True)
     config.use_cache = True  # training with gradient checkpointing may have turned it off
     # A CLLM is trained on greedy responses. Options of sampling and of other strategies would make `generate` or
@@ -118,17 +131,22 @@ def _generate(
     call = _named_arguments(original, model, args, kwargs)
     user_config = call.get("generation_config")
     configs = [config for config in (user_config, model.generation_config) if config is not None]
-    named = [name for name, value in given.items() if value is not None and value is not False]
+    named = [name for name, value in given.items() if _is_wish(name, value)]
     if decoding is None and named:
-        decoding = "jacobi"
-    elif decoding == "autoregressive" and named:
+        decoding = JACOBI
+    elif decoding == AUTOREGRESSIVE and named:
         raise ValueError(f'`{named[0]}` has no effect with `decoding="autoregressive"`. Drop one of the two.')
     requested = decoding if decoding is not None else _decoding_of(configs)
-    if requested is not None and requested not in DECODINGS:
-        raise ValueError(f'`decoding` must be "jacobi" or "autoregressive", got {requested!r}.')
+    if requested is not None and requested not in decodings():
+        names = " or ".join(f'"{name}"' for name in decodings())
+        raise ValueError(f"`decoding` must be {names}, got {requested!r}.")
     # The draft model of assisted decoding is called through `generate` too, and must not draft by itself.
     is_assistant = getattr(user_config, "is_assistant", False)
-    if requested != "jacobi" or is_assistant or (decoding is None and call.get("custom_generate") is not None):
+    if (
+        requested in (None, AUTOREGRESSIVE)
+        or is_assistant
+        or (decoding is None and call.get("custom_generate") is not None)
+    ):
         return original(model, *args, **kwargs)
 
     if _option(call, configs, "cache_implementation") == "static":
@@ -144,7 +162,7 @@ def _generate(
     call = _with_stop_strings(call, configs)
     if model.generation_config.use_cache is False and _option(call, configs[:-1], "use_cache") is None:
         call["use_cache"] = True  # a default that training leaves behind, not a wish of the caller
-    return original(model, **call, custom_generate=_custom_generate(model, call, options))
+    return original(model, **call, custom_generate=_custom_generate(model, call, options, requested))
 
 
 def _jacobi_options(given: dict[str, Any], configs: list[GenerationConfig]) -> JacobiOptions:
@@ -156,7 +174,9 @@ def _jacobi_options(given: dict[str, Any], configs: list[GenerationConfig]) -> J
     )
 
 
-def _custom_generate(model: PreTrainedModel, call: dict[str, Any], options: JacobiOptions) -> Callable[..., Any]:
+def _custom_generate(
+    model: PreTrainedModel, call: dict[str, Any], options: JacobiOptions, strategy_name: str
+) -> Callable[..., Any]:
     """
     Build the callable for the host's `custom_generate` hook.
 
@@ -170,7 +190,7 @@ def _custom_generate(model: PreTrainedModel, call: dict[str, Any], options: Jaco
     if model.config.is_encoder_decoder:
         num_given = None
 
-    def decode(
+    def run(
         model: Any,
         input_ids: torch.Tensor,
         logits_processor: Any,
@@ -178,15 +198,16 @@ def _custom_generate(model: PreTrainedModel, call: dict[str, Any], options: Jaco
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        from .decoding.loop import jacobi_decode
+        from .decoding.loop import decode
 
-        return jacobi_decode(
+        return decode(
             model,
             input_ids,
             logits_processor,
             stopping_criteria,
             generation_config,
             options=options,
+            strategy_name=strategy_name,
             context_ids=_encoder_ids(model, input_ids, prompt),
             streamer=call.get("streamer"),
             num_given=None if num_given is None else num_given.shape[1],
@@ -194,7 +215,7 @@ def _custom_generate(model: PreTrainedModel, call: dict[str, Any], options: Jaco
             **model_kwargs,
         )
 
-    return decode
+    return run
 
 
 def _encoder_ids(model: PreTrainedModel, input_ids: torch.Tensor, prompt: Any) -> torch.Tensor | None:
@@ -297,10 +318,14 @@ def _decoding_of(configs: list[GenerationConfig]) -> Any:
         decoding = getattr(config, "decoding", None)
         if decoding is not None:
             return decoding
-        values = (getattr(config, name, None) for name in OPTION_NAMES)
-        if any(value is not None and value is not False for value in values):
-            return "jacobi"
+        if any(_is_wish(name, getattr(config, name, None)) for name in OPTION_NAMES):
+            return JACOBI
     return None
+
+
+def _is_wish(name: str, value: Any) -> bool:
+    """Whether an option asks for something that only Jacobi decoding does."""
+    return value is not None and value is not False and (name, value) != ("jacobi_candidates", 0)
 
 
 def _option(call: dict[str, Any], configs: list[GenerationConfig], name: str) -> Any:

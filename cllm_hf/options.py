@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 
+# Values of `decoding` that are built in.
+JACOBI, AUTOREGRESSIVE = "jacobi", "autoregressive"
 DEFAULT_BLOCK_SIZE = 16
 AUTO = "auto"
 # Arguments of `generate` and entries of a generation config; without the prefix, the fields of `JacobiOptions`.
-OPTION_NAMES = ("jacobi_block_size", "jacobi_seed", "jacobi_compile")
+OPTION_NAMES = ("jacobi_block_size", "jacobi_candidates", "jacobi_seed", "jacobi_compile")
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class JacobiOptions:
 
     Attributes:
         block_size (`int` or `"auto"`): positions checked in a forward; `"auto"` measures what pays.
+        candidates (`int`): further guesses from a pool of n-grams, verified in the same forward pass.
         seed (`int`, *optional*): of the noise of sampling; by default drawn from torch's own generator.
         compile (`bool`): whether iterations run as one compiled graph of fixed shape, on a static cache.
 
@@ -27,6 +30,7 @@ class JacobiOptions:
     """
 
     block_size: int | str = AUTO
+    candidates: int = 0
     seed: int | None = None
     compile: bool = False
 
@@ -36,6 +40,16 @@ class JacobiOptions:
             raise ValueError(f"`jacobi_seed` must be an integer of at least 0 and below 2**63, got {self.seed!r}.")
         if not isinstance(self.compile, bool):
             raise ValueError(f"`jacobi_compile` must be `True` or `False`, got {self.compile!r}.")
+        if not _is_integer(self.candidates) or self.candidates < 0:
+            raise ValueError(
+                f"`jacobi_candidates` must be an integer of at least 0, got {self.candidates!r}. Typical values are 1 "
+                "to 4."
+            )
+        if self.compile and self.candidates:
+            raise ValueError(
+                f"A compiled forward pass has one shape, got `jacobi_candidates={self.candidates}` with "
+                '`jacobi_compile=True` or `cache_implementation="static"`. Drop one of the two.'
+            )
         if self.compile and self.block_size == AUTO:
             raise ValueError(
                 'A compiled forward has one shape, got `jacobi_block_size="auto"` with `jacobi_compile=True` or '

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from cllm_hf.blocks.rules import (
+    accepted_path,
     count_accepted,
     count_accepted_in_blocks,
     count_until_stop,
-    draw_context_tokens,
     next_draft,
     next_drafts,
 )
@@ -54,21 +54,6 @@ def test_next_draft_is_the_rest_of_the_prediction_and_then_filler():
     assert next_draft([1], []) == []
 
 
-def test_drawn_tokens_come_from_the_allowed_context_and_repeat_with_the_seed():
-    context = torch.arange(20).view(2, 10)
-    mask = torch.zeros(2, 10)
-    mask[0, 3:6] = mask[1, 9] = 1
-    draws = [draw_context_tokens(context, mask, 50, torch.Generator().manual_seed(7)) for _ in range(2)]
-    assert torch.equal(*draws)
-    assert set(draws[0][0].tolist()) == {3, 4, 5} and set(draws[0][1].tolist()) == {19}
-    assert draw_context_tokens(context, mask, 0, torch.Generator()).shape == (2, 0)
-
-
-def test_drawing_from_no_context_is_refused():
-    with pytest.raises(ValueError, match="at least one token"):
-        draw_context_tokens(random_ids(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]), 2, torch.Generator())
-
-
 def test_tensor_forms_equal_list_forms():
     drafts, predicted = random_ids(40, 3, 5, high=2, seed=1), random_ids(40, 3, 6, high=2, seed=2)
     fillers = random_ids(40, 3, 4, high=9, seed=3)
@@ -85,3 +70,40 @@ def test_tensor_forms_equal_list_forms():
 def test_fewer_predictions_than_draft_tokens_are_refused():
     with pytest.raises(ValueError, match="at least as long"):
         count_accepted_in_blocks(random_ids(2, 5), random_ids(2, 4))
+
+
+def follow_slowly(token_ids, parents, predicted, is_drafter):
+    """All paths from the anchor whose every token the model predicts, by trying each; the longest."""
+    paths = [[0]]
+    for path in paths:
+        for place, parent in enumerate(parents):
+            if parent == path[-1] and predicted[parent] == token_ids[place] and not is_drafter[place]:
+                paths.append([*path, place])
+    return max(paths, key=len)
+
+
+def test_the_accepted_path_is_the_longest_that_the_model_confirms():
+    generator = torch.Generator().manual_seed(0)
+    lengths = set()
+    for _ in range(300):
+        parents, token_ids = [-1], [9]
+        while len(parents) < 12:
+            parent, token = (int(torch.randint(high, (), generator=generator)) for high in (len(parents), 3))
+            siblings = {token_ids[place] for place, other in enumerate(parents) if other == parent}
+            if token not in siblings:
+                parents.append(parent)
+                token_ids.append(token)
+        predicted = torch.randint(3, (12,), generator=generator).tolist()
+        is_drafter = [False, *(torch.rand(11, generator=generator) < 0.1).tolist()]
+        path = accepted_path(token_ids, parents, predicted, is_drafter)
+        assert path == follow_slowly(token_ids, parents, predicted, is_drafter)
+        lengths.add(len(path))
+    assert len(lengths) > 3
+
+
+def test_the_accepted_path_of_a_chain_is_its_count():
+    for draft, predicted in zip(
+        random_ids(100, 5, high=2, seed=1).tolist(), random_ids(100, 6, high=2, seed=2).tolist()
+    ):
+        path = accepted_path([7, *draft], list(range(-1, 5)), predicted)
+        assert path == list(range(count_accepted(draft, predicted) + 1))

@@ -168,7 +168,7 @@ def test_chi_square_against_the_exact_distribution(options):
 
 def test_noise_belongs_to_its_position_in_whatever_order_it_is_drawn(monkeypatch):
     like = torch.zeros(2, 3, 7)
-    block = GumbelNoise(4, 5).of_blocks([1, 3], [10, 12], like)
+    block = GumbelNoise(4, 5).at_places([1, 3], [[10, 11, 12], [12, 13, 14]], like)
     monkeypatch.setattr("cllm_hf.decoding.sampling._KEPT_BYTES", 0)  # has everything drawn again
     again = GumbelNoise(4, 5)
     for position in reversed(range(10, 15)):

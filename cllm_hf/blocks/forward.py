@@ -1,10 +1,11 @@
-"""Forwards over packed batches, in one go or behind cached clean sequences, and the mask that they need."""
+"""Forward passes over packed batches, in one go or after cached clean sequences, and the masks of blocks and trees."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -42,14 +43,79 @@ def packed_attention_mask(
     visible = (clean_before | same_segment) & (columns <= columns[queries, None])
     if packed.sequence_ids is not None:
         visible &= packed.sequence_ids[:, None] == packed.sequence_ids[:, queries, None]
+    # By position, not by column as in transformers: a block stands far after the tokens it continues.
+    distances = positions[:, queries, None] - positions[:, None]
+    return masks_by_layer_type(config, visible, distances, dtype)
+
+
+def tree_attention_mask(
+    config: PreTrainedConfig,
+    cached_mask: torch.Tensor,
+    parents: list[list[int]],
+    dtype: torch.dtype,
+    cache: DynamicCache,
+) -> Any:
+    """
+    Build the mask of trees of tokens after cached texts: each token sees its text and the tokens it follows.
+
+    Args:
+        config (`transformers.PreTrainedConfig`): config of the model.
+        cached_mask (`torch.Tensor` of shape `(batch_size, num_cached)`): non-zero on cached columns that are text.
+        parents (`list[list[int]]`): for each row and place of its tree, the place of the token before; -1 for none.
+        dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
+        cache (`transformers.DynamicCache`): what is cached, without the trees.
+
+    Returns:
+        What to pass as `attention_mask`: a mask, or a `dict` of them for models that mix full and sliding attention.
+    """
+    config, device = config.get_text_config(), cached_mask.device
+    num_rows, num_cached = cached_mask.shape
+    sees = np.zeros((num_rows, len(parents[0]), len(parents[0])), dtype=bool)
+    for row, places in enumerate(parents):
+        for place, parent in enumerate(places):
+            if parent >= 0:
+                sees[row, place] = sees[row, parent]
+            sees[row, place, place] = True
+    num_before = torch.from_numpy(sees.sum(-1)).to(device) - 1
+    text = cached_mask.bool()[:, None].expand(-1, len(parents[0]), -1)
+    visible = torch.cat([text, torch.from_numpy(sees).to(device)], dim=-1)
+    # A tree stands in columns of its own; in a text, a token would stand as many columns on as tokens are before it.
+    columns = torch.cat([torch.arange(num_cached, device=device).expand(num_rows, -1), num_cached + num_before], dim=1)
+    distances = columns[:, num_cached:, None] - columns[:, None]
+    layers: Any = cache.layers
+    sliding = next((index for index, layer in enumerate(layers) if layer.is_sliding), None)
+    num_columns = None if sliding is None else cache.get_mask_sizes(len(parents[0]), sliding)[0]
+    return masks_by_layer_type(config, visible, distances, dtype, num_columns)
+
+
+def masks_by_layer_type(
+    config: PreTrainedConfig,
+    visible: torch.Tensor,
+    distances: torch.Tensor,
+    dtype: torch.dtype,
+    num_sliding_columns: int | None = None,
+) -> Any:
+    """
+    Make masks by transformers' own mask functions, for the attention that the model runs.
+
+    Args:
+        config (`transformers.PreTrainedConfig`): config of the decoder.
+        visible (`torch.BoolTensor` of shape `(batch_size, num_queries, num_keys)`): which pairs may see each other
+            where attention is full.
+        distances (`torch.LongTensor` of the same shape): how far a key stands before its query, for sliding windows.
+        dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
+        num_sliding_columns (`int`, *optional*): last keys that layers of sliding windows have; by default all.
+
+    Returns:
+        A mask, or a `dict` of them by layer type for models that mix full and sliding attention.
+    """
 
     def build(allowed: torch.Tensor) -> Any:
         return ALL_MASK_ATTENTION_FUNCTIONS[attention_implementation(config)](
             batch_size=allowed.shape[0],
             q_length=allowed.shape[1],
             kv_length=allowed.shape[2],
-            q_offset=first,
-            mask_function=lambda batch, head, query, key: allowed[batch, query - first, key],
+            mask_function=lambda batch, head, query, key: allowed[batch, query, key],
             allow_is_causal_skip=False,
             dtype=dtype,
             config=config,
@@ -60,11 +126,9 @@ def packed_attention_mask(
     window: Any = getattr(config, "sliding_window", None)
     if "sliding_attention" not in layer_types and (layer_types or window is None):
         return build(visible)
-    # By position, not by column as in the host: a block stands far behind the tokens it continues.
-    near = positions[:, queries, None] - positions[:, None] < window
-    if layer_types:
-        return {"full_attention": build(visible), "sliding_attention": build(visible & near)}
-    return build(visible & near)
+    near = visible & (distances < window)
+    near = near if num_sliding_columns is None else near[..., -num_sliding_columns:]
+    return {"full_attention": build(visible), "sliding_attention": build(near)} if layer_types else build(near)
 
 
 def packed_forward(

@@ -15,33 +15,6 @@ from collections.abc import Collection
 import torch
 
 
-def draw_context_tokens(
-    context_ids: torch.Tensor, context_mask: torch.Tensor, num_tokens: int, generator: torch.Generator
-) -> torch.Tensor:
-    """
-    Draw tokens at random, with replacement, from each row's own context (CLLM, arXiv 2403.00835, section 3.1).
-
-    Args:
-        context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`): tokens to draw from.
-        context_mask (`torch.Tensor` of shape `(batch_size, context_length)`): non-zero where a token may be drawn.
-        num_tokens (`int`): how many tokens to draw for each row.
-        generator (`torch.Generator`): source of randomness, on the CPU, so that a draw does not depend on the device.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, num_tokens)`.
-
-    Raises:
-        ValueError: if a row of `context_mask` allows no token at all.
-    """
-    weights = context_mask.to("cpu", torch.float32).clamp(min=0)
-    if (weights.sum(-1) == 0).any():
-        raise ValueError("Every row of `context_mask` must allow at least one token to draw, got a row of zeros.")
-    if num_tokens == 0:
-        return context_ids.new_empty((context_ids.shape[0], 0))
-    picked = torch.multinomial(weights, num_tokens, replacement=True, generator=generator)
-    return context_ids.gather(1, picked.to(context_ids.device))
-
-
 def count_accepted(draft: list[int], predicted: list[int]) -> int:
     """
     Count the leading draft tokens that the model confirms.
@@ -62,6 +35,32 @@ def count_accepted(draft: list[int], predicted: list[int]) -> int:
             f"{len(predicted)} and {len(draft)}."
         )
     return next((place for place, token in enumerate(draft) if token != predicted[place]), len(draft))
+
+
+def accepted_path(
+    token_ids: list[int], parents: list[int], predicted: list[int], is_drafter: list[bool] | None = None
+) -> list[int]:
+    """
+    Follow a tree of guesses as far as the model confirms them; of a chain, `count_accepted` counts the same.
+
+    Args:
+        token_ids (`list[int]`): the anchor, then the guesses.
+        parents (`list[int]`): for each place, the place of the token before it; -1 for the anchor. Siblings differ.
+        predicted (`list[int]`): the model's token after each place.
+        is_drafter (`list[bool]`, *optional*): places at which nothing is accepted.
+
+    Returns:
+        `list[int]`: places of the anchor and of the accepted tokens. The prediction at the last is the bonus token.
+    """
+    children = {
+        (parent, token): place
+        for place, (parent, token) in enumerate(zip(parents, token_ids))
+        if is_drafter is None or not is_drafter[place]
+    }
+    path = [0]
+    while (child := children.get((path[-1], predicted[path[-1]]))) is not None:
+        path.append(child)
+    return path
 
 
 def count_accepted_in_blocks(drafts: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:

@@ -172,6 +172,33 @@ def check_positions(model: PreTrainedModel, num_positions: int) -> None:
                 )
 
 
+def check_trees(model: PreTrainedModel) -> None:
+    """
+    Check that a model can verify a tree of tokens in one forward pass.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to decode.
+
+    Raises:
+        ValueError: for models that take no mask of pairs or no positions, see `check_packable`, and for those that
+            keep something else than keys and values of each token.
+    """
+    reason = ""
+    try:
+        check_packable(model)
+    except ValueError as error:
+        reason = str(error)
+    if model.config.model_type in _NO_LATER_STEPS:
+        reason = "It does not see all of what it has cached when several tokens follow."
+    elif needs_same_length(model):
+        reason = reason or "It finds positions by counting columns."
+    if reason:
+        raise ValueError(
+            f"{type(model).__name__} does not take a tree of candidates beside the draft. {reason} Or drop "
+            "`jacobi_candidates`."
+        )
+
+
 def check_packable(model: PreTrainedModel) -> None:
     """
     Check that a model can run packed batches.

@@ -1,10 +1,12 @@
 """
-Taking rejected tokens out of a cache: the one place that knows the host's cache classes.
+Keeping accepted tokens in a cache: the one place that knows transformers' cache classes.
 
-After a forward over drafts the cache also holds rejected tokens. Rows of a batch reject different numbers of them. The
-rows are kept aligned on the right: every row's tokens stay contiguous and end in the last column, and rows that are
-behind get more padding on the left. Sliding-window layers, whose masks count columns, thus stay exact. Columns that
-are padding in all rows are dropped, so that the cache never grows beyond the longest row.
+After a forward pass over drafts the cache also holds rejected tokens. Those that are kept are named by their places in
+that forward pass. Of a chain they are the first ones, and the others are cut off; of a tree they move to the front
+first. Rows of a batch keep different numbers of them, and stay aligned on the right: every row's tokens are contiguous
+and end in the last column, and rows that are behind get more padding on the left. Sliding-window layers, whose masks
+count columns, thus stay exact. Columns that are padding in all rows are dropped, so that the cache never grows beyond
+the longest row.
 
 A recurrent state cannot be rolled back. It is saved before a forward, and put back if anything was rejected.
 """
@@ -76,6 +78,35 @@ def copy_cache(cache: Cache) -> Cache:
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     return copied
+
+
+def keeps_places(cache: Cache) -> bool:
+    """
+    Whether `keep_places` can keep other places than the first ones.
+
+    Args:
+        cache (`transformers.Cache`): any cache; layers that are yet to be made are the plain ones.
+
+    Returns:
+        `bool`.
+    """
+    movable = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return type(cache) is DynamicCache and all(type(layer) in movable for layer in cache.layers)
+
+
+def keep_places(cache: Cache, paths: list[list[int]], num_fed: int) -> None:
+    """
+    Keep some of the tokens of the last forward pass in each row, and align the rows on the right again.
+
+    Args:
+        cache (`transformers.Cache`): a croppable cache that records its past, see `roll_back`.
+        paths (`list[list[int]]`): for each row, places among the last `num_fed` tokens, in rising order. Other places
+            than the first ones need a cache that `keeps_places`; different numbers one that `rolls_back_rows`.
+        num_fed (`int`): tokens of the last forward pass that the places count.
+    """
+    if any(path[-1] >= len(path) for path in paths):
+        _move_to_front(cache, paths, num_fed)
+    roll_back(cache, [num_fed - len(path) for path in paths])
 
 
 def roll_back(cache: Cache, num_rejected: list[int]) -> None:
@@ -193,6 +224,19 @@ def roll_back_columns(columns: torch.Tensor, num_rejected: list[int], fill: int)
         return columns[:, : columns.shape[1] - fewest]
     source = _source_columns(num_rejected, 0, columns.shape[1] - fewest, columns.device)
     return columns.gather(1, source.clamp(min=0)).masked_fill(source < 0, fill)
+
+
+def _move_to_front(cache: Cache, paths: list[list[int]], num_fed: int) -> None:
+    """Put the kept places of a forward pass before its others. The layers have just made their tensors for it."""
+    places = torch.tensor([path + [place for place in range(num_fed) if place not in path] for path in paths])
+    layers: Any = cache.layers
+    for layer in layers:
+        if not layer.is_initialized or isinstance(layer, DummyLayer):
+            continue
+        order = places.to(layer.device, non_blocking=True)[:, None, :, None]
+        for states in (layer.keys, layer.values):
+            fed = states[:, :, -num_fed:]
+            fed.copy_(fed.gather(2, order.expand_as(fed)))
 
 
 def _roll_back_rows(layer: Any, num_rejected: list[int]) -> None:

@@ -1,9 +1,10 @@
 """
-The Jacobi decoding loop, a `custom_generate` callable of `GenerationMixin.generate`.
+The decoding loop, a `custom_generate` callable of `GenerationMixin.generate`.
 
-The host prepares everything (ids, masks, cache, processors, stopping criteria) and calls `jacobi_decode`, which then
-repeats: feed the anchor and a draft of `block_size - 1` tokens, commit what the model confirms plus its bonus token,
-roll the cache back, slide the window. The prefill is the first iteration: its anchor is the last prompt token.
+transformers prepares everything (ids, masks, cache, processors, stopping criteria) and calls `decode`, which then
+repeats: a strategy proposes tokens after the anchor, the model is run over them, the verifier accepts what the model
+confirms plus a bonus token, the cache forgets the rest. The prefill is the first iteration: its anchor is the last
+prompt token. Nothing here knows where a proposal comes from, or that most are chains.
 
 Sources: Jacobi decoding (arXiv 2305.10427), CLLM (arXiv 2403.00835).
 """
@@ -13,18 +14,29 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from ..options import JacobiOptions
-from .commit import Committer, length_limit
+from .feeding import Feed
 from .output import JacobiOutput, JacobiStats
-from .pacing import make_pace
+from .pacing import FixedPace, make_pace
+from .registry import make_strategy
+from .rows import Row
 from .sampling import GumbelNoise
-from .window import Window
+from .stepwise import StepwiseVerifier, depends_on_call_order
+from .strategy import Proposal, Room, Strategy, check_proposals, level
+from .verify import Verifier, takes_all_at_once
 
 
-def jacobi_decode(
+def decode(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
@@ -32,6 +44,7 @@ def jacobi_decode(
     generation_config: GenerationConfig,
     *,
     options: JacobiOptions,
+    strategy_name: str = "jacobi",
     context_ids: torch.Tensor | None = None,
     streamer: BaseStreamer | None = None,
     num_given: int | None = None,
@@ -39,7 +52,7 @@ def jacobi_decode(
     **model_kwargs: Any,
 ) -> JacobiOutput | torch.Tensor:
     """
-    Decode several tokens a forward, and return exactly the tokens of decoding one at a time.
+    Decode several tokens a forward pass, and return exactly the tokens of decoding one at a time.
 
     Args:
         model (`transformers.PreTrainedModel`): a causal or an encoder-decoder model.
@@ -49,76 +62,196 @@ def jacobi_decode(
         stopping_criteria (`transformers.StoppingCriteriaList`): asked after every committed token.
         generation_config (`transformers.GenerationConfig`): the merged options of this call.
         options (`JacobiOptions`): block size and the like.
+        strategy_name (`str`): the registered strategy that proposes tokens.
         context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`, *optional*): tokens to draw the first
             draft from; by default the prompts.
         streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): receives every committed token.
         num_given (`int`, *optional*): length of the attention mask that the user passed, cached tokens included.
         is_user_cache (`bool`): whether `past_key_values` comes from the user.
-        model_kwargs: model inputs as the host prepared them, `past_key_values` among them.
+        model_kwargs: model inputs as transformers prepared them, `past_key_values` among them.
 
     Returns:
         `JacobiOutput` if `return_dict_in_generate`, else `torch.LongTensor` of shape `(batch_size, sequence_length)`.
 
     Raises:
-        ValueError: for a cache that cannot be rolled back or a model input that cannot be extended.
+        ValueError: for a cache that cannot be rolled back, a model input that cannot be extended, a model that does
+            not take the trees of the strategy, or a strategy that proposes what there is no room for.
     """
-    batch_size = input_ids.shape[0]
+    batch_size, prompt_length = input_ids.shape
+    strategy = make_strategy(strategy_name, options)
     pace = make_pace(model, options.block_size)
-    window = Window(
+    max_length = length_limit(stopping_criteria, prompt_length)
+    feed = Feed(
         model,
         input_ids,
         model_kwargs,
         max_block_size=pace.max_block_size,
-        num_new_tokens=length_limit(stopping_criteria, input_ids.shape[1]) - input_ids.shape[1],
+        num_new_tokens=max_length - prompt_length,
+        needs_tree=strategy.needs_tree,
         compile_options=generation_config if options.compile else None,
         context_ids=context_ids,
         num_given=num_given,
         is_user_cache=is_user_cache,
     )
-    committer = Committer(
+    stop_ids = find_stop_ids(stopping_criteria)
+    pad_id = generation_config.pad_token_id
+    verifier = make_verifier(
         input_ids,
         logits_processor,
         stopping_criteria,
-        generation_config.pad_token_id,
-        streamer,
-        leave_together=window.memory.fixed_shape,
-        same_length=window.same_length,
-        noise=_noise(generation_config, input_ids, options.seed),
+        pad_id=(stop_ids or [0])[0] if pad_id is None else pad_id,
+        max_length=max_length,
+        streamer=streamer,
+        same_length=feed.same_length,
+        has_fixed_shape=feed.memory.fixed_shape,
+        noise=_noise(generation_config, batch_size, options.seed),
     )
-    stats = JacobiStats(num_committed=[[] for _ in range(batch_size)])
+    all_rows, num_forwards = list(feed.rows), 0
     try:
-        while window.rows:
-            rows, num_generated = window.rows, list(committer.num_generated)
-            # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
-            limit = committer.max_length - max(committer.lengths[row] for row in rows)
-            if window.memory.fixed_shape:
-                limit = pace.max_block_size
-            drafts = window.draft(pace.block_size(len(rows), limit) - 1)
-            logits = window.forward(drafts)
-            predicted, counts = committer.commit(rows, drafts, logits)
-            del logits  # large in the prefill
-            window.advance(predicted, counts, [committer.finished[row] for row in rows])
-            pace.record(len(drafts[0]) + 1, counts)
-            stats.num_forwards += 1
-            for row in rows:
-                if committer.num_generated[row] > num_generated[row]:
-                    stats.num_committed[row].append(committer.num_generated[row] - num_generated[row])
+        while feed.rows:
+            _iterate(feed, strategy, verifier, pace)
+            num_forwards += 1
     finally:
-        window.memory.close()
+        feed.memory.close()
     if streamer is not None:
         streamer.end()
 
-    sequences = committer.sequences()
+    sequences = lay_out_sequences(input_ids, all_rows, verifier.pad_id)
     if not generation_config.return_dict_in_generate:
         return sequences
     # A recurrent state may lag behind the text, and the cache of a batch has lost the rows that finished.
-    cache = window.memory.cache if batch_size == 1 and not window.memory.replays else None
+    cache = feed.memory.cache if batch_size == 1 and not feed.memory.replays else None
+    stats = JacobiStats(num_forwards, [row.gains for row in all_rows])
     return JacobiOutput(sequences=cast(torch.LongTensor, sequences), past_key_values=cache, jacobi_stats=stats)
 
 
-def _noise(generation_config: GenerationConfig, input_ids: torch.Tensor, seed: int | None) -> GumbelNoise | None:
+def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: FixedPace) -> None:
+    """One forward pass, and what came of it."""
+    rows = feed.rows
+    # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
+    limit = verifier.max_length - max(row.length for row in rows)
+    if feed.memory.fixed_shape:
+        limit = pace.max_block_size
+    room = feed.room(pace.block_size(len(rows), limit))
+    proposals = _propose(strategy, rows, room, must_fill=feed.memory.fixed_shape)
+    logits = feed.forward(proposals)
+    verdicts = verifier.verify(rows, proposals, logits)
+    del logits  # large in the prefill
+    for row, verdict in zip(rows, verdicts):
+        row.commit(verdict)
+    feed.advance(verdicts, verifier.finished(rows))
+    pace.record(room.depth + 1, [len(verdict.token_ids) for verdict in verdicts])
+    left = {row.index for row in feed.rows}
+    for row, verdict in zip(rows, verdicts):
+        if row.index in left:
+            strategy.observe(row, verdict.path, verdict.predictions)
+
+
+def _propose(strategy: Strategy, rows: list[Row], room: Room, must_fill: bool) -> list[Proposal]:
+    if room.depth == 0:
+        return [Proposal(row.pending.ids[-1:] or [0]) for row in rows]  # a prompt of embeddings has no ids
+    proposals = strategy.propose(rows, room)
+    check_proposals(proposals, len(rows), room, strategy)
+    return level(proposals, room.depth + 1 if must_fill else 0)
+
+
+def make_verifier(
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    *,
+    pad_id: int,
+    max_length: int,
+    streamer: BaseStreamer | None,
+    same_length: bool,
+    has_fixed_shape: bool,
+    noise: GumbelNoise | None,
+) -> Verifier:
+    """
+    Choose how forward passes are verified: all places at once, or one position after the other.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
+        logits_processor (`transformers.LogitsProcessorList`): all processors.
+        stopping_criteria (`transformers.StoppingCriteriaList`): all criteria.
+        pad_id (`int`): fills rows that end early.
+        max_length (`int`): length at which every row ends.
+        streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): receives every committed token.
+        same_length (`bool`): whether the model needs all rows at the same length.
+        has_fixed_shape (`bool`): whether no row may leave the batch.
+        noise (`GumbelNoise`, *optional*): for samples.
+
+    Returns:
+        `Verifier`.
+    """
+    batch_size, stop_ids = len(input_ids), find_stop_ids(stopping_criteria)
+    has_other_rules = {type(criterion) for criterion in stopping_criteria} != {MaxLengthCriteria}
+    # Rows that have ended stay in the batch, as in transformers, where a processor or criterion may notice, and where
+    # they go on in the end: without a stop token transformers does not pad them.
+    leave_together = batch_size > 1 and (
+        has_fixed_shape
+        or (not stop_ids and has_other_rules)
+        or depends_on_call_order(logits_processor, stopping_criteria)
+    )
+    options: dict[str, Any] = {
+        "max_length": max_length,
+        "stop_ids": stop_ids,
+        "pad_id": pad_id,
+        "logits_processor": logits_processor,
+        "streamer": streamer,
+        "same_length": batch_size > 1 and (same_length or streamer is not None),
+        "leave_together": leave_together,
+        "noise": noise,
+    }
+    if takes_all_at_once(logits_processor, stopping_criteria, streamer, batch_size):
+        return Verifier(**options)
+    return StepwiseVerifier(input_ids, stopping_criteria, **options)
+
+
+def lay_out_sequences(input_ids: torch.Tensor, rows: list[Row], pad_id: int) -> torch.Tensor:
+    """
+    Lay out prompts and committed tokens as transformers does.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
+        rows (`list[Row]`): all rows of the batch.
+        pad_id (`int`): stands after rows that ended early.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, longest)`.
+    """
+    prompt_length = input_ids.shape[1]
+    sequences = input_ids.new_full((len(rows), max(row.length for row in rows)), pad_id)
+    sequences[:, :prompt_length] = input_ids
+    for number, row in enumerate(rows):
+        num_committed = row.length - prompt_length
+        committed = row.text[len(row.text) - num_committed :]
+        sequences[number, prompt_length : row.length] = torch.tensor(committed, dtype=sequences.dtype)
+    return sequences
+
+
+def length_limit(stopping_criteria: StoppingCriteriaList, prompt_length: int) -> int:
+    """
+    Length at which every row ends.
+
+    Args:
+        stopping_criteria (`transformers.StoppingCriteriaList`): one of them must be a `MaxLengthCriteria`.
+        prompt_length (`int`): length of the prompts.
+
+    Returns:
+        `int`: at least one more than the prompt has, since criteria are first asked after one token.
+    """
+    limits = [criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
+    return max(min(limits), prompt_length + 1)
+
+
+def find_stop_ids(stopping_criteria: StoppingCriteriaList) -> list[int]:
+    """Stop tokens of all criteria: empty if there are none."""
+    criteria = [criterion for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
+    return [token for criterion in criteria for token in criterion.eos_token_id.flatten().tolist()]
+
+
+def _noise(generation_config: GenerationConfig, batch_size: int, seed: int | None) -> GumbelNoise | None:
     if not generation_config.do_sample:
         return None
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    return GumbelNoise(seed, input_ids.shape[0])
+    return GumbelNoise(int(torch.randint(2**62, ())) if seed is None else seed, batch_size)

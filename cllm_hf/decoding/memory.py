@@ -64,16 +64,22 @@ class Memory(ABC):
         """Run the model."""
         return model(**inputs)
 
+    @property
+    def keeps_places(self) -> bool:
+        """`bool`: whether `settle` can keep other places than the first ones, as trees need it."""
+        return False
+
     @abstractmethod
-    def settle(self, num_rejected: list[int]) -> bool:
+    def settle(self, paths: list[list[int]], num_fed: int) -> bool:
         """
-        Forget the rejected tokens of the last forward.
+        Forget the rejected tokens of the last forward pass.
 
         Args:
-            num_rejected (`list[int]`): for each row, how many of its last tokens to forget.
+            paths (`list[list[int]]`): for each row, the places that are kept of its last `num_fed` tokens, from 0 on.
+            num_fed (`int`): the anchor and the draft, or the tree.
 
         Returns:
-            `bool`: whether the other tokens of that forward are remembered, so that they need not be fed again.
+            `bool`: whether the other tokens of that forward pass are remembered, so that they need not be fed again.
         """
 
     def after_prefill(self) -> Memory:
@@ -97,7 +103,7 @@ class NoMemory(Memory):
     def model_inputs(self) -> dict[str, Any]:
         return {"use_cache": False}
 
-    def settle(self, num_rejected: list[int]) -> bool:
+    def settle(self, paths: list[list[int]], num_fed: int) -> bool:
         return False
 
 
@@ -130,8 +136,12 @@ class CroppedMemory(Memory):
             self._is_recording = True
         self._num_settled = self.cache.get_seq_length()
 
-    def settle(self, num_rejected: list[int]) -> bool:
-        caches.roll_back(self.cache, num_rejected)
+    @property
+    def keeps_places(self) -> bool:
+        return caches.keeps_places(self.cache)
+
+    def settle(self, paths: list[list[int]], num_fed: int) -> bool:
+        caches.keep_places(self.cache, paths, num_fed)
         self._num_settled = None
         return True
 
@@ -152,10 +162,10 @@ class CroppedMemory(Memory):
         caches.drop_leading_columns(self.cache, count)
 
     def close(self) -> None:
-        # Something was raised after a forward: leave no draft behind.
-        if self._num_settled is not None and self.cache.is_initialized and self.cache.is_croppable:
-            surplus = self.cache.get_seq_length() - self._num_settled
-            caches.roll_back(self.cache, [surplus])
+        # Something was raised after a forward pass: leave no draft in the cache.
+        own = caches.decoder_cache(self.cache)
+        if self._num_settled is not None and own.is_initialized and own.is_croppable:
+            caches.roll_back(own, [own.get_seq_length() - self._num_settled])
         caches.stop_recording(self.cache)
 
 
@@ -193,8 +203,8 @@ class ReplayedMemory(Memory):
     def begin(self, draft_length: int) -> None:
         self._saved = caches.save_states(self.cache) if draft_length else None
 
-    def settle(self, num_rejected: list[int]) -> bool:
-        if max(num_rejected) == 0:
+    def settle(self, paths: list[list[int]], num_fed: int) -> bool:
+        if all(len(path) == num_fed for path in paths):
             return True
         assert self._saved is not None  # nothing can be rejected where nothing was drafted
         caches.restore_states(self.cache, self._saved)

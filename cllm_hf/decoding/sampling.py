@@ -53,23 +53,24 @@ class GumbelNoise:
                 del self._kept[next(iter(self._kept))]
         return self._kept[position]
 
-    def of_blocks(self, rows: list[int], starts: list[int], like: torch.Tensor) -> torch.Tensor:
+    def at_places(self, rows: list[int], positions: list[list[int]], like: torch.Tensor) -> torch.Tensor:
         """
-        The noise of a block in each row.
+        The noise of several positions in each row.
 
         Args:
             rows (`list[int]`): rows of the batch.
-            starts (`list[int]`): first position of each row's block.
-            like (`torch.FloatTensor` of shape `(num_rows, length, vocab_size)`): scores that it will be added to.
+            positions (`list[list[int]]`): of the text, equally many for each row; one may stand there several times.
+            like (`torch.FloatTensor` of shape `(num_rows, num_places, vocab_size)`): scores that it will be added to.
 
         Returns:
-            `torch.FloatTensor` of shape `(num_rows, length, vocab_size)`.
+            `torch.FloatTensor` of shape `(num_rows, num_places, vocab_size)`.
         """
-        blocks = [
-            torch.stack([self.at(start + offset, like)[row] for offset in range(like.shape[1])])
-            for row, start in zip(rows, starts)
-        ]
-        return torch.stack(blocks)
+        return torch.stack(
+            [
+                torch.stack([self.at(position, like)[row] for position in row_positions])
+                for row, row_positions in zip(rows, positions)
+            ]
+        )
 
 
 def _mix(seed: int, position: int) -> int:

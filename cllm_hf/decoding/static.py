@@ -54,11 +54,12 @@ class StaticMemory(Memory):
         # The prompt has a length of its own in every call.
         return model(**inputs) if self._is_prefill else self._compiled(**inputs)
 
-    def settle(self, num_rejected: list[int]) -> bool:
-        if num_rejected[0]:
+    def settle(self, paths: list[list[int]], num_fed: int) -> bool:
+        num_rejected = num_fed - len(paths[0])
+        if num_rejected:
             layers: Any = self.cache.layers
             for layer in layers:
-                layer.cumulative_length.sub_(num_rejected[0])  # in place: its address is part of the graph
+                layer.cumulative_length.sub_(num_rejected)  # in place: its address is part of the graph
         return True
 
     def after_prefill(self) -> Memory:

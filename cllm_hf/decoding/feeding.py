@@ -1,0 +1,310 @@
+"""The model's side of the loop: what is fed in each forward pass, and the mask and positions that go with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput
+
+from ..blocks.forward import tree_attention_mask
+from ..blocks.support import (
+    check_embeds,
+    check_model,
+    check_model_inputs,
+    check_positions,
+    check_trees,
+    needs_same_length,
+)
+from . import caches
+from .memory import choose_memory
+from .rows import Pending, Row, Verdict
+from .static import make_static_memory
+from .strategy import Proposal, Room
+
+
+class Feed:
+    """
+    Feeds the model what it does not remember of each row, and a proposal after it.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model to call.
+        input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
+        model_kwargs (`dict`): model inputs as transformers prepared them.
+        max_block_size (`int`): most positions of a branch that are checked in a forward pass.
+        num_new_tokens (`int`): longest response.
+        needs_tree (`bool`): whether proposals may be trees.
+        compile_options (`transformers.GenerationConfig`, *optional*): has forward passes run as a compiled graph of
+            fixed shape, where the model can.
+        context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`, *optional*): what an encoder has read.
+        num_given (`int`, *optional*): length of the prompt with its cached part, where `input_ids` holds only the
+            part that is new.
+        is_user_cache (`bool`): whether `past_key_values` comes from the user.
+
+    Attributes:
+        rows (`list[Row]`): rows of the batch that are still decoded.
+        memory (`Memory`): what the model remembers; another one may show in the prefill.
+        same_length (`bool`): whether all rows must commit equally many tokens.
+
+    Raises:
+        ValueError: for a model, a cache or a model input that Jacobi decoding cannot take, or `past_key_values` that
+            already hold the whole prompt.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        *,
+        max_block_size: int,
+        num_new_tokens: int,
+        needs_tree: bool = False,
+        compile_options: GenerationConfig | None = None,
+        context_ids: torch.Tensor | None = None,
+        num_given: int | None = None,
+        is_user_cache: bool = False,
+    ):
+        self.model = model
+        batch_size = input_ids.shape[0]
+        self._prefix = "decoder_" if model.config.is_encoder_decoder else ""
+        # Inputs that grow with the sequence and are extended here.
+        names = [self._prefix + "attention_mask", self._prefix + "position_ids", "token_type_ids", "inputs_embeds"]
+        inputs = {name: model_kwargs.pop(name, None) for name in names}
+        mask, positions, token_types, embeds = inputs.values()
+        check_model(model, batch_size, is_padded=mask is not None)
+        if needs_tree:
+            check_trees(model)
+        num_prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        static = None
+        if compile_options is not None:
+            max_columns = num_prompt + num_new_tokens + max_block_size
+            static = make_static_memory(model, model_kwargs, batch_size, max_columns, is_user_cache, compile_options)
+        self.memory = static or choose_memory(model, model_kwargs, batch_size, is_user_cache)
+        self.same_length = self.memory.same_length or needs_same_length(model)
+        self._is_ragged = batch_size > 1 and not self.same_length
+        self._needs_tree = needs_tree
+        check_model_inputs(model, inputs, model_kwargs)
+        check_embeds(model, embeds, self.memory.cache is not None)
+        self._kwargs = model_kwargs
+
+        num_new = _count_new(num_prompt, self.memory.num_cached, num_given)
+        self._device = input_ids.device
+        self._embeds = None if embeds is None else embeds[:, -num_new:]
+        self._mask = mask  # of remembered and new columns; `None` while there is no padding
+        self.rows = _make_rows(input_ids, mask, context_ids, num_new, positions, token_types, model)
+        # A fixed shape reaches beyond it, where nothing is committed and there may be no position.
+        last = [row.pending.positions[-1] for row in self.rows if row.pending.positions is not None]
+        self._last_position = num_new_tokens + (max(last) if last else self.memory.num_cached + num_new - 1)
+        check_positions(model, self._last_position + 1)
+        self._is_prefill = True
+        self._num_fed = 1  # anchor and draft, or tree, of the last forward pass
+
+    def room(self, block_size: int) -> Room:
+        """
+        How much can be proposed for the next forward pass.
+
+        Args:
+            block_size (`int`): most positions that shall be checked.
+
+        Returns:
+            `Room`: with a depth of 0 where a draft would cost more than it brings.
+        """
+        depth = block_size - 1
+        # Token ids cannot follow a prompt of embeddings.
+        if self._is_prefill and (self._embeds is not None or not self.memory.drafts_in_prefill):
+            depth = 0
+        elif self.memory.replays and len(self.rows[0].pending.ids) > block_size:
+            depth = 0
+        return Room(depth, self._needs_tree and not self._is_prefill)
+
+    def forward(self, proposals: list[Proposal]) -> torch.Tensor:
+        """
+        Run the model over what it does not remember and the proposals.
+
+        Args:
+            proposals (`list[Proposal]`): for each row, equally long.
+
+        Returns:
+            `torch.Tensor` of shape `(num_rows, num_places, vocab_size)`: logits from the anchor on.
+        """
+        num_fed = self._num_fed = len(proposals[0].token_ids)
+        fed = [
+            row.pending.then(proposal.token_ids[1:], proposal.depths()[1:], self._last_position)
+            for row, proposal in zip(self.rows, proposals)
+        ]
+        if self._mask is not None and num_fed > 1:
+            self._mask = torch.cat([self._mask, self._mask.new_ones((len(fed), num_fed - 1))], dim=1)
+        self.memory.begin(num_fed - 1)
+        kwargs = {**self._kwargs, **self.memory.model_inputs}
+        if fed[0].positions is not None:
+            kwargs[self._prefix + "position_ids"] = self._to_tensor([row.positions for row in fed])
+        if fed[0].token_types is not None:
+            kwargs["token_type_ids"] = self._to_tensor([row.token_types for row in fed])
+        if self._mask is not None:
+            kwargs[self._prefix + "attention_mask"] = self._mask
+        if self._embeds is not None:
+            kwargs["inputs_embeds"] = self._embeds
+        inputs = self.model.prepare_inputs_for_generation(
+            self._to_tensor([row.ids for row in fed]), is_first_iteration=self._is_prefill, **kwargs
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = num_fed  # some models put their own default here
+        if not proposals[0].is_chain:
+            inputs["attention_mask"] = self._tree_mask(proposals)
+        return self.memory.call(self.model, **inputs, return_dict=True).logits[:, -num_fed:]
+
+    def advance(self, verdicts: list[Verdict], finished: list[bool]) -> None:
+        """
+        Let go of rejected tokens and of finished rows; what was committed comes next.
+
+        Args:
+            verdicts (`list[Verdict]`): what came of each row.
+            finished (`list[bool]`): which of the rows take no more tokens.
+        """
+        if self._is_prefill:
+            self.memory = self.memory.after_prefill()
+            check_embeds(self.model, self._embeds, self.memory.cache is not None)
+            self._check_keeps_places()
+        left = [index for index, is_finished in enumerate(finished) if not is_finished]
+        paths = [verdict.path for verdict in verdicts]
+        # A row that leaves must not keep the others' columns from going.
+        most = max(len(paths[index]) for index in left or range(len(paths)))
+        paths = [list(range(most)) if left and finished[index] else path for index, path in enumerate(paths)]
+        is_remembered = self._forget(paths)
+        for row, verdict, path in zip(self.rows, verdicts, paths):
+            row.pending = self._next_pending(row, verdict, len(path), None if is_remembered else most)
+        if not left:
+            self.rows = []
+            return
+        if len(left) < len(self.rows):
+            self._select(left)
+        self._drop_leading()
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones((len(self.rows), 1))], dim=1)
+        self._embeds = None
+        self._is_prefill = False
+
+    def _check_keeps_places(self) -> None:
+        if self._needs_tree and not self.memory.keeps_places:
+            raise ValueError(
+                f"Candidates need a cache that keeps tokens by their places, which {type(self.model).__name__} does "
+                "not have. Drop `jacobi_candidates`."
+            )
+
+    def _next_pending(self, row: Row, verdict: Verdict, num_kept: int, width: int | None) -> Pending:
+        """What is fed next: the new anchor, and before it what is not remembered, in rows as long as the longest."""
+        accepted, anchor = verdict.token_ids[: num_kept - 1], verdict.token_ids[-1:]
+        offsets = list(range(1, len(accepted) + 2))
+        new = row.pending.then(accepted + anchor, offsets, self._last_position)
+        if width is None:
+            return new.map(lambda values: values[-1:])
+        return new.map(lambda values: [0] * (width - num_kept) + values)
+
+    def _forget(self, paths: list[list[int]]) -> bool:
+        """Take the rejected tokens out; says whether the model remembers the others."""
+        num_rejected = [self._num_fed - len(path) for path in paths]
+        fewest = min(num_rejected)
+        if self._mask is None and fewest < max(num_rejected):
+            num_columns = len(self.rows[0].pending.ids) + self._num_fed - 1
+            if self.memory.cache is not None:
+                num_columns = self.memory.num_cached
+            self._mask = torch.ones((len(paths), num_columns), dtype=torch.long, device=self._device)
+        if self._mask is not None:
+            self._mask = caches.roll_back_columns(self._mask, num_rejected, fill=0)
+        for row, count in zip(self.rows, num_rejected):
+            row.num_padding += count - fewest
+        return self.memory.settle(paths, self._num_fed)
+
+    def _tree_mask(self, proposals: list[Proposal]) -> Any:
+        num_cached = self.memory.num_cached
+        mask = self._mask
+        if mask is None:
+            mask = torch.ones((len(proposals), num_cached), dtype=torch.long, device=self._device)
+        parents = [proposal.parents or [] for proposal in proposals]  # all are trees
+        cache: Any = self.memory.cache
+        return tree_attention_mask(self.model.config, mask[:, :num_cached], parents, self.model.dtype, cache)
+
+    def _select(self, left: list[int]) -> None:
+        indices = torch.tensor(left, device=self._device)
+        self.memory.select(indices)
+        self.rows = [self.rows[index] for index in left]
+        self._mask = _rows_of(self._mask, indices)
+        self._kwargs = {name: _rows_of(value, indices) for name, value in self._kwargs.items()}
+
+    def _drop_leading(self) -> None:
+        """Let go of columns that are padding in all rows."""
+        count = min(row.num_padding for row in self.rows)
+        if count == 0 or self._mask is None or not self._is_ragged:
+            return
+        self._mask = self._mask[:, count:]
+        self.memory.drop_leading(count)
+        surplus = max(len(self.rows[0].pending.ids) - 1 - self._mask.shape[1], 0)
+        for row in self.rows:
+            row.num_padding -= count
+            row.pending = row.pending.map(lambda values: values[surplus:])
+
+    def _to_tensor(self, rows: Any) -> torch.Tensor:
+        # Without waiting for the device: an iteration has one sync, when its tokens are read.
+        return torch.tensor(rows, dtype=torch.long).to(self._device, non_blocking=True)
+
+
+def _count_new(num_prompt: int, num_cached: int, num_given: int | None) -> int:
+    """Tokens of the prompt that are not in the cache."""
+    num_new = num_prompt - num_cached if num_given in (None, num_prompt) else num_prompt
+    if num_new < 1:
+        raise ValueError(
+            f"`past_key_values` already hold {num_cached} tokens and the prompt has {num_prompt}: nothing is left to "
+            "feed. Pass at least one token that is not in the cache, or crop the cache."
+        )
+    return num_new
+
+
+def _make_rows(
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    context_ids: torch.Tensor | None,
+    num_new: int,
+    positions: torch.Tensor | None,
+    token_types: torch.Tensor | None,
+    model: Any,
+) -> list[Row]:
+    batch_size, length = input_ids.shape
+    texts = input_ids.tolist()
+    num_padding = [0] * batch_size
+    if mask is not None:
+        padding = (mask.cumsum(-1) == 0).sum(-1)
+        num_padding = (padding - padding.min()).tolist()
+        kept = mask[:, mask.shape[1] - length :].bool().tolist()
+        texts = [[token for token, is_kept in zip(*row) if is_kept] for row in zip(texts, kept)]
+    contexts = texts
+    if context_ids is not None:
+        # A decoder may know fewer tokens than its encoder, and any guess will do.
+        contexts = (context_ids % model.config.get_text_config(decoder=True).vocab_size).tolist()
+    ids = input_ids[:, -num_new:].tolist()
+    all_positions, all_types = (_last_columns(values, num_new, batch_size) for values in (positions, token_types))
+    return [
+        Row(
+            index,
+            list(texts[index]),
+            contexts[index],
+            length,
+            Pending(ids[index], all_positions[index], all_types[index]),
+            num_padding[index],
+        )
+        for index in range(batch_size)
+    ]
+
+
+def _last_columns(values: torch.Tensor | None, length: int, batch_size: int) -> list[Any]:
+    return [None] * batch_size if values is None else values[:, -length:].expand(batch_size, -1).tolist()
+
+
+def _rows_of(value: Any, indices: torch.Tensor) -> Any:
+    """Rows of a model input that is the same in every forward pass: what the encoder has said, and its mask."""
+    if isinstance(value, torch.Tensor):
+        return value[indices.to(value.device)]
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: _rows_of(part, indices) for name, part in value.items()})
+    return value

@@ -1,0 +1,67 @@
+"""The strategies that `generate(decoding=...)` knows by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..options import AUTOREGRESSIVE, JACOBI, JacobiOptions
+from .candidates import CandidateStrategy
+from .jacobi import JacobiStrategy
+from .strategy import Strategy
+
+
+def make_jacobi(options: JacobiOptions) -> Strategy:
+    """
+    Make the strategy of `decoding="jacobi"`.
+
+    Args:
+        options (`JacobiOptions`): with `candidates` or without.
+
+    Returns:
+        `Strategy`.
+    """
+    return CandidateStrategy(options.candidates) if options.candidates else JacobiStrategy()
+
+
+_FACTORIES: dict[str, Callable[[JacobiOptions], Strategy]] = {JACOBI: make_jacobi}
+
+
+def register_strategy(name: str, factory: Callable[[JacobiOptions], Strategy]) -> None:
+    """
+    Have `model.generate(decoding=name)` decode by a strategy of your own.
+
+    Args:
+        name (`str`): value of `decoding`. Registering a name again replaces its strategy.
+        factory (`Callable[[JacobiOptions], Strategy]`): called once for every call of `generate`, with its
+            `jacobi_` options.
+
+    Raises:
+        ValueError: for the names of this package.
+    """
+    if name in (AUTOREGRESSIVE, JACOBI):
+        raise ValueError(f"`name` must be new, got {name!r}, which is built in. Choose another one.")
+    _FACTORIES[name] = factory
+
+
+def decodings() -> tuple[str, ...]:
+    """
+    List the values of `decoding`.
+
+    Returns:
+        `tuple[str, ...]`.
+    """
+    return (*_FACTORIES, AUTOREGRESSIVE)
+
+
+def make_strategy(name: str, options: JacobiOptions) -> Strategy:
+    """
+    Make a registered strategy.
+
+    Args:
+        name (`str`): one of `decodings()` but the autoregressive one.
+        options (`JacobiOptions`): of this call.
+
+    Returns:
+        `Strategy`.
+    """
+    return _FACTORIES[name](options)

@@ -1,0 +1,183 @@
+"""
+What a decoding strategy is: it proposes tokens, the loop verifies them.
+
+A strategy never sees logits, caches, masks or stopping rules. In every iteration it is asked for a `Proposal` for each
+row, and told afterwards what the model predicted and which of its tokens were accepted. Whatever it proposes, the text
+is that of decoding one token at a time; a good strategy only needs fewer forward passes for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """
+    Tokens to feed for a row in the next forward pass. A token's place in `token_ids` names it everywhere.
+
+    Attributes:
+        token_ids (`list[int]`): the anchor (`row.anchor`) first, then the draft.
+        parents (`list[int]`, *optional*): for each place, the place of the token before it in the text; -1 for the
+            anchor. A parent comes before its children, and siblings differ. By default a chain: each token follows
+            the one before it.
+        is_drafter (`list[bool]`, *optional*): places that are fed for the strategy alone: nothing is accepted there,
+            and the model does not remember them. Only such places may follow one. By default none.
+    """
+
+    token_ids: list[int]
+    parents: list[int] | None = None
+    is_drafter: list[bool] | None = None
+
+    @property
+    def is_chain(self) -> bool:
+        """`bool`: whether each token follows the one before it, and all are verified."""
+        return self.parents is None and self.is_drafter is None
+
+    def depths(self) -> list[int]:
+        """
+        Find how far each token stands from the anchor in its text.
+
+        Returns:
+            `list[int]`: 0 for the anchor.
+        """
+        if self.parents is None:
+            return list(range(len(self.token_ids)))
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        return depths
+
+
+@dataclass(frozen=True)
+class Room:
+    """
+    What a proposal may hold.
+
+    Attributes:
+        depth (`int`): most tokens after the anchor in any one branch.
+        is_tree (`bool`): whether a proposal may be other than a chain. Never in the prefill, which feeds the prompt.
+    """
+
+    depth: int
+    is_tree: bool = False
+
+
+class Strategy(Protocol):
+    """
+    What the loop asks of a strategy. Register a function that makes one by `cllm_hf.register_strategy`.
+
+    Attributes:
+        needs_tree (`bool`): whether proposals are ever other than chains. Models that take no tree mask are then
+            refused before anything is decoded.
+    """
+
+    needs_tree: bool
+
+    def propose(self, rows: Sequence[Row], room: Room) -> list[Proposal]:
+        """
+        Propose tokens for the next forward pass. Not called where there is no room for a draft.
+
+        Args:
+            rows (`Sequence[Row]`): rows that are still decoded. `row.text` is the text so far, the anchor last;
+                `row.notes` belongs to the strategy.
+            room (`Room`): what a proposal may hold.
+
+        Returns:
+            `list[Proposal]`: one for each row. Shorter ones are filled up to the longest.
+        """
+
+    def observe(self, row: Row, path: list[int], predictions: list[int]) -> None:
+        """
+        Take note of what came of a proposal. Called after `row.text` has its new tokens.
+
+        Args:
+            row (`Row`): a row that is still decoded.
+            path (`list[int]`): places of the anchor and of the accepted tokens. As many tokens were committed: the
+                accepted ones and the bonus token, `predictions[path[-1]]`.
+            predictions (`list[int]`): the model's next token after each place.
+        """
+
+
+def check_proposals(proposals: Sequence[Proposal], num_rows: int, room: Room, strategy: Strategy) -> None:
+    """
+    Check what a strategy proposes.
+
+    Args:
+        proposals (`Sequence[Proposal]`): of all rows.
+        num_rows (`int`): how many there must be.
+        room (`Room`): what they may hold.
+        strategy (`Strategy`): where they come from.
+
+    Raises:
+        ValueError: for a proposal that is no tree of tokens after the anchor, or one that there is no room for.
+    """
+    if len(proposals) != num_rows:
+        raise ValueError(f"{type(strategy).__name__} must make {num_rows} proposals here, got {len(proposals)}.")
+    for proposal in proposals:
+        problem = _problem(proposal, room, strategy.needs_tree)
+        if problem:
+            raise ValueError(f"A proposal of {type(strategy).__name__} {problem}.")
+
+
+def _problem(proposal: Proposal, room: Room, needs_tree: bool) -> str:
+    length, parents = len(proposal.token_ids), proposal.parents
+    if length == 0:
+        return "must begin with the anchor, got no tokens. Put `row.anchor` first"
+    if proposal.is_chain:
+        too_long = f"must fit `room.depth={room.depth}`, got a draft of {length - 1} tokens. Cut it"
+        return too_long if length > room.depth + 1 else ""
+    if not (needs_tree and room.is_tree):
+        return "must be a chain here, got a tree. Look at `room.is_tree`, and set `needs_tree = True` for trees"
+    if parents is None or len(parents) != length or proposal.is_drafter not in (None, *_flags(proposal, length)):
+        return f"must have a parent for each of its {length} tokens, and as many values of `is_drafter` if any"
+    if parents[0] != -1 or any(not 0 <= parent < place for place, parent in enumerate(parents) if place):
+        return f"must name for each token one before it as its parent, and -1 for the anchor, got parents {parents}"
+    flags = proposal.is_drafter or [False] * length
+    if flags[0] or any(flags[parent] and not flags[place] for place, parent in enumerate(parents) if place):
+        return "must have only places for the drafter after such a place, and the anchor is none, got other flags"
+    if max(proposal.depths()) > room.depth:
+        return f"must fit `room.depth={room.depth}`, got a branch of {max(proposal.depths())} tokens. Cut it"
+    return ""
+
+
+def _flags(proposal: Proposal, length: int) -> list[list[bool]]:
+    flags = proposal.is_drafter
+    return [flags] if flags is not None and len(flags) == length else []
+
+
+def level(proposals: Sequence[Proposal], length: int = 0) -> list[Proposal]:
+    """
+    Fill shorter proposals up to the longest, so that they make a batch. Any guess will do: it is verified like others.
+
+    Args:
+        proposals (`Sequence[Proposal]`): of all rows.
+        length (`int`): tokens that each shall have at least.
+
+    Returns:
+        `list[Proposal]`: equally long; trees if one of them is.
+    """
+    length = max(length, max(len(proposal.token_ids) for proposal in proposals))
+    if all(proposal.is_chain for proposal in proposals):
+        return [
+            proposal
+            if len(proposal.token_ids) == length
+            else Proposal((proposal.token_ids + proposal.token_ids[-1:] * length)[:length])
+            for proposal in proposals
+        ]
+    return [_level_tree(proposal, length) for proposal in proposals]
+
+
+def _level_tree(proposal: Proposal, length: int) -> Proposal:
+    missing = length - len(proposal.token_ids)
+    parents = proposal.parents or list(range(-1, len(proposal.token_ids) - 1))
+    return Proposal(
+        proposal.token_ids + proposal.token_ids[:1] * missing,
+        parents + [0] * missing,
+        # Not verified, since a sibling may have the same token.
+        (proposal.is_drafter or [False] * len(parents)) + [True] * missing,
+    )
