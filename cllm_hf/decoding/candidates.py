@@ -66,11 +66,12 @@ class CandidateNotes(JacobiNotes):
     Attributes:
         index (`NgramIndex`): of its text.
         rejected (`deque[list[int]]`): guesses that were rejected, from the first wrong token on; the latest first.
+        proposal (`Proposal`, *optional*): the last one.
     """
 
     index: NgramIndex = field(default_factory=NgramIndex)
     rejected: deque[list[int]] = field(default_factory=lambda: deque(maxlen=_REJECTED_KEPT))
-    draft: list[int] = field(default_factory=list)
+    proposal: Proposal | None = None
 
 
 class CandidateStrategy(JacobiStrategy):
@@ -91,17 +92,16 @@ class CandidateStrategy(JacobiStrategy):
 
     def _propose(self, row: Row, room: Room) -> Proposal:
         notes = self.notes_of(row)
-        notes.draft = self.draft(row, room.depth)
-        if not room.is_tree:
-            return Proposal([row.anchor, *notes.draft])
-        notes.index.extend(row.text)
-        branches = [notes.draft]
-        for guess in self._guesses(row, notes, room.depth):
-            if len(branches) > self.num_candidates:
-                break
-            if guess and not any(branch[: len(guess)] == guess for branch in branches):
-                branches.append(guess)
-        return merge_branches(row.anchor, branches)
+        branches = [self.draft(row, room.depth)]
+        if room.is_tree:
+            notes.index.extend(row.text)
+            for guess in self._guesses(row, notes, room.depth):
+                if len(branches) > self.num_candidates:
+                    break
+                if guess and not any(branch[: len(guess)] == guess for branch in branches):
+                    branches.append(guess)
+        notes.proposal = merge_branches(row.anchor, branches)
+        return notes.proposal if room.is_tree else Proposal(notes.proposal.token_ids)
 
     def _guesses(self, row: Row, notes: CandidateNotes, length: int) -> Iterator[list[int]]:
         yield from notes.index.continuations(row.text, length)
@@ -112,9 +112,13 @@ class CandidateStrategy(JacobiStrategy):
 
     def observe(self, row: Row, path: list[int], predictions: list[int]) -> None:
         notes = self.notes_of(row)
-        super().observe(row, path, predictions)
-        if wrong := notes.draft[len(path) - 1 :]:
-            notes.rejected.appendleft(wrong)
+        if notes.proposal is None:  # there was no room for one
+            return super().observe(row, path, predictions)
+        notes.rest = [predictions[place] for place in places_after(notes.proposal, path[-1])]
+        wrong = first_branch(notes.proposal)[len(path) :]
+        if wrong:
+            notes.rejected.appendleft([notes.proposal.token_ids[place] for place in wrong])
+        notes.proposal = None
 
     def notes_of(self, row: Row) -> CandidateNotes:
         if row.notes is None:
@@ -145,3 +149,27 @@ def merge_branches(anchor: int, branches: list[list[int]]) -> Proposal:
                 parents.append(place)
             place = child
     return Proposal(token_ids, parents)
+
+
+def places_after(proposal: Proposal, place: int) -> list[int]:
+    """
+    Follow a branch of a tree to its end, by the first of several.
+
+    Args:
+        proposal (`Proposal`): the tree.
+        place (`int`): where to begin.
+
+    Returns:
+        `list[int]`: places after that one.
+    """
+    places: list[int] = []
+    parents = proposal.parents or []
+    for child in range(place + 1, len(parents)):
+        if parents[child] == (places[-1] if places else place):
+            places.append(child)
+    return places
+
+
+def first_branch(proposal: Proposal) -> list[int]:
+    """Places of the first branch of a tree, the anchor among them."""
+    return [0, *places_after(proposal, 0)]
