@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..blocks.layout import num_blocks
 from ..blocks.rules import count_until_stop
-from ..trajectories.schema import num_blocks
 
 
 @torch.no_grad()
