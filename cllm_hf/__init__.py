@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__ as __version__
 from .integration import register, set_jacobi_defaults, unregister
 
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from .trajectories.showing import TrajectoryPicture, draw_trajectories
     from .trajectories.statistics import TrajectoryStatistics, measure_trajectories
 
-__version__ = "0.1.0"
 __all__ = [
     "CLLMConfig",
     "CLLMTrainer",

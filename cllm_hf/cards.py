@@ -1,14 +1,10 @@
-"""What the cards of models and of datasets share: metadata of the Hub, names, and how an earlier card is renewed."""
+"""What the cards of models and of datasets share: metadata of the Hub, and how an earlier card is renewed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 
 # What stands between the mark that begins a section and this one is ours; the rest belongs to those who wrote it.
@@ -34,40 +30,6 @@ LICENSES = frozenset(
     fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other
     """.split()
 )
-_FILE_ENDINGS = (".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".md", ".gz", ".zst")
-
-
-def is_hub_id(source: str | None) -> bool:
-    """
-    Whether a name looks like an id of the Hub, with its owner.
-
-    Args:
-        source (`str`, *optional*): a name.
-
-    Returns:
-        `bool`: `False` for names of files, and for folders that are not written as `owner/name`.
-    """
-    if not source or source.count("/") != 1 or source.lower().endswith(_FILE_ENDINGS):
-        return False
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return True
-
-
-def without_folder(name: str) -> str:
-    """
-    A name for others to read: folders of the machine where something was made mean nothing to them.
-
-    Args:
-        name (`str`): a path, or an id of the Hub.
-
-    Returns:
-        `str`: `path/to/` and the last part of a path; an id as it is.
-    """
-    is_folder = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    return f"path/to/{Path(name).name}" if is_folder else name
 
 
 def license_metadata(licenses: Sequence[str]) -> dict[str, Any]:

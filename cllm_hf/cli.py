@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from ._version import __version__
 from .evaluation.arguments import add_benchmark_commands
+from .process import Process
 from .training.arguments import TRAIN_HELP, parse_train
 from .trajectories.arguments import COLLECT_HELP, add_trajectory_commands, parse_collect
 
@@ -135,7 +136,7 @@ def _run_train(parsed: argparse.Namespace) -> int:
     try:
         _print(run_train(options))
     except KeyboardInterrupt:
-        if options.training.process_index == 0:
+        if Process.current().is_first:
             print(f"\ncllm: {describe_interruption(options.training)}", file=sys.stderr)
         return 130
     return 0

@@ -18,8 +18,10 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import httpx
 
+from ._version import __version__
 from .bundling import bundle
 from .files import check_writable, save_whole, write_whole
+from .names import Name
 from .options import check_block_size
 
 
@@ -146,21 +148,18 @@ class _Repository:
 
 
 def _open_place(folder_or_repo: str | Path, revision: str | None, token: str | None) -> _Folder | _Repository:
-    path = Path(folder_or_repo)
-    if path.is_dir():
-        if revision is not None or token is not None:
-            raise ValueError(f"{path} is a folder, got `revision` or `token` for the Hub too. Drop them.")
-        return _Folder(path)
-    problem: Exception | str = "it is a file" if path.exists() else "there is no such folder"
-    if isinstance(folder_or_repo, str) and not path.exists():
-        try:
-            return _Repository(folder_or_repo, revision, token)
-        except (httpx.HTTPError, OSError, ValueError) as error:
-            problem = error
-    raise FileNotFoundError(
-        f"`folder_or_repo` must be the folder of a saved model or its id on the Hub, got {str(folder_or_repo)!r} "
-        f"({str(problem).strip().splitlines()[0]}). Check the name."
-    )
+    found = Name.find(folder_or_repo)
+    found.check("folder_or_repo", "model")
+    if found.path is not None:
+        found.check_hub_options(revision, token)
+        return _Folder(found.path)
+    try:
+        return _Repository(found.text, revision, token)
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"`folder_or_repo` must be a folder, or the id of a model on the Hub, got {found.text!r} "
+            f"({str(error).strip().splitlines()[0]}). Check the name."
+        ) from error
 
 
 def export_custom_generate(
@@ -264,8 +263,6 @@ def render_generate(block_size: int | str | None = None) -> str:
 
 
 def _marked(what: str) -> str:
-    from . import __version__
-
     return f"{_MARK}{__version__}: {what}."
 
 

@@ -157,21 +157,6 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         ) from error
 
 
-def check_model_name(name: str, option: str) -> None:
-    """
-    Check that a name which looks like a folder is one, so that it is not looked for on the Hub.
-
-    Args:
-        name (`str`): what a user has typed.
-        option (`str`): the option it was typed for, for the error.
-
-    Raises:
-        OSError: if not.
-    """
-    if name.startswith(("/", ".", "~")) and not Path(name).exists():
-        raise OSError(f"`--{option}` must be a folder or a name on the Hub, got {name!r}, which is not there.")
-
-
 def pick_device(name: str) -> torch.device:
     """
     Find a device and check that it works.

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from cllm_hf import CLLMConfig, CLLMTrainer, TrajectoryBuilder
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
-from cllm_hf.evaluation.report import format_table
 from cllm_hf.files import check_writable
+from cllm_hf.text import format_table
 
 
 def sample_prompts(

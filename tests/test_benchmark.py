@@ -11,11 +11,13 @@ from peft import LoraConfig, get_peft_model
 
 from cllm_hf import set_jacobi_defaults
 from cllm_hf.cli import main
-from cllm_hf.evaluation import benchmark, command, comparison, overhead, prompts, shapes
+from cllm_hf.evaluation import benchmark, command, comparison, overhead, shapes
 from cllm_hf.evaluation.arguments import SHAPE_NAMES
-from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, cut_after_stop
+from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
 from cllm_hf.evaluation.forwards import BareForward, compare_widths, relative_cost
 from cllm_hf.files import check_writable_file, write_whole
+from cllm_hf.trajectories.prompt_files import read_prompts
+from cllm_hf.trajectories.responding import split_batches
 
 
 GREEDY = {"decoding": "autoregressive"}
@@ -53,7 +55,7 @@ def test_tokens_and_forwards_are_those_of_the_statistics(llama, batch_size):
         DecodingMethod("counted otherwise", llama, {"jacobi_block_size": 6}, is_compiled=True),
     ]
     results = benchmark_decoding(methods, rows, 20, show_progress=False, batch_size=batch_size, repeats=2)
-    num_batches = len(benchmark.split_batches(rows, batch_size))
+    num_batches = len(split_batches(rows, batch_size))
     for result in results:
         assert [len(response) for response in result.responses] == [20] * len(rows)
         assert len(result.num_forwards) == num_batches and len(result.seconds) == 2 * num_batches
@@ -108,12 +110,6 @@ def test_rates_of_batches_and_rounds():
     fast = DecodingResult("fast", [[1] * 10, [1] * 20, [2] * 30], [10, 15], [1.0, 1.0, 2.0, 2.0], batch_size=2)
     assert slow.tokens_per_second == 7.5 and fast.speedup_over(slow) == 3.0
     assert slow.tokens_per_forward == 60 / (2 * 20 + 30) and fast.num_equal_to(slow) == 2
-
-
-def test_cut_after_stop():
-    assert cut_after_stop([5, 6, 7, 0, 0], {7}) == [5, 6, 7]
-    assert cut_after_stop([7, 6, 7], {6, 7}) == [7]
-    assert cut_after_stop([5, 6], set()) == [5, 6]
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 0}, {"repeats": 0}])
@@ -202,9 +198,9 @@ def test_prompts_of_text_and_json_files(tmp_path):
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_text("one line\n\n  another \n")
     lines.write_text('{"question": "how?", "answer": "so"}\n{"prompt": "and\\u2028then", "question": "no"}\n')
-    assert prompts.read_prompts(text) == ["one line", "another"]
-    assert prompts.read_prompts(lines) == ["how?", "and\u2028then"]
-    assert prompts.read_prompts(lines, limit=1) == ["how?"]
+    assert read_prompts(text) == ["one line", "another"]
+    assert read_prompts(lines) == ["how?", "and\u2028then"]
+    assert read_prompts(lines, limit=1) == ["how?"]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +218,7 @@ def test_prompts_of_text_and_json_files(tmp_path):
 def test_prompt_files_that_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        prompts.read_prompts(tmp_path / name)
+        read_prompts(tmp_path / name)
 
 
 # Overhead
@@ -401,7 +397,7 @@ def test_overhead_of_shape_and_model(tiny_shape, model_folder, tmp_path, capsys)
         (["decode", "--model", "m", "--prompts", "missing.txt"], "`--prompts` must be a file .* 'missing.txt'"),
         (
             ["decode", "--model", "/none", "--prompts", "p"],
-            "`--model` must be a folder .* '/none', which is not there",
+            "`--model` must be a folder, .*'/none', which is not there",
         ),
         (["overhead", "--model", "./none"], "'./none', which is not there"),
         (["decode", "--shape", "4m", "--prompts", "p"], "Drop them, or pass `--model`"),

@@ -149,7 +149,7 @@ def test_options_that_argparse_refuses(capsys, arguments, message):
         (["--config", "missing.yaml"], "`--config` must be a file that can be read, got 'missing.yaml'"),
         (["--config", "."], "`--config` must be a file that can be read, got '.'"),
         (REQUIRED, "`--prompts` must be a file that can be read, got 'p'"),
-        ([*REQUIRED[2:], "--model", "./none"], "`--model` must be a folder .* './none', which is not there"),
+        ([*REQUIRED[2:], "--model", "./none"], "`--model` must be a folder, .*'./none', which is not there"),
         ([*REQUIRED[:4], "--dataset_name", "./none"], "`dataset_name` must be a folder.*'./none', which is not there"),
     ],
 )
@@ -500,7 +500,7 @@ def test_verify_finds_what_does_not_hold(saved, tmp_path, tokenizer, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "./none"], "`--model` must be a folder or a name on the Hub, got './none'"),
+        (["--model", "./none"], "on the Hub such as 'user/name', got './none', which is not there"),
         (["--device", "tpu9"], "must be a device of this machine, got 'tpu9'"),
         (["--split", "dev"], "'dev'"),
     ],

@@ -11,8 +11,9 @@ from cllm_hf.cli import main
 from cllm_hf.demo import run
 from cllm_hf.demo.problems import LARGEST, make_problem, make_problems, make_tokenizer, read_answer
 from cllm_hf.evaluation.benchmark import DecodingResult, benchmark_decoding
-from cllm_hf.evaluation.report import format_table, format_trajectory
 from cllm_hf.files import save_whole
+from cllm_hf.text import format_table
+from cllm_hf.trajectories.inspection import format_trajectory
 
 
 TINY = run.DemoOptions(

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from cllm_hf.evaluation.report import display_width, format_trajectory
-from cllm_hf.trajectories.inspection import format_record, visible_token
+from cllm_hf.text import display_width
+from cllm_hf.trajectories.inspection import format_record, format_trajectory, visible_token
 
 
 RECORD = {

@@ -374,11 +374,11 @@ def test_paths_that_are_nothing(tmp_path):
     (tmp_path / "file").write_text("text")
     with pytest.raises(FileNotFoundError, match="must hold `manifest.json` of `TrajectoryBuilder`"):
         load_trajectories(tmp_path / "empty")
-    for nothing in (tmp_path / "file", str(tmp_path / "file"), tmp_path / "nowhere"):
+    for nothing in (tmp_path / "file", str(tmp_path / "file"), tmp_path / "nowhere", str(tmp_path / "nowhere")):
         with pytest.raises(FileNotFoundError, match="must be a folder, or the id of a dataset on the Hub"):
             load_trajectories(nothing)
-    with pytest.raises(FileNotFoundError, match="no such folder, and it cannot be an id"):
-        load_trajectories(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="'a/b/c', which is not there and cannot be an id"):
+        load_trajectories("a/b/c")
     # The tests run with HF_HUB_OFFLINE=1.
     with pytest.raises(ConnectionError, match="'runs/nowhere'. There is no such folder, and the Hub did not answer"):
         load_trajectories("runs/nowhere")

@@ -23,9 +23,9 @@ from cllm_hf.evaluation.model_comparison import compare_models
 from cllm_hf.evaluation.model_plot import plot_models
 from cllm_hf.evaluation.model_report import format_models
 from cllm_hf.evaluation.paired import compare_judgements, sign_test
-from cllm_hf.evaluation.prompts import read_prompts_and_answers
 from cllm_hf.evaluation.shapes import random_prompts
 from cllm_hf.trajectories.cleaning import CleaningRules
+from cllm_hf.trajectories.prompt_files import read_prompts_and_answers
 
 
 GREEDY = {"decoding": "autoregressive"}

@@ -5,7 +5,7 @@ import torch
 from conftest import CONFIGS, VOCAB_SIZE, make_model
 
 from cllm_hf.blocks.forward import copy_clean, forward_clean, forward_drafts, packed_forward
-from cllm_hf.blocks.layout import Drafts, Packed, fill_rows, pack
+from cllm_hf.blocks.layout import Drafts, Packed, append_drafts, fill_rows, pack
 from cllm_hf.blocks.support import check_packable
 
 
@@ -132,6 +132,30 @@ def test_models_that_cannot_be_packed_are_refused(llama):
     llama.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="set_attn_implementation"):
         check_packable(llama)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@torch.no_grad()
+def test_draft_tokens_need_not_be_whole_blocks(name):
+    """A block whose first two draft tokens are right may read them, and its anchor, from the clean sequence."""
+    model = make_model(name)
+    clean_ids, clean_mask, states, anchors, block_mask = make_batch()
+    anchor = int(anchors[0, 1])
+    states[0, 1, :2] = clean_ids[0, anchor + 1 : anchor + 3]
+    whole = pack(clean_ids, clean_mask, Drafts(states, anchors, block_mask))
+    _, cache = forward_clean(model, clean_ids, clean_mask, num_logits=1)
+    expected = forward_drafts(model, whole, cache).unflatten(1, (-1, BLOCK_SIZE))[0, 1, 2:]
+    columns = torch.arange(2, BLOCK_SIZE)
+    rest = append_drafts(
+        clean_ids[:1],
+        clean_mask[:1],
+        states[:1, 1, 1:-1],
+        anchor + columns[None],
+        torch.ones(1, len(columns), dtype=torch.long),
+        torch.full((1, len(columns)), anchor + 2),
+    )
+    logits = forward_drafts(model, rest, copy_clean(cache, torch.tensor([0]), clean_ids.shape[1]))
+    torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -7,6 +7,7 @@ from cllm_hf.blocks.rules import (
     accepted_path,
     count_accepted,
     count_accepted_in_blocks,
+    count_leading,
     count_until_stop,
     next_draft,
     next_drafts,
@@ -65,6 +66,12 @@ def test_tensor_forms_equal_list_forms():
             count = count_accepted(drafts[row, block].tolist(), said)
             assert accepted[row, block] == count
             assert slid[row, block].tolist() == next_draft(said[count + 1 :], fillers[row, block].tolist())
+
+
+def test_what_stands_after_a_wrong_token_does_not_count():
+    is_right = torch.tensor([[True, True, True], [True, False, True], [False, True, True], [True, True, False]])
+    assert count_leading(is_right).tolist() == [3, 1, 0, 2]
+    assert count_leading(is_right[:0]).tolist() == [] and count_leading(is_right[:, :0]).tolist() == [0] * 4
 
 
 def test_fewer_predictions_than_draft_tokens_are_refused():

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cllm_hf import draw_trajectories, set_jacobi_defaults
 from cllm_hf.cli import main
-from cllm_hf.evaluation.report import display_width
+from cllm_hf.text import display_width
 from cllm_hf.trajectories.block import BlockTrajectory
 from cllm_hf.trajectories.inspection import format_blocks
 from cllm_hf.trajectories.picture import draw_blocks
@@ -248,7 +248,7 @@ def test_adapters_know_their_target_model(folders, models, tokenizer, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "./nowhere"], "`--target` must be a folder or a name on the Hub, got './nowhere'"),
+        (["--target", "./nowhere"], "got './nowhere', which is not there. Check the name."),
         (["--output", "a.jpg"], "`--output` must be a PNG file, got 'a.jpg'"),
         (["--output", "/proc/a/b.png"], "must be writable"),
         (["--number", "2"], "`--number` chooses a prompt of `--prompts`, got 2"),

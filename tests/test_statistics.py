@@ -236,8 +236,8 @@ def test_nothing_to_show_is_refused(tmp_path):
     ("change", "message"),
     [
         ({"states": [[[1, 2]], [[3]]]}, r"got lengths \[1, 2\]"),
-        ({"states": [[[1, 2]]]}, "got 1 blocks of 2 for 3 tokens, which take 2"),
-        ({"states": [[[1, 2]], [[3, 0]], [[0, 0]]]}, "got 3 blocks of 2"),
+        ({"states": [[[1, 2]]]}, "Record 0 has 1 blocks .* response of 3 tokens takes 2 blocks of 2"),
+        ({"states": [[[1, 2]], [[3, 0]], [[0, 0]]]}, "Record 0 has 3 blocks"),
         ({"states": [[[1, 2]], []]}, "at least one state"),
         ({"states": []}, "at least 1, got lengths"),
         ({"states": [[[]], [[]]]}, r"at least 1, got lengths \[0\]"),

@@ -167,7 +167,7 @@ def test_options_that_argparse_refuses(capsys, given, message):
         ([*REQUIRED, "more"], "no such options, got more"),
         ([*REQUIRED, "--packing"], "`packing=True` has no place in consistency training"),
         ([*REQUIRED, "--block_size", "0"], "`block_size` must be"),
-        ([*REQUIRED, "--model", "./none"], "`--model` must be a folder or a name on the Hub, got './none'"),
+        ([*REQUIRED, "--model", "./none"], "`--model` must be a folder, or the id of a model .*, got './none'"),
         ([*REQUIRED, "--lora_r", "4"], "`lora_r` has no effect without `use_peft`"),
         ([*REQUIRED, "--use_dora"], "`use_dora` has no effect without `use_peft`"),
         ([*REQUIRED, "--bnb_4bit_quant_type", "fp4"], "`bnb_4bit_quant_type` has no effect without `load_in_4bit`"),

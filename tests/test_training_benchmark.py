@@ -513,7 +513,7 @@ def test_train_of_a_model(tmp_path, tokenizer, dataset, capsys):
         (["--model", "m"], "`--model` without `--trajectories`"),
         (["--shape", "4m", "--trajectories", "t"], "`--trajectories` with `--shape`"),
         (["--model", "m", "--trajectories", "t", "--block-size", "8"], "sizes of their own, got `--block-size` with"),
-        (["--model", "./missing", "--trajectories", "t"], "`--model` must be a folder .* './missing'"),
+        (["--model", "./missing", "--trajectories", "t"], "`--model` must be a folder, .*'./missing'"),
         (["--shape", "4m", "--json", "x", "--markdown", "x"], "must be two files"),
         (["--shape", "4m", "--device", "tpu9"], "must be a device of this machine, got 'tpu9'"),
     ],

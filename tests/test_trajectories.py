@@ -1,16 +1,18 @@
 """Trajectories: every transition holds, every block ends in the response, bad datasets are refused."""
 
 import random
+import re
 
 import pytest
 import torch
 from conftest import CONFIGS, make_model, make_word_model
 from datasets import Dataset, load_dataset, load_from_disk
 
-from cllm_hf import FEATURES, CleaningRules, TrajectoryBuilder
+from cllm_hf import FEATURES, CleaningRules, TrajectoryBuilder, measure_trajectories
+from cllm_hf.blocks.layout import num_blocks
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.trajectories.collector import draw_first_states
-from cllm_hf.trajectories.schema import check_dataset, check_record, num_blocks
+from cllm_hf.trajectories.schema import check_dataset, check_record
 from cllm_hf.trajectories.shard import ShardCollector
 
 
@@ -220,6 +222,24 @@ def test_check_record_accepts_a_record():
 def test_check_record_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         check_record({**RECORD, **change}, 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"states": [[[1, 1], [3]], [[5, 0]]]},
+        {"states": [[[1, 1], [3, 4]]]},
+        {"states": [[[3, 4]], []]},
+        {"states": [[[3, 4, 5]], [[5, 0, 0]]]},
+    ],
+)
+def test_records_at_once_are_checked_as_single_ones_are(change):
+    """One rule for shapes, whether records are read to train, to measure or to verify; 500 are measured at once."""
+    bad = {**RECORD, **change, "data_id": "700"}
+    with pytest.raises(ValueError) as error:
+        check_record(bad, 2)
+    with pytest.raises(ValueError, match=re.escape(str(error.value))):
+        measure_trajectories([*[RECORD] * 700, bad], 2)
 
 
 def test_check_dataset_names_missing_columns():

@@ -208,7 +208,7 @@ RECORD = {"data_id": "7", "prompt_ids": [1, 2], "response_ids": [3, 4, 5], "stat
         ({"response_ids": [3, 4, 60]}, "vocabulary of 60, got 60 in record 7. Pass the model"),
         ({"states": [[[-1, 1], [3, 4]], [[5, 0]]]}, "vocabulary of 60, got -1 in record 7"),
         ({"states": [[[1, 1], [3]], [[5, 0]]]}, r"`block_size` tokens, 1, got lengths \[1, 2\]"),
-        ({"states": [[[1, 1], [3, 4]]]}, "got 1 blocks of 2 for 3 tokens"),
+        ({"states": [[[1, 1], [3, 4]]]}, "Record 0 has 1 blocks .* of 3 tokens"),
         ({"states": []}, "at least 1, got lengths"),
     ],
 )

@@ -10,11 +10,26 @@ and the logits of every draft state. The trajectory collector and the trainer sh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 
 CLEAN_SEGMENT, PADDING_SEGMENT = 0, -1
+
+
+def num_blocks(response_length: Any, block_size: int) -> Any:
+    """
+    Number of blocks that cover a response.
+
+    Args:
+        response_length (`int`, or an array or tensor of integers): tokens of the response, stop token included.
+        block_size (`int`): tokens of a block.
+
+    Returns:
+        The same kind.
+    """
+    return -(-response_length // block_size)
 
 
 @dataclass
@@ -113,16 +128,16 @@ def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> 
     is_clean = clean_mask.bool()
     positions = torch.arange(clean_length, device=device).expand_as(clean_ids)
     input_ids, position_ids = [clean_ids * is_clean], [positions * is_clean]
-    segment_ids = [torch.where(is_clean, CLEAN_SEGMENT, PADDING_SEGMENT)]
+    segment_ids = [_clean_segments(clean_mask)]
     anchor_positions = [torch.zeros_like(clean_ids)]
     first_segment = 1
     for drafts in groups:
-        num_blocks, block_size = drafts.states.shape[1:]
+        count, block_size = drafts.states.shape[1:]
         is_block = drafts.mask.bool()[..., None].expand_as(drafts.states)
         anchor_ids = clean_ids.gather(1, drafts.anchors.clamp(0, clean_length - 1))  # missing blocks may lie outside
         block_ids = torch.cat([anchor_ids[..., None], drafts.states[..., :-1]], dim=-1)
         anchors = drafts.anchors[..., None]
-        segments = first_segment + torch.arange(num_blocks, device=device)[None, :, None]
+        segments = first_segment + torch.arange(count, device=device)[None, :, None]
         input_ids.append((block_ids * is_block).flatten(1))
         block_positions = anchors + torch.arange(block_size, device=device)
         if drafts.last_positions is not None:
@@ -130,7 +145,7 @@ def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> 
         position_ids.append((block_positions * is_block).flatten(1))
         segment_ids.append(torch.where(is_block, segments, PADDING_SEGMENT).flatten(1))
         anchor_positions.append((anchors * is_block).flatten(1))
-        first_segment += num_blocks
+        first_segment += count
     return PackedBatch(
         input_ids=torch.cat(input_ids, dim=1),
         position_ids=torch.cat(position_ids, dim=1),
@@ -139,6 +154,44 @@ def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> 
         clean_length=clean_length,
         group_shapes=[(drafts.states.shape[1], drafts.states.shape[2]) for drafts in groups],
     )
+
+
+def append_drafts(
+    clean_ids: torch.Tensor,
+    clean_mask: torch.Tensor,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    segment_ids: torch.Tensor,
+    anchor_positions: torch.Tensor,
+) -> Packed:
+    """
+    Lay out clean sequences and draft tokens of any number of blocks, and of any number of each, in columns after them.
+
+    The clean columns are there for the mask: they are meant to be read from a cache.
+
+    Args:
+        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
+        clean_mask (`torch.Tensor` of shape `(batch_size, clean_length)`): non-zero on tokens, zero on padding.
+        input_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`): draft tokens; those of a block in order.
+        position_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`): as in `Packed`.
+        segment_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`): as in `Packed`.
+        anchor_positions (`torch.LongTensor` of shape `(batch_size, num_columns)`): as in `Packed`.
+
+    Returns:
+        `Packed`.
+    """
+    clean_positions = torch.arange(clean_ids.shape[1], device=clean_ids.device).expand_as(clean_ids)
+    return Packed(
+        input_ids=torch.cat([clean_ids, input_ids], dim=1),
+        position_ids=torch.cat([clean_positions, position_ids], dim=1),
+        segment_ids=torch.cat([_clean_segments(clean_mask), segment_ids], dim=1),
+        anchor_positions=torch.cat([torch.zeros_like(clean_ids), anchor_positions], dim=1),
+        clean_length=clean_ids.shape[1],
+    )
+
+
+def _clean_segments(clean_mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(clean_mask.bool(), CLEAN_SEGMENT, PADDING_SEGMENT)
 
 
 def _check_shapes(clean_ids: torch.Tensor, clean_mask: torch.Tensor, drafts: Drafts) -> None:

@@ -84,7 +84,20 @@ def count_accepted_in_blocks(drafts: torch.Tensor, predicted: torch.Tensor) -> t
             f"`predicted` must be at least as long as `drafts`, got shapes {tuple(predicted.shape)} and "
             f"{tuple(drafts.shape)}."
         )
-    return (drafts == predicted[..., :length]).long().cumprod(-1).sum(-1)
+    return count_leading(drafts == predicted[..., :length])
+
+
+def count_leading(is_right: torch.Tensor) -> torch.Tensor:
+    """
+    Count the tokens before the first wrong one, in many blocks at once.
+
+    Args:
+        is_right (`torch.BoolTensor` of shape `(..., length)`): which tokens are right.
+
+    Returns:
+        `torch.LongTensor` of shape `(...)`: between 0 and `length`.
+    """
+    return is_right.long().cumprod(-1).sum(-1)
 
 
 def count_until_stop(tokens: list[int], stop_ids: Collection[int]) -> int:

@@ -20,9 +20,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
-from ..evaluation.report import format_table
 from ..files import check_writable, save_whole
 from ..quiet import quiet_hosts
+from ..text import format_table
 from ..training.config import CLLMConfig
 from ..training.progress import show_progress
 from ..training.trainer import CLLMTrainer

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..argument_types import block_size, natural, positive
+
 
 SHAPE_NAMES = ("4m", "30m", "125m", "0.5b")
 
@@ -167,57 +169,3 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--json", type=Path, help="file for everything that was measured")
     parser.add_argument("--markdown", type=Path, help="file for the command and the table")
-
-
-def positive(text: str) -> int:
-    """
-    Read an integer of at least 1.
-
-    Args:
-        text (`str`): what the user typed.
-
-    Returns:
-        `int`.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is something else.
-    """
-    return _at_least(1, text)
-
-
-def natural(text: str) -> int:
-    """
-    Read an integer of at least 0.
-
-    Args:
-        text (`str`): what the user typed.
-
-    Returns:
-        `int`.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is something else.
-    """
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-    return int(text)
-
-
-def block_size(text: str) -> int | str:
-    """
-    Read a block size.
-
-    Args:
-        text (`str`): what the user typed.
-
-    Returns:
-        `int` or the `str` "auto".
-
-    Raises:
-        argparse.ArgumentTypeError: if it is neither an integer of at least 1 nor "auto".
-    """
-    return text if text == "auto" else positive(text)

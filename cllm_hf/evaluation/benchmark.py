@@ -14,6 +14,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .._host import base_model_of
+from ..blocks.rules import count_until_stop
+from ..trajectories.responding import split_batches
 from .forwards import synchronize
 
 
@@ -166,20 +168,6 @@ def benchmark_decoding(
     return results
 
 
-def split_batches(rows: Sequence[Any], batch_size: int) -> list[list[Any]]:
-    """
-    Split rows into batches, in their order.
-
-    Args:
-        rows (`Sequence`): what to split.
-        batch_size (`int`): rows of a batch.
-
-    Returns:
-        `list[list]`: the last batch may have fewer rows.
-    """
-    return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-
-
 def decode_all(
     method: DecodingMethod,
     prompts: Sequence[list[int]],
@@ -277,7 +265,7 @@ def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pa
         num_forwards = len(responses[0]) if stats is None else stats.num_forwards
     if len(batch) > 1:  # rows that end early are padded
         stop_ids = stop_ids_of(method)
-        responses = [cut_after_stop(response, stop_ids) for response in responses]
+        responses = [response[: count_until_stop(response, stop_ids)] for response in responses]
     return _Run(responses, num_forwards, seconds, widths[1:], peak_memory)
 
 
@@ -295,21 +283,6 @@ def compile_notes(methods: Sequence[DecodingMethod]) -> list[str]:
     if any(method.model.device.type == "cpu" for method in static):
         return ["`generate(), compiled` is not compiled here: transformers does so on accelerators only."]
     return []
-
-
-def cut_after_stop(response: list[int], stop_ids: set[int]) -> list[int]:
-    """
-    Drop what stands behind the first stop token.
-
-    Args:
-        response (`list[int]`): generated token ids of a row, with its padding.
-        stop_ids (`set[int]`): tokens that end a response.
-
-    Returns:
-        `list[int]`: up to the first stop token, which is kept.
-    """
-    stop = next((index for index, token in enumerate(response) if token in stop_ids), len(response))
-    return response[: stop + 1]
 
 
 def _shapes(batches: list[list[list[int]]]) -> list[list[list[int]]]:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .._host import base_model_of
 from ..blocks.support import check_packable
+from ..text import format_table
 from .collectors import (
     BUILDER,
     PUBLISHED,
@@ -25,7 +26,6 @@ from .collectors import (
 from .environment import describe_environment, format_environment
 from .forwards import synchronize
 from .memory import PeakMemory
-from .report import format_table
 
 
 _WARM_UP_BLOCKS = 2

@@ -11,9 +11,10 @@ from datasets import Dataset
 from transformers import AutoTokenizer, GenerationConfig
 
 from .._host import base_model_of
-from ..loading import check_model_name
+from ..names import Name
 from ..quiet import quiet_hosts
 from ..trajectories.loading import load_trajectories
+from ..trajectories.prompt_files import read_prompts
 from ..trajectories.schema import FEATURES
 from .collection import compare_collection, format_collection
 from .collectors import CollectionSetting
@@ -21,7 +22,6 @@ from .comparison import check_assistant, compare_decoding, format_comparison
 from .model_command import run_models
 from .overhead import format_overhead, measure_overhead, overhead_methods
 from .preparing import check_outputs, finish, load_model, prepare_device, tokenize
-from .prompts import read_prompts
 from .shapes import make_number_tokenizer, make_random_model, random_prompts
 
 
@@ -254,7 +254,7 @@ def _check_source(options: argparse.Namespace) -> None:
     for option in ("model", "assistant"):
         name = getattr(options, option, None)
         if name is not None:
-            check_model_name(name, option)
+            Name.find(name).check(f"--{option}", "model")
 
 
 def _shape_dtype(options: argparse.Namespace, device: torch.device) -> torch.dtype:

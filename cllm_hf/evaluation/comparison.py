@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._host import base_model_of
+from ..text import format_table
 from .benchmark import DecodingMethod, DecodingResult, benchmark_decoding, compile_notes
 from .environment import describe_environment, format_environment
 from .forwards import compare_widths, relative_cost
-from .report import format_table
 
 
 PROMPT_LOOKUP_TOKENS = 10

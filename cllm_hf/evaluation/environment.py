@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from .._host import attention_implementation, base_model_of
+from .._version import __version__
 
 
 def describe_environment(model: Any) -> dict[str, Any]:
@@ -22,8 +23,6 @@ def describe_environment(model: Any) -> dict[str, Any]:
     Returns:
         `dict`: text and numbers, ready for JSON.
     """
-    from .. import __version__
-
     device = model.device
     return {
         "cllm_hf": __version__,

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..loading import check_model_name, load_tokenizer
+from ..loading import load_tokenizer
+from ..names import Name
+from ..trajectories.prompt_files import read_prompts_and_answers
 from .judgements import Judgement
 from .model_comparison import Judge, compare_models
 from .model_plot import plot_models
 from .model_report import format_models
 from .preparing import check_outputs, finish, load_model, prepare_device, tokenize
-from .prompts import read_prompts_and_answers
 
 
 def run_models(options: argparse.Namespace) -> str:
@@ -33,7 +34,7 @@ def run_models(options: argparse.Namespace) -> str:
     names = {name: getattr(options, name) for name in ("target", "model", "assistant")}
     for option, name in names.items():
         if name is not None:
-            check_model_name(name, option)
+            Name.find(name).check(f"--{option}", "model")
     texts, answers = read_prompts_and_answers(options.prompts, options.num_prompts + options.num_more_prompts)
     check_outputs(options)
     device = prepare_device(options)

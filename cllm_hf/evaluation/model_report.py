@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..text import format_table
 from ..trajectories.statistics import TrajectoryStatistics, format_statistics
 from .environment import format_environment
 from .model_comparison import TITLES
-from .report import format_table
 
 
 _MEBIBYTE = 2**20

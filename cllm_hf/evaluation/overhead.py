@@ -12,10 +12,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .._host import base_model_of
+from ..text import format_table
 from .benchmark import DecodingMethod, compile_notes
 from .environment import describe_environment, format_environment
 from .forwards import BareForward, synchronize
-from .report import format_table
 
 
 def overhead_methods(model: Any, block_sizes: Sequence[int], is_compiled: bool = False) -> list[DecodingMethod]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..trajectories.schema import num_blocks
-from .benchmark import cut_after_stop
+from ..blocks.layout import num_blocks
+from ..blocks.rules import count_until_stop
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def collect_one_by_one(
     for first_state in first_states.tolist():
         first_state = first_state[: max_new_tokens - len(response)]
         trajectory = _iterate(model, prompt_ids + response, first_state)
-        fixed_point = cut_after_stop(trajectory[-1], stops)
+        fixed_point = trajectory[-1][: count_until_stop(trajectory[-1], stops)]
         states.append(_in_response(trajectory, len(fixed_point), block_size, pad_id))
         response += fixed_point
         if fixed_point[-1] in stops or len(response) >= max_new_tokens:

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
 from .._host import set_checkpointing
+from ..text import format_table
 from ..trajectories.schema import check_dataset
 from .environment import describe_environment, format_environment
 from .forwards import synchronize
 from .loss_check import compare_losses, draw_examples
 from .memory import PeakMemory
-from .report import format_table
 from .training_methods import (
     PUBLISHED,
     PUBLISHED_ACCUMULATED,

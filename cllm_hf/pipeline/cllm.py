@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from transformers import set_seed
 
 from .._host import base_model_of
 from ..loading import load_tokenizer, pick_device
+from ..process import Process
 from ..training.plotting import PLOT_NAME
 from ..training.progress import show_progress
 from ..training.resuming import newest_checkpoint
@@ -22,7 +22,7 @@ from ..training.trainer import CLLMTrainer
 from ..trajectories.builder import TrajectoryBuilder
 from ..trajectories.command import load_model
 from ..trajectories.loading import load_trajectories
-from .models import is_first_process, loading_options, make_adapter, release, save_together
+from .models import loading_options, make_adapter, release, save_together
 from .options import Options
 from .task import Problem
 
@@ -53,7 +53,10 @@ def collect_trajectories(
     section = options.collect
     model = load_for_decoding(options, target, section.dtype, section.device)
     builder = TrajectoryBuilder(
-        model, load_tokenizer(target), show_progress=show_bar and is_first_process(), **vars(options.collection())
+        model,
+        load_tokenizer(target),
+        show_progress=show_bar and Process.current().is_first,
+        **vars(options.collection()),
     )
     chosen = choose(problems, section.num_prompts, options.seed)
     # The number of its problem is the name of each record.
@@ -99,11 +102,11 @@ def train_cllm(
         processing_class=tokenizer,
         peft_config=make_adapter(options.model),
     )
-    show_progress(trainer, *_LOSSES, bar=show_bar, show=is_first_process())
+    show_progress(trainer, *_LOSSES, bar=show_bar, show=Process.current().is_first)
     trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
 
     def save(new: Path) -> None:
-        if is_first_process() and (checkpoints / PLOT_NAME).is_file():
+        if Process.current().is_first and (checkpoints / PLOT_NAME).is_file():
             shutil.copyfile(checkpoints / PLOT_NAME, new / PLOT_NAME)  # the card shows it
         base_model_of(trainer.model).config.use_cache = True  # training turns it off for good
         trainer.save_model(str(new))
@@ -130,7 +133,7 @@ def load_for_decoding(options: Options, name: str, dtype: str | None, device: st
         ValueError: if there is no such device.
     """
     if device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        device = f"cuda:{Process.current().local_index}"
     return load_model(
         name,
         dtype or options.model.dtype,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..process import Process
 from .parts import STEPS
 from .task import Task
 
@@ -33,18 +34,18 @@ def main(task: type[Task], default_config: str | Path, arguments: Sequence[str] 
     given = {name: value for name, value in given.items() if value is not None}
     try:
         from ..quiet import show_notices
-        from .models import is_first_process, leave_others
+        from .models import leave_others
         from .options import read_options
         from .steps import Pipeline
     except KeyboardInterrupt:  # imports take seconds
         return 130
     try:
-        with show_notices(is_first_process()):
+        with show_notices(Process.current().is_first):
             options = read_options(task, parsed.config, parsed.set, parsed.output_dir, given)
             Pipeline(options, _say, show_bars=sys.stderr.isatty()).run(parsed.step, parsed.overwrite)
             leave_others()
     except KeyboardInterrupt:
-        if is_first_process():
+        if Process.current().is_first:
             without = "" if parsed.overwrite is None else " without `--overwrite`"
             print(f"\n{program}: interrupted; the same command{without} goes on where it was.", file=sys.stderr)
         return 130

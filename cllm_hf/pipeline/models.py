@@ -129,11 +129,6 @@ def loading_options(options: ModelOptions) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one that writes and talks."""
-    return Process.current().index == 0
-
-
 def wait_for_all() -> None:
     """Wait until every process is here."""
     if Process.current().count > 1:
@@ -169,12 +164,12 @@ def save_together(folder: Path, save: Callable[[Path], object]) -> None:
             process, as sharded models are gathered from all.
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    if is_first_process():
+    if Process.current().is_first:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     wait_for_all()
     save(unfinished)
     wait_for_all()
-    if is_first_process():
+    if Process.current().is_first:
         save_whole(folder, unfinished.rename)
     wait_for_all()

@@ -12,11 +12,11 @@ from trl import SFTTrainer
 
 from ..files import save_whole
 from ..loading import load_tokenizer
+from ..process import Process
 from ..training.progress import show_progress
 from ..training.resuming import newest_checkpoint
 from .model_options import ModelOptions
 from .models import (
-    is_first_process,
     loading_options,
     make_adapter,
     make_model,
@@ -51,7 +51,7 @@ def find_tokenizer(model: ModelOptions, problems: Sequence[Problem], checkpoints
     if model.name is not None:
         return load_tokenizer(model.name)
     kept = checkpoints / _TOKENIZER
-    if is_first_process() and not kept.exists():
+    if Process.current().is_first and not kept.exists():
         texts = []
         for problem in problems:
             if not isinstance(problem.prompt, str):
@@ -100,7 +100,7 @@ def train_by_sft(
         args.model_init_kwargs = loading_options(model)
     start: Any = model.name if model.name is not None else make_model(model, tokenizer)
     trainer = SFTTrainer(start, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter)
-    show_progress(trainer, "loss", bar=show_bar, show=is_first_process())
+    show_progress(trainer, "loss", bar=show_bar, show=Process.current().is_first)
     trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
     save_together(folder, lambda new: _save(trainer, new, has_adapter=adapter is not None))
     release(trainer)
@@ -175,6 +175,6 @@ def _save(trainer: SFTTrainer, folder: Path, has_adapter: bool) -> None:
         model.generation_config.use_cache = True
     if not has_adapter:
         trainer.save_model(str(folder))
-    elif is_first_process():
+    elif Process.current().is_first:
         model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)  # type: ignore[union-attr]

@@ -14,9 +14,10 @@ from filelock import FileLock, Timeout
 
 from ..files import check_writable
 from ..loading import load_tokenizer
+from ..process import Process
 from ..quiet import quiet_hosts
 from .cllm import collect_trajectories, train_cllm
-from .models import is_first_process, wait_for_all
+from .models import wait_for_all
 from .options import Options
 from .parts import PARTS, STEPS, Part, Records
 from .report import evaluate_models, write_report
@@ -44,7 +45,7 @@ class Pipeline:
         self.folder = options.output_dir
         self.records = Records(self.folder)
         self.show_bars = show_bars
-        self._say = say if is_first_process() else lambda line: None
+        self._say = say if Process.current().is_first else lambda line: None
         check_writable(self.folder)
 
     def run(self, step: str, overwrite: str | None = None) -> None:
@@ -64,7 +65,7 @@ class Pipeline:
             self._try_metric()
         with self._no_other_run():
             if overwrite is not None:
-                if is_first_process():
+                if Process.current().is_first:
                     removed = self.records.discard(overwrite)
                     self._say(f"Removed: {', '.join(removed) or 'nothing, as there was nothing'}.")
                 wait_for_all()
@@ -76,7 +77,7 @@ class Pipeline:
     @contextmanager
     def _no_other_run(self) -> Iterator[None]:
         """Two runs in one folder would write over each other's checkpoints. A killed one leaves no lock."""
-        if not is_first_process():
+        if not Process.current().is_first:
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ class Pipeline:
     def _try_metric(self) -> None:
         """What is wrong with the test problems, or misses for the metric, is said before the hours of the training."""
         problem, task = self.test_problems[0], self.options.task
-        if task.has_metric and is_first_process():
+        if task.has_metric and Process.current().is_first:
             task.judge([problem.response], [problem])
 
     def _load(self, split: str) -> list[Problem]:
@@ -182,22 +183,22 @@ class Pipeline:
         is_complete = self.records.is_complete(part, depends)
         wait()  # before anything changes
         if is_complete:
-            if is_first_process():  # checkpoints stay if a process is killed just before it removes them
+            if Process.current().is_first:  # checkpoints stay if a process is killed just before it removes them
                 shutil.rmtree(self.folder / part.checkpoints, ignore_errors=True)
             self._say(f"{title} {part.name} is complete: {place}")
             return
         self._say(f"{title} {what}")
         checkpoints = self.folder / part.checkpoints
         start, has_ended, outcome = time.perf_counter(), False, ""
-        if is_first_process():
+        if Process.current().is_first:
             self.records.begin(part, depends)
         try:
             outcome = make(self.folder, checkpoints)
             has_ended = True
         finally:  # also at Ctrl-C
-            if is_first_process():
+            if Process.current().is_first:
                 self.records.end(part, depends, time.perf_counter() - start, is_complete=has_ended)
-        if is_first_process():
+        if Process.current().is_first:
             shutil.rmtree(checkpoints, ignore_errors=True)
         wait()
         total = self.records.seconds(part) or 0.0
@@ -255,7 +256,7 @@ class Pipeline:
         self._make(PARTS["cllm"], title, "the CLLM, from the target model", make)
 
     def _evaluate(self, title: str) -> None:
-        if not is_first_process():  # the others end here: they would wait for longer than they may
+        if not Process.current().is_first:  # the others end here: they would wait for longer than they may
             return
         tables: list[str] = []
 

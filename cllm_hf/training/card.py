@@ -10,9 +10,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..cards import CLLM_CITATION, END, is_hub_id, join_tags, quoted, renew_section, table, without_folder
+from ..cards import CLLM_CITATION, END, join_tags, quoted, renew_section, table
 from ..export import TAG as EXPORT_TAG
 from ..export import usage_code
+from ..names import Name
 
 
 # What stands between this mark and `END` is ours; the rest of a card belongs to those who have written it.
@@ -216,12 +217,12 @@ def _merge_metadata(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
 
 
 def _metadata(facts: ModelFacts) -> ModelCardData:
-    base = facts.base_model if is_hub_id(facts.base_model) else None
+    base, dataset = (Name.recorded(name).hub_id for name in (facts.base_model, facts.dataset_name))
     relation = "adapter" if facts.adapter else "finetune"
     extra: dict[str, Any] = {**facts.license, **({"base_model_relation": relation} if base else {})}
     return ModelCardData(
         base_model=base,
-        datasets=[facts.dataset_name] if facts.dataset_name and is_hub_id(facts.dataset_name) else None,
+        datasets=[dataset] if dataset else None,
         library_name="peft" if facts.adapter else "transformers",
         pipeline_tag="text-generation",
         tags=join_tags(facts.tags, [EXPORT_TAG] * facts.has_custom_generate),
@@ -241,18 +242,20 @@ def _introduction(facts: ModelFacts) -> str:
 
 
 def _linked(name: str, kind: str) -> str:
-    if not is_hub_id(name):
-        return f"`{without_folder(name)}`"
+    recorded = Name.recorded(name)
+    if recorded.hub_id is None:
+        return f"`{recorded.for_others}`"
     return f"[{name}](https://huggingface.co/{'datasets/' if kind == 'datasets' else ''}{name})"
 
 
 def _usage_text(facts: ModelFacts) -> str:
     name = facts.repo_id or "path/to/this/folder"
     imports, base, call = "", "", "cllm_hf.load_cllm(name)"
-    if facts.adapter and not is_hub_id(facts.base_model):
+    recorded = Name.recorded(facts.base_model)
+    if facts.adapter and recorded.hub_id is None:
         # Where it was on the machine of the training is no place for others.
         imports = "AutoModelForCausalLM, "
-        path = without_folder(facts.base_model) if facts.base_model else "path/to/the/base/model"
+        path = recorded.for_others or "path/to/the/base/model"
         base = f"base_model = AutoModelForCausalLM.from_pretrained({quoted(path)})\n"
         call = "cllm_hf.load_cllm(name, base_model=base_model)"
     parts = [
@@ -327,7 +330,7 @@ def _shown(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        value = without_folder(str(value))
+        value = Name.recorded(value).for_others
     elif not _is_plain(value):
         return ""
     text = repr(value).replace("`", "'")

@@ -16,18 +16,18 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers.integrations import get_available_reporting_integrations
-from transformers.utils import find_adapter_config_file, is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .._host import base_model_of
 from ..files import check_writable
-from ..loading import check_model_name, load_tokenizer
+from ..loading import load_tokenizer
+from ..names import Name
 from ..process import Process
 from ..quiet import quiet_hosts, show_notices
-from ..trajectories.fingerprints import find_commit, fingerprint_weights
+from ..trajectories.fingerprints import find_commit, fingerprint_weights, recorded_model
 from ..trajectories.hub import check_can_push
 from ..trajectories.loading import find_manifest, load_trajectories
-from ..trajectories.sources import is_local
 from .arguments import NEWEST, TrainArguments, TrainOptions
 from .config import CLLMConfig
 from .progress import show_progress
@@ -64,7 +64,7 @@ def run_train(options: TrainOptions) -> str:
     """
     data, training = options.data, options.training
     process, show_bars = Process.current(), sys.stderr.isatty()
-    with show_notices(process.index == 0), quiet_hosts(keep_bars=show_bars and process.index == 0):
+    with show_notices(process.is_first), quiet_hosts(keep_bars=show_bars and process.is_first):
         checkpoint = _find_checkpoint(training)
         _check_options(options)
         if training.push_to_hub:
@@ -80,7 +80,7 @@ def run_train(options: TrainOptions) -> str:
             trainer = _make_trainer(model, training, train_dataset, eval_dataset)
             _check_tokens(train_dataset, trainer.model.config.get_text_config().vocab_size)
             _compare_models(model, made_by, trainer)
-            show_progress(trainer, *_LOSSES, bar=show_bars and not training.disable_tqdm, show=process.index == 0)
+            show_progress(trainer, *_LOSSES, bar=show_bars and not training.disable_tqdm, show=process.is_first)
             with quiet_hosts():  # a bar for every file of every checkpoint is too much
                 trainer.train(resume_from_checkpoint=checkpoint)
                 if eval_dataset is not None and not _is_evaluated(trainer.state):
@@ -93,7 +93,7 @@ def run_train(options: TrainOptions) -> str:
                 "`--max_length`."
             ) from error
         _end(trainer)
-    return format_training(trainer.state, training, published) if process.index == 0 else ""
+    return format_training(trainer.state, training, published) if process.is_first else ""
 
 
 def format_training(state: Any, training: CLLMConfig, published: str | None = None) -> str:
@@ -178,7 +178,7 @@ def _find_checkpoint(training: CLLMConfig) -> str | None:
 def _check_options(options: TrainOptions) -> None:
     model, training = options.model, options.training
     if model.model_name_or_path is not None:
-        check_model_name(model.model_name_or_path, "model")
+        Name.find(model.model_name_or_path).check("--model", "model")
     for name, needed in _NEEDED.items():
         field = ModelConfig.__dataclass_fields__[name]
         if not getattr(model, needed) and getattr(model, name) != field.default:
@@ -220,19 +220,14 @@ def _check_bits(model: ModelConfig, training: CLLMConfig) -> None:
 def _choose_model(model: ModelConfig, made_by: Mapping[str, Any], trajectories: str) -> ModelConfig:
     """What to train: by default the model that made the trajectories, which are its own answers."""
     if model.model_name_or_path is None:
-        name = made_by.get("name")
-        if not name:
-            raise ValueError(f"{trajectories} does not say which model it was made by. Pass it as `--model`.")
-        if is_local(name) and not Path(name).exists():
-            raise OSError(f"{trajectories} was made by the model {name}, which is not there. Pass it as `--model`.")
-        model.model_name_or_path = name
-        if find_adapter_config_file(name) is None and made_by.get("revision"):
-            model.model_revision = made_by["revision"]
+        model.model_name_or_path, revision = recorded_model(trajectories, made_by)
+        model.model_revision = revision or model.model_revision
     return model
 
 
 def _check_place(model_name: str, training: CLLMConfig) -> None:
-    if Path(model_name).is_dir() and Path(model_name).resolve() == Path(str(training.output_dir)).resolve():
+    found = Name.find(model_name)
+    if found.is_folder and found.full == Name.find(Path(str(training.output_dir))).full:
         raise ValueError(
             f"The trained model would take the place of the one that it is made from, got `output_dir` {model_name!r} "
             "for both. Choose another output folder."
@@ -295,7 +290,7 @@ def _check_tokens(dataset: Dataset, vocab_size: int) -> None:
 def _compare_models(model: ModelConfig, made_by: Mapping[str, Any], trainer: CLLMTrainer) -> None:
     """Warn if the trajectories are not the model's own, so that it learns another model's answers."""
     name, target = str(model.model_name_or_path), made_by.get("name")
-    if not target or (_full_name(name) == _full_name(target) and _has_commit(model, made_by)):
+    if not target or (Name.find(name).full == Name.find(target).full and _has_commit(model, made_by)):
         return
     if made_by.get("fingerprint") == fingerprint_weights(base_model_of(trainer.model)):
         return
@@ -307,10 +302,6 @@ def _compare_models(model: ModelConfig, made_by: Mapping[str, Any], trainer: CLL
         commit,
         name,
     )
-
-
-def _full_name(name: str) -> str:
-    return str(Path(name).resolve()) if is_local(name) else name
 
 
 def _has_commit(model: ModelConfig, made_by: Mapping[str, Any]) -> bool:
@@ -331,7 +322,7 @@ def _save(trainer: CLLMTrainer, trajectories: str) -> str | None:
         trainer.save_model()
         return None
     try:
-        trainer.push_to_hub(dataset_name=None if is_local(trajectories) else trajectories)
+        trainer.push_to_hub(dataset_name=Name.find(trajectories).hub_id)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(

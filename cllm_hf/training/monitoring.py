@@ -17,9 +17,8 @@ from transformers.utils import logging
 
 from .._host import base_model_of, input_device
 from ..blocks.forward import forward_clean
-from ..evaluation.benchmark import split_batches
 from ..trajectories.collector import Request, collect_trajectories
-from ..trajectories.responding import find_stop_ids, without_generation_defaults
+from ..trajectories.responding import find_stop_ids, split_batches, without_generation_defaults
 from ..trajectories.statistics import measure_trajectories
 
 

@@ -20,9 +20,11 @@ from huggingface_hub.utils import httpx
 from trl import SFTConfig, SFTTrainer
 
 from .._host import base_model_of
-from ..cards import is_hub_id, license_metadata
+from .._version import __version__
+from ..cards import license_metadata
 from ..export import export_custom_generate, is_exported
 from ..files import write_whole
+from ..names import Name
 from ..trajectories.loading import hub_id_of
 from .card import ModelFacts, join_cards, make_model_card, renew_model_card
 from .plotting import PLOT_NAME
@@ -295,7 +297,7 @@ def _read(path: Path) -> str | None:
 
 def _hide_folder(name: str | None) -> str | None:
     """A folder that happens to be written as an id of the Hub is none."""
-    return f"./{name}" if name and is_hub_id(name) and Path(name).exists() else name or None
+    return f"./{name}" if name and Name.recorded(name).hub_id and Name.find(name).path else name or None
 
 
 def _describe_adapter(config: Any) -> str | None:
@@ -320,12 +322,12 @@ def _license_of(name: str | None) -> dict[str, Any]:
     if not name:
         return {}
     try:
-        path = Path(name)
-        if not path.is_dir():
-            if not is_hub_id(name):
+        folder, repo_id = Name.find(name).path, Name.recorded(name).hub_id
+        if folder is None:
+            if repo_id is None:
                 return {}
-            path = Path(HfApi().hf_hub_download(name, _CARD)).parent
-        text = _read(path / _CARD)
+            folder = Path(HfApi().hf_hub_download(repo_id, _CARD)).parent
+        text = _read(folder / _CARD)
         data = ModelCard(text).data.to_dict() if text else {}
     except Exception as error:  # also of the parser of YAML; without a licence the card is good too
         logger.debug("The licence of %s is not known: %s", name, error)
@@ -337,7 +339,5 @@ def _license_of(name: str | None) -> dict[str, Any]:
 
 
 def _versions(has_adapter: bool) -> dict[str, str]:
-    from .. import __version__
-
     packages = [name for name in _PACKAGES if name != "peft" or has_adapter]
     return {"cllm_hf": __version__, **{name: version(name) for name in packages}}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..evaluation.arguments import positive
+from ..argument_types import natural, positive
 
 
 COLLECT_HELP = "build a dataset of trajectories from a model and prompts"
@@ -148,10 +148,10 @@ def _add_inspect(commands: Any) -> argparse.ArgumentParser:
     parser = _add(commands, "inspect", "show a record of a dataset of trajectories, or its statistics")
     parser.add_argument("dataset", help="folder or Hub id of the dataset")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--record", type=_natural, help="number of the record; by default 0")
+    which.add_argument("--record", type=natural, help="number of the record; by default 0")
     which.add_argument("--data-id", help="the record with this `data_id` instead")
     which.add_argument("--statistics", action="store_true", help="how the blocks of the whole dataset converge")
-    parser.add_argument("--block", type=_natural, nargs="+", help="numbers of the blocks, from 0; by default all")
+    parser.add_argument("--block", type=natural, nargs="+", help="numbers of the blocks, from 0; by default all")
     parser.add_argument("--compare", metavar="OTHER", help="a dataset made after training, for the statistics")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG file for a plot of the statistics")
     parser.add_argument(
@@ -176,13 +176,13 @@ def _add_show(commands: Any) -> argparse.ArgumentParser:
         "--prompt-template", default="{prompt}", help="text around the prompt; \\n is a new line, as of `cllm collect`"
     )
     parser.add_argument("--block-size", type=positive, help="tokens of a block; by default that of the CLLM, else 16")
-    parser.add_argument("--block", type=_natural, default=0, help="number of the block in the response, from 0")
+    parser.add_argument("--block", type=natural, default=0, help="number of the block in the response, from 0")
     parser.add_argument(
         "--max-new-tokens", type=positive, help="longest response, in tokens; by default it ends with the block"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="PNG file for a picture")
     parser.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
-    parser.add_argument("--seed", type=_natural, default=0, help="of the first draft")
+    parser.add_argument("--seed", type=natural, default=0, help="of the first draft")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -224,9 +224,3 @@ def _add_push(commands: Any) -> argparse.ArgumentParser:
 
 def _add(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
-    return int(text)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+
+from ..blocks.layout import num_blocks
+from ..blocks.rules import count_leading
 
 
 _COLUMNS = ("response_ids", "states")
@@ -28,6 +32,7 @@ class RecordArrays:
         num_states (`numpy.ndarray` of shape `(total_blocks,)`): states of each block.
         state_lengths (`numpy.ndarray` of shape `(total_states,)`): tokens of each state.
         tokens (`numpy.ndarray` of shape `(state_lengths.sum(),)`): the states end to end.
+        first (`int`): number of the first of them in the dataset.
     """
 
     response_lengths: np.ndarray
@@ -36,37 +41,37 @@ class RecordArrays:
     num_states: np.ndarray
     state_lengths: np.ndarray
     tokens: np.ndarray
+    first: int = 0
 
     def check(self, block_size: int | None) -> int:
         """
-        Check that blocks cover their responses and that all states are of one size.
+        Check all records at once, as `check_blocks` does each.
 
         Args:
-            block_size (`int`, *optional*): that size; by default the least there is.
+            block_size (`int`, *optional*): what every state must have; by default the least there is.
 
         Returns:
             `int`: the block size.
 
         Raises:
-            ValueError: if not.
+            ValueError: for the first record that `check_blocks` refuses.
         """
-        lengths = set(np.unique(self.state_lengths).tolist())
-        expected = block_size if block_size is not None else min(lengths, default=0)
-        if lengths - {expected} or expected < 1:
-            raise ValueError(
-                f"Every state must have `block_size` tokens, {expected or 'at least 1'}, got lengths "
-                f"{sorted(lengths)}. Measure datasets of different block sizes apart."
-            )
-        needed = -(-self.response_lengths // expected)
-        if (needed != self.num_blocks).any():
-            bad = np.flatnonzero(needed != self.num_blocks)[0]
-            raise ValueError(
-                f"The blocks of a record must cover its response, got {self.num_blocks[bad]} blocks of {expected} for "
-                f"{self.response_lengths[bad]} tokens, which take {needed[bad]}. Build the dataset again."
-            )
-        if (self.num_states < 1).any():
-            raise ValueError("Every block must have at least one state, got one with none. Build the dataset again.")
+        least = int(self.state_lengths.min()) if len(self.state_lengths) else 0
+        expected = block_size if block_size is not None else least
+        record, is_wrong = self.record_of_block, np.zeros(len(self.num_blocks), dtype=bool)
+        is_wrong |= num_blocks(self.response_lengths, max(expected, 1)) != self.num_blocks
+        is_wrong[record[self.num_states < 1]] = True
+        is_wrong[np.repeat(record, self.num_states)[self.state_lengths != expected]] = True
+        if expected < 1 or is_wrong.any():
+            row = int(is_wrong.argmax())
+            check_blocks(self.first + row, int(self.response_lengths[row]), self._state_lengths_of(row), expected)
         return expected
+
+    def _state_lengths_of(self, row: int) -> list[list[int]]:
+        """Lengths of the states of each block of a record."""
+        blocks = np.split(self.state_lengths, np.cumsum(self.num_states)[:-1])
+        start = int(self.num_blocks[:row].sum())
+        return [block.tolist() for block in blocks[start : start + int(self.num_blocks[row])]]
 
     @property
     def record_of_block(self) -> np.ndarray:
@@ -78,6 +83,41 @@ class RecordArrays:
         record = self.record_of_block
         first = (np.arange(len(record)) - piece_starts(self.num_blocks)[record]) * block_size
         return np.clip(self.response_lengths[record] - first, 0, block_size)
+
+
+def check_blocks(
+    name: object, response_length: int, state_lengths: Sequence[Sequence[int]], block_size: int | None = None
+) -> int:
+    """
+    Check that the states of a record have one size, and that its blocks cover its response.
+
+    Args:
+        name (`object`): name or number of the record, for errors.
+        response_length (`int`): tokens of the response.
+        state_lengths (`Sequence[Sequence[int]]`): tokens of each state of each block.
+        block_size (`int`, *optional*): what every state must have; by default the least there is.
+
+    Returns:
+        `int`: the block size.
+
+    Raises:
+        ValueError: if not.
+    """
+    lengths = {length for block in state_lengths for length in block}
+    expected = block_size if block_size is not None else min(lengths, default=0)
+    if lengths != {expected} or expected < 1:
+        raise ValueError(
+            f"Every state must have `block_size` tokens, {expected or 'at least 1'}, got lengths {sorted(lengths)} in "
+            f"record {name}. States that end early are padded to the block size, and datasets of different block "
+            "sizes are used apart."
+        )
+    blocks = num_blocks(response_length, expected)
+    if len(state_lengths) != blocks or not all(state_lengths):
+        raise ValueError(
+            f"Record {name} has {len(state_lengths)} blocks of states, but its response of {response_length} tokens "
+            f"takes {blocks} blocks of {expected}, each with at least one state. Build the dataset again."
+        )
+    return expected
 
 
 def lay_out(records: Iterable[Mapping[str, Any]] | Dataset) -> Iterator[RecordArrays]:
@@ -95,14 +135,16 @@ def lay_out(records: Iterable[Mapping[str, Any]] | Dataset) -> Iterator[RecordAr
         ValueError: if a column is missing.
     """
     if not isinstance(records, Dataset):
-        iterator = iter(records)
+        iterator, first = iter(records), 0
         while rows := list(islice(iterator, _CHUNK)):
-            yield _from_rows(rows)
+            yield replace(_from_rows(rows), first=first)
+            first += len(rows)
         return
     _check_columns(records.column_names)
     names = [name for name in (*_COLUMNS, "is_greedy") if name in records.column_names]
-    for table in records.select_columns(names).with_format("arrow").iter(_CHUNK):
-        yield _from_table(table)
+    tables = records.select_columns(names).with_format("arrow").iter(_CHUNK)
+    for number, table in enumerate(tables):
+        yield replace(_from_table(table), first=number * _CHUNK)
 
 
 def _from_rows(rows: list[Mapping[str, Any]]) -> RecordArrays:
@@ -177,7 +219,7 @@ def count_by_block(
     number = (np.arange(total_states) - starts[block] + 1)[:, None]
     positions = np.arange(block_size)
     wrong = (states != states[ends[block]]) & (positions < block_lengths[block][:, None])
-    leading = np.where(wrong.any(1), wrong.argmax(1), block_lengths[block])
+    leading = count_leading(torch.from_numpy(~wrong)).numpy().clip(max=block_lengths[block])
 
     gained = np.diff(leading, append=0) - 1
     gained[ends] = 0  # behind a fixed point stands another block

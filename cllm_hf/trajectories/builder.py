@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._host import base_model_of
+from .._version import __version__
 from ..blocks.support import check_packable
 from ..process import Process
 from .cleaning import CleaningRules
@@ -275,8 +276,6 @@ class TrajectoryBuilder:
 
     def _header(self, rows: list[PromptRow], source: str | None, license: str | None) -> dict[str, Any]:
         """The parts of a manifest that are known before the collection."""
-        from .. import __version__
-
         versions = {"cllm_hf": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
         stop_ids = find_stop_ids(self.model, self.processing_class)
         return {

@@ -10,14 +10,13 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from ..cards import (
     CLLM_CITATION,
     END,
-    is_hub_id,
     join_tags,
     license_metadata,
     quoted,
     renew_section,
     table,
-    without_folder,
 )
+from ..names import Name
 from .loading import records_by_split
 from .statistics import TrajectoryStatistics, format_histogram
 
@@ -179,7 +178,7 @@ def _merge_metadata(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def _metadata(manifests: Mapping[str, Mapping[str, Any]], names: list[str]) -> DatasetCardData:
     prompts = [manifests[name]["prompts"] for name in names]
     licenses = list(dict.fromkeys(one["license"] for one in prompts if one.get("license")))
-    sources = dict.fromkeys(one["source"] for one in prompts if is_hub_id(one.get("source")))
+    sources = dict.fromkeys(filter(None, (Name.recorded(one.get("source")).hub_id for one in prompts)))
     number = sum(sum(records_by_split(manifests[name]).values()) for name in names)
     return DatasetCardData(
         source_datasets=list(sources) or None,
@@ -212,7 +211,7 @@ def _without_folders(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """For others to read: folders of the machine where it was made mean nothing to them."""
 
     def shown(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {**part, "name": without_folder(part["name"]) if part.get("name") else part.get("name")}
+        return {**part, "name": Name.recorded(part.get("name")).for_others or None}
 
     return {**manifest, "model": shown(manifest["model"]), "tokenizer": shown(manifest["tokenizer"])}
 
@@ -291,7 +290,7 @@ def _statistics_parts(manifest: Mapping[str, Any], plot: str) -> list[str]:
 def _source_text(manifest: Mapping[str, Any]) -> str:
     prompts, model = manifest["prompts"], _model_text(manifest)
     source = prompts.get("source")
-    link = f"[{source}](https://huggingface.co/datasets/{source})" if is_hub_id(source) else f"`{source}`"
+    link = f"[{source}](https://huggingface.co/datasets/{source})" if Name.recorded(source).hub_id else f"`{source}`"
     origin = f"The prompts come from {link}." if source else "Where the prompts come from is not recorded."
     license = f"is `{prompts['license']}`" if prompts.get("license") else "is not recorded"
     given = "The responses were given with the prompts; where they come from is not recorded."

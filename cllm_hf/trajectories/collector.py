@@ -12,8 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .._host import input_device
 from ..blocks.forward import copy_clean, forward_clean, forward_drafts
-from ..blocks.layout import CLEAN_SEGMENT, PADDING_SEGMENT, Packed
-from .schema import num_blocks
+from ..blocks.layout import PADDING_SEGMENT, append_drafts, num_blocks
+from ..blocks.rules import count_accepted_in_blocks, count_until_stop
+from .arrays import piece_starts
 
 
 # Draft tokens that keep a device busy; more are split so that each forward reads fewer columns.
@@ -248,7 +249,8 @@ class _Blocks:
 
     def count_settled(self) -> np.ndarray:
         """Leading tokens of each state that are those of the response; padding counts too."""
-        return np.cumprod(self.states == self.targets, axis=1).sum(axis=1).clip(max=self.lengths)
+        states, targets = torch.from_numpy(self.states), torch.from_numpy(self.targets)
+        return count_accepted_in_blocks(states, targets).numpy().clip(max=self.lengths)
 
 
 def _no_blocks(block_size: int) -> tuple[np.ndarray, ...]:
@@ -271,8 +273,8 @@ def _read_clean(model: PreTrainedModel, requests: list[Request], stop_ids: Colle
     for request, row in zip(requests, predicted):
         start, length = len(request.prompt_ids) - 1 - first, len(request.response_ids)
         departs = row[start : start + length] != request.response_ids
-        # Behind a stop token the model would have said nothing more.
-        departs[1:] |= np.cumsum(np.isin(request.response_ids[:-1], list(stop_ids))) > 0
+        # After a stop token the model would have said nothing more.
+        departs[count_until_stop(request.response_ids, stop_ids) :] = True
         following = int(row[start + length])
         if request.may_stop and following in stop_ids and request.response_ids[-1] not in stop_ids:
             responses.append([*request.response_ids, following])
@@ -302,15 +304,16 @@ def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np
     clean.keep(np.unique(blocks.rows[block]))
     row = np.searchsorted(clean.rows, blocks.rows[block])
     counts = np.bincount(row, minlength=len(clean.rows))
-    column = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
+    column = np.arange(len(row)) - piece_starts(counts)[row]
 
     def lay_out(values: np.ndarray, fill: int) -> torch.Tensor:
         out = np.full((len(clean.rows), counts.max()), fill, dtype=np.int64)
         out[row, column] = values
         return torch.from_numpy(out).to(clean.ids.device)
 
-    packed = _behind(
-        clean,
+    packed = append_drafts(
+        clean.ids,
+        clean.mask,
         lay_out(blocks.states[block, offset - 1], 0),
         lay_out(blocks.starts[block] + offset, 0),
         lay_out(block + 1, PADDING_SEGMENT),
@@ -319,21 +322,6 @@ def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np
     predicted = forward_drafts(model, packed, clean.cache).argmax(-1).cpu().numpy()
     states[asked] = predicted[row, column]
     return states
-
-
-def _behind(
-    clean: _Clean, ids: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor, anchors: torch.Tensor
-) -> Packed:
-    """Draft tokens in their columns behind the clean ones."""
-    clean_positions = torch.arange(clean.ids.shape[1], device=clean.ids.device).expand_as(clean.ids)
-    clean_segments = torch.full_like(clean.ids, CLEAN_SEGMENT).masked_fill(clean.mask == 0, PADDING_SEGMENT)
-    return Packed(
-        input_ids=torch.cat([clean.ids, ids], dim=1),
-        position_ids=torch.cat([clean_positions, positions], dim=1),
-        segment_ids=torch.cat([clean_segments, segments], dim=1),
-        anchor_positions=torch.cat([torch.zeros_like(clean.ids), anchors], dim=1),
-        clean_length=clean.ids.shape[1],
-    )
 
 
 def _assemble(clean: _Clean, blocks: _Blocks, found: list[list[list[int]]]) -> list[Trajectory]:

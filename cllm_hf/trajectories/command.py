@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -21,21 +20,22 @@ from transformers.utils import find_adapter_config_file
 
 from .._host import base_model_of
 from ..files import check_writable, check_writable_file, write_whole
-from ..loading import check_model_name, load_cllm, load_tokenizer, pick_device
+from ..loading import load_cllm, load_tokenizer, pick_device
+from ..names import Name
 from ..process import Process
 from ..quiet import quiet_hosts
 from .arguments import CollectArguments
 from .block import BlockTrajectory
 from .builder import TrajectoryBuilder
 from .cleaning import CleaningRules
-from .fingerprints import fingerprint_weights
+from .fingerprints import fingerprint_weights, recorded_model
 from .hub import check_can_push, push_trajectories
 from .inspection import format_record
 from .loading import find_manifest, load_trajectories
 from .manifest import read_manifest
 from .options import CollectionOptions
 from .picture import draw_blocks
-from .sources import is_local, read_source
+from .sources import read_source
 from .statistics import (
     TrajectoryStatistics,
     format_histogram,
@@ -60,8 +60,8 @@ def run_collect(options: CollectArguments) -> str:
         OSError: if something cannot be read, written or reached.
         ValueError: for options or prompts that are not usable.
     """
-    check_model_name(options.model, "model")
-    is_first = Process.current().index == 0
+    Name.find(options.model).check("--model", "model")
+    is_first = Process.current().is_first
     collection = _collection_options(options)
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
         prompts, responses = read_source(
@@ -79,8 +79,8 @@ def run_collect(options: CollectArguments) -> str:
     if options.push_to_hub is not None:
         check_can_push(options.push_to_hub, private=options.private or None, config_name=options.config_name)
     source = options.source
-    if source is None and options.dataset_name is not None and not is_local(options.dataset_name):
-        source = options.dataset_name
+    if source is None and options.dataset_name is not None:
+        source = Name.find(options.dataset_name).hub_id
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
         builder = _make_builder(options, collection, show_progress=is_first and sys.stderr.isatty())
         is_complete = builder.collect(
@@ -191,19 +191,13 @@ def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
         ValueError: if the dataset names no model and none is given, or the model does not fit.
     """
     if options.model is not None:
-        check_model_name(options.model, "model")
+        Name.find(options.model).check("--model", "model")
     device = pick_device(options.device)
     dataset = _load_all(options.dataset, options)
     made_by = find_manifest(options.dataset, options.config_name).get("model", {})
     name, revision = options.model, None
     if name is None:
-        name = made_by.get("name")
-        if not name:
-            raise ValueError(f"{options.dataset} does not say which model it was made by. Pass it as `--model`.")
-        if is_local(name) and not Path(name).exists():
-            raise OSError(f"{options.dataset} was made by the model {name}, which is not there. Pass it as `--model`.")
-        if find_adapter_config_file(name) is None:  # for an adapter it is that of the model below it
-            revision = made_by.get("revision")
+        name, revision = recorded_model(options.dataset, made_by)
     dtype = options.dtype or made_by.get("dtype") or "float32"
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
         model = load_model(name, dtype, device, revision=revision, trust_remote_code=options.trust_remote_code)
@@ -284,7 +278,7 @@ def load_model(
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"The model {name} needs a package that is not installed: {reason} Install it.") from error
     # Found again from anywhere; and with an adapter the base model is no longer what it was loaded as.
-    base_model_of(model).name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    base_model_of(model).name_or_path = Name.find(name).full
     return model if device is None else model.to(device)
 
 
@@ -297,8 +291,7 @@ def _collection_options(options: CollectArguments) -> CollectionOptions:
 def _make_builder(options: CollectArguments, collection: CollectionOptions, show_progress: bool) -> TrajectoryBuilder:
     device = None
     if options.device_map is None:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        device = pick_device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+        device = pick_device(f"cuda:{Process.current().local_index}" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(options.model, options.revision, options.trust_remote_code)
     model = load_model(
         options.model,

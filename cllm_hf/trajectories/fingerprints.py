@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from .._host import attention_implementation
+from ..names import Name
 
 
 _SAMPLES = 256
@@ -52,16 +54,38 @@ def find_commit(name: str, revision: str | None = None) -> str | None:
     Returns:
         `str` or `None`: the commit, or the revision as it is if the cache does not know it.
     """
-    if not name or Path(name).exists():
+    hub_id = Name.find(name).hub_id
+    if hub_id is None:
         return None
     for file in ("config.json", "adapter_config.json"):
-        try:
-            cached = try_to_load_from_cache(name, file, revision=revision)
-        except HFValidationError:  # no Hub id
-            return None
+        cached = try_to_load_from_cache(hub_id, file, revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent.name
     return revision
+
+
+def recorded_model(dataset: str, made_by: Mapping[str, Any]) -> tuple[str, str | None]:
+    """
+    Look up which model made a dataset.
+
+    Args:
+        dataset (`str`): name of the dataset, for errors.
+        made_by (`Mapping[str, Any]`): what its manifest says of the model; see `describe_model`.
+
+    Returns:
+        `tuple[str, str | None]`: folder or Hub id of the model, and its commit on the Hub. There is none for an
+        adapter, whose manifest has that of the model below it.
+
+    Raises:
+        OSError: if the model was in a folder that is not there.
+        ValueError: if the manifest names no model.
+    """
+    name = made_by.get("name")
+    if not name:
+        raise ValueError(f"{dataset} does not say which model it was made by. Pass it as `--model`.")
+    if Name.find(name).is_missing:
+        raise OSError(f"{dataset} was made by the model {name}, which is not there. Pass it as `--model`.")
+    return name, made_by.get("revision") if find_adapter_config_file(name) is None else None
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

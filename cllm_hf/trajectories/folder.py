@@ -179,7 +179,7 @@ class OutputFolder:
             content = _to_parquet(tables[split], notes)
             replace_file(self.path / name, content, self.path / UNFINISHED / Path(name).name)
         self.journal(number).clear()
-        if self.process.index == 0:
+        if self.process.is_first:
             self._write_manifest(complete=False)
 
     @contextmanager
@@ -224,11 +224,11 @@ class OutputFolder:
                 self.process.index,
                 self.process.count,
             )
-        while wait and not self.is_complete() and (self._missing() or self.process.index > 0):
+        while wait and not self.is_complete() and (self._missing() or not self.process.is_first):
             if not self._missing():
                 _check_kept(self._manifest(complete=True))  # the process that merges has no more to wait for
             time.sleep(_WAIT_SECONDS)
-        if self.is_complete() and self.process.index > 0:
+        if self.is_complete() and not self.process.is_first:
             return True
         if self._missing():
             return False
@@ -277,7 +277,7 @@ class OutputFolder:
 
     def _write_manifest(self, complete: bool) -> None:
         # The other processes write nothing but their shards.
-        if self.process.index == 0 or not self._has_manifest():
+        if self.process.is_first or not self._has_manifest():
             manifest = self._manifest(complete)
             write_manifest(self.path, manifest, self.path / UNFINISHED / f"{self.process.index}-{MANIFEST_NAME}")
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
 
+from ..names import check_repo_id
 from .card import DEFAULT_CONFIG, PLOT_NAME, make_card, merge_card, place
 from .loading import check_shards, describe_unfinished
 from .manifest import MANIFEST_NAME, read_manifest
@@ -128,12 +129,7 @@ def check_can_push(
     """
     if config_name is not None:
         _check_config_name(config_name)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(
-            f"`repo_id` must be the id of a {kind} on the Hub, such as 'user/name', got {repo_id!r}: {error}"
-        ) from error
+    check_repo_id(repo_id, kind)
     if token is None and get_token() is None:
         raise PermissionError(f"Pushing to {repo_id!r} takes an access token for the Hub, got none. {_LOG_IN}")
     with _clear_errors(repo_id):

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from ..evaluation.report import display_width, format_trajectory, plain_width
+from ..text import display_width, plain_width
 from .block import BlockTrajectory
 
 
 _LONGEST_TOKEN = 20
 _MARGIN = 5  # columns of the number of a state
 _GAP = 4  # columns between two blocks
+_BLUE, _RED, _RESET = "\033[34m", "\033[31m", "\033[0m"
 
 
 def format_record(
@@ -87,6 +88,39 @@ def format_blocks(
             lines = _beside(lines, more) if lines else more
         return "\n".join(lines)
     return "\n\n".join("\n".join(_headed(block, _format_states(block, decode, color, width))) for block in blocks)
+
+
+def format_trajectory(
+    states: Sequence[Sequence[int]], decode: Callable[[int], str], color: bool = True, length: int | None = None
+) -> str:
+    """
+    Draw the states of a block, one a line: tokens that are right blue, tokens that are wrong red.
+
+    Args:
+        states (`Sequence[Sequence[int]]`): from the first draft to the fixed point.
+        decode (`Callable[[int], str]`): text of a token.
+        color (`bool`): whether to color; otherwise wrong tokens stand in brackets.
+        length (`int`, *optional*): tokens of the block to show; by default all.
+
+    Returns:
+        `str`.
+    """
+    shown = [state[:length] for state in states]
+    texts = [[decode(token) for token in state] for state in shown]
+    # Without color the brackets take two columns.
+    widths = [
+        max(display_width(text[column]) for text in texts) + (0 if color else 2) for column in range(len(shown[-1]))
+    ]
+    lines = []
+    for number, (state, text) in enumerate(zip(shown, texts)):
+        cells = []
+        for token, right, word, width in zip(state, shown[-1], text, widths):
+            is_right = token == right
+            word = word if color or is_right else f"[{word}]"
+            padded = word + " " * (width - display_width(word))
+            cells.append(f"{_BLUE if is_right else _RED}{padded}{_RESET}" if color else padded)
+        lines.append(f"{number:3d}  {' '.join(cells)}".rstrip())
+    return "\n".join(lines)
 
 
 def _headed(block: BlockTrajectory, states: str) -> list[str]:

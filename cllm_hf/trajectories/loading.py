@@ -21,9 +21,9 @@ from datasets import (
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import ENDPOINT
 
+from ..names import Name
 from .manifest import MANIFEST_NAME, read_manifest
 from .schema import check_columns, check_dataset, check_record
-from .sources import is_local
 
 
 UNFINISHED_NAME = ".unfinished"
@@ -70,18 +70,17 @@ def load_trajectories(
         ValueError: if it does not hold trajectories of one block size, the collection is unfinished, there is no such
             split or configuration, or an argument is given that only the other kind of `path` takes.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        if revision is not None or token is not None:
-            raise ValueError(f"{folder} is a folder, got `revision` or `token` for the Hub too. Drop them.")
+    found = Name.find(path)
+    found.check("path", "dataset")
+    folder = found.path
+    if folder is not None:
+        found.check_hub_options(revision, token)
         if any((folder / file).is_file() for file in _SAVED_NAMES):
             loaded = _load_saved(folder, split, name, streaming)
         else:
             loaded = _load_output(_choose(folder, name), split, streaming, allow_incomplete)
-    elif isinstance(path, Path) or folder.exists():
-        raise FileNotFoundError(f"`path` must be a folder, or the id of a dataset on the Hub, got {str(path)!r}.")
     else:
-        loaded = _load_from_hub(path, split, name, streaming, revision, token)
+        loaded = _load_from_hub(found.text, split, name, streaming, revision, token)
     if not isinstance(loaded, dict):
         return _check(loaded)
     if all(isinstance(one, Dataset) and not len(one) for one in loaded.values()):
@@ -223,11 +222,11 @@ def find_manifest(path: str | Path, name: str | None = None, revision: str | Non
     Raises:
         ValueError: if there is a file of that name which is no manifest.
     """
-    inner = "" if name in (None, "default") else f"{name}/"
+    inner, hub_id = "" if name in (None, "default") else f"{name}/", Name.find(path).hub_id
     try:
-        if is_local(str(path)):
+        if hub_id is None:
             return read_manifest(Path(path) / inner)
-        file = hf_hub_download(str(path), f"{inner}{MANIFEST_NAME}", repo_type="dataset", revision=revision)
+        file = hf_hub_download(hub_id, f"{inner}{MANIFEST_NAME}", repo_type="dataset", revision=revision)
         return read_manifest(Path(file).parent)
     except OSError:
         return {}
@@ -336,16 +335,6 @@ def _common_features(files: list[Path]) -> Features:
 def _load_from_hub(
     repo_id: str, split: str | None, name: str | None, streaming: bool, revision: str | None, token: str | None
 ) -> Dataset | IterableDataset | dict[str, Any]:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"`path` must be a folder, or the id of a dataset on the Hub such as 'user/name', got {repo_id!r}. There "
-            "is no such folder, and it cannot be an id. Check the name."
-        ) from error
     try:
         loaded = load_dataset(repo_id, name, split=split, streaming=streaming, revision=revision, token=token)
     except FileNotFoundError as error:

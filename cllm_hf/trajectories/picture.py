@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.report import display_width
+from ..text import display_width
 from .block import BlockTrajectory
 from .inspection import visible_tokens
 

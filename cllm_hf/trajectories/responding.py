@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._host import input_device
+from ..blocks.rules import count_until_stop
 
 
 # Logits of a forward at most, so that a large vocabulary does not fill the memory: a gigabyte in float32.
@@ -39,6 +40,20 @@ def batch_by_tokens(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[
             batches.append([index])
             first, second = sizes[index]
     return batches
+
+
+def split_batches(rows: Sequence[Any], batch_size: int) -> list[list[Any]]:
+    """
+    Split rows into batches, in their order.
+
+    Args:
+        rows (`Sequence`): what to split.
+        batch_size (`int`): rows of a batch.
+
+    Returns:
+        `list[list]`: the last batch may have fewer rows.
+    """
+    return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
 def limit_tokens(model: PreTrainedModel, budget: int) -> int:
@@ -82,7 +97,7 @@ def respond(
     generate: Any = model.generate
     with without_generation_defaults(model):
         output = generate(input_ids.to(device), attention_mask=mask.to(device), generation_config=options)
-    return [_until_stop(response, stop_ids) for response in output[:, longest:].tolist()]
+    return [response[: count_until_stop(response, stop_ids)] for response in output[:, longest:].tolist()]
 
 
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -118,8 +133,3 @@ def without_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = defaults
-
-
-def _until_stop(response: list[int], stop_ids: list[int]) -> list[int]:
-    stops = [position for position, token in enumerate(response) if token in stop_ids]
-    return response[: stops[0] + 1] if stops else response

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from .arrays import piece_starts
+from ..blocks.layout import num_blocks
+from .arrays import check_blocks, piece_starts
 
 
 FEATURES = Features(
@@ -49,20 +50,6 @@ def features(augmented: bool = False) -> Features:
     if augmented:
         columns["augmented_states"] = List(List(List(Value("int32"))))
     return columns
-
-
-def num_blocks(response_length: int, block_size: int) -> int:
-    """
-    Number of blocks that cover a response.
-
-    Args:
-        response_length (`int`): tokens of the response, stop token included.
-        block_size (`int`): tokens of a block.
-
-    Returns:
-        `int`.
-    """
-    return -(-response_length // block_size)
 
 
 def end_points(states: list[list[list[int]]], response_length: int) -> list[int]:
@@ -161,37 +148,40 @@ def check_record(record: Mapping[str, Any], block_size: int | None = None) -> in
     """
     check_names(record)
     name = record.get("data_id", "?")
-    prompt, response, states = (record[column] for column in REQUIRED_COLUMNS)
-    if not prompt or not response:
-        raise ValueError(f"Record {name} has an empty prompt or response. Drop it from the dataset.")
-    _check_missing(name, [[prompt, response]], "`prompt_ids` and `response_ids`")
+    response, states = record["response_ids"], record["states"]
+    check_response(record)
     _check_missing(name, states, "`states`")
-    lengths = {len(state) for block in states for state in block}
-    expected = block_size if block_size is not None else min(lengths, default=0)
-    if lengths != {expected} or expected < 1:
-        raise ValueError(
-            f"Every state must have `block_size` tokens, {expected or 'at least 1'}, got lengths {sorted(lengths)} in "
-            f"record {name}. States that end early are padded to the block size."
-        )
-    blocks = num_blocks(len(response), expected)
-    if len(states) != blocks or not all(states):
-        raise ValueError(
-            f"Record {name} has {len(states)} blocks of states, but its response of "
-            f"{len(response)} tokens takes {blocks} blocks of {expected}, each with at least one state."
-        )
+    expected = check_blocks(name, len(response), [list(map(len, block)) for block in states], block_size)
     if end_points(states, len(response)) != list(response):
         raise ValueError(f"The blocks of record {name} do not end in its response. Drop it from the dataset.")
     augmented = record.get("augmented_states")  # `None` too where datasets with and without it were joined
     if augmented is not None:
         _check_missing(name, augmented, "`augmented_states`")
         lengths = {len(state) for block in augmented for state in block}
-        if len(augmented) != blocks or lengths - {expected}:
+        if len(augmented) != len(states) or lengths - {expected}:
             raise ValueError(
                 f"`augmented_states` must have a list of states for each block, with {expected} tokens each, got "
-                f"{len(augmented)} lists for {blocks} blocks and lengths {sorted(lengths)} in record {name}. Build "
-                "the dataset again, or remove the column."
+                f"{len(augmented)} lists for {len(states)} blocks and lengths {sorted(lengths)} in record {name}. "
+                "Build the dataset again, or remove the column."
             )
     return expected
+
+
+def check_response(record: Mapping[str, Any]) -> None:
+    """
+    Check prompt and response of a record: all that is needed of it where its states are not.
+
+    Args:
+        record (`Mapping[str, Any]`): a row.
+
+    Raises:
+        ValueError: if one of them is missing or empty, or lacks a token.
+    """
+    name, prompt, response = (record.get(column) for column in ("data_id", "prompt_ids", "response_ids"))
+    name = "?" if name is None else name
+    if not prompt or not response:
+        raise ValueError(f"Record {name} has an empty prompt or response. Drop it from the dataset.")
+    _check_missing(name, [[prompt, response]], "`prompt_ids` and `response_ids`")
 
 
 def _check_missing(name: str, blocks: Any, what: str) -> None:
@@ -267,7 +257,7 @@ def _bad_rows(table: Any, block_size: int) -> np.ndarray:
     prompt_lengths, *_ = _open(columns["prompt_ids"], rows, bad, are_tokens=True)
     response_lengths, response_tokens, _ = _open(columns["response_ids"], rows, bad, are_tokens=True)
     bad |= (prompt_lengths == 0) | (response_lengths == 0)
-    needed = -(-response_lengths // block_size)
+    needed = num_blocks(response_lengths, block_size)
 
     block_counts, blocks, row_of_block = _open(columns["states"], rows, bad)
     state_counts, states, row_of_state = _open(blocks, row_of_block, bad)

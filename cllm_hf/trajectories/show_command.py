@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from huggingface_hub import ModelCard
 from transformers.utils import find_adapter_config_file
 
 from ..files import check_writable_file
-from ..loading import check_model_name, load_tokenizer, pick_device
+from ..loading import load_tokenizer, pick_device
+from ..names import Name
 from ..quiet import quiet_hosts
 from .block import BlockTrajectory
 from .command import load_model
@@ -41,9 +41,9 @@ def run_show(options: argparse.Namespace, color: bool = True) -> str:
         ValueError: for options that contradict each other, a prompt that is not usable, a target model with another
             tokenizer, or a block that the response does not have.
     """
-    check_model_name(options.model, "model")
+    Name.find(options.model).check("--model", "model")
     if options.target is not None:
-        check_model_name(options.target, "target")
+        Name.find(options.target).check("--target", "model")
     if options.output is not None:
         if options.output.suffix.lower() != ".png":
             raise ValueError(
@@ -62,18 +62,20 @@ def run_show(options: argparse.Namespace, color: bool = True) -> str:
                 model, tokenizer, prompt, name, block_size, options.block, options.max_new_tokens, options.seed
             )
 
-        text, own = collect(model, f"CLLM: {_short(options.model)}")
+        text, own = collect(model, f"CLLM: {Name.find(options.model).short}")
         del model  # the memory of a machine may hold one only
         target, reason = _find_target(options, device)
         blocks = [own]
         if target is not None:
             name = target.name_or_path
             _check_tokenizer(name, tokenizer, text)
-            blocks.insert(0, collect(target, f"Target model: {_short(name)}")[1])
+            blocks.insert(0, collect(target, f"Target model: {Name.find(name).short}")[1])
         picture = TrajectoryPicture(text, blocks, token_decoder(tokenizer))
         parts = [picture.format(color)]
         if reason is not None:
-            parts.append(f"Only {_short(options.model)} is shown: {reason}. Pass its target model as `--target`.")
+            parts.append(
+                f"Only {Name.find(options.model).short} is shown: {reason}. Pass its target model as `--target`."
+            )
         if options.output is not None:
             picture.save(options.output)
             parts.append(f"Written: {options.output}")
@@ -94,9 +96,10 @@ def find_target_name(name: str) -> str | None:
         from peft import PeftConfig
 
         return PeftConfig.from_pretrained(name).base_model_name_or_path or None
+    folder = Name.find(name).path
     try:
         # What a model was made from that has nothing to do with CLLMs is no target model.
-        data = ModelCard.load(Path(name) / "README.md" if Path(name).is_dir() else name).data
+        data = ModelCard.load(name if folder is None else folder / "README.md").data
         base = data.get("base_model") if _TAG in (data.get("tags") or ()) else None
     except Exception:  # no card, no network, or what the parser of YAML does not take
         return None
@@ -159,8 +162,3 @@ def _check_tokenizer(name: str, tokenizer: Any, text: str) -> None:
             f"The target model must have the tokenizer of the CLLM, got {name!r}, which reads the prompt as other "
             "tokens. Pass the model that the CLLM was made from."
         )
-
-
-def _short(name: str) -> str:
-    """The last part of a folder's name; an id of the Hub as it is."""
-    return Path(name).resolve().name if Path(name).is_dir() else name

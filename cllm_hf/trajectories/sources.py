@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.prompts import is_prompt, is_response, read_prompts_and_responses
+from ..names import Name
+from .prompt_files import is_prompt, is_response, read_prompts_and_responses
 
 
 PLACE = "{prompt}"
@@ -79,19 +80,6 @@ def apply_template(template: str, prompt: Any) -> Any:
     return prompt
 
 
-def is_local(name: str) -> bool:
-    """
-    Whether a name is that of a folder or file, or looks like one, and not an id on the Hub.
-
-    Args:
-        name (`str`): what a user has typed.
-
-    Returns:
-        `bool`.
-    """
-    return name.startswith(("/", ".", "~")) or Path(name).exists()
-
-
 def _from_dataset(
     name: str,
     config: str | None,
@@ -138,10 +126,7 @@ def _load(name: str, config: str | None, split: str) -> Any:
     from datasets.exceptions import DatasetsError
 
     path = Path(name).expanduser()
-    if is_local(name) and not path.exists():
-        raise OSError(
-            f"`dataset_name` must be a folder, a file or a name on the Hub, got {name!r}, which is not there."
-        )
+    Name.find(path if name.startswith("~") else name).check("dataset_name", "dataset", takes_files=True)
     if path.is_file() and path.suffix not in _FORMATS:
         raise ValueError(
             f"`dataset_name` must be a file of one of the kinds {', '.join(_FORMATS)}, got {name!r}. Convert it, or "

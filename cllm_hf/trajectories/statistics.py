@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..evaluation.report import format_table
 from ..files import check_writable_file, write_whole
 from ..options import check_block_size
+from ..text import format_table
 from .arrays import RecordArrays, count_by_block, lay_out
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .._host import input_device
-from ..evaluation.report import format_table
+from ..text import format_table
 from .arrays import lay_out
 from .schema import REQUIRED_COLUMNS, check_names
 

@@ -1,0 +1,166 @@
+"""
+What a model or a dataset is called: the path of a folder or file on this machine, or an id on the Hub.
+
+Which of the two a name is, is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+# A name that begins so is a path, whether or not there is anything.
+_PATH_STARTS = ("/", ".", "~")
+_FILE_ENDINGS = (".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".md", ".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Name:
+    """
+    The name of a model or a dataset, and what it is a name of.
+
+    Attributes:
+        text (`str`): the name as it was given.
+        path (`pathlib.Path`, *optional*): where the folder or file is, or would be if it was there.
+        hub_id (`str`, *optional*): id on the Hub. A name has a path or an id, or neither if it can be neither.
+    """
+
+    text: str
+    path: Path | None = None
+    hub_id: str | None = None
+
+    @classmethod
+    def find(cls, name: str | Path) -> Name:
+        """
+        Decide what a name is that something is to be loaded by, with a look at this machine.
+
+        A `Path` is a path, and so is a text that is written as one or whose folder or file is there. Any other text is
+        an id if the Hub allows it.
+
+        Args:
+            name (`str` or `pathlib.Path`): what a user has passed.
+
+        Returns:
+            `Name`.
+        """
+        text = str(name)
+        if isinstance(name, Path) or text.startswith(_PATH_STARTS) or (text and Path(text).exists()):
+            return cls(text, path=Path(text))
+        return cls(text, hub_id=text if _problem_of(text) is None else None)
+
+    @classmethod
+    def recorded(cls, name: str | None) -> Name:
+        """
+        Decide what a name is by its spelling alone: it was recorded somewhere, and others are to read it.
+
+        An id needs its owner here, as a single word may be a folder just as well.
+
+        Args:
+            name (`str`, *optional*): what was recorded.
+
+        Returns:
+            `Name`: with neither path nor id where the spelling leaves it open.
+        """
+        text = name or ""
+        if text.startswith(_PATH_STARTS) or text.count("/") > 1:
+            return cls(text, path=Path(text))
+        is_id = text.count("/") == 1 and not text.lower().endswith(_FILE_ENDINGS) and _problem_of(text) is None
+        return cls(text, hub_id=text if is_id else None)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return self.path is not None and self.path.is_dir()
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether it is a path at which there is nothing."""
+        return self.path is not None and not self.path.exists()
+
+    @property
+    def full(self) -> str:
+        """The name by which it is found from any folder: the whole path, or the name as it is."""
+        return self.text if self.path is None else str(self.path.resolve())
+
+    @property
+    def short(self) -> str:
+        """The last part of a path; any other name as it is."""
+        return self.text if self.path is None else self.path.resolve().name
+
+    @property
+    def for_others(self) -> str:
+        """The name without the folders of the machine where it was recorded, which mean nothing to others."""
+        return self.text if self.path is None else f"path/to/{self.path.name}"
+
+    def check(self, option: str, kind: str, takes_files: bool = False) -> None:
+        """
+        Check that there can be something of this name, before it is looked for on the Hub.
+
+        Args:
+            option (`str`): what the name was passed as, for the error.
+            kind (`str`): what it should be a name of, `"model"` or `"dataset"`.
+            takes_files (`bool`): whether the path of a file will do.
+
+        Raises:
+            FileNotFoundError: for a path without a folder, and a text that is neither a path nor an id.
+        """
+        if (
+            self.hub_id is not None
+            or self.is_folder
+            or (takes_files and self.path is not None and self.path.is_file())
+        ):
+            return
+        if self.path is None:
+            problem = "which is not there and cannot be an id"
+        else:
+            problem = "which is not there" if self.is_missing else "which is a file"
+        places = "a folder, a file" if takes_files else "a folder"
+        raise FileNotFoundError(
+            f"`{option}` must be {places}, or the id of a {kind} on the Hub such as 'user/name', got {self.text!r}, "
+            f"{problem}. Check the name."
+        )
+
+    def check_hub_options(self, revision: str | None, token: str | None) -> None:
+        """
+        Check that what only the Hub takes is not passed for a folder.
+
+        Args:
+            revision (`str`, *optional*): branch, tag or commit.
+            token (`str`, *optional*): access token.
+
+        Raises:
+            ValueError: if it is.
+        """
+        if self.path is not None and (revision is not None or token is not None):
+            raise ValueError(f"{self.text} is a folder, got `revision` or `token` for the Hub too. Drop them.")
+
+
+def check_repo_id(repo_id: str, kind: str) -> None:
+    """
+    Check the id of a repository that is to be written to: there a name is an id, whatever lies on this machine.
+
+    Args:
+        repo_id (`str`): the id.
+        kind (`str`): what it is the id of, `"model"` or `"dataset"`.
+
+    Raises:
+        ValueError: if the Hub does not allow it.
+    """
+    problem = _problem_of(repo_id)
+    if problem is not None:
+        raise ValueError(
+            f"`repo_id` must be the id of a {kind} on the Hub, such as 'user/name', got {repo_id!r}: {problem}"
+        )
+
+
+def _problem_of(repo_id: str) -> str | None:
+    """Why the Hub does not allow an id."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        return str(error)
+    return None
