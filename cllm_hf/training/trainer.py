@@ -147,7 +147,7 @@ class CLLMTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Train.
+        Train, from scratch or from a checkpoint.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint to go on from, or `True` for the newest
@@ -270,15 +270,7 @@ class CLLMTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """
-        Make the batches of an evaluation.
-
-        Args:
-            eval_dataset (`datasets.Dataset` or `str`, *optional*): as `transformers.Trainer` takes it.
-
-        Returns:
-            `torch.utils.data.DataLoader`.
-        """
+        """Make the batches of an evaluation; all is as in `transformers.Trainer.get_eval_dataloader`."""
         return super().get_eval_dataloader(prepare_dataset(eval_dataset, self.args))
 
     def prediction_step(
