@@ -111,18 +111,18 @@ def test_logits_are_computed_where_a_loss_is_only_and_are_the_same(tmp_path, mon
         lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     trainer = make_trainer(tmp_path, lora=lora)
     model, base_model = trainer.model.eval(), trainer.model.get_base_model() if lora else trainer.model
-    batch = trainer._prepare_batch(model, trainer.data_collator(list(make_dataset())), "eval")
+    prepared = trainer._prepare_batch(model, trainer.data_collator(list(make_dataset())), "eval")
     sizes = []
     base_model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, logits: sizes.append(logits[..., 0].numel())
     )
-    cut = sum_losses(model, base_model, batch, trainer._preparer.objective)
+    cut = sum_losses(model, base_model, prepared, trainer._preparer.objective)
 
     def all_logits(model, packed, base_model, places):
         return packed_forward(model, packed, base_model).flatten(0, 1)[places]
 
     monkeypatch.setattr("cllm_hf.training.objective.packed_forward", all_logits)
-    whole = sum_losses(model, base_model, batch, trainer._preparer.objective)
+    whole = sum_losses(model, base_model, prepared, trainer._preparer.objective)
     torch.testing.assert_close(cut, whole)
     assert sizes[0] < sizes[1]
 

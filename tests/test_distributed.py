@@ -15,7 +15,7 @@ from training_runs import train
 from transformers import AutoModelForCausalLM
 
 from cllm_hf import CLLMConfig
-from cllm_hf.training.processes import check_processes, drop_repeated
+from cllm_hf.training.processes import check_processes, count_own_rows
 
 
 TESTS = Path(__file__).parent
@@ -140,23 +140,20 @@ def test_options_that_would_let_a_process_wait_for_ever_are_refused(tmp_path):
         check_processes(CLLMConfig(str(tmp_path), bf16=False), accelerator)
 
 
-def test_nothing_is_dropped_where_nothing_is_repeated():
+def test_all_rows_count_where_nothing_is_repeated():
     class Stream:
         def __len__(self):  # as the host's shard of a stream has it
             raise TypeError
 
-    batch = {"record_keys": torch.arange(2)}
-
-    def drop(dataset, drop_last):
+    def count(dataset, drop_last):
         loader = SimpleNamespace(dataset=dataset)
         state = SimpleNamespace(end_of_dataloader=True, active_dataloader=loader)
         accelerator = SimpleNamespace(num_processes=2, process_index=0, gradient_state=state)
-        kept, counts = drop_repeated(batch, accelerator, drop_last)
-        return len(kept["record_keys"]), counts
+        return count_own_rows(2, accelerator, drop_last)
 
-    assert drop(range(5), False) == (1, True)
-    assert drop(range(5), True) == (2, True)
-    assert drop(Stream(), False) == (2, True)
+    assert count(range(5), False) == 1
+    assert count(range(5), True) == 2
+    assert count(Stream(), False) == 2
 
 
 @pytest.mark.parametrize("num_records", [1, 3, 6, 8, 13])
@@ -169,7 +166,6 @@ def test_every_record_of_an_epoch_counts_once(num_records):
         )
         accelerator = SimpleNamespace(num_processes=3, process_index=rank, gradient_state=loader.gradient_state)
         for batch in loader:
-            batch, counts = drop_repeated({"records": batch}, accelerator)
-            assert len(batch["records"]) > 0
-            seen += batch["records"].tolist() * counts
+            assert len(batch) > 0
+            seen += batch[: count_own_rows(len(batch), accelerator)].tolist()
     assert sorted(seen) == list(range(num_records))

@@ -55,11 +55,11 @@ by_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
 def check_against_plain_forwards(model, records, **options):
-    batch, objective = prepare(model, records, **options)
-    sums = sum_losses(model, model, batch, objective)
-    consistency, ar, weight_sum, num_ar = reference_losses(model, batch, objective)
+    prepared, objective = prepare(model, records, **options)
+    sums = sum_losses(model, model, prepared, objective)
+    consistency, ar, weight_sum, num_ar = reference_losses(model, prepared, objective)
     assert weight_sum > 4 and num_ar > 4
-    torch.testing.assert_close(batch["position_counts"], torch.tensor([weight_sum, float(num_ar)]))
+    torch.testing.assert_close(prepared.counts, torch.tensor([weight_sum, float(num_ar)]))
     torch.testing.assert_close(sums, torch.stack([consistency, ar]), rtol=1e-4, atol=1e-3)
     # The gradient of each loss alone, so that neither hides behind the other.
     for loss, reference in zip(sums, (consistency, ar)):
@@ -82,53 +82,53 @@ def test_every_architecture(name, setting):
 @pytest.mark.parametrize("setting", ["several states", "online local", "decay"])
 def test_parts_of_the_positions_add_up(llama, monkeypatch, setting):
     """Many positions are done a part at a time, and again in the backward pass."""
-    batch, objective = prepare(llama, make_records(), **SETTINGS[setting])
+    prepared, objective = prepare(llama, make_records(), **SETTINGS[setting])
     name, sums, calls = objective.divergence, [], []
     divergence = DIVERGENCES[name]
     monkeypatch.setitem(DIVERGENCES, name, lambda *inputs: calls.append(len(inputs[0])) or divergence(*inputs))
     for at_once in (10_000, 3):
         monkeypatch.setattr(objective_module, "_POSITIONS_AT_ONCE", at_once)
-        sums.append(sum_losses(llama, llama, batch, objective))
+        sums.append(sum_losses(llama, llama, prepared, objective))
     assert len(calls) > 3 and max(calls[1:]) == 3 and sum(calls[1:]) == calls[0]
     torch.testing.assert_close(sums[1], sums[0])
     whole, in_parts = (gradients_of(one.sum(), llama) for one in sums)
     for name in whole:
         torch.testing.assert_close(in_parts[name], whole[name], rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(sum_losses(llama, llama, batch, objective), sums[0].detach())
+        torch.testing.assert_close(sum_losses(llama, llama, prepared, objective), sums[0].detach())
 
 
 @by_setting
 def test_logits_are_computed_only_where_a_loss_is(llama, setting):
-    batch, objective = prepare(llama, make_records(), **SETTINGS[setting])
+    prepared, objective = prepare(llama, make_records(), **SETTINGS[setting])
     rows = []
     handle = llama.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape))
-    sum_losses(llama, llama, batch, objective)
+    sum_losses(llama, llama, prepared, objective)
     handle.remove()
-    trained = int((batch["consistency_weights"] > 0).sum())
+    trained = int((prepared.weights > 0).sum())
     # Targets: all tokens of the responses, or those of the successors too.
     expected = sum(len(record["response_ids"]) for record in make_records()) + trained
-    expected += trained * (batch["draft_blocks"].successors is not None)
-    expected += int((batch["label_ids"] != -100).sum()) if "label_ids" in batch else 0
+    expected += trained * (prepared.blocks.successors is not None)
+    expected += 0 if prepared.batch.label_lengths is None else int(prepared.batch.label_lengths.sum())
     assert [shape[:-1].numel() for shape in rows] == [expected]
-    assert expected < batch["clean_ids"].numel() + batch["draft_blocks"].states.numel() * 2
+    assert expected < prepared.batch.clean_ids.numel() + prepared.blocks.states.numel() * 2
 
 
 @pytest.mark.parametrize("found", [lambda model: None, lambda model: model.get_input_embeddings()])
 def test_models_whose_output_embeddings_are_not_called(llama, monkeypatch, found):
-    batch, objective = prepare(llama, make_records(), states_per_block=2)
-    expected = sum_losses(llama, llama, batch, objective)
+    prepared, objective = prepare(llama, make_records(), states_per_block=2)
+    expected = sum_losses(llama, llama, prepared, objective)
     monkeypatch.setattr(llama, "get_output_embeddings", lambda: torch.nn.Linear(2, 2) if found(llama) else None)
-    torch.testing.assert_close(sum_losses(llama, llama, batch, objective), expected)
+    torch.testing.assert_close(sum_losses(llama, llama, prepared, objective), expected)
 
 
 def test_no_hook_is_left_behind(llama, monkeypatch):
-    batch, objective = prepare(llama, make_records())
-    sum_losses(llama, llama, batch, objective)
+    prepared, objective = prepare(llama, make_records())
+    sum_losses(llama, llama, prepared, objective)
     assert not llama.lm_head._forward_pre_hooks
     monkeypatch.setattr(llama.lm_head, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sum_losses(llama, llama, batch, objective)
+        sum_losses(llama, llama, prepared, objective)
     assert not llama.lm_head._forward_pre_hooks
 
 
@@ -144,13 +144,13 @@ def test_an_adapter_and_a_trained_head(llama, setting):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
     base = model.get_base_model()
-    batch, objective = prepare(model, make_records(), base_model=base, **SETTINGS[setting])
-    sums = sum_losses(model.train(), base, batch, objective)
+    prepared, objective = prepare(model, make_records(), base_model=base, **SETTINGS[setting])
+    sums = sum_losses(model.train(), base, prepared, objective)
     gradients = gradients_of(sums.sum(), model)
     assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
     assert {"lora" in name or "modules_to_save" in name for name in gradients} == {True}
     merged = copy.deepcopy(model).merge_and_unload()
-    torch.testing.assert_close(sum_losses(merged, merged, batch, objective), sums, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(sum_losses(merged, merged, prepared, objective), sums, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("setting", ["several states", "online local"])
@@ -160,8 +160,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(setting):
         model = make_model("llama")
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        batch, objective = prepare(model.train(), make_records(), **SETTINGS[setting])
-        gradients.append(gradients_of(sum_losses(model, model, batch, objective).sum(), model))
+        prepared, objective = prepare(model.train(), make_records(), **SETTINGS[setting])
+        gradients.append(gradients_of(sum_losses(model, model, prepared, objective).sum(), model))
     for name in gradients[0]:
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-4, atol=1e-5)
 
@@ -201,10 +201,10 @@ def test_random_cases(data):
         options["block_size_schedule"] = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
     model = make_model(draw(st.sampled_from(sorted(CONFIGS))))
     update, progress = draw(st.integers(0, 99)), draw(st.sampled_from([0.0, 0.5, 1.0]))
-    batch, objective = prepare(model, records, update, progress, block_size=block_size, **options)
-    sums = sum_losses(model, model, batch, objective)
-    consistency, ar, weight_sum, num_ar = reference_losses(model, batch, objective)
-    torch.testing.assert_close(batch["position_counts"], torch.tensor([weight_sum, float(num_ar)]))
+    prepared, objective = prepare(model, records, update, progress, block_size=block_size, **options)
+    sums = sum_losses(model, model, prepared, objective)
+    consistency, ar, weight_sum, num_ar = reference_losses(model, prepared, objective)
+    torch.testing.assert_close(prepared.counts, torch.tensor([weight_sum, float(num_ar)]))
     torch.testing.assert_close(sums, torch.stack([torch.as_tensor(consistency), ar]), rtol=1e-3, atol=1e-2)
 
 
@@ -212,10 +212,10 @@ def test_random_cases(data):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_autocast_is_near_float32(setting, attention):
     model = make_model("llama", scale=1.0, attention=attention)
-    batch, objective = prepare(model, make_records(), **SETTINGS[setting])
-    expected = sum_losses(model, model, batch, objective)
+    prepared, objective = prepare(model, make_records(), **SETTINGS[setting])
+    expected = sum_losses(model, model, prepared, objective)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        sums = sum_losses(model, model, batch, objective)
+        sums = sum_losses(model, model, prepared, objective)
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums, expected, rtol=0.03, atol=0.03)
     assert all(gradient.isfinite().all() for gradient in gradients_of(sums.sum(), model).values())
@@ -233,25 +233,25 @@ NO_POSITION = {
 @pytest.mark.parametrize("name", NO_POSITION)
 @pytest.mark.parametrize("setting", ["global", "local", "ground truth", "progressive", "decay"])
 def test_without_any_position_the_consistency_loss_is_0(llama, name, setting):
-    batch, objective = prepare(
+    prepared, objective = prepare(
         llama, NO_POSITION[name], block_size=1 if "blocks" in name else BLOCK_SIZE, **SETTINGS[setting]
     )
-    assert batch["position_counts"][0] == 0 and batch["position_counts"][1] > 0
-    sums = sum_losses(llama, llama, batch, objective)
+    assert prepared.counts[0] == 0 and prepared.counts[1] > 0
+    sums = sum_losses(llama, llama, prepared, objective)
     assert sums[0] == 0 and sums[1] > 0
     assert not any(gradient.any() for gradient in gradients_of(sums[0], llama).values())
     assert all(gradient.isfinite().all() for gradient in gradients_of(sums[1], llama).values())
 
 
-def contributions(batch):
+def contributions(prepared):
     """For each row what is trained: places, drafts, next states and weights, as far as they lie in the response."""
-    blocks, rows = batch["draft_blocks"], []
-    for row, length in enumerate(batch["response_lengths"].tolist()):
+    blocks, rows = prepared.blocks, []
+    for row, length in enumerate(prepared.batch.response_lengths.tolist()):
         entries = []
         for block in blocks.mask[row].nonzero()[:, 0].tolist():
             offset = int(blocks.offsets[row, block])
             inside = slice(0, max(min(length - offset, blocks.states.shape[-1]), 0))
-            parts = [blocks.states, batch["consistency_weights"]]
+            parts = [blocks.states, prepared.weights]
             parts += [] if blocks.successors is None else [blocks.successors]
             entries.append((offset, *(tuple(part[row, block, inside].tolist()) for part in parts)))
         rows.append(sorted(entries))
@@ -261,9 +261,9 @@ def contributions(batch):
 @pytest.mark.parametrize("states_per_block", [1, 2])
 def test_each_record_has_as_many_windows_as_it_has_blocks(llama, states_per_block):
     options = {"trajectory_source": "online", "block_size": BLOCK_SIZE, "states_per_block": states_per_block}
-    batch, _ = prepare(llama, make_records(), **options)
-    assert batch["draft_blocks"].mask.sum(-1).tolist() == [states_per_block * blocks for blocks in (3, 1, 4)]
-    assert not batch["consistency_weights"][~batch["draft_blocks"].mask].any()
+    prepared, _ = prepare(llama, make_records(), **options)
+    assert prepared.blocks.mask.sum(-1).tolist() == [states_per_block * blocks for blocks in (3, 1, 4)]
+    assert not prepared.weights[~prepared.blocks.mask].any()
 
 
 @by_setting
@@ -309,7 +309,7 @@ def test_over_many_updates_online_states_are_of_every_number_of_iterations(llama
 def test_the_run_goes_through_the_block_sizes_in_equal_parts(llama):
     options = {"block_size_schedule": [2, 3, 4]}
     sizes = [
-        prepare(llama, make_records(), progress=update / 12, **options)[0]["draft_blocks"].states.shape[-1]
+        prepare(llama, make_records(), progress=update / 12, **options)[0].blocks.states.shape[-1]
         for update in range(13)
     ]
     assert sizes == [2] * 4 + [3] * 4 + [4] * 5
@@ -317,9 +317,9 @@ def test_the_run_goes_through_the_block_sizes_in_equal_parts(llama):
 
 @pytest.mark.parametrize("setting", ["noisy", "noisy local"])
 def test_long_windows_take_no_more_columns_than_the_longest_response(llama, setting):
-    batch, _ = prepare(llama, make_records(), **{**SETTINGS[setting], "noise_window": 64})
+    prepared, _ = prepare(llama, make_records(), **{**SETTINGS[setting], "noise_window": 64})
     longest = -(-18 // BLOCK_SIZE) * BLOCK_SIZE
-    assert batch["draft_blocks"].states.shape[-1] <= longest
+    assert prepared.blocks.states.shape[-1] <= longest
 
 
 def test_progressive_states_do_not_depend_on_the_padding_of_the_last_block(llama):
@@ -339,8 +339,8 @@ def test_a_response_may_reach_the_last_position_of_the_model(setting):
     larger.load_state_dict(weights)
     sums = []
     for one in (model, larger):
-        batch, objective = prepare(one, records, **SETTINGS[setting])
-        sums.append(sum_losses(one, one, batch, objective))
+        prepared, objective = prepare(one, records, **SETTINGS[setting])
+        sums.append(sum_losses(one, one, prepared, objective))
     assert sums[0][0] > 0
     torch.testing.assert_close(*sums)
 
@@ -357,7 +357,7 @@ def test_weights_begin_anew_in_each_block_of_a_noisy_window(llama):
     (flat, _), (falling, _) = (
         prepare(llama, make_records(), **SETTINGS["noisy"], position_decay=decay) for decay in (None, 1.5)
     )
-    blocks = [weights["consistency_weights"].unflatten(-1, (-1, BLOCK_SIZE)) for weights in (flat, falling)]
+    blocks = [weights.weights.unflatten(-1, (-1, BLOCK_SIZE)) for weights in (flat, falling)]
     for trained, weights in zip(*(each.flatten(0, 2) for each in blocks)):
         expected = position_weights(trained > 0, 1.5)
         assert torch.equal(weights, expected)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, VOCAB_SIZE, make_model
+from conftest import CONFIGS, make_model
 from peft import LoraConfig, get_peft_model
 from training_cases import make_record, make_records
 
@@ -10,7 +10,6 @@ from cllm_hf.blocks.rules import count_accepted, next_draft
 from cllm_hf.training import online
 from cllm_hf.training.collator import TrajectoryCollator
 from cllm_hf.training.online import make_online_states
-from cllm_hf.training.states import tokens_at
 
 
 BLOCK_SIZE = 4
@@ -18,7 +17,7 @@ NOTHING = -1  # equal to no token
 
 
 def collate(records):
-    return TrajectoryCollator(None, with_states=False)(records)
+    return TrajectoryCollator(None, with_states=False).collate(records)
 
 
 def make_draws(num_rows=3, num_windows=6, block_size=BLOCK_SIZE, seed=0):
@@ -65,6 +64,7 @@ def check_against_slow_windows(model, records, blocks, draws, num_iterations, de
             assert blocks.offsets[row, window] == offset
             inside = min(len(response) - offset, len(state))  # what is behind the response means nothing
             assert blocks.states[row, window, :inside].tolist() == state[:inside]
+            assert blocks.fixed_points[row, window].tolist() == (response[offset:] + [0] * len(state))[: len(state)]
             if blocks.successors is not None:
                 assert blocks.successors[row, window, :inside].tolist() == successor[:inside]
     return restarts
@@ -114,11 +114,11 @@ def test_a_window_longer_than_the_responses_holds_the_same_tokens(llama, with_su
     """So that noisy context, whose windows are many blocks long, need not run what lies behind every response."""
     records, draws = make_records(), make_draws(block_size=40)
     batch = collate(records)
-    longest = int(batch["response_lengths"].max())
+    longest = int(batch.response_lengths.max())
     long = make_online_states(llama, llama, batch, draws, 40, 3, with_successors)
     short = make_online_states(llama, llama, batch, draws[..., : 1 + longest], longest, 3, with_successors)
     assert torch.equal(long.offsets, short.offsets)
-    inside = long.offsets[..., None] + torch.arange(longest) < batch["response_lengths"][:, None, None]
+    inside = long.offsets[..., None] + torch.arange(longest) < batch.response_lengths[:, None, None]
     for name in ("states", "successors") if with_successors else ("states",):
         values = getattr(long, name)[..., :longest], getattr(short, name)
         assert torch.equal(values[0][inside], values[1][inside])
@@ -192,12 +192,3 @@ def test_extreme_draws_stay_in_the_prompt_and_the_response(llama):
         assert blocks.offsets[row].tolist() == [len(record["response_ids"]) - 1, 0]
         assert blocks.states[row, 0].tolist() == [record["prompt_ids"][-1]] * BLOCK_SIZE
         assert blocks.states[row, 1].tolist() == [record["prompt_ids"][0]] * BLOCK_SIZE
-
-
-def test_tokens_at():
-    responses = torch.randint(1, VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
-    offsets = torch.tensor([[0, 4, 8], [6, 9, 20]])
-    for row, starts in enumerate(offsets.tolist()):
-        for block, start in enumerate(starts):
-            expected = (responses[row].tolist() + [0] * 40)[start : start + 4]
-            assert tokens_at(responses, offsets, 4)[row, block].tolist() == expected

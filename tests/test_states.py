@@ -126,8 +126,8 @@ def test_states_are_taken_block_by_block():
 def test_blocks_of_any_size_are_cut_from_drafts(block_size):
     generator = torch.Generator().manual_seed(0)
     drafts, successors = torch.randint(1, 50, (2, 3, 2, 12), generator=generator)
-    lengths = torch.tensor([12, 1, 7])
-    blocks = cut_blocks(drafts, lengths, block_size, successors)
+    responses, lengths = torch.randint(1, 50, (3, 12), generator=generator), torch.tensor([12, 1, 7])
+    blocks = cut_blocks(drafts, responses, lengths, block_size, successors)
     seen = 0
     for row, length in enumerate(lengths.tolist()):
         rest = {(which, start) for which in range(2) for start in range(0, length, block_size)}
@@ -140,19 +140,23 @@ def test_blocks_of_any_size_are_cut_from_drafts(block_size):
             end = min(start + block_size, 12)
             assert torch.equal(blocks.states[row, block, : end - start], drafts[row, which, start:end])
             assert torch.equal(blocks.successors[row, block, : end - start], successors[row, which, start:end])
+            assert torch.equal(blocks.fixed_points[row, block, : end - start], responses[row, start:end])
             assert not blocks.states[row, block, end - start :].any()
+            assert not blocks.fixed_points[row, block, end - start :].any()
             rest.remove((which, start))
             seen += 1
         assert not rest
     assert seen == int(blocks.mask.sum())
-    assert cut_blocks(drafts, lengths, block_size).successors is None
+    assert cut_blocks(drafts, responses, lengths, block_size).successors is None
 
 
 def test_blocks_are_no_longer_than_the_drafts():
     """Noisy context takes many blocks together; what lies beyond every response would only cost columns."""
     drafts, lengths = torch.ones(2, 1, 12, dtype=torch.long), torch.tensor([12, 3])
-    blocks = cut_blocks(drafts, lengths, 256, drafts)
-    assert blocks.states.shape == blocks.successors.shape == (2, 1, 12)
+    responses = torch.ones(2, 10, dtype=torch.long)  # as long as the longest response, not as its blocks
+    blocks = cut_blocks(drafts, responses, lengths - 2, 256, drafts)
+    assert blocks.states.shape == blocks.successors.shape == blocks.fixed_points.shape == (2, 1, 12)
+    assert blocks.fixed_points.tolist() == [[[1] * 10 + [0] * 2]] * 2
 
 
 @quickly

@@ -125,6 +125,30 @@ def test_losses_and_counts_are_logged_and_add_up(word_model, tokenizer, dataset,
         assert log["consistency_tokens"] > 0 and log["ar_tokens"] > 0
 
 
+def test_a_stream_trains_and_evaluates_as_the_dataset_does(word_model, tokenizer, dataset, tmp_path):
+    """accelerate rebuilds and slices the batches of a stream; the last one of an epoch has one record."""
+    dataset, evaluated = dataset.select(range(9)), dataset.select(range(5))
+    logs = []
+    for is_stream in (False, True):
+        trainer = make_trainer(
+            copy.deepcopy(word_model),
+            dataset.to_iterable_dataset() if is_stream else dataset,
+            tokenizer,
+            tmp_path,
+            eval_dataset=evaluated.to_iterable_dataset() if is_stream else evaluated,
+            eval_strategy="steps",
+            eval_steps=2,
+            max_steps=4,
+            train_sampling_strategy="sequential",
+            num_monitored_prompts=0,
+        )
+        trainer.train()
+        names = ("consistency_loss", "ar_loss", "consistency_tokens", "ar_tokens", "grad_norm")
+        names = (*names, *(f"eval_{name}" for name in names))
+        logs.append([{name: log[name] for name in names if name in log} for log in trainer.state.log_history])
+    assert logs[0] == logs[1] and sum("eval_ar_loss" in log for log in logs[0]) == 2
+
+
 def watch_choices(trainer):
     """Update and share of the run of every batch that is prepared, and the batch."""
     seen, preparer = [], trainer._preparer
@@ -157,7 +181,7 @@ def test_each_update_has_its_number_also_after_evaluations(word_model, tokenizer
     )
     seen = watch_choices(trainer)
     trainer.train()
-    trained = [update for update, _, batch in seen if update is not None]
+    trained = [update for update, _, prepared in seen if update is not None]
     assert trained == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(seen) == 8 + 2  # the others are the batches of the two evaluations
 
@@ -176,8 +200,8 @@ def test_a_run_goes_through_its_block_sizes_and_is_evaluated_at_the_last(word_mo
     )
     seen = watch_choices(trainer)
     trainer.train()
-    sizes = [batch["draft_blocks"].states.shape[-1] for update, _, batch in seen if update is not None]
-    evaluated = [batch["draft_blocks"].states.shape[-1] for update, _, batch in seen if update is None]
+    sizes = [prepared.blocks.states.shape[-1] for update, _, prepared in seen if update is not None]
+    evaluated = [prepared.blocks.states.shape[-1] for update, _, prepared in seen if update is None]
     assert sizes == [2, 2, 4, 4] and evaluated == [4] * 4
     assert trainer.block_size == 4 and word_model.generation_config.jacobi_block_size == 4
 
@@ -223,7 +247,7 @@ def test_a_batch_of_ones_own_is_a_mean_over_itself(word_model, tokenizer, datase
     loss, parts = trainer.compute_loss(word_model.train(), batch, return_outputs=True)
     prepared, objective = prepare(word_model, list(dataset.select(range(3))), update=trainer.state.global_step)
     sums = sum_losses(word_model, word_model, prepared, objective)
-    torch.testing.assert_close(loss, (sums / prepared["position_counts"]).sum())
+    torch.testing.assert_close(loss, (sums / prepared.counts).sum())
     torch.testing.assert_close(loss, parts["consistency_loss"] + parts["ar_loss"])
 
 

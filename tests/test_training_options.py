@@ -8,6 +8,7 @@ from transformers import HfArgumentParser
 from trl import SFTConfig, TrlParser
 
 from cllm_hf import CLLMConfig
+from cllm_hf.training.losses import DIVERGENCES
 
 
 def make_config(**options):
@@ -20,7 +21,7 @@ GOOD = {
     "block_size": [None, 1, 64],
     "max_length": [None, 1, 2048],
     "consistency": ["global", "local"],
-    "divergence": ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"],
+    "divergence": list(DIVERGENCES),
     "divergence_temperature": [0.1, 1, 5.0],
     "ar_labels": ["response", "ground_truth"],
     "ar_label_smoothing": [0, 0.1, 0.99],

@@ -50,9 +50,9 @@ def make_config(**options):
 
 
 def prepare(model, records, update=1, progress=0.0, base_model=None, block_size=BLOCK_SIZE, **options):
-    """What an update with these options trains on: the batch, its states, weights and counts."""
+    """What an optimizer step with these options trains on, and its objective."""
     config = make_config(**options)
-    batch = make_collator(config, block_size)(records)
+    batch = make_collator(config, block_size).collate(records)
     preparer = BatchPreparer.from_config(config, block_size)
     return preparer.prepare(model, base_model or model, batch, update, progress), preparer.objective
 
@@ -88,24 +88,24 @@ def torch_divergence(name, target_logits, logits, temperature):
     )
 
 
-def reference_losses(model, batch, objective):
+def reference_losses(model, prepared, objective):
     """
     One plain forward for every sequence, answer and block, batch size 1, and Python loops over positions.
 
     Returns sums of both losses, the sum of the consistency weights and the number of AR positions.
     """
-    blocks = batch["draft_blocks"]
+    batch, blocks = prepared.batch, prepared.blocks
     consistency, ar, weight_sum, num_ar = 0.0, 0.0, 0.0, 0
 
     def logits_of(ids):
         return model(ids[None]).logits[0]
 
-    for row in range(len(batch["clean_ids"])):
-        sequence = batch["clean_ids"][row, : int(batch["clean_mask"][row].sum())]
-        start = int(batch["prompt_lengths"][row])
+    for row in range(len(batch.clean_ids)):
+        sequence = batch.clean_ids[row, : int(batch.clean_mask[row].sum())]
+        start = int(batch.prompt_lengths[row])
         clean, answer, answer_logits = logits_of(sequence), sequence[start:], None
-        if "label_ids" in batch:
-            answer = batch["label_ids"][row][batch["label_ids"][row] != -100]
+        if batch.label_ids is not None:
+            answer = batch.label_ids[row, : int(batch.label_lengths[row])]
             answer_logits = logits_of(torch.cat([sequence[:start], answer]))
         for i, token in enumerate(answer):
             log_q = (clean if answer_logits is None else answer_logits)[start - 1 + i].log_softmax(-1)

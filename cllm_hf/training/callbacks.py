@@ -13,6 +13,7 @@ from .._host import base_model_of
 from ..trajectories.responding import find_stop_ids
 from .collapse import CollapseDetector, CollapseLimits, Sign, find_bad_data
 from .plotting import PLOT_NAME, plot_run
+from .resuming import EpochCallback
 from .saving import is_pushing, wait_for_push
 
 
@@ -157,11 +158,12 @@ class PushCallback(TrainerCallback):
 
 def add_callbacks(trainer: Any) -> None:
     """
-    Add the callbacks that the options of a trainer ask for, unless it was given such itself.
+    Add the callbacks that a trainer always has, and those that its options ask for, unless it was given such itself.
 
     Args:
         trainer (`CLLMTrainer`): gets them.
     """
+    trainer.add_callback(EpochCallback())
     given = trainer.callback_handler.callbacks
     if trainer.args.on_collapse != "ignore" and not any(isinstance(one, CollapseCallback) for one in given):
         trainer.add_callback(CollapseCallback(trainer.args.on_collapse))

@@ -1,4 +1,4 @@
-"""From trajectory records to padded tensors. Nothing is drawn here: that is done anew for every update."""
+"""From trajectory records to padded tensors. Nothing is drawn here: that is done anew for every optimizer step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ..trajectories.schema import check_record, num_blocks
+from .batch import TrainingBatch
 from .checks import check_response, get_labels
-from .states import cut_responses
 
 
 class TrajectoryCollator:
@@ -45,41 +45,36 @@ class TrajectoryCollator:
         self.with_labels = with_labels
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """What `collate` gives, as the data loaders carry it: `TrainingBatch.columns`."""
+        return self.collate(records).columns()
+
+    def collate(self, records: list[dict[str, Any]]) -> TrainingBatch:
         """
+        Pad some records to one shape.
+
         Args:
             records (`list[dict]`): trajectory records.
 
         Returns:
-            `dict` of `torch.Tensor`:
-
-            - `clean_ids` of shape `(batch_size, clean_length)`: prompt and response, padded on the right; `clean_mask`
-              of the same shape, and `labels`, which is -100 outside the response.
-            - `prompt_lengths`, `response_lengths` and `record_keys`, a number made of the record's tokens, all of
-              shape `(batch_size,)`.
-            - `candidates` of shape `(batch_size, num_blocks, num_states, block_size)`, int32: the states of each block
-              in order, then the augmented ones, then the fixed point to the end, all with 0 behind the response;
-              `num_candidates` of shape `(batch_size, num_blocks)`: how many are before that.
-            - `label_ids` of shape `(batch_size, label_length)`: ground-truth answers, -100 behind them.
+            `TrainingBatch`.
         """
         rows = [self._fit(record) for record in records]
         sequences = [prompt + response for prompt, response, _ in rows]
-        clean_ids = _pad(sequences, 0)
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        prompt_lengths = torch.tensor([len(prompt) for prompt, _, _ in rows])
-        columns = torch.arange(clean_ids.shape[1])
-        clean_mask = columns < lengths[:, None]
-        batch = {
-            "clean_ids": clean_ids,
-            "clean_mask": clean_mask.long(),
-            "labels": clean_ids.masked_fill(~clean_mask | (columns < prompt_lengths[:, None]), -100),
-            "prompt_lengths": prompt_lengths,
-            "response_lengths": lengths - prompt_lengths,
-            "record_keys": torch.tensor([zlib.crc32(np.asarray(ids, dtype=np.int64).tobytes()) for ids in sequences]),
-        }
+        clean_ids, lengths = _pad(sequences)
+        response_ids, response_lengths = _pad([response for _, response, _ in rows])
+        batch = TrainingBatch(
+            clean_ids=clean_ids,
+            clean_mask=(torch.arange(clean_ids.shape[1]) < lengths[:, None]).long(),
+            prompt_lengths=lengths - response_lengths,
+            response_ids=response_ids,
+            response_lengths=response_lengths,
+            record_keys=torch.tensor([zlib.crc32(np.asarray(ids, dtype=np.int64).tobytes()) for ids in sequences]),
+        )
         if self.with_states:
-            batch |= _stack_candidates([blocks for _, _, blocks in rows], batch)
+            blocks = [blocks for _, _, blocks in rows]
+            batch.candidates, batch.num_candidates = _stack_candidates(blocks, response_ids, response_lengths)
         if self.with_labels:
-            batch["label_ids"] = _pad([self._fit_labels(record) for record in records], -100)
+            batch.label_ids, batch.label_lengths = _pad([self._fit_labels(record) for record in records])
         return batch
 
     def _fit(self, record: dict[str, Any]) -> tuple[list[int], list[int], list[list[list[int]]]]:
@@ -111,18 +106,23 @@ class TrajectoryCollator:
         return get_labels(record)[:room]
 
 
-def _pad(rows: list[list[int]], fill: int) -> torch.Tensor:
-    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+def _pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows, padded on the right with 0, and their lengths."""
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
-    return torch.from_numpy(padded)
+    return torch.from_numpy(padded), lengths
 
 
-def _stack_candidates(blocks: list[list[list[list[int]]]], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _stack_candidates(
+    blocks: list[list[list[list[int]]]], response_ids: torch.Tensor, response_lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`candidates` and `num_candidates` of a `TrainingBatch`."""
     most_blocks = max(map(len, blocks))
     most_states = max(len(states) for row in blocks for states in row) + 1
     block_size = len(blocks[0][0][0])
-    fixed_points = cut_responses(batch["clean_ids"], batch["prompt_lengths"], most_blocks * block_size)
+    fixed_points = torch.nn.functional.pad(response_ids, (0, most_blocks * block_size - response_ids.shape[1]))
     fixed_points = fixed_points.view(len(blocks), most_blocks, 1, block_size)
     candidates = fixed_points.int().expand(-1, -1, most_states, -1).clone()
     num_candidates = torch.zeros(len(blocks), most_blocks, dtype=torch.long)
@@ -130,7 +130,7 @@ def _stack_candidates(blocks: list[list[list[list[int]]]], batch: dict[str, torc
         for number, states in enumerate(row_blocks):
             candidates[row, number, : len(states)] = torch.from_numpy(np.asarray(states, dtype=np.int32))
             num_candidates[row, number] = len(states)
-    # Behind the response states hold padding of any kind; there they shall be as right as the fixed point.
-    in_response = torch.arange(most_blocks * block_size) < batch["response_lengths"][:, None]
+    # After the response states hold padding of any kind; there they shall be as right as the fixed point.
+    in_response = torch.arange(most_blocks * block_size) < response_lengths[:, None]
     candidates *= in_response.view(len(blocks), most_blocks, 1, block_size)
-    return {"candidates": candidates, "num_candidates": num_candidates}
+    return candidates, num_candidates

@@ -82,7 +82,7 @@ class CLLMConfig(SFTConfig):
         consistency (`str`, *optional*, defaults to `"global"`):
             Where a state is drawn to: `"global"` to the fixed point, `"local"` to the next state.
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
-            Distance of the distributions: `"forward_kl"`, `"reverse_kl"`, `"jensen_shannon"` or `"total_variation"`.
+            Distance of the distributions: a name in `cllm_hf.training.losses.DIVERGENCES`.
         divergence_temperature (`float`, *optional*, defaults to `1.0`):
             Both logits are divided by it, and the divergence multiplied by its square.
         ar_labels (`str`, *optional*, defaults to `"response"`):

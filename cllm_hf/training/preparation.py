@@ -1,4 +1,4 @@
-"""From a collated batch to what an update trains on: states chosen or made, positions weighed and counted."""
+"""From a collated batch to what an optimizer step trains on: states chosen or made, positions weighed and counted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from .batch import PreparedBatch, TrainingBatch
 from .collator import TrajectoryCollator
 from .config import CLLMConfig
 from .objective import Objective, count_positions, weigh_positions
 from .online import make_online_states
-from .states import DraftBlocks, choose_progressively, choose_uniformly, cut_blocks, cut_responses, take_states
+from .states import DraftBlocks, choose_progressively, choose_uniformly, cut_blocks, take_states
 
 
 def make_collator(config: CLLMConfig, block_size: int) -> TrajectoryCollator:
@@ -107,24 +108,23 @@ class BatchPreparer:
         self,
         model: torch.nn.Module,
         base_model: PreTrainedModel,
-        batch: dict[str, torch.Tensor],
+        batch: TrainingBatch,
         update: int | None,
         progress: float,
-    ) -> dict[str, Any]:
+    ) -> PreparedBatch:
         """
         Choose or make the states of a batch.
 
         Args:
             model (`torch.nn.Module`): the model that is trained, possibly wrapped.
             base_model (`transformers.PreTrainedModel`): the model in the wrappers.
-            batch (`dict[str, torch.Tensor]`): from `TrajectoryCollator`.
-            update (`int`, *optional*): number of the update, from 0 on; the same number, record and seed give the same
-                choice. `None` in evaluation, which has a choice of its own.
+            batch (`TrainingBatch`): the records.
+            update (`int`, *optional*): number of the optimizer step, from 0 on; the same number, record and seed give
+                the same choice. `None` in evaluation, which has a choice of its own.
             progress (`float`): share of the training that is done, from 0 to 1.
 
         Returns:
-            `dict`: the batch, with `draft_blocks` (`DraftBlocks`), `consistency_weights` (from `weigh_positions`) and
-            `position_counts` (from `count_positions`).
+            `PreparedBatch`.
         """
         part = min(int(progress * len(self.block_sizes)), len(self.block_sizes) - 1)
         block_size = self.block_sizes[part] * self.blocks_together
@@ -133,42 +133,36 @@ class BatchPreparer:
         else:
             blocks = self._choose_states(batch, update, block_size)
         weights = weigh_positions(batch, blocks, self.objective.position_decay, self.block_sizes[part])
-        return {
-            **batch,
-            "draft_blocks": blocks,
-            "consistency_weights": weights,
-            "position_counts": count_positions(batch, weights),
-        }
+        return PreparedBatch(batch, blocks, weights, count_positions(batch, weights))
 
-    def _choose_states(self, batch: dict[str, torch.Tensor], update: int | None, block_size: int) -> DraftBlocks:
-        candidates, num_candidates = batch["candidates"], batch["num_candidates"]
-        num_blocks, size = candidates.shape[1], candidates.shape[3]
+    def _choose_states(self, batch: TrainingBatch, update: int | None, block_size: int) -> DraftBlocks:
+        if batch.candidates is None or batch.num_candidates is None:
+            raise ValueError("A batch must hold states to choose from, got none. Collate it with `with_states=True`.")
+        candidates, num_candidates = batch.candidates, batch.num_candidates
         if self.state_sampling == "progressive":
-            fixed_points = cut_responses(batch["clean_ids"], batch["prompt_lengths"], num_blocks * size)
-            fixed_points = fixed_points.view(len(candidates), num_blocks, size)
             chosen = choose_progressively(
-                candidates, num_candidates, fixed_points, self.states_per_block, self.noise_window
+                candidates, num_candidates, candidates[:, :, -1], self.states_per_block, self.noise_window
             )
         else:
-            draws = self._draw(batch, update, (num_blocks,))
+            draws = self._draw(batch, update, candidates.shape[1:2])
             chosen = choose_uniformly(num_candidates, draws, self.states_per_block)
         drafts = take_states(candidates, chosen)
-        # Behind the last state stands the fixed point.
+        # After the last state comes the fixed point.
         successors = take_states(candidates, (chosen + 1).clamp(max=candidates.shape[2] - 1)) if self.local else None
-        return cut_blocks(drafts, batch["response_lengths"], block_size, successors)
+        return cut_blocks(drafts, batch.response_ids, batch.response_lengths, block_size, successors)
 
     def _make_states(
         self,
         model: torch.nn.Module,
         base_model: PreTrainedModel,
-        batch: dict[str, torch.Tensor],
+        batch: TrainingBatch,
         update: int | None,
         block_size: int,
     ) -> DraftBlocks:
-        num_windows = self.states_per_block * -(-batch["response_lengths"] // block_size)
+        num_windows = self.states_per_block * -(-batch.response_lengths // block_size)
         draws = self._draw(batch, update, (int(num_windows.max()), 1 + block_size))
         # A window reaches no further than the longest response; its tokens in a response are the same.
-        block_size = min(block_size, int(batch["response_lengths"].max()))
+        block_size = min(block_size, int(batch.response_lengths.max()))
         draws = draws[..., : 1 + block_size]
         num_iterations = self.online_iterations
         if update is not None:
@@ -180,9 +174,9 @@ class BatchPreparer:
     def _generator(self, update: int | None, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, 0 if update is None else update + 1, *key])
 
-    def _draw(self, batch: dict[str, torch.Tensor], update: int | None, shape: tuple[int, ...]) -> torch.Tensor:
+    def _draw(self, batch: TrainingBatch, update: int | None, shape: tuple[int, ...]) -> torch.Tensor:
         """Numbers in [0, 1) for each record, of which a longer shape only has more."""
-        keys = batch["record_keys"].tolist()
+        keys = batch.record_keys.tolist()
         numbers = np.stack([self._generator(update, key).random(shape) for key in keys])
         # As float32 the largest number would round to 1.
-        return torch.from_numpy(numbers).clamp(max=1 - 2**-24).float().to(batch["clean_ids"].device)
+        return torch.from_numpy(numbers).clamp(max=1 - 2**-24).float().to(batch.clean_ids.device)

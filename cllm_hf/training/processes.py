@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from .config import CLLMConfig
@@ -33,7 +32,7 @@ def check_processes(config: CLLMConfig, accelerator: Accelerator) -> None:
     options: Any = config.accelerator_config
     if not options.even_batches:
         raise ValueError(
-            "Every process needs a batch of its own for each forward, got `even_batches=False` in "
+            "Every process needs a batch of its own for each forward pass, got `even_batches=False` in "
             "`accelerator_config`. Drop it: records that fill up the last batch are not counted twice."
         )
     if options.dispatch_batches:
@@ -43,34 +42,30 @@ def check_processes(config: CLLMConfig, accelerator: Accelerator) -> None:
         )
 
 
-def drop_repeated(
-    batch: dict[str, torch.Tensor], accelerator: Accelerator, drop_last: bool = False
-) -> tuple[dict[str, torch.Tensor], bool]:
+def count_own_rows(num_rows: int, accelerator: Accelerator, drop_last: bool = False) -> int:
     """
-    Drop the records with which the host fills up the last batch of an epoch, so that none counts twice.
+    Count the records of a batch that are not repeated to fill it up, so that none of an epoch counts twice.
 
-    The host repeats records from the start of the epoch until every process has a full batch. Those of the last round
-    lie in order over the processes, so that what is left of the dataset comes first and the repeated ones behind it.
-    A process that has repeated records only keeps one, as all processes must run the same forwards.
+    The data loader repeats records from the start of the epoch until every process has a full batch. Those of the last
+    round lie in order over the processes, so that what is left of the dataset comes first and the repeated ones after
+    it.
 
     Args:
-        batch (`dict[str, torch.Tensor]`): from `TrajectoryCollator`, the batch that was fetched last.
+        num_rows (`int`): records of the batch that was fetched last.
         accelerator (`accelerate.Accelerator`): of the run.
-        drop_last (`bool`): whether the host drops what does not fill a batch instead, and repeats nothing.
+        drop_last (`bool`): whether the data loader drops what does not fill a batch instead, and repeats nothing.
 
     Returns:
-        `tuple[dict[str, torch.Tensor], bool]`: the batch, and whether it counts at all. Of a dataset without a length
-        it is not known what was repeated, and the batch is given as it is.
+        `int`: how many, from the first on; 0 for a process that has repeated records only. Of a dataset without a
+        length it is not known what was repeated, and all count.
     """
     state: Any = accelerator.gradient_state
     # In this order: outside of a run, another run's options may have taken the processes' state away.
     if drop_last or not state.end_of_dataloader or accelerator.num_processes == 1:
-        return batch, True
+        return num_rows
     try:
         num_records = len(state.active_dataloader.dataset)
     except TypeError:  # a shard of a stream has a `__len__` that fails
-        return batch, True
-    num_rows = len(next(iter(batch.values())))
+        return num_rows
     num_left = num_records % (num_rows * accelerator.num_processes) or num_rows * accelerator.num_processes
-    num_own = min(max(num_left - num_rows * accelerator.process_index, 0), num_rows)
-    return {name: values[: max(num_own, 1)] for name, values in batch.items()}, num_own > 0
+    return min(max(num_left - num_rows * accelerator.process_index, 0), num_rows)

@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
-from trl import SFTTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -61,6 +60,34 @@ def is_whole(checkpoint: str | Path) -> bool:
     return True
 
 
+def choose_checkpoint(wanted: str | Path | bool | None, args: Any) -> str | None:
+    """
+    Find the checkpoint that a run goes on from, and check that it can do so exactly.
+
+    Args:
+        wanted (`str`, `pathlib.Path` or `bool`, *optional*): a checkpoint, or `True` for the newest whole one of
+            `output_dir`.
+        args (`CLLMConfig`): options of the run.
+
+    Returns:
+        `str`: its folder, or `None` for a run from scratch.
+
+    Raises:
+        ValueError: if there is no whole checkpoint, or none from which the run can go on exactly.
+    """
+    if wanted is True:
+        wanted = newest_checkpoint(args.output_dir)
+        if wanted is None:
+            raise ValueError(
+                f"To go on, `output_dir` must hold a whole checkpoint, got none in {str(args.output_dir)!r}. "
+                "Train without `resume_from_checkpoint`."
+            )
+    if not wanted:
+        return None
+    check_resumable(str(wanted), args)
+    return str(wanted)
+
+
 def check_resumable(checkpoint: str, args: Any) -> None:
     """
     Check that a run can go on from a checkpoint exactly.
@@ -96,8 +123,8 @@ class EpochCallback(TrainerCallback):
     """
     Tells the sampler its epoch.
 
-    The host does so through the loader of the batches, but with several processes not through the one that skips those
-    before a checkpoint: it would give the order of the first epoch in any other.
+    transformers does so through the loader of the batches, but with several processes not through the one that skips
+    those before a checkpoint: it would give the order of the first epoch in any other.
     """
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -105,37 +132,3 @@ class EpochCallback(TrainerCallback):
         loader: Any = kwargs.get("train_dataloader")
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(int(state.epoch or 0))
-
-
-class ResumingTrainer(SFTTrainer):
-    """A trainer that goes on from the newest whole checkpoint, and only from where it can do so exactly."""
-
-    args: Any
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """
-        Train.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint to go on from, or `True` for the newest
-                whole one of `output_dir`. The rest of the run is what it would have been.
-            args: everything else that the host takes.
-            kwargs: everything else that the host takes.
-
-        Returns:
-            `transformers.trainer_utils.TrainOutput`.
-
-        Raises:
-            ValueError: if there is no whole checkpoint, or none from which the run can go on exactly.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"To go on, `output_dir` must hold a whole checkpoint, got none in {str(self.args.output_dir)!r}. "
-                    "Train without `resume_from_checkpoint`."
-                )
-        if resume_from_checkpoint:
-            check_resumable(str(resume_from_checkpoint), self.args)
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..blocks.rules import count_accepted_in_blocks
+
 
 @dataclass
 class DraftBlocks:
@@ -19,6 +21,8 @@ class DraftBlocks:
 
     Attributes:
         states (`torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`): the draft states.
+        fixed_points (`torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`): the response's tokens at the
+            same places, 0 after its end.
         offsets (`torch.LongTensor` of shape `(batch_size, num_blocks)`): place in the response of each block's first
             token.
         mask (`torch.BoolTensor` of shape `(batch_size, num_blocks)`): whether there is a block.
@@ -27,6 +31,7 @@ class DraftBlocks:
     """
 
     states: torch.Tensor
+    fixed_points: torch.Tensor
     offsets: torch.Tensor
     mask: torch.Tensor
     successors: torch.Tensor | None = None
@@ -78,7 +83,7 @@ def choose_progressively(
     """
     num_blocks, num_states = candidates.shape[1:3]
     device = candidates.device
-    num_right = (candidates == fixed_points[:, :, None]).long().cumprod(-1).sum(-1)
+    num_right = count_accepted_in_blocks(candidates, fixed_points[:, :, None])
     noise = 1 - num_right / candidates.shape[-1]
     schedule = torch.linspace(0, 1, window, device=device) if window > 1 else torch.ones(1, device=device)
     shifts = torch.arange(states_per_block, device=device)[:, None] * window // states_per_block
@@ -106,6 +111,7 @@ def take_states(candidates: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
 def cut_blocks(
     drafts: torch.Tensor,
+    responses: torch.Tensor,
     response_lengths: torch.Tensor,
     block_size: int,
     successors: torch.Tensor | None = None,
@@ -118,6 +124,8 @@ def cut_blocks(
 
     Args:
         drafts (`torch.LongTensor` of shape `(batch_size, states_per_block, draft_length)`): drafts.
+        responses (`torch.LongTensor` of shape `(batch_size, response_length)`): what they are drafts of, padded with
+            0; no longer than the drafts.
         response_lengths (`torch.LongTensor` of shape `(batch_size,)`): tokens of the responses.
         block_size (`int`): tokens of a block, or more than the drafts have for one block of all.
         successors (`torch.LongTensor` of the shape of `drafts`, *optional*): the next states.
@@ -126,17 +134,22 @@ def cut_blocks(
         `DraftBlocks` with `states_per_block * ceil(draft_length / block_size)` blocks.
     """
     batch_size, states_per_block, length = drafts.shape
-    block_size = min(block_size, length)  # what lies behind every draft would only cost columns
+    block_size = min(block_size, length)  # what lies after every draft would only cost columns
     num_blocks = -(-length // block_size)
 
-    def cut(values: torch.Tensor) -> torch.Tensor:
-        padded = torch.nn.functional.pad(values, (0, num_blocks * block_size - length))
-        return padded.view(batch_size, states_per_block * num_blocks, block_size)
+    def cut(values: torch.Tensor) -> torch.Tensor:  # [B, S, <= draft_length] -> [B, S * num_blocks, block_size]
+        padded = torch.nn.functional.pad(values, (0, num_blocks * block_size - values.shape[-1]))
+        return padded.reshape(batch_size, states_per_block * num_blocks, block_size)
 
     offsets = (torch.arange(num_blocks, device=drafts.device) * block_size).repeat(states_per_block)
     offsets = offsets.expand(batch_size, -1)
-    mask = offsets < response_lengths[:, None]
-    return DraftBlocks(cut(drafts), offsets, mask, None if successors is None else cut(successors))
+    return DraftBlocks(
+        states=cut(drafts),
+        fixed_points=cut(responses[:, None].expand(-1, states_per_block, -1)),
+        offsets=offsets,
+        mask=offsets < response_lengths[:, None],
+        successors=None if successors is None else cut(successors),
+    )
 
 
 def wrong_context(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -174,38 +187,3 @@ def position_weights(is_trained: torch.Tensor, decay: float | None) -> torch.Ten
         place = (is_trained.long().cumsum(-1) - 1).clamp(min=0)
         weights = weights * torch.exp(-place / decay)
     return weights
-
-
-def cut_responses(clean_ids: torch.Tensor, prompt_lengths: torch.Tensor, length: int) -> torch.Tensor:
-    """
-    Cut the responses out of clean sequences.
-
-    Args:
-        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): prompts and responses, padded with 0.
-        prompt_lengths (`torch.LongTensor` of shape `(batch_size,)`): where the responses begin.
-        length (`int`): columns of the result.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, length)`: responses, followed by 0.
-    """
-    columns = prompt_lengths[:, None] + torch.arange(length, device=clean_ids.device)
-    inside = columns < clean_ids.shape[1]
-    return clean_ids.gather(1, columns.clamp(max=clean_ids.shape[1] - 1)) * inside
-
-
-def tokens_at(responses: torch.Tensor, offsets: torch.Tensor, block_size: int) -> torch.Tensor:
-    """
-    Take the response's tokens at the places of blocks.
-
-    Args:
-        responses (`torch.LongTensor` of shape `(batch_size, response_length)`): responses.
-        offsets (`torch.LongTensor` of shape `(batch_size, num_blocks)`): first place of each block.
-        block_size (`int`): tokens of a block.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`: 0 behind the end of `responses`.
-    """
-    places = offsets[..., None] + torch.arange(block_size, device=offsets.device)
-    inside = places < responses.shape[1]
-    flat = places.clamp(max=responses.shape[1] - 1).flatten(1)
-    return responses.gather(1, flat).view_as(places) * inside

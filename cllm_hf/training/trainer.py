@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,21 +13,23 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
 
 from .._host import base_model_of
 from ..blocks.support import check_packable
 from ..cards import CLLM_CITATION
 from ..files import check_writable
 from ..integration import set_jacobi_defaults
+from .batch import PreparedBatch, TrainingBatch
 from .callbacks import add_callbacks
 from .checks import check_datasets, check_leftovers, check_trainable
 from .config import CLLMConfig
 from .monitoring import decoding_metrics
-from .objective import sum_losses
+from .objective import LossTotals, sum_losses
 from .preparation import BatchPreparer, make_collator, prepare_dataset
-from .processes import check_processes, drop_repeated
-from .resuming import EpochCallback, ResumingTrainer
-from .saving import SavingTrainer
+from .processes import check_processes, count_own_rows
+from .resuming import choose_checkpoint
+from .saving import RunCard, card_set_aside, save_beside, wait_for_push
 from .target import load_target, load_target_tokenizer
 
 
@@ -37,22 +40,24 @@ _REFUSED_ARGUMENTS = (
     "preprocess_logits_for_metrics",
     "formatting_func",
 )
+# transformers looks into a batch by key on its way to `compute_loss`; this is the only one it finds in training.
+_PREPARED = "prepared"
 
 
-class CLLMTrainer(SavingTrainer, ResumingTrainer):
+class CLLMTrainer(SFTTrainer):
     """
     Trains a model to reach the fixed point of a block from any state of its trajectory (CLLM, arXiv 2403.00835).
 
-    Each step runs one packed forward: the clean sequence of every response, whose logits are both the targets (without
-    gradient) and the AR loss, and states of each of its blocks. The loss is
+    Each step runs one packed forward pass: the clean sequence of every response, whose logits are both the targets
+    (without gradient) and the AR loss, and states of each of its blocks. The loss is
 
         consistency_loss = mean over positions whose context holds a wrong draft token of
                            D( p(. | fixed point) without gradient, q(. | state) )
         loss = consistency_loss + ar_loss_weight * ar_loss
 
-    [`CLLMConfig`] says what there is to choose. The means are over all positions of an update, so that gradient
-    accumulation and several processes give the gradient of one large batch. Which states an update trains on is a
-    function of the seed, the number of the update and the record, so that a resumed run goes on as if nothing was.
+    [`CLLMConfig`] says what there is to choose. The means are over all positions of an optimizer step, so that
+    gradient accumulation and several processes give the gradient of one large batch. Which states a step trains on is
+    a function of the seed, the number of the step and the record, so that a resumed run goes on as if nothing was.
 
     Args:
         model (`str`, `transformers.PreTrainedModel` or `peft.PeftModel`): the target model, or its name or path. An
@@ -66,6 +71,10 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
 
     Attributes:
         block_size (`int`): tokens of a block; saved as the model's default `jacobi_block_size`.
+        dataset_name (`str`, *optional*): id of the dataset on the Hub, for the model card. By default where
+            `load_trajectories` has loaded it from.
+        measured (`Mapping[str, Any]`): what was measured of the finished model, for the model card: a name and a
+            number or text each, such as `{"speed-up over generate()": 3.3}`. Nothing unless you set it.
 
     Raises:
         OSError: if `args.output_dir` is not writable.
@@ -80,8 +89,10 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
         "id": "2403.00835",
         "citation": CLLM_CITATION,
     }
-    # The loss is divided by the positions of the whole update, see `get_batch_samples`.
+    # The loss is divided by the positions of the whole optimizer step, see `get_batch_samples`.
     loss_is_scaled_for_ga: Any = True
+    dataset_name: str | None = None
+    measured: Mapping[str, Any] = MappingProxyType({})
     model: Any
     args: Any
 
@@ -114,6 +125,7 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.router_aux_loss_coef = 0.0
         self._preparer = BatchPreparer.from_config(args, dataset_block_size)
+        self._card = RunCard(self)
         super().__init__(
             load_target(model, args, peft_config, kwargs.get("quantization_config")),
             args=args,
@@ -128,21 +140,34 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
         if args.should_save:
             check_leftovers(Path(str(args.output_dir)), is_adapter=base_model_of(self.model) is not self.model)
         check_processes(args, self.accelerator)
-        self.add_callback(EpochCallback())
         set_jacobi_defaults(self.model, self.block_size)
-        # For each mode and loss: sum over positions and number of positions since the last log.
-        self._loss_sums: dict[str, dict[str, list[torch.Tensor]]] = {
-            "train": defaultdict(list),
-            "eval": defaultdict(list),
-        }
-        self._update_counts: torch.Tensor | None = None
+        self._loss_totals = {"train": LossTotals(), "eval": LossTotals()}
+        self._step_counts: torch.Tensor | None = None
         add_callbacks(self)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Train, from scratch or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint to go on from, or `True` for the newest
+                whole one of `output_dir`. The rest of the run is what it would have been.
+            args: everything else that `transformers.Trainer.train` takes.
+            kwargs: everything else that `transformers.Trainer.train` takes.
+
+        Returns:
+            `transformers.trainer_utils.TrainOutput`.
+
+        Raises:
+            ValueError: if there is no whole checkpoint, or none from which the run can go on exactly.
+        """
+        return super().train(choose_checkpoint(resume_from_checkpoint, self.args), *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """
-        Fetch the batches of an update, choose the states to train on, and count the positions of its losses.
+        Fetch the batches of an optimizer step, choose the states to train on, and count the positions of its losses.
 
         Args:
             epoch_iterator (`Iterator`): the batches of this epoch.
@@ -150,21 +175,21 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
             device (`torch.device`): of the counts.
 
         Returns:
-            `tuple`: the batches, and what the host counts.
+            `tuple`: the batches, and what transformers counts.
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
-            last = len(batches) - 1
-            batches = [
-                self._prepare_batch(self.model_wrapped, batch, "train", is_last=number == last)
-                for number, batch in enumerate(batches)
-            ]
-            counts = torch.stack([batch["position_counts"] for batch in batches]).sum(0).to(device)
+        last = len(batches) - 1
+        prepared = [
+            self._prepare_batch(self.model_wrapped, batch, "train", is_last=number == last)
+            for number, batch in enumerate(batches)
+        ]
+        if prepared:
+            counts = torch.stack([one.counts for one in prepared]).sum(0).to(device)
             if self.accelerator.num_processes > 1:
                 # Gradients are averaged over processes, so each divides by its share of all positions.
                 counts = self.accelerator.gather(counts[None]).sum(0) / self.accelerator.num_processes
-            self._update_counts = counts
-        return batches, num_items
+            self._step_counts = counts
+        return [{_PREPARED: one} for one in prepared], num_items
 
     def compute_loss(
         self,
@@ -174,11 +199,11 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """
-        The loss of one batch: its share of the means over the update in training, its own means in evaluation.
+        The loss of one batch: its share of the means over the step in training, its own means in evaluation.
 
         Args:
             model (`torch.nn.Module`): the model, possibly wrapped.
-            inputs (`dict`): what `TrajectoryCollator` gives, or `get_batch_samples`.
+            inputs (`dict`): what the data collator gives, or `get_batch_samples`.
             return_outputs (`bool`): whether to return the losses by name too.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): not used; see `get_batch_samples`.
 
@@ -186,72 +211,66 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
             `torch.Tensor`: the loss, or a `tuple` of it and a `dict` of the two losses.
         """
         mode = "train" if self.model.training else "eval"
-        batch = inputs if "draft_blocks" in inputs else self._prepare_batch(model, inputs, mode)
-        counts = denominators = batch["position_counts"]
-        if batch is inputs and mode == "train" and self._update_counts is not None:
-            denominators = self._update_counts
+        prepared = inputs.get(_PREPARED)
+        is_of_a_step = prepared is not None and mode == "train"
+        if prepared is None:
+            prepared = self._prepare_batch(model, inputs, mode)
+        counts = prepared.counts
+        denominators = self._step_counts if is_of_a_step and self._step_counts is not None else counts
         # A record that is repeated to fill a batch has losses, but no positions.
-        sums = sum_losses(model, base_model_of(self.model), batch, self._preparer.objective) * (counts > 0)
+        sums = sum_losses(model, base_model_of(self.model), prepared, self._preparer.objective) * (counts > 0)
         # A process's share of few positions is less than one.
         means = sums / torch.where(denominators > 0, denominators, 1)
         loss = means[0] + self.args.ar_loss_weight * means[1]
-        self._loss_sums[mode]["sums"].append(sums.detach())
-        self._loss_sums[mode]["counts"].append(counts)
+        self._loss_totals[mode].add(sums, counts)
         return (loss, {"consistency_loss": means[0], "ar_loss": means[1]}) if return_outputs else loss
 
     def _prepare_batch(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], mode: str, is_last: bool = True
-    ) -> dict[str, Any]:
+        self, model: torch.nn.Module, columns: dict[str, torch.Tensor], mode: str, is_last: bool = True
+    ) -> PreparedBatch:
         """
-        Choose states by the number of the update; in evaluation always the same, in blocks of the last size.
+        Choose states by the number of the step; in evaluation always the same, in blocks of the last size.
 
-        The mode is not the model's: the host sets that only when the batches of an update have been fetched.
+        The mode is not the model's: transformers sets that only when the batches of a step have been fetched. All
+        processes must run the same forward passes, so that one with repeated records only keeps one of them.
         """
-        update, progress, counts = None, 1.0, True
+        update, progress = None, 1.0
         if mode == "train":
             update = self.state.global_step
             progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+        batch = TrainingBatch(**columns)
+        num_own = len(batch)
         if is_last:
-            batch, counts = drop_repeated(batch, self.accelerator, self.args.dataloader_drop_last)
+            num_own = count_own_rows(len(batch), self.accelerator, self.args.dataloader_drop_last)
+            batch = batch.first_rows(max(num_own, 1))
         prepared = self._preparer.prepare(model, base_model_of(self.model), batch, update, progress)
-        return prepared if counts else {**prepared, "position_counts": torch.zeros_like(prepared["position_counts"])}
+        return prepared if num_own else prepared.without_counts()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
         Log, with the means of both losses since the last log and the numbers of positions they are over.
 
         Args:
-            logs (`dict[str, float]`): what the host logs.
+            logs (`dict[str, float]`): what transformers logs.
             start_time (`float`, *optional*): of the training.
         """
         mode = "train" if self.model.training else "eval"
-        recorded = self._loss_sums[mode]
-        if recorded:
-            totals = torch.stack([torch.stack(recorded["sums"]).sum(0), torch.stack(recorded["counts"]).sum(0)])
-            totals = self.accelerator.reduce(totals.double(), reduction="sum").tolist()
-            means = [total / (count or 1) for total, count in zip(*totals)]
+        totals = self._loss_totals[mode].take(self.accelerator)
+        if totals is not None:
+            means, counts = totals
             prefix = ""
             if mode == "eval":
-                # The host's loss is a mean of the means of batches.
-                host_name = next((name for name in logs if name.endswith("_loss")), "eval_loss")
-                logs[host_name] = means[0] + self.args.ar_loss_weight * means[1]
-                prefix = host_name.removesuffix("loss")
-            for name, mean, count in zip(("consistency", "ar"), means, totals[1]):
+                # The loss of transformers is a mean of the means of batches.
+                loss_name = next((name for name in logs if name.endswith("_loss")), "eval_loss")
+                logs[loss_name] = means[0] + self.args.ar_loss_weight * means[1]
+                prefix = loss_name.removesuffix("loss")
+            for name, mean, count in zip(("consistency", "ar"), means, counts):
                 logs[f"{prefix}{name}_loss"] = mean
                 logs[f"{prefix}{name}_tokens"] = count
-            recorded.clear()
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """
-        Make the batches of an evaluation.
-
-        Args:
-            eval_dataset (`datasets.Dataset` or `str`, *optional*): as the host takes it.
-
-        Returns:
-            `torch.utils.data.DataLoader`.
-        """
+        """Make the batches of an evaluation; all is as in `transformers.Trainer.get_eval_dataloader`."""
         return super().get_eval_dataloader(prepare_dataset(eval_dataset, self.args))
 
     def prediction_step(
@@ -262,7 +281,7 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
 
         Args:
             model (`torch.nn.Module`): the model.
-            inputs (`dict`): what `TrajectoryCollator` gives.
+            inputs (`dict`): what the data collator gives.
             prediction_loss_only (`bool`): not used; it is so always.
             ignore_keys (`list[str]`, *optional*): not used.
 
@@ -284,8 +303,8 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
 
         Args:
             dataloader (`torch.utils.data.DataLoader`): of the evaluation dataset.
-            description (`str`): for the host's log.
-            prediction_loss_only (`bool`, *optional*): whether the host gathers losses only.
+            description (`str`): for the log of transformers.
+            prediction_loss_only (`bool`, *optional*): whether losses only are gathered.
             ignore_keys (`list[str]`, *optional*): not used here.
             metric_key_prefix (`str`): of the names of the metrics.
 
@@ -297,3 +316,77 @@ class CLLMTrainer(SavingTrainer, ResumingTrainer):
         )
         metrics = {**(output.metrics or {}), **decoding_metrics(self, dataloader, metric_key_prefix)}
         return output._replace(metrics=metrics)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the model or adapter, its tokenizer, a generation config that decodes by Jacobi by default, a model card,
+        and with `export_custom_generate=True` Jacobi decoding for people without this package.
+
+        A model card that somebody else has written stays as it is.
+
+        Args:
+            output_dir (`str`, *optional*): folder; by default `args.output_dir`.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        is_checkpoint = _internal_call and output_dir is not None
+        if not is_checkpoint:
+            wait_for_push(self)
+        with card_set_aside(folder) if self.args.should_save else nullcontext():
+            super().save_model(output_dir, _internal_call=True)  # does not push yet
+        if self.args.should_save:
+            save_beside(self, self._card, folder, is_checkpoint)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(  # type: ignore[override]  # as in TRL's trainers
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the model card into `args.output_dir`, or renew it; one that somebody else has written stays as it is.
+
+        transformers calls this at every checkpoint and push. What stands in a repository that is pushed to counts too.
+
+        Args:
+            model_name (`str`, *optional*): title of the card.
+            dataset_name (`str`, *optional*): id of the dataset on the Hub; later cards have it too.
+            tags (`str` or `list[str]`, *optional*): tags beside those of the trainer.
+        """
+        if not self.is_world_process_zero():
+            return
+        if dataset_name is not None:
+            self.dataset_name = dataset_name
+        self._card.renew(model_name, [tags] if isinstance(tags, str) else list(tags or ()))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Upload what `save_model` saves to the repository `args.hub_model_id`, which is made if there is none.
+
+        A model card that somebody else has written there stays as it is.
+
+        Args:
+            commit_message (`str`, *optional*): of the commit.
+            blocking (`bool`): whether to wait until it is done.
+            token (`str`, *optional*): access token; by default `args.hub_token` or the stored one.
+            revision (`str`, *optional*): branch; by default `args.hub_revision` or the main one.
+            private (`bool`, *optional*): whether a new repository is private.
+            kwargs: passed to `create_model_card`.
+
+        Returns:
+            What `transformers.Trainer.push_to_hub` returns.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if self.is_world_process_zero():
+            self._card.fetch(token, revision)
+        return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
