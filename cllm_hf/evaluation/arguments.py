@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..options import JacobiOptions
+
 
 SHAPE_NAMES = ("4m", "30m", "125m", "0.5b")
 
@@ -40,6 +42,7 @@ def _add_decode(kinds: Any) -> None:
     )
     _add_source(decode, num_prompts=16)
     decode.add_argument("--block-sizes", type=block_size, nargs="+", default=[4, 8, 16, 32, "auto"])
+    _add_candidates(decode)
     decode.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
     decode.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     decode.add_argument("--batch-size", type=positive, default=1, help="prompts that are decoded together")
@@ -72,6 +75,7 @@ def _add_models(kinds: Any) -> None:
     models.add_argument(
         "--more-block-sizes", type=block_size, nargs="+", default=[], help="further ones, or auto, for rows of both"
     )
+    _add_candidates(models)
     models.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     models.add_argument("--batch-size", type=positive, default=32, help="of the prompts that are not timed")
     models.add_argument("--repeats", type=positive, default=1, help="timed rounds over the prompts")
@@ -155,6 +159,17 @@ def _add_source(parser: argparse.ArgumentParser, num_prompts: int) -> None:
     parser.add_argument("--num-prompts", type=positive, default=num_prompts, help="how many, the first ones of a file")
 
 
+def _add_candidates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--candidates",
+        type=num_candidates,
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="values of jacobi_candidates, for a further row each beside every row by Jacobi",
+    )
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
@@ -199,6 +214,26 @@ def natural(text: str) -> int:
         argparse.ArgumentTypeError: if it is something else.
     """
     return _at_least(0, text)
+
+
+def num_candidates(text: str) -> int:
+    """
+    Read a number of candidates.
+
+    Args:
+        text (`str`): what the user typed.
+
+    Returns:
+        `int`.
+
+    Raises:
+        argparse.ArgumentTypeError: if `generate` does not take it as `jacobi_candidates`.
+    """
+    value: Any = int(text) if text.removeprefix("-").isdecimal() else text
+    try:
+        return JacobiOptions(candidates=value).candidates
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _at_least(least: int, text: str) -> int:
