@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
+from .options import JacobiOptions
 
 
 def positive(text: str) -> int:
@@ -57,3 +60,23 @@ def block_size(text: str) -> int | str:
         argparse.ArgumentTypeError: if it is neither an integer of at least 1 nor "auto".
     """
     return text if text == "auto" else positive(text)
+
+
+def num_candidates(text: str) -> int:
+    """
+    Read a number of candidates.
+
+    Args:
+        text (`str`): what the user typed.
+
+    Returns:
+        `int`.
+
+    Raises:
+        argparse.ArgumentTypeError: if `generate` does not take it as `jacobi_candidates`.
+    """
+    value: Any = int(text) if text.removeprefix("-").isdecimal() else text
+    try:
+        return JacobiOptions(candidates=value).candidates
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
+from architectures import make_architecture
 from conftest import VOCAB_SIZE, make_model, make_word_model
 from peft import LoraConfig, get_peft_model
 
@@ -161,6 +162,12 @@ def test_limit_is_the_gain_in_forwards_over_their_cost():
     row = comparison._row(DecodingMethod("", model, {"jacobi_block_size": "auto"}), result, baseline, seconds)
     assert row["limit"] == pytest.approx(3 / ((2 * 2.0 + 1.5) / 3))
     assert comparison._row(DecodingMethod("", model, GREEDY), baseline, baseline, seconds)["limit"] is None
+    # A tree has more tokens than a block.
+    wide = DecodingResult("candidates", [[1] * 12], [4], [0.5], widths=Counter({4: 1, 2: 1}))
+    row = comparison._row(
+        DecodingMethod("", model, {"jacobi_block_size": 2, "jacobi_candidates": 1}), wide, baseline, seconds
+    )
+    assert row["relative_cost"] == 1.75
 
 
 # Shapes and prompts
@@ -305,7 +312,8 @@ def test_compiled_methods_are_passed_on():
         "generate(), compiled",
         "jacobi 4, compiled",  # and none that changes its shape
     ]
-    assert methods[-1].options == {"decoding": "jacobi", "jacobi_block_size": 4, "jacobi_compile": True}
+    expected = {"decoding": "jacobi", "jacobi_block_size": 4, "jacobi_candidates": 0, "jacobi_compile": True}
+    assert methods[-1].options == expected
     assert methods[-2].options["cache_implementation"] == "static" and methods[-2].is_compiled
     assert "not compiled here" in benchmark.compile_notes(methods)[0] and benchmark.compile_notes(methods[:4]) == []
     names = [(m.name, m.is_compiled) for m in overhead.overhead_methods(model, [8], is_compiled=True)]
@@ -315,6 +323,76 @@ def test_compiled_methods_are_passed_on():
         ("generate(), compiled", True),
         ("jacobi, compiled", True),
     ]
+
+
+# Candidates
+
+
+def test_candidates_stand_beside_their_plain_row(llama):
+    methods = comparison.make_methods(llama, [4, "auto"], is_compiled=True, candidates=[1, 3, 0, 1])
+    assert [method.name for method in methods] == [
+        "generate()",
+        "prompt lookup",
+        "jacobi 4",
+        "jacobi 4, 1 candidate",
+        "jacobi 4, 3 candidates",
+        "jacobi auto",
+        "jacobi auto, 1 candidate",
+        "jacobi auto, 3 candidates",
+        "generate(), compiled",
+        "jacobi 4, compiled",  # a tree changes its shape
+    ]
+    options = [method.options.get("jacobi_candidates") for method in methods]
+    assert options == [None, None, 0, 1, 3, 0, 1, 3, None, 0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_candidates_give_the_same_texts_and_wider_forward_passes(llama, batch_size):
+    rows = random_ids(9, 7, 12)
+    report = comparison.compare_decoding(llama, rows, [4], 20, batch_size, show_progress=False, candidates=[2])
+    plain, tree = report["methods"][-2:]
+    assert (plain["name"], tree["name"]) == ("jacobi 4", "jacobi 4, 2 candidates")
+    assert tree["options"] == {**plain["options"], "jacobi_candidates": 2}
+    assert [row["num_equal"] for row in report["rows"]] == [3] * len(report["rows"])
+    assert max(map(int, plain["widths"])) == 4 < max(map(int, tree["widths"]))
+    assert max(map(int, report["forward_seconds"])) == max(map(int, tree["widths"]))
+    assert report["rows"][-1]["relative_cost"] is not None and "jacobi 4, 2 candidates" in report["rows"][-1]["name"]
+
+
+def test_plain_rows_have_no_candidates_of_the_generation_config():
+    model = make_model("llama")
+    expected = comparison.compare_decoding(model, random_ids(9), [4], 20, show_progress=False)
+    model.generation_config.jacobi_candidates = 3
+    found = comparison.compare_decoding(model, random_ids(9), [4], 20, show_progress=False)
+    assert [raw["widths"] for raw in found["methods"]] == [raw["widths"] for raw in expected["methods"]]
+
+
+def test_bare_forward_passes_fit_the_positions_of_the_model():
+    model = make_model("gpt2", n_positions=32)
+    report = comparison.compare_decoding(model, random_ids(9, 7), [8], 20, 2, show_progress=False, candidates=[4])
+    widest = max(map(int, report["methods"][-1]["widths"]))
+    assert widest + report["cache_length"] > 32  # siblings share a position
+    assert max(map(int, report["forward_seconds"])) + report["cache_length"] <= 32
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"), [("bloom", "finds positions by itself"), ("gpt_neo", "layers of type .'local'.")]
+)
+def test_a_model_that_takes_no_trees_has_a_note(model_type, reason):
+    model, rows = make_architecture(model_type), random_ids(9, 7)
+    report = comparison.compare_decoding(model, rows, [4], 8, show_progress=False, candidates=[1, 2])
+    assert [row["name"] for row in report["rows"]] == ["generate()", "prompt lookup", "jacobi 4"]
+    assert [row["num_equal"] for row in report["rows"]] == [2, 2, 2]
+    (note,) = report["notes"]
+    assert note.startswith("Candidates are left out: ") and note in comparison.format_comparison(report)
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(note)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "2", True])
+def test_candidates_that_are_refused(value):
+    with pytest.raises(ValueError, match="`jacobi_candidates` must be an integer of at least 0, got"):
+        comparison.compare_decoding(None, [[1]], [4], 8, candidates=[1, value])
 
 
 # The commands
@@ -346,10 +424,14 @@ def test_decode_of_a_model_with_an_assistant(model_folder, tmp_path, capsys):
     file.write_text("Mia has 7 apples .\nMia buys 5 more .\nBen has 2 .\n")
     arguments = ["benchmark", "decode", "--model", str(model_folder), "--prompts", str(file)]
     arguments += ["--max-new-tokens", "10", "--block-sizes", "4"]
-    assert main([*arguments, "--assistant", str(model_folder), "--json", str(tmp_path / "a.json")]) == 0
+    files = ["--json", str(tmp_path / "a.json")]
+    assert main([*arguments, "--assistant", str(model_folder), *files, "--candidates", "1", "2"]) == 0
     report = json.loads((tmp_path / "a.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["generate()", "prompt lookup", "assisted", "jacobi 4"]
+    names = ["generate()", "prompt lookup", "assisted", "jacobi 4", "jacobi 4, 1 candidate", "jacobi 4, 2 candidates"]
+    assert [row["name"] for row in report["rows"]] == names
     assert all(row["num_equal"] == 3 for row in report["rows"])
+    assert report["options"]["candidates"] == [1, 2]
+    assert [raw["options"]["jacobi_candidates"] for raw in report["methods"][3:]] == [0, 1, 2]
     assert report["methods"][2]["options"]["assistant_model"] == str(model_folder)
     assert report["methods"][0]["num_forwards"] == [len(response) for response in report["methods"][0]["responses"]]
 
@@ -423,6 +505,15 @@ def test_block_sizes_that_are_refused(value, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["benchmark", "decode", "--shape", "4m", f"--block-sizes={value}"])
     assert stop.value.code == 2 and "integer of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "got"), [("-1", "-1"), ("1.5", "'1.5'"), ("many", "'many'"), ("", "''")])
+@pytest.mark.parametrize("kind", ["decode", "models"])
+def test_numbers_of_candidates_that_are_refused(kind, value, got, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["benchmark", kind, "--model", "none", f"--candidates={value}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"`jacobi_candidates` must be an integer of at least 0, got {got}." in error
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):

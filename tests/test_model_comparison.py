@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from architectures import make_architecture
 from conftest import VOCAB_SIZE, make_model, make_word_model
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -91,6 +92,19 @@ def test_further_block_sizes_are_rows_of_both_models(models):
     assert all(row["num_equal"] == 2 for row in report["rows"])
     with pytest.raises(ValueError, match="`more_block_sizes` must be an integer of at least 1 or .auto., got 'all'"):
         compare_models(*models, PROMPTS[:2], block_size=4, max_new_tokens=6, more_block_sizes=["all"])
+
+
+def test_candidates_are_rows_of_both_models(models):
+    report = compare_models(*models, PROMPTS, more_block_sizes=[2], candidates=[1, 3], judge=judge_by_sum, **OPTIONS)
+    by_jacobi = [f"jacobi {size}{more}" for size in (4, 2) for more in ("", ", 1 candidate", ", 3 candidates")]
+    expected = [f"target model, {name}" for name in ["generate()", "prompt lookup", *by_jacobi]]
+    expected += [f"CLLM, {name}" for name in ["generate()", *by_jacobi]]
+    assert [row["name"] for row in report["rows"]] == expected
+    assert [row["num_equal"] for row in report["rows"]] == [len(PROMPTS)] * len(expected)
+    counts = [raw["options"]["jacobi_candidates"] for raw in report["methods"] if "jacobi" in raw["name"]]
+    assert counts == [0, 1, 3] * 4
+    markers = [model_plot._marker(row["name"]) for row in report["rows"] if "jacobi" in row["name"]]
+    assert markers == ["s", "P", "P"] * 4
 
 
 def test_every_method_gives_its_own_models_text(report, models):
@@ -288,6 +302,17 @@ def test_models_that_cannot_be_packed_are_compared_all_the_same(llama):
     assert any("trajectories of the CLLM are not measured: Packed forwards need" in note for note in notes)
 
 
+def test_candidates_that_one_model_refuses_are_noted(llama):
+    report = compare_models(llama, make_architecture("bloom"), PROMPTS[:2], candidates=[2], **OPTIONS)
+    ways = ["target model, generate()", "target model, prompt lookup", "target model, jacobi 4"]
+    ways += ["target model, jacobi 4, 2 candidates", "CLLM, generate()", "CLLM, jacobi 4"]
+    assert [row["name"] for row in report["rows"]] == ways
+    assert [row["num_equal"] for row in report["rows"]] == [2] * 6
+    notes = [note for note in report["notes"] if "Candidates" in note]
+    assert len(notes) == 1 and notes[0].startswith("Candidates are left out for the CLLM: BloomForCausalLM does not")
+    assert notes[0] in format_models(report)
+
+
 def test_beyond_the_window_there_is_a_note():
     model = make_model("llama", max_position_embeddings=16)
     report = compare_models(model, make_model("llama", seed=1), PROMPTS[:1], **OPTIONS)
@@ -380,6 +405,7 @@ def test_a_judge_that_leaves_answers_out(models):
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"repeats": 0}, "`repeats` must be at least 1, got 0"),
+        ({"candidates": [2, -1]}, "`jacobi_candidates` must be an integer of at least 0, got -1"),
         ({"cllm": "larger"}, "must have the same vocabulary, got 60 and 64 tokens"),
         ({"assistant": "larger"}, "tokenizer of the target model, of 60 tokens, got one of 64 tokens"),
         ({"assistant": "target"}, "must be a model of its own"),
@@ -436,7 +462,7 @@ def test_the_command(folders, tokenizer, tmp_path, capsys):
     file.write_text("\n".join(map(json.dumps, lines)))
     arguments = ["benchmark", "models", "--target", str(folders["target"]), "--model", str(folders["cllm"])]
     arguments += ["--prompts", str(file), "--num-prompts", "3", "--num-more-prompts", "9", "--block-size", "4"]
-    arguments += ["--max-new-tokens", "10", "--assistant", str(folders["target"])]
+    arguments += ["--max-new-tokens", "10", "--assistant", str(folders["target"]), "--candidates", "2"]
     outputs = {name: tmp_path / f"models.{name}" for name in ("json", "markdown", "plot")}
     arguments += [text for name, path in outputs.items() for text in (f"--{name}", str(path))]
     assert main(arguments) == 0
@@ -445,7 +471,8 @@ def test_the_command(folders, tokenizer, tmp_path, capsys):
     assert format_models(report) + "\n" == printed
     assert outputs["markdown"].read_text() == f"    {report['command']}\n\n{printed}"
     assert report["settings"]["num_prompts"] == 3 and report["settings"]["num_more_prompts"] == 2
-    assert [row["num_equal"] for row in report["rows"]] == [3] * 6
+    assert [row["num_equal"] for row in report["rows"]] == [3] * 8
+    assert sum(row["name"].endswith("jacobi 4, 2 candidates") for row in report["rows"]) == 2
     assert report["rows"][0]["accuracy"]["kinds"] == {"equal": 4, "different": 1}
     assert report["models"]["cllm"]["name"] == str(folders["cllm"]) and str(folders["cllm"]) in printed
     with Image.open(outputs["plot"]) as image:

@@ -84,6 +84,8 @@ def same(ours, theirs):
         (["evaluate.more_prompts=-1"], "`evaluate.more_prompts` must be at least 0"),
         (["evaluate.more_block_sizes=[8, all]"], "`evaluate.more_block_sizes` must be an integer.*got 'all'"),
         (["evaluate.more_block_sizes=8"], "`more_block_sizes` must be of type list, got 8"),
+        (["evaluate.candidates=[2, -1]"], "`jacobi_candidates` must be an integer of at least 0, got -1"),
+        (["evaluate.candidates=2"], "`candidates` must be of type list, got 2"),
         (["sft.output_dir=x"], "`sft.output_dir` cannot be set, got 'x'.*top-level"),
         (["train.push_to_hub=true"], "`train.push_to_hub` cannot be set"),
         (["block_size=0"], "`block_size` must be"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..argument_types import block_size, natural, positive
+from ..argument_types import block_size, natural, num_candidates, positive
 
 
 SHAPE_NAMES = ("4m", "30m", "125m", "0.5b")
@@ -42,6 +42,7 @@ def _add_decode(kinds: Any) -> None:
     )
     _add_source(decode, num_prompts=16)
     decode.add_argument("--block-sizes", type=block_size, nargs="+", default=[4, 8, 16, 32, "auto"])
+    _add_candidates(decode)
     decode.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
     decode.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     decode.add_argument("--batch-size", type=positive, default=1, help="prompts that are decoded together")
@@ -74,6 +75,7 @@ def _add_models(kinds: Any) -> None:
     models.add_argument(
         "--more-block-sizes", type=block_size, nargs="+", default=[], help="further ones, or auto, for rows of both"
     )
+    _add_candidates(models)
     models.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     models.add_argument("--batch-size", type=positive, default=32, help="of the prompts that are not timed")
     models.add_argument("--repeats", type=positive, default=1, help="timed rounds over the prompts")
@@ -155,6 +157,17 @@ def _add_source(parser: argparse.ArgumentParser, num_prompts: int) -> None:
     )
     parser.add_argument("--prompt-length", type=positive, default=64, help="tokens of the random prompts of a shape")
     parser.add_argument("--num-prompts", type=positive, default=num_prompts, help="how many, the first ones of a file")
+
+
+def _add_candidates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--candidates",
+        type=num_candidates,
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="values of jacobi_candidates, for a further row each beside every row by Jacobi",
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .._host import base_model_of
 from ..blocks.rules import count_until_stop
+from ..options import JacobiOptions
 from ..trajectories.responding import split_batches
 from .forwards import synchronize
 
@@ -283,6 +284,58 @@ def compile_notes(methods: Sequence[DecodingMethod]) -> list[str]:
     if any(method.model.device.type == "cpu" for method in static):
         return ["`generate(), compiled` is not compiled here: transformers does so on accelerators only."]
     return []
+
+
+def check_candidates(candidates: Sequence[object]) -> None:
+    """
+    Refuse numbers of candidates that `generate` refuses.
+
+    Args:
+        candidates (`Sequence[object]`): what the user passed.
+
+    Raises:
+        ValueError: if one of them is no integer of at least 0.
+    """
+    for count in candidates:
+        JacobiOptions(candidates=count)  # type: ignore[arg-type]
+
+
+def has_candidates(method: DecodingMethod) -> bool:
+    """
+    Whether a way to decode has candidates beside the draft.
+
+    Args:
+        method (`DecodingMethod`): the way to decode.
+
+    Returns:
+        `bool`.
+    """
+    return bool(method.options.get("jacobi_candidates"))
+
+
+def find_refusal(
+    methods: Sequence[DecodingMethod], prompts: Sequence[list[int]], max_new_tokens: int, pad_token_id: int = 0
+) -> str | None:
+    """
+    Decode a prompt with candidates, to learn whether the model takes them.
+
+    Args:
+        methods (`Sequence[DecodingMethod]`): ways to decode with one model, with candidates or without.
+        prompts (`Sequence[list[int]]`): token ids of each prompt; the first one is decoded.
+        max_new_tokens (`int`): longest response.
+        pad_token_id (`int`): the model's.
+
+    Returns:
+        `str`, *optional*: why the model refuses candidates; `None` if it takes them, or no method has any.
+    """
+    method = next(filter(has_candidates, methods), None)  # what is refused is any tree, whatever its size
+    if method is None:
+        return None
+    try:
+        decode_all(method, prompts[:1], max_new_tokens, 1, pad_token_id, show_progress=False)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _shapes(batches: list[list[list[int]]]) -> list[list[list[int]]]:

@@ -100,6 +100,7 @@ def run_decode(options: argparse.Namespace) -> str:
         options.compile,
         pad_token_id,
         show_progress=sys.stderr.isatty(),
+        candidates=options.candidates,
     )
     return finish({**report, "name": options.model or options.shape}, format_comparison(report), options)
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from .._host import base_model_of
 from ..text import format_table
-from .benchmark import DecodingMethod, DecodingResult, benchmark_decoding, compile_notes
+from .benchmark import (
+    DecodingMethod,
+    DecodingResult,
+    benchmark_decoding,
+    check_candidates,
+    compile_notes,
+    find_refusal,
+    has_candidates,
+)
 from .environment import describe_environment, format_environment
 from .forwards import compare_widths, relative_cost
 
@@ -23,6 +32,7 @@ def make_methods(
     assistant: Any = None,
     prompt_lookup: bool = True,
     is_compiled: bool = False,
+    candidates: Sequence[int] = (),
 ) -> list[DecodingMethod]:
     """
     List the ways to decode, `generate()` first.
@@ -33,6 +43,8 @@ def make_methods(
         assistant (`transformers.PreTrainedModel`, *optional*): draft model of assisted decoding.
         prompt_lookup (`bool`): whether to have prompt lookup too.
         is_compiled (`bool`): whether to have `generate()` and Jacobi decoding with a compiled forward too.
+        candidates (`Sequence[int]`): values of `jacobi_candidates`, each for a further method with every block size;
+            0 adds none.
 
     Returns:
         `list[DecodingMethod]`.
@@ -45,22 +57,30 @@ def make_methods(
         methods.append(DecodingMethod("prompt lookup", model, options))
     if assistant is not None:
         methods.append(DecodingMethod("assisted", model, {**greedy, "assistant_model": assistant}))
-    jacobi = [{"decoding": "jacobi", "jacobi_block_size": block_size} for block_size in block_sizes]
-    methods += [DecodingMethod(f"jacobi {options['jacobi_block_size']}", model, options) for options in jacobi]
+    counts = dict.fromkeys([0, *candidates])
+    methods += [_jacobi_method(model, block_size, count) for block_size in block_sizes for count in counts]
     if is_compiled:
         static = {**greedy, "cache_implementation": "static"}
         methods.append(DecodingMethod("generate(), compiled", model, static, is_compiled=True))
         methods += [
-            DecodingMethod(
-                f"jacobi {options['jacobi_block_size']}, compiled",
-                model,
-                {**options, "jacobi_compile": True},
-                is_compiled=True,
-            )
-            for options in jacobi
-            if options["jacobi_block_size"] != "auto"  # a compiled forward has one shape
+            _jacobi_method(model, block_size, is_compiled=True)
+            for block_size in block_sizes
+            if block_size != "auto"  # a compiled forward pass has one shape
         ]
     return methods
+
+
+def _jacobi_method(
+    model: Any, block_size: int | str, num_candidates: int = 0, is_compiled: bool = False
+) -> DecodingMethod:
+    name = f"jacobi {block_size}"
+    # Said without candidates too, as the model's generation config may have some.
+    options = {"decoding": "jacobi", "jacobi_block_size": block_size, "jacobi_candidates": num_candidates}
+    if num_candidates:
+        name += f", {num_candidates} candidate{'s' * (num_candidates > 1)}"
+    if is_compiled:
+        name, options = f"{name}, compiled", {**options, "jacobi_compile": True}
+    return DecodingMethod(name, model, options, is_compiled)
 
 
 def compare_decoding(
@@ -74,6 +94,7 @@ def compare_decoding(
     is_compiled: bool = False,
     pad_token_id: int = 0,
     show_progress: bool = True,
+    candidates: Sequence[int] = (),
 ) -> dict[str, Any]:
     """
     Measure all ways to decode on the same prompts, and the cost of the forwards that they make.
@@ -89,22 +110,34 @@ def compare_decoding(
         is_compiled (`bool`): whether to have compiled forwards too.
         pad_token_id (`int`): what pads prompts; it is masked.
         show_progress (`bool`): whether to draw a progress bar.
+        candidates (`Sequence[int]`): values of `jacobi_candidates`, each for a further row with every block size. A
+            model that refuses them has no such rows, and a note says why.
 
     Returns:
         `dict`: everything that was measured, ready for JSON; `format_comparison` makes a text of it.
 
     Raises:
-        ValueError: if there are no prompts, an assistant is given for a batch, or the model refuses an option.
+        ValueError: if there are no prompts, an assistant is given for a batch, `candidates` has something else than
+            integers of at least 0, or the model refuses another option.
     """
     check_assistant(assistant, batch_size)
-    methods = make_methods(model, block_sizes, assistant, batch_size == 1, is_compiled)
+    check_candidates(candidates)
+    methods = make_methods(model, block_sizes, assistant, batch_size == 1, is_compiled, candidates)
+    refusal = find_refusal(methods, prompts, max_new_tokens, pad_token_id)
+    if refusal is not None:
+        methods = [method for method in methods if not has_candidates(method)]
     results = benchmark_decoding(methods, prompts, max_new_tokens, show_progress, batch_size, repeats, pad_token_id)
     cache_length = _middle_length(prompts, results[0])
-    widths = [1, *(size for size in block_sizes if isinstance(size, int)), *_auto_widths(methods, results)]
+    # A tree has more tokens than positions, so that as many in a row may be more than the model has.
+    most = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - cache_length
+    changing = [width for width in _changing_widths(methods, results) if width <= most]
+    widths = [1, *(size for size in block_sizes if isinstance(size, int)), *changing]
     forwards = compare_widths(model, widths, cache_length, min(batch_size, len(prompts)))
     notes = []
     if batch_size > 1:
         notes.append("Prompt lookup is left out: transformers decodes one prompt at a time by it.")
+    if refusal is not None:
+        notes.append(f"Candidates are left out: {refusal}")
     notes += compile_notes(methods)
     return {
         "kind": "decode",
@@ -213,14 +246,16 @@ def _middle_length(prompts: Sequence[list[int]], result: DecodingResult) -> int:
     return max(int(prompt_length + statistics.median(map(len, result.responses)) / 2), 1)
 
 
-def _auto_widths(methods: Sequence[DecodingMethod], results: Sequence[DecodingResult]) -> list[int]:
-    """The widths that forwards with block size "auto" mostly have."""
-    return [
-        width
-        for method, result in zip(methods, results)
-        if method.options.get("jacobi_block_size") == "auto"
-        for width, _ in result.widths.most_common(_NUM_AUTO_WIDTHS)
-    ]
+def _changing_widths(methods: Sequence[DecodingMethod], results: Sequence[DecodingResult]) -> list[int]:
+    """With block size "auto" the widths that forward passes mostly have, with candidates the middle and the widest."""
+    found: list[int] = []
+    for method, result in zip(methods, results):
+        if has_candidates(method):
+            widths = sorted(result.widths.elements())
+            found += [widths[len(widths) // 2], widths[-1]] if widths else []
+        elif method.options.get("jacobi_block_size") == "auto":
+            found += [width for width, _ in result.widths.most_common(_NUM_AUTO_WIDTHS)]
+    return found
 
 
 def _row(
@@ -228,9 +263,10 @@ def _row(
 ) -> dict[str, Any]:
     block_size = method.options.get("jacobi_block_size")
     cost = None
-    if isinstance(block_size, int) and not method.is_compiled:
+    changes_width = block_size == "auto" or has_candidates(method)
+    if isinstance(block_size, int) and not changes_width and not method.is_compiled:
         cost = relative_cost(forwards, block_size)
-    elif block_size == "auto" and result.widths:
+    elif changes_width and result.widths:
         total = sum(count * relative_cost(forwards, width) for width, count in result.widths.items())
         cost = total / sum(result.widths.values())
     # `generate()` makes a forward a token, but in a batch its ended rows stay until the last one has.

@@ -49,6 +49,7 @@ def run_models(options: argparse.Namespace) -> str:
         block_size=options.block_size,
         max_new_tokens=options.max_new_tokens,
         more_block_sizes=options.more_block_sizes,
+        candidates=options.candidates,
         judge=None if answers is None else make_equality_judge(tokenizer, answers),
         more_prompts=prompts[options.num_prompts :],
         assistant=assistant,

@@ -13,8 +13,11 @@ from .benchmark import (
     DecodingMethod,
     DecodingResult,
     benchmark_decoding,
+    check_candidates,
     compile_notes,
     decode_all,
+    find_refusal,
+    has_candidates,
     stop_ids_of,
 )
 from .comparison import make_methods, raw_result
@@ -43,6 +46,7 @@ def compare_models(
     block_size: int,
     max_new_tokens: int,
     more_block_sizes: Sequence[int | str] = (),
+    candidates: Sequence[int] = (),
     judge: Judge | None = None,
     more_prompts: Sequence[list[int]] = (),
     assistant: Any = None,
@@ -68,6 +72,8 @@ def compare_models(
         max_new_tokens (`int`): longest response.
         more_block_sizes (`Sequence[int | str]`): further values of `jacobi_block_size`, `"auto"` too, for rows of
             both models.
+        candidates (`Sequence[int]`): values of `jacobi_candidates`, each for a further row beside every row by Jacobi.
+            A model that refuses them has no such rows, and a note says why.
         judge (`Callable[[list[list[int]]], list[Judgement]]`, *optional*): says of each response to
             `[*prompts, *more_prompts]`, in that order, whether it is right. It gets token ids with the stop token, if
             the response has one, and is called once for each distinct list of responses.
@@ -85,20 +91,22 @@ def compare_models(
 
     Raises:
         ValueError: if there are no prompts, an empty one, or one with a token that the models do not have, a number is
-            below 1, vocabularies differ, models share weights, the judge gives another number of judgements, or a
-            model refuses an option.
+            below 1, `candidates` has something else than integers of at least 0, vocabularies differ, models share
+            weights, the judge gives another number of judgements, or a model refuses another option.
     """
     check_block_size(block_size, "block_size")
     for size in more_block_sizes:
         check_block_size(size, "more_block_sizes", allows_auto=True)
+    check_candidates(candidates)
     _check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=repeats)
     _check_models(target, cllm, assistant)
     _check_prompts(prompts, more_prompts, target)
     models = {"target": target, "cllm": cllm}
     block_sizes = list(dict.fromkeys([block_size, *more_block_sizes]))
-    runs = _list_runs(models, block_sizes, assistant, is_compiled)
-    methods = [run.method for run in runs]
+    runs = _list_runs(models, block_sizes, assistant, is_compiled, candidates)
     with _evaluation_mode(target, cllm, assistant):
+        runs, refusals = _leave_out_refused(runs, prompts, max_new_tokens, pad_token_id)
+        methods = [run.method for run in runs]
         results = benchmark_decoding(
             methods, prompts, max_new_tokens, show_progress, repeats=repeats, pad_token_id=pad_token_id
         )
@@ -124,6 +132,7 @@ def compare_models(
     described = {name: _describe(model) for name, model in {**models, "assistant": assistant}.items() if model}
     compared = _compare_responses(baselines["target"], baselines["cllm"], max_new_tokens)
     notes = [*_window_notes(models, [*prompts, *more_prompts], max_new_tokens), *notes, *compile_notes(methods)]
+    notes += refusals
     notes += _collapse_notes(compared, [run for run in runs if run.model == "cllm"], max_new_tokens)
     return {
         "kind": "models",
@@ -157,17 +166,36 @@ class _Run:
 
 
 def _list_runs(
-    models: dict[str, Any], block_sizes: Sequence[int | str], assistant: Any, is_compiled: bool
+    models: dict[str, Any],
+    block_sizes: Sequence[int | str],
+    assistant: Any,
+    is_compiled: bool,
+    candidates: Sequence[int] = (),
 ) -> list[_Run]:
+    options: dict[str, Any] = {"is_compiled": is_compiled, "candidates": candidates}
     listed = {
-        "target": make_methods(models["target"], block_sizes, assistant, is_compiled=is_compiled),
-        "cllm": make_methods(models["cllm"], block_sizes, prompt_lookup=False, is_compiled=is_compiled),
+        "target": make_methods(models["target"], block_sizes, assistant, **options),
+        "cllm": make_methods(models["cllm"], block_sizes, prompt_lookup=False, **options),
     }
     return [
         _Run(name, replace(method, name=f"{TITLES[name]}, {method.name}"), DecodingResult(method.name), [])
         for name, methods in listed.items()
         for method in methods
     ]
+
+
+def _leave_out_refused(
+    runs: list[_Run], prompts: Sequence[list[int]], max_new_tokens: int, pad_token_id: int
+) -> tuple[list[_Run], list[str]]:
+    """Without the candidates of a model that takes none, and why as notes."""
+    notes = []
+    for name in TITLES:
+        methods = [run.method for run in runs if run.model == name]
+        refusal = find_refusal(methods, prompts, max_new_tokens, pad_token_id)
+        if refusal is not None:
+            runs = [run for run in runs if run.model != name or not has_candidates(run.method)]
+            notes.append(f"Candidates are left out for the {TITLES[name]}: {refusal}")
+    return runs, notes
 
 
 def _check_counts(**counts: int) -> None:

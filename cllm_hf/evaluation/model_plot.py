@@ -11,7 +11,7 @@ from ..files import check_writable_file, write_whole
 
 # Told apart also by those who are color-blind; the shapes of the points tell the ways to decode apart.
 _COLORS = {"target": "#0072B2", "cllm": "#D55E00"}
-_MARKERS = {"generate()": "o", "prompt lookup": "^", "assisted": "D", "jacobi": "s"}
+_MARKERS = {"generate()": "o", "prompt lookup": "^", "assisted": "D", "jacobi": "s", "candidates": "P"}
 _TITLE = "speed-up over the target model's generate()"
 
 
@@ -96,6 +96,8 @@ def _draw_bars(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def _marker(name: str) -> str:
     way = name.split(", ")[1]
+    if "candidate" in name:
+        return _MARKERS["candidates"]
     return _MARKERS[way.split(" ")[0] if way.startswith("jacobi") else way]
 
 

@@ -11,7 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from ..options import check_block_size
+from ..options import JacobiOptions, check_block_size
 from ..training.config import CLLMConfig
 from ..trajectories.cleaning import CleaningRules
 from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
@@ -94,6 +94,7 @@ class EvaluateOptions:
         more_prompts (`int`, *optional*): further ones whose answers are judged but not timed; by default all others.
         max_new_tokens (`int`, *optional*): by default that of the top level.
         more_block_sizes (`list[int | str]`): block sizes, or `"auto"`, for further rows of both models by Jacobi.
+        candidates (`list[int]`): values of `jacobi_candidates`, for a further row each beside every row by Jacobi.
         batch_size (`int`): of the further ones.
         repeats (`int`): rounds over the timed ones.
         is_compiled (`bool`): whether to add compiled `generate()` and Jacobi.
@@ -105,6 +106,7 @@ class EvaluateOptions:
     more_prompts: int | None = None
     max_new_tokens: int | None = None
     more_block_sizes: list[Any] = dataclasses.field(default_factory=list)
+    candidates: list[Any] = dataclasses.field(default_factory=list)
     batch_size: int = 32
     repeats: int = 1
     is_compiled: bool = False
@@ -116,6 +118,8 @@ class EvaluateOptions:
             _check_count(f"evaluate.{name}", getattr(self, name), least)
         for size in self.more_block_sizes:
             check_block_size(size, "evaluate.more_block_sizes", allows_auto=True)
+        for count in self.candidates:
+            JacobiOptions(candidates=count)
 
 
 @dataclasses.dataclass

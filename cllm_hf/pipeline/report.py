@@ -61,6 +61,7 @@ def evaluate_models(
         block_size=options.block_size,
         max_new_tokens=section.max_new_tokens or options.max_new_tokens,
         more_block_sizes=section.more_block_sizes,
+        candidates=section.candidates,
         judge=judge if task.has_metric else None,
         more_prompts=prompts[section.num_prompts :] if task.has_metric else (),
         assistant=None if draft is None else load_for_decoding(options, draft, section.dtype, section.device),
