@@ -216,7 +216,7 @@ def test_check_record_accepts_a_record():
         ({"states": [[[3, 4]], []]}, "each with at least one state"),
         ({"states": []}, "block_size"),
         ({"states": [[[1, 1], [3, 4]], [[2, 0], [6, 0]]]}, "do not end in its response"),
-        ({"response_ids": []}, "empty prompt or response"),
+        ({"response_ids": []}, "needs tokens in the column `response_ids`"),
     ],
 )
 def test_check_record_refuses(change, message):

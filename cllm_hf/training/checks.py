@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..options import DEFAULT_BLOCK_SIZE
-from ..trajectories.schema import check_dataset, check_record
+from ..trajectories.schema import check_dataset, check_record, check_response
 from .config import CLLMConfig
 
 
@@ -94,24 +94,6 @@ def _check_lengths(dataset: Dataset, config: CLLMConfig, least: int) -> None:
                     "with `dataset.filter`."
                 )
         start += len(table)
-
-
-def check_response(record: Mapping[str, Any]) -> None:
-    """
-    Check what training without stored states needs of a record.
-
-    Args:
-        record (`Mapping[str, Any]`): a row.
-
-    Raises:
-        ValueError: if it has no prompt or no response, as token ids.
-    """
-    for name in ("prompt_ids", "response_ids"):
-        if not record.get(name):
-            raise ValueError(
-                f"Training needs tokens in the column `{name}`, got none in record {record.get('data_id', '?')}. "
-                "Build the dataset with `cllm_hf.TrajectoryBuilder`, or drop that record."
-            )
 
 
 def get_labels(record: Mapping[str, Any]) -> list[int]:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..trajectories.schema import check_record, num_blocks
+from ..blocks.layout import num_blocks
+from ..trajectories.schema import check_record, check_response
 from .batch import TrainingBatch
-from .checks import check_response, get_labels
+from .checks import get_labels
 
 
 class TrajectoryCollator:

@@ -179,8 +179,12 @@ def check_response(record: Mapping[str, Any]) -> None:
     """
     name, prompt, response = (record.get(column) for column in ("data_id", "prompt_ids", "response_ids"))
     name = "?" if name is None else name
-    if not prompt or not response:
-        raise ValueError(f"Record {name} has an empty prompt or response. Drop it from the dataset.")
+    for column, tokens in (("prompt_ids", prompt), ("response_ids", response)):
+        if not tokens:
+            raise ValueError(
+                f"A record needs tokens in the column `{column}`, got none in record {name}. Build the dataset with "
+                "`cllm_hf.TrajectoryBuilder`, or drop that record."
+            )
     _check_missing(name, [[prompt, response]], "`prompt_ids` and `response_ids`")
 
 
