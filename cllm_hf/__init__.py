@@ -16,6 +16,9 @@ from .integration import register, set_jacobi_defaults, unregister
 
 if TYPE_CHECKING:
     from .decoding.output import JacobiOutput, JacobiStats
+    from .decoding.registry import register_strategy
+    from .decoding.rows import Row
+    from .decoding.strategy import Proposal, Room, Strategy
     from .evaluation.metrics.classes import DecodingSpeed, GSM8KAccuracy, SpiderAccuracy
     from .export import export_custom_generate
     from .loading import load_cllm
@@ -40,7 +43,11 @@ __all__ = [
     "GSM8KAccuracy",
     "JacobiOutput",
     "JacobiStats",
+    "Proposal",
+    "Room",
+    "Row",
     "SpiderAccuracy",
+    "Strategy",
     "TrajectoryBuilder",
     "TrajectoryPicture",
     "TrajectoryStatistics",
@@ -51,6 +58,7 @@ __all__ = [
     "measure_trajectories",
     "push_trajectories",
     "register",
+    "register_strategy",
     "set_jacobi_defaults",
     "unregister",
 ]
@@ -64,6 +72,11 @@ _LAZY = {
     "GSM8KAccuracy": ".evaluation.metrics.classes",
     "JacobiOutput": ".decoding.output",
     "JacobiStats": ".decoding.output",
+    "Proposal": ".decoding.strategy",
+    "Room": ".decoding.strategy",
+    "Row": ".decoding.rows",
+    "Strategy": ".decoding.strategy",
+    "register_strategy": ".decoding.registry",
     "SpiderAccuracy": ".evaluation.metrics.classes",
     "TrajectoryBuilder": ".trajectories.builder",
     "TrajectoryPicture": ".trajectories.showing",

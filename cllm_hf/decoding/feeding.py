@@ -189,8 +189,8 @@ class Feed:
     def _check_keeps_places(self) -> None:
         if self._needs_tree and not self.memory.keeps_places:
             raise ValueError(
-                f"Candidates need a cache that keeps tokens by their places, which {type(self.model).__name__} does "
-                "not have. Drop `jacobi_candidates`."
+                f"A tree of candidates needs a cache that keeps tokens by their places, which "
+                f"{type(self.model).__name__} does not have. Drop `jacobi_candidates`."
             )
 
     def _next_pending(self, row: Row, verdict: Verdict, num_kept: int, width: int | None) -> Pending:
