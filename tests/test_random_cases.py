@@ -15,6 +15,12 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 import cllm_hf  # noqa: F401
 
 
+FUZZ = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": list(HealthCheck),
+    "database": None,
+}
 SINGLE_ROWS = ["mamba", "mamba2", "openai-gpt", "rwkv", "deepseek_v4"]
 OTHERS = ["qwen3_next", "falcon_h1", "lfm2", "llama4_text", "bloom", "opt", "roberta", "gemma3n_text", "deepseek_v3"]
 NAMES = sorted([*CONFIGS, *SINGLE_ROWS, *OTHERS])
@@ -83,7 +89,7 @@ def generate(model, prompts, options, own, **extra):
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=2000, **FUZZ)
 @given(cases())
 def test_random_cases(case):
     name, prompts, options, own, block_size, uses_cache = case
@@ -100,6 +106,41 @@ def test_random_cases(case):
     assert max(map(max, stats.num_committed)) <= (64 if block_size == "auto" else block_size)
 
 
+TAKES_TREES = sorted([*CONFIGS, "deepseek_v3", "opt", "gemma3n_text", "roberta"])
+
+
+@st.composite
+def candidate_cases(draw):
+    name, prompts, options, own, block_size, _ = draw(cases().filter(lambda case: case[0] in TAKES_TREES))
+    return name, prompts, options, own, block_size, draw(st.sampled_from([2, 4]))
+
+
+def check_candidates(case):
+    name, prompts, options, own, block_size, candidates = case
+    model = model_of(name)
+    if options["do_sample"]:
+        options = {**options, "jacobi_seed": 7}
+        expected = generate(model, prompts, options, own, jacobi_block_size=1)
+    else:
+        expected = generate(model, prompts, options, own)
+    output = generate(model, prompts, options, own, jacobi_block_size=block_size, jacobi_candidates=candidates)
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    assert output.jacobi_stats.num_forwards <= output.sequences.shape[1] - prompts["input_ids"].shape[1]
+
+
+@settings(max_examples=40, **FUZZ)
+@given(candidate_cases())
+def test_a_few_random_cases_with_candidates(case):
+    check_candidates(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, **FUZZ)
+@given(candidate_cases())
+def test_random_cases_with_candidates(case):
+    check_candidates(case)
+
+
 @st.composite
 def bfloat16_cases(draw):
     name = draw(st.sampled_from([name for name in NAMES if name not in SINGLE_ROWS]))
@@ -107,7 +148,7 @@ def bfloat16_cases(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=300, **FUZZ)
 @given(bfloat16_cases())
 @torch.no_grad()
 def test_differences_in_bfloat16_sit_at_near_ties(case):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,26 +13,67 @@ from .._host import PLAIN_ATTENTION, attention_implementation
 
 
 _REMEDY = 'Pass `decoding="autoregressive"` for it.'
-# Several tokens after a cached prefix do not see all of it, or not at the right places. One at a time they do.
-_NO_LATER_STEPS = {"deepseek_v4", "falcon_mamba", "jamba", "mamba", "recurrent_gemma", "zamba"}
-# Layers that group tokens by where they stand in a row, padding included.
-_COUNTS_PADDING = {"llama4", "llama4_text", "recurrent_gemma"}
-# The host itself decodes padded rows differently with a cache and without, or in one step and in several.
-_NO_PADDING = {"deepseek_v4", "git", "minimax_m3_vl_text"}
-# The same with any batch.
-_NO_BATCHES = {"rwkv"}
 # What a position says depends on more than the tokens before it, so that no later token can be guessed.
-_DISAGREES = "the host's forward over several tokens and its step over one do not agree in this architecture"
-_REFUSED = {
-    "blt": _DISAGREES,
-    "cpmant": "it reads the whole text in both directions, so that a later token changes what is said at earlier ones",
-    "nemotron_h": _DISAGREES + " (one limits the time step, the other does not)",
-    "prophetnet": "its decoder takes one token at a time once it has a cache",
-    "reformer": "its attention groups the whole text, so that a later token changes what is said at earlier ones",
-    "xlm": "it says only what a mask token at the end of the text stands for, one token a forward",
-    "xlnet": "it says only what a dummy token at the end of the text stands for, one token a forward",
-    "zamba2": _DISAGREES + " (one limits the time step, the other does not)",
+_DISAGREES = "transformers' forward pass over several tokens and its step over one do not agree in this architecture"
+_OWN_MASK = "its attention has a mask of its own, of the length of the text"
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """
+    What an architecture cannot do.
+
+    Attributes:
+        refused (`str`): why several tokens cannot be verified, nor packed, in one forward pass; empty if they can.
+        unpacked (`str`): why blocks cannot be packed after their sequence, where nothing else tells.
+        no_later_steps (`bool`): whether several tokens after a cached prefix do not see all of it, or not at the right
+            places. One at a time they do.
+        counts_padding (`bool`): whether layers group tokens by where they stand in a row, padding included.
+        no_padding (`bool`): whether transformers itself decodes padded rows differently with a cache and without, or
+            in one step and in several.
+        no_batches (`bool`): the same with any batch.
+    """
+
+    refused: str = ""
+    unpacked: str = ""
+    no_later_steps: bool = False
+    counts_padding: bool = False
+    no_padding: bool = False
+    no_batches: bool = False
+
+
+# By `model_type`: every exception of a single architecture, for decoding and for packing.
+_LIMITS = {
+    "blt": _Limits(refused=_DISAGREES),
+    "cpmant": _Limits(
+        refused="it reads the text in both directions, so that a later token changes what is said at earlier ones"
+    ),
+    "deepseek_v4": _Limits(no_later_steps=True, no_padding=True),
+    "falcon_mamba": _Limits(no_later_steps=True),
+    "git": _Limits(no_padding=True),
+    "jamba": _Limits(no_later_steps=True),
+    "llama4": _Limits(counts_padding=True),
+    "llama4_text": _Limits(counts_padding=True),
+    "mamba": _Limits(no_later_steps=True),
+    "minimax_m3_vl_text": _Limits(no_padding=True),
+    "nemotron_h": _Limits(refused=_DISAGREES + " (one limits the time step, the other does not)"),
+    "openai-gpt": _Limits(unpacked=_OWN_MASK),
+    "prophetnet": _Limits(refused="its decoder takes one token at a time once it has a cache"),
+    "recurrent_gemma": _Limits(no_later_steps=True, counts_padding=True),
+    "reformer": _Limits(
+        refused="its attention groups the whole text, so that a later token changes what is said at earlier ones"
+    ),
+    "rwkv": _Limits(no_batches=True),
+    "xlm": _Limits(refused="it says only what a mask token at the end of the text stands for, one token a pass"),
+    "xlnet": _Limits(refused="it says only what a dummy token at the end of the text stands for, one token a pass"),
+    "zamba": _Limits(no_later_steps=True),
+    "zamba2": _Limits(refused=_DISAGREES + " (one limits the time step, the other does not)"),
 }
+_NO_LIMITS = _Limits()
+
+
+def _limits_of(model: PreTrainedModel) -> _Limits:
+    return _LIMITS.get(model.config.model_type, _NO_LIMITS)
 
 
 def forgets_between_steps(model: PreTrainedModel) -> bool:
@@ -44,7 +86,7 @@ def forgets_between_steps(model: PreTrainedModel) -> bool:
     Returns:
         `bool`.
     """
-    return model.config.model_type in _NO_LATER_STEPS
+    return _limits_of(model).no_later_steps
 
 
 def needs_same_length(model: PreTrainedModel) -> bool:
@@ -60,8 +102,9 @@ def needs_same_length(model: PreTrainedModel) -> bool:
         `bool`.
     """
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    # Rows of different lengths are padded, be it by the user or by the window.
-    return not takes_positions or model.config.model_type in _COUNTS_PADDING | _NO_PADDING
+    limits = _limits_of(model)
+    # Rows of different lengths are padded, be it by the user or by the loop.
+    return not takes_positions or limits.counts_padding or limits.no_padding
 
 
 def check_model(model: PreTrainedModel, batch_size: int, is_padded: bool) -> None:
@@ -77,16 +120,16 @@ def check_model(model: PreTrainedModel, batch_size: int, is_padded: bool) -> Non
         ValueError: for an architecture whose output at a position depends on more than the tokens before it, and for
             a batch where the model, or the host with this model, cannot do with one.
     """
-    reason = _REFUSED.get(model.config.model_type)
-    if reason is not None:
-        raise ValueError(f'`decoding="jacobi"` does not support {type(model).__name__}: {reason}. {_REMEDY}')
+    limits = _limits_of(model)
+    if limits.refused:
+        raise ValueError(f'`decoding="jacobi"` does not support {type(model).__name__}: {limits.refused}. {_REMEDY}')
     takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
-    if batch_size > 1 and (not takes_mask or model.config.model_type in _NO_BATCHES):
+    if batch_size > 1 and (not takes_mask or limits.no_batches):
         raise ValueError(
             f"{type(model).__name__} does not make use of an `attention_mask`, so that its rows must be decoded one "
             f"by one, got a batch of {batch_size}. {_REMEDY}"
         )
-    if is_padded and model.config.model_type in _NO_PADDING:
+    if is_padded and limits.no_padding:
         raise ValueError(
             f"{type(model).__name__} does not decode padded rows the same way in one step and in several, got an "
             f"`attention_mask` with zeros. Decode rows of different lengths one by one. {_REMEDY}"
@@ -188,7 +231,7 @@ def check_trees(model: PreTrainedModel) -> None:
         check_packable(model)
     except ValueError as error:
         reason = str(error)
-    if model.config.model_type in _NO_LATER_STEPS:
+    if forgets_between_steps(model):
         reason = "It does not see all of what it has cached when several tokens follow."
     elif needs_same_length(model):
         reason = reason or "It finds positions by counting columns."
@@ -212,6 +255,12 @@ def check_packable(model: PreTrainedModel) -> None:
     """
     config = model.config.get_text_config()
     name = type(model).__name__
+    limits = _limits_of(model)
+    if limits.refused or limits.unpacked:
+        raise ValueError(
+            f"Packed forward passes do not support {name}: {limits.refused or limits.unpacked}. Use another model, "
+            "such as Llama, Qwen, Gemma, GPT-2 or GPT-NeoX."
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
         raise ValueError(
             f"{name} finds positions by itself, so that blocks cannot be packed behind their sequence. Use a model "
