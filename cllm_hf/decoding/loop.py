@@ -25,9 +25,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..options import JacobiOptions
+from .block_size import Pace, make_pace
 from .feeding import Feed
 from .output import JacobiOutput, JacobiStats
-from .pacing import FixedPace, make_pace
 from .registry import make_strategy
 from .rows import Row
 from .sampling import GumbelNoise
@@ -125,7 +125,7 @@ def decode(
     return JacobiOutput(sequences=cast(torch.LongTensor, sequences), past_key_values=cache, jacobi_stats=stats)
 
 
-def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: FixedPace) -> None:
+def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> None:
     """One forward pass, and what came of it."""
     rows = feed.rows
     # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
