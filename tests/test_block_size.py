@@ -100,7 +100,7 @@ def test_close_to_the_best_fixed_size_learning_included(simulate, slope, chances
 def test_drafts_that_do_not_pay_cost_little_of_a_few_short_texts(simulate, slope, chances):
     simulation = simulate(slope, chances)
     plain = simulation.mean_seconds(1, 100)
-    assert sum(simulation.mean_seconds("auto", 6) for _ in range(10)) / 10 <= 1.05 * plain
+    assert sum(simulation.mean_seconds("auto", 6) for _ in range(10)) / 10 <= 1.06 * plain
 
 
 def test_wide_blocks_after_the_first_texts_where_they_cost_nothing(simulate):
@@ -144,7 +144,7 @@ def test_nothing_is_known_of_a_new_model(simulate):
     simulation, model = simulate(0.3, (0.0,)), Model()
     simulation.run(model)
     assert make_pace(model, "auto").block_size(1, 99) == 1
-    assert make_pace(Model(), "auto").block_size(1, 99) == 8
+    assert make_pace(Model(), "auto").block_size(1, 99) == 16
 
 
 def test_the_first_times_of_a_size_count_by_the_least():
@@ -203,7 +203,7 @@ def test_a_model_is_copied_saved_and_pickled_without_what_was_measured(simulate,
     ]
     assert b"cllm_hf.decoding" not in pickle.dumps(model)  # is loaded where this package is missing
     for other in copies:
-        assert make_pace(other, "auto").block_size(1, 99) == 8
+        assert make_pace(other, "auto").block_size(1, 99) == 16
     assert make_pace(model, "auto").block_size(1, 99) == 1
 
 

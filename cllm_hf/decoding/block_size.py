@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ..options import AUTO
+from ..options import AUTO, DEFAULT_BLOCK_SIZE
 
 
 _ATTRIBUTE = "_cllm_hf_measurements"
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-# The first size, iterations at it, without drafts, and until a choice is looked at again: twice as many if it stays.
-_FIRST, _FIRST_STAY, _NARROWEST_STAY, _STAY, _LONGEST_STAY = 8, 4, 3, 5, 40
+# Iterations at the first size, without drafts, and until a choice is looked at again: twice as many while it stays.
+_FIRST_STAY, _NARROWEST_STAY, _STAY, _LONGEST_STAY = 4, 3, 8, 40
 
 
 class Measurements:
@@ -37,7 +37,7 @@ class Measurements:
         self.gained[index] += np.minimum(np.array(counts)[:, None], _SIZES).sum(0)
 
     def gains(self) -> dict[int, float]:
-        """Tokens that blocks may gain, up to twice the widest known; with a little hope where there are few samples."""
+        """Tokens that blocks may gain, up to twice the widest known, with a little hope where samples are few."""
         means = (self.gained + 0.1 * np.array(_SIZES)) / (self.weights[:, None] + 0.1)
         means[0], known, most = 1.0, [0], 1.0
         for index in map(int, np.flatnonzero(self.weights[1:] >= 2.5) + 1):
@@ -47,11 +47,8 @@ class Measurements:
         # Upper bounds: of wider blocks, cut to this size; of the widest, as a power of the size, at most its root.
         widest, gain = _SIZES[known[-1]], means[known[-1], known[-1]]
         reached = gain * (np.array(_SIZES) / widest) ** min(np.log(gain) / np.log(widest) if widest > 1 else 0.5, 0.5)
-        return {
-            size: float(min([means[other, index] for other in known if other >= index][:2] or [reached[index]]))
-            for index, size in enumerate(_SIZES)
-            if size <= max(2 * widest, 8)
-        }
+        bounds = [[means[other, i] for other in known if other >= i][:2] or [most] for i, most in enumerate(reached)]
+        return {size: float(min(one)) for size, one in zip(_SIZES, bounds) if size <= max(2 * widest, 8)}
 
     def add_time(self, num_rows: int, block_size: int, seconds: float) -> None:
         times, key = self.seconds.setdefault(num_rows.bit_length(), {}), (num_rows.bit_length(), block_size)
@@ -81,7 +78,8 @@ class Pace:
 
     def __init__(self, size: int, measurements: Measurements | None = None):
         self.max_block_size = size if measurements is None else _SIZES[-1]
-        self._size, self._measured, self._last_time, self._last_size = size, measurements, 0.0, 0
+        self._size, self._measured, self._has_grown = size, measurements, False
+        self._last_time, self._last_size = 0.0, 0
         self._stay, self._left = _STAY, 0 if measurements and measurements.weights.any() else _FIRST_STAY
 
     def block_size(self, num_rows: int, limit: int) -> int:
@@ -96,7 +94,8 @@ class Pace:
         if measured is not None and self._last_size:  # the prefill takes a time of its own
             if block_size == self._size:
                 measured.add_time(len(counts), block_size, now - self._last_time)
-            if self._last_size > 1 or self._size == 1:  # otherwise there was nothing to draft from
+            has_grown, self._has_grown = self._has_grown, block_size > self._last_size
+            if not has_grown and not self._has_grown:  # a draft that has just grown is worse than it will be
                 measured.add_counts(self._size, counts)
         self._left, self._last_time, self._last_size = self._left - 1, now, block_size
 
@@ -117,4 +116,4 @@ def make_pace(model: Any, block_size: int | str) -> Pace:
         return Pace(int(block_size))
     if not isinstance(vars(model).get(_ATTRIBUTE), Measurements):
         vars(model)[_ATTRIBUTE] = Measurements()
-    return Pace(_FIRST, vars(model)[_ATTRIBUTE])
+    return Pace(DEFAULT_BLOCK_SIZE, vars(model)[_ATTRIBUTE])
