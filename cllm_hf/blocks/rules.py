@@ -37,6 +37,25 @@ def count_accepted(draft: list[int], predicted: list[int]) -> int:
     return next((place for place, token in enumerate(draft) if token != predicted[place]), len(draft))
 
 
+def confirmed_by(
+    token_ids: list[int], parents: list[int], is_drafter: list[bool] | None = None
+) -> dict[tuple[int, int], int]:
+    """
+    Find which guess of a tree a prediction confirms.
+
+    Args:
+        token_ids (`list[int]`): the anchor, then the guesses.
+        parents (`list[int]`): for each place, the place of the token before it; -1 for the anchor. Siblings differ.
+        is_drafter (`list[bool]`, *optional*): places at which nothing is accepted.
+
+    Returns:
+        `dict[tuple[int, int], int]`: for a place and the model's token after it, the place of the guess that is
+        accepted.
+    """
+    places = enumerate(zip(parents, token_ids))
+    return {key: place for place, key in places if is_drafter is None or not is_drafter[place]}
+
+
 def accepted_path(
     token_ids: list[int], parents: list[int], predicted: list[int], is_drafter: list[bool] | None = None
 ) -> list[int]:
@@ -52,13 +71,9 @@ def accepted_path(
     Returns:
         `list[int]`: places of the anchor and of the accepted tokens. The prediction at the last is the bonus token.
     """
-    children = {
-        (parent, token): place
-        for place, (parent, token) in enumerate(zip(parents, token_ids))
-        if is_drafter is None or not is_drafter[place]
-    }
+    confirmed = confirmed_by(token_ids, parents, is_drafter)
     path = [0]
-    while (child := children.get((path[-1], predicted[path[-1]]))) is not None:
+    while (child := confirmed.get((path[-1], predicted[path[-1]]))) is not None:
         path.append(child)
     return path
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.generation import logits_process
 
+from ..blocks.rules import confirmed_by
 from .rows import Row, Verdict
 from .strategy import Proposal
 from .verify import Verifier
@@ -66,13 +67,8 @@ class _Walk:
         self._tokens: list[int] = []
         self._path: list[int] = []
         self._num_own = 0
-        parents = proposal.parents or range(-1, len(proposal.token_ids) - 1)
-        flags = proposal.is_drafter or [False] * len(proposal.token_ids)
-        self._children = {
-            (parent, token): place
-            for place, (parent, token) in enumerate(zip(parents, proposal.token_ids))
-            if not flags[place]
-        }
+        parents = proposal.parents or list(range(-1, len(proposal.token_ids) - 1))
+        self._confirmed = confirmed_by(proposal.token_ids, parents, proposal.is_drafter)
 
     def take(self, token: int) -> None:
         """Commit a token of the text."""
@@ -97,7 +93,7 @@ class _Walk:
         self._tokens.append(token)
         self._path.append(place)
         self.length += 1
-        self.place = self._children.get((place, token))
+        self.place = self._confirmed.get((place, token))
 
 
 class StepwiseVerifier(Verifier):
