@@ -13,7 +13,7 @@ from ..options import AUTO, DEFAULT_BLOCK_SIZE
 _ATTRIBUTE = "_cllm_hf_measurements"
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 # Iterations at the first size, without drafts, and until a choice is looked at again: twice as many while it stays.
-_FIRST_STAY, _NARROWEST_STAY, _STAY, _LONGEST_STAY = 4, 3, 8, 40
+_FIRST_STAY, _NARROWEST_STAY, _STAY, _LONGEST_STAY = 4, 3, 12, 48
 
 
 class Measurements:
