@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import sweep
-from architectures import CANNOT_BUILD, MODEL_TYPES
+import torch
+from architectures import CANNOT_BUILD, MODEL_TYPES, make_architecture
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
@@ -43,3 +44,24 @@ def test_the_page_names_every_architecture_and_none_is_wrong():
         "not tried",
     }
     assert {model_type for model_type, (single, _) in page.items() if single == "not tried"} == set(CANNOT_BUILD)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name not in CANNOT_BUILD])
+def test_candidates_are_exact_or_refused(model_type):
+    model = make_architecture(model_type)
+    for batch_size, is_padded in ((1, False), (3, True)):
+        prompts = sweep.make_prompts(batch_size, 12, 0, is_padded)
+        options = {"do_sample": False, "max_new_tokens": 30}
+        try:
+            greedy = model.generate(**prompts, **options)
+            model.generate(**prompts, **options, jacobi_block_size=5)
+        except Exception:  # in transformers, or refused without candidates too
+            continue
+        try:
+            decoded = model.generate(**prompts, **options, jacobi_block_size=5, jacobi_candidates=2)
+        except ValueError as error:
+            assert "jacobi_candidates" in str(error)
+        else:
+            assert decoded.tolist() == greedy.tolist()
