@@ -88,57 +88,43 @@ def generate(model, prompts, options, own, **extra):
     )
 
 
-@pytest.mark.slow
-@settings(max_examples=2000, **FUZZ)
-@given(cases())
-def test_random_cases(case):
-    name, prompts, options, own, block_size, uses_cache = case
+def check(case, **extra):
+    """The text is the greedy one, or the sample of block size 1, in no more forward passes than tokens."""
+    name, prompts, options, own, block_size, _ = case
     model = model_of(name)
     if options["do_sample"]:
         options = {**options, "jacobi_seed": 7}
-        expected = generate(model, prompts, options, own, jacobi_block_size=1)
-    else:
-        expected = generate(model, prompts, options, own)
-    output = generate(model, prompts, options, own, jacobi_block_size=block_size, use_cache=uses_cache)
+    plain = {"jacobi_block_size": 1} if options["do_sample"] else {}
+    expected = generate(model, prompts, options, own, **plain)
+    output = generate(model, prompts, options, own, jacobi_block_size=block_size, **extra)
     assert output.sequences.tolist() == expected.sequences.tolist()
     stats = output.jacobi_stats
     assert stats.num_forwards <= output.sequences.shape[1] - prompts["input_ids"].shape[1]
     assert max(map(max, stats.num_committed)) <= (64 if block_size == "auto" else block_size)
 
 
+@pytest.mark.slow
+@settings(max_examples=2000, **FUZZ)
+@given(cases())
+def test_random_cases(case):
+    check(case, use_cache=case[-1])
+
+
 TAKES_TREES = sorted([*CONFIGS, "deepseek_v3", "opt", "gemma3n_text", "roberta"])
-
-
-@st.composite
-def candidate_cases(draw):
-    name, prompts, options, own, block_size, _ = draw(cases().filter(lambda case: case[0] in TAKES_TREES))
-    return name, prompts, options, own, block_size, draw(st.sampled_from([2, 4]))
-
-
-def check_candidates(case):
-    name, prompts, options, own, block_size, candidates = case
-    model = model_of(name)
-    if options["do_sample"]:
-        options = {**options, "jacobi_seed": 7}
-        expected = generate(model, prompts, options, own, jacobi_block_size=1)
-    else:
-        expected = generate(model, prompts, options, own)
-    output = generate(model, prompts, options, own, jacobi_block_size=block_size, jacobi_candidates=candidates)
-    assert output.sequences.tolist() == expected.sequences.tolist()
-    assert output.jacobi_stats.num_forwards <= output.sequences.shape[1] - prompts["input_ids"].shape[1]
+CANDIDATE_CASES = (cases().filter(lambda case: case[0] in TAKES_TREES), st.sampled_from([2, 4]))
 
 
 @settings(max_examples=40, **FUZZ)
-@given(candidate_cases())
-def test_a_few_random_cases_with_candidates(case):
-    check_candidates(case)
+@given(*CANDIDATE_CASES)
+def test_a_few_random_cases_with_candidates(case, candidates):
+    check(case, jacobi_candidates=candidates)
 
 
 @pytest.mark.slow
 @settings(max_examples=500, **FUZZ)
-@given(candidate_cases())
-def test_random_cases_with_candidates(case):
-    check_candidates(case)
+@given(*CANDIDATE_CASES)
+def test_random_cases_with_candidates(case, candidates):
+    check(case, jacobi_candidates=candidates)
 
 
 @st.composite
