@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, make_prompts
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 import cllm_hf
 from cllm_hf import Proposal, register_strategy
@@ -214,3 +215,39 @@ def test_a_strategy_of_trees_is_refused_by_models_that_take_none(register):
 
 def test_public_names():
     assert {"Proposal", "Room", "Row", "Strategy", "register_strategy"} <= set(cllm_hf.__all__)
+
+
+class Always(RandomTrees):
+    """The rest of the text, after which nothing is right."""
+
+    def tree(self, row, room):
+        assert not row.is_stopped
+        rest = self.texts[row.index][len(row.text) :] + [5] * 99
+        return Proposal([row.anchor, *rest[: room.depth]])
+
+    def observe(self, row, path, predictions):
+        text, _ = self.proposals.pop(row.index)
+        assert not row.is_stopped and row.text == text + [predictions[place] for place in path]
+
+
+def test_rows_that_have_ended_are_not_asked_and_hold_no_other_row_back(register, llama):
+    """A criterion of the user's own keeps rows that have ended in the batch."""
+
+    class EndsWith20(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == 20
+
+    prompts = make_prompts(2, padding=False)
+    plain = generate(llama, prompts).sequences.tolist()
+    options = {
+        "stopping_criteria": StoppingCriteriaList([EndsWith20()]),
+        "eos_token_id": next(token for token in plain[1][9:] if token not in plain[0][9:]),
+        "pad_token_id": 0,
+    }
+    greedy = generate(llama, prompts, **options).sequences
+    register(Always(plain))
+    output = generate(llama, prompts, decoding="test", jacobi_block_size=8, **options)
+    assert torch.equal(output.sequences, greedy)
+    assert output.jacobi_stats.num_generated[1] < 0.5 * output.jacobi_stats.num_generated[0]
+    # The prefill ends with the second row's text at most, all others commit a whole block each.
+    assert output.jacobi_stats.num_forwards <= 2 + 30 // 8
