@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, make_prompts
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import cllm_hf
 from cllm_hf import Proposal, register_strategy
@@ -211,6 +211,48 @@ def test_a_strategy_of_trees_is_refused_by_models_that_take_none(register):
     for name in ("bloom", "mamba", "llama4_text"):
         with pytest.raises(ValueError, match="tree of candidates"):
             generate(make_architecture(name), make_prompts(1), decoding="test")
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_trees_without_a_dynamic_cache_are_refused_before_the_model_runs(register, llama, options):
+    register(RandomTrees([]))
+    llama.register_forward_pre_hook(lambda *args: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match="Drop what turns it off"):
+        generate(llama, make_prompts(1), decoding="test", jacobi_block_size=4, **options)
+
+
+def test_a_chain_may_end_in_places_for_the_drafter(register, llama):
+    class Chain(RandomTrees):
+        def tree(self, row, room):
+            rest = self.texts[row.index][len(row.text) :] + [5] * 99
+            tokens = [row.anchor, *rest[: room.depth]]
+            flags = [place > 2 for place in range(len(tokens))]
+            return Proposal(tokens, is_drafter=flags) if room.is_tree else Proposal(tokens[:3])
+
+    prompts = make_prompts(2, padding=False)
+    greedy = generate(llama, prompts).sequences
+    strategy = register(Chain(greedy.tolist()))
+    output = generate(llama, prompts, decoding="test", jacobi_block_size=6)
+    assert torch.equal(output.sequences, greedy)
+    assert {len(path) for _, _, path, _ in strategy.told} == {3}
+
+
+def test_options_are_those_of_the_strategy_that_a_generation_config_names(register, llama):
+    strategy = register(RandomTrees([[5] * 99]))
+    llama.generation_config.decoding = "test"
+    prompts = make_prompts(1)
+
+    def is_asked(**options):
+        strategy.told.clear()
+        llama.generate(prompts[0], **options)
+        return bool(strategy.told)
+
+    options = {"do_sample": False, "max_new_tokens": 9}
+    assert is_asked(**options)
+    assert is_asked(jacobi_block_size=4, **options)
+    assert is_asked(generation_config=GenerationConfig(jacobi_block_size=4, **options))
+    assert not is_asked(jacobi_block_size=4, decoding="jacobi", **options)
+    assert not is_asked(decoding="autoregressive", **options)
 
 
 def test_public_names():

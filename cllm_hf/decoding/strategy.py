@@ -133,21 +133,17 @@ def _problem(proposal: Proposal, room: Room, needs_tree: bool) -> str:
         return too_long if length > room.depth + 1 else ""
     if not (needs_tree and room.is_tree):
         return "must be a chain here, got a tree. Look at `room.is_tree`, and set `needs_tree = True` for trees"
-    if parents is None or len(parents) != length or proposal.is_drafter not in (None, *_flags(proposal, length)):
+    flags = [False] * length if proposal.is_drafter is None else proposal.is_drafter
+    parents = list(range(-1, length - 1)) if parents is None else parents
+    if len(parents) != length or len(flags) != length:
         return f"must have a parent for each of its {length} tokens, and as many values of `is_drafter` if any"
     if parents[0] != -1 or any(not 0 <= parent < place for place, parent in enumerate(parents) if place):
         return f"must name for each token one before it as its parent, and -1 for the anchor, got parents {parents}"
-    flags = proposal.is_drafter or [False] * length
     if flags[0] or any(flags[parent] and not flags[place] for place, parent in enumerate(parents) if place):
         return "must have only places for the drafter after such a place, and the anchor is none, got other flags"
     if max(proposal.depths()) > room.depth:
         return f"must fit `room.depth={room.depth}`, got a branch of {max(proposal.depths())} tokens. Cut it"
     return ""
-
-
-def _flags(proposal: Proposal, length: int) -> list[list[bool]]:
-    flags = proposal.is_drafter
-    return [flags] if flags is not None and len(flags) == length else []
 
 
 def level(proposals: Sequence[Proposal], length: int = 0) -> list[Proposal]:
