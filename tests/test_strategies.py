@@ -164,7 +164,8 @@ def test_the_example_decodes_exactly_and_in_fewer_forward_passes(monkeypatch, re
 @pytest.mark.parametrize(
     ("proposal", "message"),
     [
-        (Proposal([]), "must begin with the anchor"),
+        (Proposal([]), r"must begin with the anchor, here \[1\], got \[\]"),
+        (Proposal([2, 3]), r"must begin with the anchor, here \[1\], got \[2\]"),
         (Proposal([1, 2, 3, 4, 5]), "room.depth=3"),
         (Proposal([1, 2, 3], [-1, 0]), "a parent for each of its 3 tokens"),
         (Proposal([1, 2], [-1, 0], [False]), "a parent for each of its 2 tokens"),
@@ -178,15 +179,15 @@ def test_the_example_decodes_exactly_and_in_fewer_forward_passes(monkeypatch, re
 def test_proposals_that_make_no_sense_are_refused(proposal, message):
     strategy = RandomTrees([])
     with pytest.raises(ValueError, match=message):
-        check_proposals([proposal], 1, Room(3, is_tree=True), strategy)
+        check_proposals([proposal], [1], Room(3, is_tree=True), strategy)
 
 
 def test_trees_are_refused_where_there_is_no_room_for_them():
     tree = Proposal([1, 2], [-1, 0])
     with pytest.raises(ValueError, match="must be a chain here"):
-        check_proposals([tree], 1, Room(3, is_tree=False), RandomTrees([]))
+        check_proposals([tree], [1], Room(3, is_tree=False), RandomTrees([]))
     with pytest.raises(ValueError, match="must make 2 proposals here, got 1"):
-        check_proposals([tree], 2, Room(3, is_tree=True), RandomTrees([]))
+        check_proposals([tree], [1, 1], Room(3, is_tree=True), RandomTrees([]))
 
 
 def test_shorter_proposals_are_filled_up():

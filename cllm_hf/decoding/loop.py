@@ -152,7 +152,7 @@ def _propose(strategy: Strategy, rows: list[Row], room: Room, verifier: Verifier
         return [Proposal(row.pending.ids[-1:] or [0]) for row in rows]  # a prompt of embeddings has no ids
     going = [row for row in rows if not verifier.takes_padding(row)]
     made = strategy.propose(going, room)
-    check_proposals(made, len(going), room, strategy)
+    check_proposals(made, [row.anchor for row in going], room, strategy)
     by_index = {row.index: proposal for row, proposal in zip(going, made)}
     # Rows that have ended get what they will take, so as not to hold back the others.
     padding = [verifier.pad_id] * max(max(proposal.depths()) for proposal in made)

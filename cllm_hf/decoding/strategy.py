@@ -93,41 +93,41 @@ class Strategy(Protocol):
 
     def observe(self, row: Row, path: list[int], predictions: list[int]) -> None:
         """
-        Take note of what came of a proposal. Called after `row.text` has its new tokens.
+        Take note of what came of a forward pass, with a proposal or without. `row.text` has its new tokens already.
 
         Args:
             row (`Row`): a row that is still decoded.
             path (`list[int]`): places of the anchor and of the accepted tokens. As many tokens were committed: the
                 accepted ones and the bonus token, `predictions[path[-1]]`.
-            predictions (`list[int]`): the model's next token after each place.
+            predictions (`list[int]`): the model's next token after each place, and after what it was filled up with.
         """
 
 
-def check_proposals(proposals: Sequence[Proposal], num_rows: int, room: Room, strategy: Strategy) -> None:
+def check_proposals(proposals: Sequence[Proposal], anchors: Sequence[int], room: Room, strategy: Strategy) -> None:
     """
     Check what a strategy proposes.
 
     Args:
         proposals (`Sequence[Proposal]`): of all rows.
-        num_rows (`int`): how many there must be.
+        anchors (`Sequence[int]`): of all rows.
         room (`Room`): what they may hold.
         strategy (`Strategy`): where they come from.
 
     Raises:
         ValueError: for a proposal that is no tree of tokens after the anchor, or one that there is no room for.
     """
-    if len(proposals) != num_rows:
-        raise ValueError(f"{type(strategy).__name__} must make {num_rows} proposals here, got {len(proposals)}.")
-    for proposal in proposals:
-        problem = _problem(proposal, room, strategy.needs_tree)
+    if len(proposals) != len(anchors):
+        raise ValueError(f"{type(strategy).__name__} must make {len(anchors)} proposals here, got {len(proposals)}.")
+    for proposal, anchor in zip(proposals, anchors):
+        problem = _problem(proposal, anchor, room, strategy.needs_tree)
         if problem:
             raise ValueError(f"A proposal of {type(strategy).__name__} {problem}.")
 
 
-def _problem(proposal: Proposal, room: Room, needs_tree: bool) -> str:
+def _problem(proposal: Proposal, anchor: int, room: Room, needs_tree: bool) -> str:
     length, parents = len(proposal.token_ids), proposal.parents
-    if length == 0:
-        return "must begin with the anchor, got no tokens. Put `row.anchor` first"
+    if proposal.token_ids[:1] != [anchor]:
+        return f"must begin with the anchor, here [{anchor}], got {proposal.token_ids[:1]}. Put `row.anchor` first"
     if proposal.is_chain:
         too_long = f"must fit `room.depth={room.depth}`, got a draft of {length - 1} tokens. Cut it"
         return too_long if length > room.depth + 1 else ""
