@@ -79,7 +79,7 @@ def decode(
     """
     batch_size, prompt_length = input_ids.shape
     strategy = make_strategy(strategy_name, options)
-    pace = make_pace(model, options.block_size)
+    pace = make_pace(model, options.block_size, (strategy_name, options.candidates))
     max_length = length_limit(stopping_criteria, prompt_length)
     feed = Feed(
         model,
