@@ -365,6 +365,7 @@ out.
 
 - `decoding`: `"jacobi"` by default; `"autoregressive"` is the decoding of transformers.
 - `jacobi_block_size`: tokens checked in a forward, or `"auto"`.
+- `jacobi_candidates`: further guesses from the text itself, verified in the same forward pass.
 - `jacobi_seed`: of sampling, with `do_sample=True`.
 - `jacobi_compile`: whether to run compiled iterations of fixed shape.
 

@@ -133,7 +133,7 @@ def _generate(
     configs = [config for config in (user_config, model.generation_config) if config is not None]
     named = [name for name, value in given.items() if _is_wish(name, value)]
     if decoding is None and named:
-        decoding = JACOBI
+        decoding = _strategy_of(configs)
     elif decoding == AUTOREGRESSIVE and named:
         raise ValueError(f'`{named[0]}` has no effect with `decoding="autoregressive"`. Drop one of the two.')
     requested = decoding if decoding is not None else _decoding_of(configs)
@@ -314,13 +314,19 @@ def _named_arguments(
 
 
 def _decoding_of(configs: list[GenerationConfig]) -> Any:
-    for config in configs:
+    for number, config in enumerate(configs):
         decoding = getattr(config, "decoding", None)
         if decoding is not None:
             return decoding
         if any(_is_wish(name, getattr(config, name, None)) for name in OPTION_NAMES):
-            return JACOBI
+            return _strategy_of(configs[number + 1 :])
     return None
+
+
+def _strategy_of(configs: list[GenerationConfig]) -> Any:
+    """The strategy that a `jacobi_` option is meant for where no `decoding` stands beside it."""
+    decoding = _first_set(configs, "decoding")
+    return JACOBI if decoding in (None, AUTOREGRESSIVE) else decoding
 
 
 def _is_wish(name: str, value: Any) -> bool:

@@ -207,6 +207,16 @@ def test_a_model_is_copied_saved_and_pickled_without_what_was_measured(simulate,
     assert make_pace(model, "auto").block_size(1, 99) == 1
 
 
+def test_each_strategy_has_measurements_of_its_own():
+    model = Model()
+    make_pace(model, "auto", ("jacobi", 0)).record(16, [1])
+    pace = make_pace(model, "auto", ("jacobi", 0))
+    pace.record(16, [1])
+    pace.record(16, [1])
+    assert make_pace(model, "auto", ("jacobi", 0)).block_size(1, 99) == 1
+    assert make_pace(model, "auto", ("jacobi", 4)).block_size(1, 99) == 16
+
+
 def test_threads_share_what_was_measured():
     model, errors = Model(), []
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, make_prompts
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import cllm_hf
 from cllm_hf import Proposal, register_strategy
@@ -163,7 +164,8 @@ def test_the_example_decodes_exactly_and_in_fewer_forward_passes(monkeypatch, re
 @pytest.mark.parametrize(
     ("proposal", "message"),
     [
-        (Proposal([]), "must begin with the anchor"),
+        (Proposal([]), r"must begin with the anchor, here \[1\], got \[\]"),
+        (Proposal([2, 3]), r"must begin with the anchor, here \[1\], got \[2\]"),
         (Proposal([1, 2, 3, 4, 5]), "room.depth=3"),
         (Proposal([1, 2, 3], [-1, 0]), "a parent for each of its 3 tokens"),
         (Proposal([1, 2], [-1, 0], [False]), "a parent for each of its 2 tokens"),
@@ -177,15 +179,15 @@ def test_the_example_decodes_exactly_and_in_fewer_forward_passes(monkeypatch, re
 def test_proposals_that_make_no_sense_are_refused(proposal, message):
     strategy = RandomTrees([])
     with pytest.raises(ValueError, match=message):
-        check_proposals([proposal], 1, Room(3, is_tree=True), strategy)
+        check_proposals([proposal], [1], Room(3, is_tree=True), strategy)
 
 
 def test_trees_are_refused_where_there_is_no_room_for_them():
     tree = Proposal([1, 2], [-1, 0])
     with pytest.raises(ValueError, match="must be a chain here"):
-        check_proposals([tree], 1, Room(3, is_tree=False), RandomTrees([]))
+        check_proposals([tree], [1], Room(3, is_tree=False), RandomTrees([]))
     with pytest.raises(ValueError, match="must make 2 proposals here, got 1"):
-        check_proposals([tree], 2, Room(3, is_tree=True), RandomTrees([]))
+        check_proposals([tree], [1, 1], Room(3, is_tree=True), RandomTrees([]))
 
 
 def test_shorter_proposals_are_filled_up():
@@ -212,5 +214,83 @@ def test_a_strategy_of_trees_is_refused_by_models_that_take_none(register):
             generate(make_architecture(name), make_prompts(1), decoding="test")
 
 
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_trees_without_a_dynamic_cache_are_refused_before_the_model_runs(register, llama, options):
+    register(RandomTrees([]))
+    llama.register_forward_pre_hook(lambda *args: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match="Drop what turns it off"):
+        generate(llama, make_prompts(1), decoding="test", jacobi_block_size=4, **options)
+
+
+def test_a_chain_may_end_in_places_for_the_drafter(register, llama):
+    class Chain(RandomTrees):
+        def tree(self, row, room):
+            rest = self.texts[row.index][len(row.text) :] + [5] * 99
+            tokens = [row.anchor, *rest[: room.depth]]
+            flags = [place > 2 for place in range(len(tokens))]
+            return Proposal(tokens, is_drafter=flags) if room.is_tree else Proposal(tokens[:3])
+
+    prompts = make_prompts(2, padding=False)
+    greedy = generate(llama, prompts).sequences
+    strategy = register(Chain(greedy.tolist()))
+    output = generate(llama, prompts, decoding="test", jacobi_block_size=6)
+    assert torch.equal(output.sequences, greedy)
+    assert {len(path) for _, _, path, _ in strategy.told} == {3}
+
+
+def test_options_are_those_of_the_strategy_that_a_generation_config_names(register, llama):
+    strategy = register(RandomTrees([[5] * 99]))
+    llama.generation_config.decoding = "test"
+    prompts = make_prompts(1)
+
+    def is_asked(**options):
+        strategy.told.clear()
+        llama.generate(prompts[0], **options)
+        return bool(strategy.told)
+
+    options = {"do_sample": False, "max_new_tokens": 9}
+    assert is_asked(**options)
+    assert is_asked(jacobi_block_size=4, **options)
+    assert is_asked(generation_config=GenerationConfig(jacobi_block_size=4, **options))
+    assert not is_asked(jacobi_block_size=4, decoding="jacobi", **options)
+    assert not is_asked(decoding="autoregressive", **options)
+
+
 def test_public_names():
     assert {"Proposal", "Room", "Row", "Strategy", "register_strategy"} <= set(cllm_hf.__all__)
+
+
+class Always(RandomTrees):
+    """The rest of the text, after which nothing is right."""
+
+    def tree(self, row, room):
+        assert not row.is_stopped
+        rest = self.texts[row.index][len(row.text) :] + [5] * 99
+        return Proposal([row.anchor, *rest[: room.depth]])
+
+    def observe(self, row, path, predictions):
+        text, _ = self.proposals.pop(row.index)
+        assert not row.is_stopped and row.text == text + [predictions[place] for place in path]
+
+
+def test_rows_that_have_ended_are_not_asked_and_hold_no_other_row_back(register, llama):
+    """A criterion of the user's own keeps rows that have ended in the batch."""
+
+    class EndsWith20(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == 20
+
+    prompts = make_prompts(2, padding=False)
+    plain = generate(llama, prompts).sequences.tolist()
+    options = {
+        "stopping_criteria": StoppingCriteriaList([EndsWith20()]),
+        "eos_token_id": next(token for token in plain[1][9:] if token not in plain[0][9:]),
+        "pad_token_id": 0,
+    }
+    greedy = generate(llama, prompts, **options).sequences
+    register(Always(plain))
+    output = generate(llama, prompts, decoding="test", jacobi_block_size=8, **options)
+    assert torch.equal(output.sequences, greedy)
+    assert output.jacobi_stats.num_generated[1] < 0.5 * output.jacobi_stats.num_generated[0]
+    # The prefill ends with the second row's text at most, all others commit a whole block each.
+    assert output.jacobi_stats.num_forwards <= 2 + 30 // 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -110,10 +111,11 @@ class Pace:
         self._size, self._left = best, self._stay
 
 
-def make_pace(model: Any, block_size: int | str) -> Pace:
-    """What an option of `generate` asks for; `"auto"` uses and extends what was measured with the model."""
+def make_pace(model: Any, block_size: int | str, strategy: Hashable = None) -> Pace:
+    """What an option of `generate` asks for; `"auto"` uses and extends what was measured of a model and a strategy."""
     if block_size != AUTO:
         return Pace(int(block_size))
-    if not isinstance(vars(model).get(_ATTRIBUTE), Measurements):
-        vars(model)[_ATTRIBUTE] = Measurements()
-    return Pace(DEFAULT_BLOCK_SIZE, vars(model)[_ATTRIBUTE])
+    by_strategy = vars(model).setdefault(_ATTRIBUTE, {})
+    if not isinstance(by_strategy.get(strategy), Measurements):
+        by_strategy[strategy] = Measurements()
+    return Pace(DEFAULT_BLOCK_SIZE, by_strategy[strategy])

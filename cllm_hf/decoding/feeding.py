@@ -85,6 +85,7 @@ class Feed:
         self.same_length = self.memory.same_length or needs_same_length(model)
         self._is_ragged = batch_size > 1 and not self.same_length
         self._needs_tree = needs_tree
+        self._check_keeps_places()
         check_model_inputs(model, inputs, model_kwargs)
         check_embeds(model, embeds, self.memory.cache is not None)
         self._kwargs = model_kwargs
@@ -189,8 +190,9 @@ class Feed:
     def _check_keeps_places(self) -> None:
         if self._needs_tree and not self.memory.keeps_places:
             raise ValueError(
-                f"A tree of candidates needs a cache that keeps tokens by their places, which "
-                f"{type(self.model).__name__} does not have. Drop `jacobi_candidates`."
+                f"A tree of candidates needs a dynamic cache of keys and values, which {type(self.model).__name__} "
+                "does not have here. Drop what turns it off (`use_cache=False`, `jacobi_compile=True`, a static "
+                "cache), or what asks for trees (`jacobi_candidates`)."
             )
 
     def _next_pending(self, row: Row, verdict: Verdict, num_kept: int, width: int | None) -> Pending:

@@ -79,7 +79,7 @@ def decode(
     """
     batch_size, prompt_length = input_ids.shape
     strategy = make_strategy(strategy_name, options)
-    pace = make_pace(model, options.block_size)
+    pace = make_pace(model, options.block_size, (strategy_name, options.candidates))
     max_length = length_limit(stopping_criteria, prompt_length)
     feed = Feed(
         model,
@@ -133,7 +133,7 @@ def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> 
     if feed.memory.fixed_shape:
         limit = pace.max_block_size
     room = feed.room(pace.block_size(len(rows), limit))
-    proposals = _propose(strategy, rows, room, must_fill=feed.memory.fixed_shape)
+    proposals = _propose(strategy, rows, room, verifier, must_fill=feed.memory.fixed_shape)
     logits = feed.forward(proposals)
     verdicts = verifier.verify(rows, proposals, logits)
     del logits  # large in the prefill
@@ -143,15 +143,20 @@ def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> 
     pace.record(room.depth + 1, [len(verdict.token_ids) for verdict in verdicts])
     left = {row.index for row in feed.rows}
     for row, verdict in zip(rows, verdicts):
-        if row.index in left:
+        if row.index in left and not verifier.takes_padding(row):
             strategy.observe(row, verdict.path, verdict.predictions)
 
 
-def _propose(strategy: Strategy, rows: list[Row], room: Room, must_fill: bool) -> list[Proposal]:
+def _propose(strategy: Strategy, rows: list[Row], room: Room, verifier: Verifier, must_fill: bool) -> list[Proposal]:
     if room.depth == 0:
         return [Proposal(row.pending.ids[-1:] or [0]) for row in rows]  # a prompt of embeddings has no ids
-    proposals = strategy.propose(rows, room)
-    check_proposals(proposals, len(rows), room, strategy)
+    going = [row for row in rows if not verifier.takes_padding(row)]
+    made = strategy.propose(going, room)
+    check_proposals(made, [row.anchor for row in going], room, strategy)
+    by_index = {row.index: proposal for row, proposal in zip(going, made)}
+    # Rows that have ended get what they will take, so as not to hold back the others.
+    padding = [verifier.pad_id] * max(max(proposal.depths()) for proposal in made)
+    proposals = [by_index.get(row.index) or Proposal([row.anchor, *padding]) for row in rows]
     return level(proposals, room.depth + 1 if must_fill else 0)
 
 

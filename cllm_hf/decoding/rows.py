@@ -82,7 +82,6 @@ class Row:
         length (`int`): columns of prompt and committed tokens in the sequences that `generate` returns.
         pending (`Pending`): committed tokens that the model does not remember; the anchor last.
         num_padding (`int`): its first columns that are padding, without those that all rows begin with.
-        num_generated (`int`): committed tokens, without padding after the end of its text.
         gains (`list[int]`): tokens of each forward pass that it took part in.
         is_stopped (`bool`): whether its text has ended. It may stay in the batch, and takes padding then.
         notes (`Any`): what the strategy keeps of it.
@@ -94,7 +93,6 @@ class Row:
     length: int
     pending: Pending
     num_padding: int = 0
-    num_generated: int = 0
     gains: list[int] = field(default_factory=list)
     is_stopped: bool = False
     notes: Any = None
@@ -108,7 +106,6 @@ class Row:
         """Take what came of a forward pass."""
         self.text += verdict.token_ids
         self.length += len(verdict.token_ids)
-        self.num_generated += verdict.num_own
         if verdict.num_own:
             self.gains.append(verdict.num_own)
         self.is_stopped = verdict.is_stopped

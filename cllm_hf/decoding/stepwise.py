@@ -77,8 +77,7 @@ class _Walk:
         self._append(token)
 
     def take_padding(self, pad_id: int) -> None:
-        """Commit padding after the end of the text, and expect nothing else."""
-        self._predictions = [pad_id] * len(self._predictions)
+        """Commit padding after the end of the text."""
         self._append(pad_id)
 
     def verdict(self) -> Verdict:

@@ -93,61 +93,57 @@ class Strategy(Protocol):
 
     def observe(self, row: Row, path: list[int], predictions: list[int]) -> None:
         """
-        Take note of what came of a proposal. Called after `row.text` has its new tokens.
+        Take note of what came of a forward pass, with a proposal or without. `row.text` has its new tokens already.
 
         Args:
             row (`Row`): a row that is still decoded.
             path (`list[int]`): places of the anchor and of the accepted tokens. As many tokens were committed: the
                 accepted ones and the bonus token, `predictions[path[-1]]`.
-            predictions (`list[int]`): the model's next token after each place.
+            predictions (`list[int]`): the model's next token after each place, and after what it was filled up with.
         """
 
 
-def check_proposals(proposals: Sequence[Proposal], num_rows: int, room: Room, strategy: Strategy) -> None:
+def check_proposals(proposals: Sequence[Proposal], anchors: Sequence[int], room: Room, strategy: Strategy) -> None:
     """
     Check what a strategy proposes.
 
     Args:
         proposals (`Sequence[Proposal]`): of all rows.
-        num_rows (`int`): how many there must be.
+        anchors (`Sequence[int]`): of all rows.
         room (`Room`): what they may hold.
         strategy (`Strategy`): where they come from.
 
     Raises:
         ValueError: for a proposal that is no tree of tokens after the anchor, or one that there is no room for.
     """
-    if len(proposals) != num_rows:
-        raise ValueError(f"{type(strategy).__name__} must make {num_rows} proposals here, got {len(proposals)}.")
-    for proposal in proposals:
-        problem = _problem(proposal, room, strategy.needs_tree)
+    if len(proposals) != len(anchors):
+        raise ValueError(f"{type(strategy).__name__} must make {len(anchors)} proposals here, got {len(proposals)}.")
+    for proposal, anchor in zip(proposals, anchors):
+        problem = _problem(proposal, anchor, room, strategy.needs_tree)
         if problem:
             raise ValueError(f"A proposal of {type(strategy).__name__} {problem}.")
 
 
-def _problem(proposal: Proposal, room: Room, needs_tree: bool) -> str:
+def _problem(proposal: Proposal, anchor: int, room: Room, needs_tree: bool) -> str:
     length, parents = len(proposal.token_ids), proposal.parents
-    if length == 0:
-        return "must begin with the anchor, got no tokens. Put `row.anchor` first"
+    if proposal.token_ids[:1] != [anchor]:
+        return f"must begin with the anchor, here [{anchor}], got {proposal.token_ids[:1]}. Put `row.anchor` first"
     if proposal.is_chain:
         too_long = f"must fit `room.depth={room.depth}`, got a draft of {length - 1} tokens. Cut it"
         return too_long if length > room.depth + 1 else ""
     if not (needs_tree and room.is_tree):
         return "must be a chain here, got a tree. Look at `room.is_tree`, and set `needs_tree = True` for trees"
-    if parents is None or len(parents) != length or proposal.is_drafter not in (None, *_flags(proposal, length)):
+    flags = [False] * length if proposal.is_drafter is None else proposal.is_drafter
+    parents = list(range(-1, length - 1)) if parents is None else parents
+    if len(parents) != length or len(flags) != length:
         return f"must have a parent for each of its {length} tokens, and as many values of `is_drafter` if any"
     if parents[0] != -1 or any(not 0 <= parent < place for place, parent in enumerate(parents) if place):
         return f"must name for each token one before it as its parent, and -1 for the anchor, got parents {parents}"
-    flags = proposal.is_drafter or [False] * length
     if flags[0] or any(flags[parent] and not flags[place] for place, parent in enumerate(parents) if place):
         return "must have only places for the drafter after such a place, and the anchor is none, got other flags"
     if max(proposal.depths()) > room.depth:
         return f"must fit `room.depth={room.depth}`, got a branch of {max(proposal.depths())} tokens. Cut it"
     return ""
-
-
-def _flags(proposal: Proposal, length: int) -> list[list[bool]]:
-    flags = proposal.is_drafter
-    return [flags] if flags is not None and len(flags) == length else []
 
 
 def level(proposals: Sequence[Proposal], length: int = 0) -> list[Proposal]:

@@ -106,6 +106,10 @@ class Verifier:
         stopped = [row.is_stopped for row in rows]
         return [all(stopped)] * len(rows) if self.leave_together else stopped
 
+    def takes_padding(self, row: Row) -> bool:
+        """Whether a row has ended and takes only padding; without stop tokens transformers has it go on instead."""
+        return row.is_stopped and bool(self.stop_ids)
+
     def predict(self, rows: list[Row], proposals: list[Proposal], scores: torch.Tensor) -> torch.Tensor:
         """
         Choose the model's token after each place, a sample where there is noise.
