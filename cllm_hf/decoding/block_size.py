@@ -53,8 +53,8 @@ class Measurements:
 
     def add_time(self, num_rows: int, block_size: int, seconds: float) -> None:
         times, key = self.seconds.setdefault(num_rows.bit_length(), {}), (num_rows.bit_length(), block_size)
-        self._num_times[key] = self._num_times.get(key, 0) + 1
-        if self._num_times[key] <= 3:  # the first ones pay for what is set up once
+        number = self._num_times[key] = self._num_times.get(key, 0) + 1
+        if number <= 3:  # the first ones pay for what is set up once
             times[block_size] = min(seconds, times.get(block_size, seconds))
             return
         change = min(max(seconds / times[block_size], 0.5), 2.0)
@@ -115,7 +115,6 @@ def make_pace(model: Any, block_size: int | str, strategy: Hashable = None) -> P
     """What an option of `generate` asks for; `"auto"` uses and extends what was measured of a model and a strategy."""
     if block_size != AUTO:
         return Pace(int(block_size))
-    by_strategy = vars(model).setdefault(_ATTRIBUTE, {})
-    if not isinstance(by_strategy.get(strategy), Measurements):
-        by_strategy[strategy] = Measurements()
-    return Pace(DEFAULT_BLOCK_SIZE, by_strategy[strategy])
+    known = vars(model).setdefault(_ATTRIBUTE, {})
+    known[strategy] = known.get(strategy) or Measurements()  # that of a copy is empty
+    return Pace(DEFAULT_BLOCK_SIZE, known[strategy])

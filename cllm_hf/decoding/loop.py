@@ -151,12 +151,13 @@ def _propose(strategy: Strategy, rows: list[Row], room: Room, verifier: Verifier
     if room.depth == 0:
         return [Proposal(row.pending.ids[-1:] or [0]) for row in rows]  # a prompt of embeddings has no ids
     going = [row for row in rows if not verifier.takes_padding(row)]
-    made = strategy.propose(going, room)
-    check_proposals(made, [row.anchor for row in going], room, strategy)
-    by_index = {row.index: proposal for row, proposal in zip(going, made)}
-    # Rows that have ended get what they will take, so as not to hold back the others.
-    padding = [verifier.pad_id] * max(max(proposal.depths()) for proposal in made)
-    proposals = [by_index.get(row.index) or Proposal([row.anchor, *padding]) for row in rows]
+    proposals = strategy.propose(going, room)
+    check_proposals(proposals, [row.anchor for row in going], room, strategy)
+    if len(going) < len(rows):
+        # Rows that have ended get what they will take, so as not to hold back the others.
+        padding = [verifier.pad_id] * max(max(proposal.depths()) for proposal in proposals)
+        by_index = {row.index: proposal for row, proposal in zip(going, proposals)}
+        proposals = [by_index.get(row.index) or Proposal([row.anchor, *padding]) for row in rows]
     return level(proposals, room.depth + 1 if must_fill else 0)
 
 
