@@ -237,8 +237,8 @@ def check_trees(model: PreTrainedModel) -> None:
         reason = reason or "It finds positions by counting columns."
     if reason:
         raise ValueError(
-            f"{type(model).__name__} does not take a tree of candidates beside the draft. {reason} Or drop "
-            "`jacobi_candidates`."
+            f"{type(model).__name__} does not take a tree of candidates beside the draft. {reason} Or drop what asks "
+            "for it, such as `jacobi_candidates`."
         )
 
 

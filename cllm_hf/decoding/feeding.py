@@ -224,7 +224,7 @@ class Feed:
         mask = self._mask
         if mask is None:
             mask = torch.ones((len(proposals), num_cached), dtype=torch.long, device=self._device)
-        parents = [proposal.parents or [] for proposal in proposals]  # all are trees
+        parents = [proposal.links()[0] for proposal in proposals]
         cache: Any = self.memory.cache
         return tree_attention_mask(self.model.config, mask[:, :num_cached], parents, self.model.dtype, cache)
 

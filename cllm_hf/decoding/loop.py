@@ -93,13 +93,11 @@ def decode(
         num_given=num_given,
         is_user_cache=is_user_cache,
     )
-    stop_ids = find_stop_ids(stopping_criteria)
-    pad_id = generation_config.pad_token_id
     verifier = make_verifier(
         input_ids,
         logits_processor,
         stopping_criteria,
-        pad_id=(stop_ids or [0])[0] if pad_id is None else pad_id,
+        pad_id=generation_config.pad_token_id,
         max_length=max_length,
         streamer=streamer,
         same_length=feed.same_length,
@@ -166,7 +164,7 @@ def make_verifier(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     *,
-    pad_id: int,
+    pad_id: int | None,
     max_length: int,
     streamer: BaseStreamer | None,
     same_length: bool,
@@ -180,7 +178,7 @@ def make_verifier(
         input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
         logits_processor (`transformers.LogitsProcessorList`): all processors.
         stopping_criteria (`transformers.StoppingCriteriaList`): all criteria.
-        pad_id (`int`): fills rows that end early.
+        pad_id (`int` or `None`): fills rows that end early; by default the first stop token.
         max_length (`int`): length at which every row ends.
         streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): receives every committed token.
         same_length (`bool`): whether the model needs all rows at the same length.
@@ -202,7 +200,7 @@ def make_verifier(
     options: dict[str, Any] = {
         "max_length": max_length,
         "stop_ids": stop_ids,
-        "pad_id": pad_id,
+        "pad_id": (stop_ids or [0])[0] if pad_id is None else pad_id,
         "logits_processor": logits_processor,
         "streamer": streamer,
         "same_length": batch_size > 1 and (same_length or streamer is not None),

@@ -67,8 +67,7 @@ class _Walk:
         self._tokens: list[int] = []
         self._path: list[int] = []
         self._num_own = 0
-        parents = proposal.parents or list(range(-1, len(proposal.token_ids) - 1))
-        self._confirmed = confirmed_by(proposal.token_ids, parents, proposal.is_drafter)
+        self._confirmed = confirmed_by(proposal.token_ids, *proposal.links())
 
     def take(self, token: int) -> None:
         """Commit a token of the text."""

@@ -38,6 +38,17 @@ class Proposal:
         """`bool`: whether each token follows the one before it, and all are verified."""
         return self.parents is None and self.is_drafter is None
 
+    def links(self) -> tuple[list[int], list[bool]]:
+        """
+        Spell out what is left out where it is the plain case.
+
+        Returns:
+            `tuple[list[int], list[bool]]`: for each place, its parent, and whether it is fed for the strategy alone.
+        """
+        length = len(self.token_ids)
+        parents = list(range(-1, length - 1)) if self.parents is None else self.parents
+        return parents, [False] * length if self.is_drafter is None else self.is_drafter
+
     def depths(self) -> list[int]:
         """
         Find how far each token stands from the anchor in its text.
@@ -125,7 +136,7 @@ def check_proposals(proposals: Sequence[Proposal], anchors: Sequence[int], room:
 
 
 def _problem(proposal: Proposal, anchor: int, room: Room, needs_tree: bool) -> str:
-    length, parents = len(proposal.token_ids), proposal.parents
+    length = len(proposal.token_ids)
     if proposal.token_ids[:1] != [anchor]:
         return f"must begin with the anchor, here [{anchor}], got {proposal.token_ids[:1]}. Put `row.anchor` first"
     if proposal.is_chain:
@@ -133,8 +144,7 @@ def _problem(proposal: Proposal, anchor: int, room: Room, needs_tree: bool) -> s
         return too_long if length > room.depth + 1 else ""
     if not (needs_tree and room.is_tree):
         return "must be a chain here, got a tree. Look at `room.is_tree`, and set `needs_tree = True` for trees"
-    flags = [False] * length if proposal.is_drafter is None else proposal.is_drafter
-    parents = list(range(-1, length - 1)) if parents is None else parents
+    parents, flags = proposal.links()
     if len(parents) != length or len(flags) != length:
         return f"must have a parent for each of its {length} tokens, and as many values of `is_drafter` if any"
     if parents[0] != -1 or any(not 0 <= parent < place for place, parent in enumerate(parents) if place):
@@ -170,10 +180,9 @@ def level(proposals: Sequence[Proposal], length: int = 0) -> list[Proposal]:
 
 def _level_tree(proposal: Proposal, length: int) -> Proposal:
     missing = length - len(proposal.token_ids)
-    parents = proposal.parents or list(range(-1, len(proposal.token_ids) - 1))
+    parents, flags = proposal.links()
     return Proposal(
         proposal.token_ids + proposal.token_ids[:1] * missing,
         parents + [0] * missing,
-        # Not verified, since a sibling may have the same token.
-        (proposal.is_drafter or [False] * len(parents)) + [True] * missing,
+        flags + [True] * missing,  # not verified, since a sibling may have the same token
     )
