@@ -257,7 +257,7 @@ def format_training(report: dict[str, Any]) -> str:
 
 def _format_memory(rows: list[dict[str, Any]]) -> list[str]:
     by_name = {row["name"]: row["peak_memory"] for row in reversed(rows)}  # of the trainer's the one with one record
-    if any(row["peak_memory"] is None for row in rows):
+    if not all(row["peak_memory"] for row in rows):  # not measured, or too little to show in that of the process
         return []
     ours, published, with_graph = (by_name[name] for name in (TRAINER, PUBLISHED_ACCUMULATED, PUBLISHED_WITH_GRAPH))
     return [
