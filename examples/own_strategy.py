@@ -41,9 +41,8 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model)
     inputs = tokenizer(arguments.prompt, return_tensors="pt")
-    output = model.generate(
-        **inputs, decoding="last_two_tokens", do_sample=False, max_new_tokens=64, return_dict_in_generate=True
-    )
+    options = {"decoding": "last_two_tokens", "jacobi_block_size": 8}
+    output = model.generate(**inputs, **options, do_sample=False, max_new_tokens=64, return_dict_in_generate=True)
     print(tokenizer.decode(output.sequences[0]))
     print(f"{output.jacobi_stats.tokens_per_forward:.2f} tokens per forward pass")
 
