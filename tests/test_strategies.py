@@ -155,7 +155,7 @@ def test_the_example_decodes_exactly_and_in_fewer_forward_passes(monkeypatch, re
     assert len(source.splitlines()) < 60
     register(own_strategy.LastTwoTokens())
     prompts = make_prompts(3)
-    output = generate(llama, prompts, decoding="test", max_new_tokens=60)
+    output = generate(llama, prompts, decoding="test", jacobi_block_size=8, max_new_tokens=60)
     assert torch.equal(output.sequences, generate(llama, prompts, max_new_tokens=60).sequences)
     assert output.jacobi_stats.tokens_per_forward > 1.5
     sys.modules.pop("own_strategy")
