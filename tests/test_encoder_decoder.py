@@ -129,3 +129,18 @@ def test_a_cache_of_the_user_is_refused():
     cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
     with pytest.raises(ValueError, match="`past_key_values` of an encoder-decoder model"):
         model.generate(ids, past_key_values=cache, decoding="jacobi", max_new_tokens=3)
+
+
+def test_an_exception_inside_a_forward_pass_keeps_its_type():
+    model = make_model("bart")
+    input_ids, _ = make_prompts(2, padding=False)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    model.get_decoder().register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(input_ids, max_new_tokens=20, jacobi_block_size=4)

@@ -401,3 +401,12 @@ def test_random_cases(seed):
     if draw(True, False, False):
         options["min_new_tokens"] = 4
     assert_equal_to_greedy(model, *prompts, draw(1, 2, 3, 7, 16, 40), **options)
+
+
+def test_memory_follows_the_text_and_not_its_limit(llama):
+    """With a processor of the text, sequences stand in a tensor that the processor sees."""
+    input_ids, _ = make_prompts(1)
+    options = {"do_sample": False, "repetition_penalty": 1.2, "stopping_criteria": StoppingCriteriaList([AtLength()])}
+    greedy = llama.generate(input_ids, max_new_tokens=24, **options)
+    output = llama.generate(input_ids, max_new_tokens=10**12, jacobi_block_size=8, **options)  # 8 TB, if allocated
+    assert torch.equal(output, greedy)
