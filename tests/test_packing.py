@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from architectures import make_architecture
 from conftest import CONFIGS, VOCAB_SIZE, make_model
 
 from cllm_hf.blocks.forward import copy_clean, forward_clean, forward_drafts, packed_forward
@@ -202,3 +203,10 @@ def test_logits_of_some_places_only(name):
         everything = packed_forward(model, packed, model).flatten(0, 1)
     assert rows_seen == [(1, len(places), VOCAB_SIZE)]
     torch.testing.assert_close(some, everything[places], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["openai-gpt", "reformer", "xlm", "blt"])
+def test_architectures_that_cannot_be_packed_are_refused_by_name(name):
+    model = make_architecture(name)
+    with pytest.raises(ValueError, match=f"do not support {type(model).__name__}"):
+        check_packable(model)

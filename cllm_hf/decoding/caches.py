@@ -229,11 +229,14 @@ def roll_back_columns(columns: torch.Tensor, num_rejected: list[int], fill: int)
 def _move_to_front(cache: Cache, paths: list[list[int]], num_fed: int) -> None:
     """Put the kept places of a forward pass before its others. The layers have just made their tensors for it."""
     places = torch.tensor([path + [place for place in range(num_fed) if place not in path] for path in paths])
+    orders: dict[torch.device, torch.Tensor] = {}  # layers may lie on several devices, and most lie on one
     layers: Any = cache.layers
     for layer in layers:
         if not layer.is_initialized or isinstance(layer, DummyLayer):
             continue
-        order = places.to(layer.device, non_blocking=True)[:, None, :, None]
+        if layer.device not in orders:
+            orders[layer.device] = places.to(layer.device, non_blocking=True)[:, None, :, None]
+        order = orders[layer.device]
         for states in (layer.keys, layer.values):
             fed = states[:, :, -num_fed:]
             fed.copy_(fed.gather(2, order.expand_as(fed)))
