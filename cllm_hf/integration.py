@@ -25,6 +25,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ._host import has_own_loop, mark_as_edited, mixes_adapters
+from .blocks.limits import limits_of
 from .decoding.registry import decodings
 from .options import (
     AUTOREGRESSIVE,
@@ -39,6 +40,11 @@ from .options import (
 _ORIGINAL = "_cllm_hf_original"
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _STRATEGY_OPTIONS = ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "cache_implementation")
+# Model inputs that grow with the text, or are not handed to the model at all.
+_TEXT_INPUTS = (
+    "inputs input_ids inputs_embeds attention_mask position_ids token_type_ids negative_prompt_ids "
+    "negative_prompt_attention_mask"
+).split()
 _GREEDY = 'pass `decoding="autoregressive"`'
 
 
@@ -250,7 +256,16 @@ def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list
             refuse(f"`{name}`", repr(option(name)), f"drop it or {_GREEDY}")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if option(name):
-            refuse(f"`{name}` yet", "True", f"drop it or {_GREEDY}")
+            refuse(f"`{name}` yet", f"True{_asked_by(model)}", f"drop it or {_GREEDY}")
+    for name, value in call.items():
+        if not model.config.is_encoder_decoder and _is_read_with_prompt(name, value, configs[-1]):
+            refuse(f"the model input `{name}` yet", "one", f"drop it or {_GREEDY}")
+    if limits_of(model).has_own_state and (option("guidance_scale") or 1) != 1:
+        refuse(
+            f"`guidance_scale` with {type(model).__name__}, whose one state two texts would share",
+            option("guidance_scale"),
+            f"drop it or {_GREEDY}",
+        )
     if option("cache_implementation") not in (None, "dynamic", "hybrid", "static"):
         refuse("this cache yet", f"cache_implementation={option('cache_implementation')!r}", f"drop it or {_GREEDY}")
     if _runs_in_step(call.get("synced_gpus"), model):
@@ -264,6 +279,24 @@ def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list
         refuse("activated LoRA, which counts from the end of a forward", "one", f"use plain LoRA or {_GREEDY}")
     if adapters and mixes_adapters(model):
         refuse("several adapters in a batch yet", "`adapter_names`", f"set one adapter for the batch or {_GREEDY}")
+
+
+def _asked_by(model: Any) -> str:
+    """Who may have set an option that the caller did not."""
+    if type(model).generate is GenerationMixin.generate:
+        return ""
+    return (
+        f" (`{type(model).__name__}.generate` sets it by itself for some of its own options, such as "
+        "`logprob_threshold` or `return_token_timestamps` of Whisper)"
+    )
+
+
+def _is_read_with_prompt(name: str, value: Any, config: GenerationConfig) -> bool:
+    """Whether an argument is a model input that belongs to the prompt alone, such as an image."""
+    if name in _TEXT_INPUTS or hasattr(config, name):
+        return False
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(part, torch.Tensor) and bool(part.any()) for part in parts)
 
 
 def _runs_in_step(synced_gpus: bool | None, model: PreTrainedModel) -> bool:

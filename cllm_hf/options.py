@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +36,19 @@ class JacobiOptions:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_block_size(self.block_size, allows_auto=True)
-        if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 2**63):
+        block_size = check_block_size(self.block_size, allows_auto=True)
+        seed, candidates = as_integer(self.seed), as_integer(self.candidates)
+        if self.seed is not None and (seed is None or not 0 <= seed < 2**63):
             raise ValueError(f"`jacobi_seed` must be an integer of at least 0 and below 2**63, got {self.seed!r}.")
         if not isinstance(self.compile, bool):
             raise ValueError(f"`jacobi_compile` must be `True` or `False`, got {self.compile!r}.")
-        if not _is_integer(self.candidates) or self.candidates < 0:
+        if candidates is None or candidates < 0:
             raise ValueError(
                 f"`jacobi_candidates` must be an integer of at least 0, got {self.candidates!r}. Typical values are 1 "
                 "to 4."
             )
+        for name, value in (("block_size", block_size), ("seed", seed), ("candidates", candidates)):
+            object.__setattr__(self, name, value)  # as Python's own, whatever kind of integer was passed
         if self.compile and self.candidates:
             raise ValueError(
                 f"A compiled forward pass has one shape, got `jacobi_candidates={self.candidates}` with "
@@ -67,16 +71,33 @@ def check_block_size(value: object, name: str = "jacobi_block_size", allows_auto
         allows_auto (`bool`): whether `"auto"` will do.
 
     Returns:
-        `int` or `"auto"`: the value.
+        `int` or `"auto"`: the value, as an integer of Python.
 
     Raises:
         ValueError: if it is not an integer of at least 1, nor `"auto"` where that is allowed.
     """
-    if (allows_auto and value == AUTO) or (_is_integer(value) and value >= 1):  # type: ignore[operator]
+    if allows_auto and isinstance(value, str) and value == AUTO:
         return value
+    size = as_integer(value)
+    if size is not None and size >= 1:
+        return size
     kinds = 'an integer of at least 1 or "auto"' if allows_auto else "an integer of at least 1"
     raise ValueError(f"`{name}` must be {kinds}, got {value!r}. Typical values are 8 to 64.")
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def as_integer(value: Any) -> int | None:
+    """
+    Read an integer of any kind, such as numpy's.
+
+    Args:
+        value (`Any`): what the user passed.
+
+    Returns:
+        `int` or `None`: `None` for anything else, truth values among them.
+    """
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

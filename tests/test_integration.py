@@ -111,8 +111,9 @@ def test_an_assistant_model_is_refused_but_may_itself_have_jacobi_defaults(llama
 
 def test_model_inputs_that_cannot_be_extended_are_refused(llama):
     ids, _ = make_prompts(1)
-    with pytest.raises(ValueError, match="two dimensions"):
-        llama.generate(ids, position_ids=torch.arange(9).expand(3, 1, 9), decoding="jacobi", max_new_tokens=3)
+    positions = torch.stack([torch.arange(9), torch.arange(9) // 2, torch.arange(9) % 3])[:, None]  # of an image
+    with pytest.raises(ValueError, match="positions of text.* along each of 3 axes"):
+        llama.generate(ids, position_ids=positions, decoding="jacobi", max_new_tokens=3)
 
 
 def test_cache_that_holds_the_whole_prompt_is_refused(llama):
@@ -286,10 +287,10 @@ def test_embeddings_that_would_be_forgotten_are_refused():
 def test_what_belongs_to_the_prompt_alone_is_refused(llama):
     from cllm_hf.blocks.support import check_model_inputs
 
-    check_model_inputs(llama, {}, {"use_cache": True, "mm_encoder_outputs": {}, "output_attentions": None})
+    check_model_inputs(llama, {"use_cache": True, "mm_encoder_outputs": {}, "output_attentions": None})
     for value in (torch.ones(1), {"image": object()}, [1]):
         with pytest.raises(ValueError, match="model input `pixel_values`"):
-            check_model_inputs(llama, {}, {"pixel_values": value})
+            check_model_inputs(llama, {"pixel_values": value})
 
 
 def test_an_error_leaves_the_cache_of_the_user_as_it_was():

@@ -365,6 +365,7 @@ import torch
 from accelerate import PartialState
 from conftest import make_word_model
 from cllm_hf.demo.problems import make_tokenizer
+from cllm_hf.pipeline.models import leave_others, release
 from watched_runs import good_responses, make_dataset, make_trainer
 
 folder, tokenizer = sys.argv[1], make_tokenizer()
@@ -385,6 +386,9 @@ found["steps"] = trainer.state.global_step
 state = PartialState()
 with open(f"{folder}/{state.num_processes}-{state.process_index}.json", "w") as file:
     json.dump(found, file)
+# A process that ends while gloo's threads run may abort.
+release(trainer)
+leave_others()
 """
 
 

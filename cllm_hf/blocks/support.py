@@ -1,110 +1,23 @@
-"""What is known of single architectures: which are refused, and which need more than the usual care."""
+"""Which models, inputs and positions are refused, for decoding, trees of tokens and packed batches."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from .._host import PLAIN_ATTENTION, attention_implementation
+from .limits import (
+    DISAGREES,
+    forgets_between_steps,
+    limits_of,
+    why_refused,
+)
 
 
 _REMEDY = 'Pass `decoding="autoregressive"` for it.'
-# What a position says depends on more than the tokens before it, so that no later token can be guessed.
-_DISAGREES = "transformers' forward pass over several tokens and its step over one do not agree in this architecture"
-_OWN_MASK = "its attention has a mask of its own, of the length of the text"
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """
-    What an architecture cannot do.
-
-    Attributes:
-        refused (`str`): why several tokens cannot be verified, nor packed, in one forward pass; empty if they can.
-        unpacked (`str`): why blocks cannot be packed after their sequence, where nothing else tells.
-        no_later_steps (`bool`): whether several tokens after a cached prefix do not see all of it, or not at the right
-            places. One at a time they do.
-        counts_padding (`bool`): whether layers group tokens by where they stand in a row, padding included.
-        no_padding (`bool`): whether transformers itself decodes padded rows differently with a cache and without, or
-            in one step and in several.
-        no_batches (`bool`): the same with any batch.
-    """
-
-    refused: str = ""
-    unpacked: str = ""
-    no_later_steps: bool = False
-    counts_padding: bool = False
-    no_padding: bool = False
-    no_batches: bool = False
-
-
-# By `model_type`: every exception of a single architecture, for decoding and for packing.
-_LIMITS = {
-    "blt": _Limits(refused=_DISAGREES),
-    "cpmant": _Limits(
-        refused="it reads the text in both directions, so that a later token changes what is said at earlier ones"
-    ),
-    "deepseek_v4": _Limits(no_later_steps=True, no_padding=True),
-    "falcon_mamba": _Limits(no_later_steps=True),
-    "git": _Limits(no_padding=True),
-    "jamba": _Limits(no_later_steps=True),
-    "llama4": _Limits(counts_padding=True),
-    "llama4_text": _Limits(counts_padding=True),
-    "mamba": _Limits(no_later_steps=True),
-    "minimax_m3_vl_text": _Limits(no_padding=True),
-    "nemotron_h": _Limits(refused=_DISAGREES + " (one limits the time step, the other does not)"),
-    "openai-gpt": _Limits(unpacked=_OWN_MASK),
-    "prophetnet": _Limits(refused="its decoder takes one token at a time once it has a cache"),
-    "recurrent_gemma": _Limits(no_later_steps=True, counts_padding=True),
-    "reformer": _Limits(
-        refused="its attention groups the whole text, so that a later token changes what is said at earlier ones"
-    ),
-    "rwkv": _Limits(no_batches=True),
-    "xlm": _Limits(refused="it says only what a mask token at the end of the text stands for, one token a pass"),
-    "xlnet": _Limits(refused="it says only what a dummy token at the end of the text stands for, one token a pass"),
-    "zamba": _Limits(no_later_steps=True),
-    "zamba2": _Limits(refused=_DISAGREES + " (one limits the time step, the other does not)"),
-}
-_NO_LIMITS = _Limits()
-
-
-def _limits_of(model: PreTrainedModel) -> _Limits:
-    return _LIMITS.get(model.config.model_type, _NO_LIMITS)
-
-
-def forgets_between_steps(model: PreTrainedModel) -> bool:
-    """
-    Whether a forward over several tokens loses sight of what an earlier one has cached.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-
-    Returns:
-        `bool`.
-    """
-    return _limits_of(model).no_later_steps
-
-
-def needs_same_length(model: PreTrainedModel) -> bool:
-    """
-    Whether the rows of a batch must stay at equal lengths.
-
-    A model that takes no positions counts cached tokens to find them, and padding on the left would shift its count.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-
-    Returns:
-        `bool`.
-    """
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    limits = _limits_of(model)
-    # Rows of different lengths are padded, be it by the user or by the loop.
-    return not takes_positions or limits.counts_padding or limits.no_padding
 
 
 def check_model(model: PreTrainedModel, batch_size: int, is_padded: bool) -> None:
@@ -120,10 +33,12 @@ def check_model(model: PreTrainedModel, batch_size: int, is_padded: bool) -> Non
         ValueError: for an architecture whose output at a position depends on more than the tokens before it, and for
             a batch where the model, or the host with this model, cannot do with one.
     """
-    limits = _limits_of(model)
-    if limits.refused:
-        raise ValueError(f'`decoding="jacobi"` does not support {type(model).__name__}: {limits.refused}. {_REMEDY}')
-    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+    reason = why_refused(model)
+    if reason:
+        raise ValueError(f'`decoding="jacobi"` does not support {type(model).__name__}: {reason}. {_REMEDY}')
+    limits = limits_of(model)
+    # Rows of an encoder-decoder model move on together, and nothing is padded.
+    takes_mask = model.config.is_encoder_decoder or "attention_mask" in inspect.signature(model.forward).parameters
     if batch_size > 1 and (not takes_mask or limits.no_batches):
         raise ValueError(
             f"{type(model).__name__} does not make use of an `attention_mask`, so that its rows must be decoded one "
@@ -136,25 +51,17 @@ def check_model(model: PreTrainedModel, batch_size: int, is_padded: bool) -> Non
         )
 
 
-def check_model_inputs(model: PreTrainedModel, extended: dict[str, Any], others: dict[str, Any]) -> None:
+def check_model_inputs(model: PreTrainedModel, others: dict[str, Any]) -> None:
     """
     Refuse inputs that would be misaligned after the prefill.
 
     Args:
         model (`transformers.PreTrainedModel`): the model to decode.
-        extended (`dict`): inputs that grow with the sequence.
-        others (`dict`): the other inputs, as the host prepared them.
+        others (`dict`): inputs that do not grow with the text, from the caller or as transformers prepared them.
 
     Raises:
-        ValueError: for positions of more than one dimension, and for what belongs to the prompt alone (images and the
-            like).
+        ValueError: for what belongs to the prompt alone (images and the like).
     """
-    positions = extended.get("position_ids")
-    if positions is not None and positions.dim() != 2:
-        raise ValueError(
-            f'`decoding="jacobi"` needs `position_ids` of two dimensions, got shape {tuple(positions.shape)}. '
-            + _REMEDY
-        )
     unknown = [
         name for name, value in others.items() if isinstance(value, (torch.Tensor, dict, list, tuple)) and len(value)
     ]
@@ -199,7 +106,7 @@ def check_positions(model: PreTrainedModel, num_positions: int) -> None:
     if config.model_type == "moshi" and num_positions > config.sliding_window:
         raise ValueError(
             f'`decoding="jacobi"` supports {type(model).__name__} up to its window of {config.sliding_window} tokens, '
-            f"behind which {_DISAGREES}, got {num_positions}. Lower `max_new_tokens` or pass "
+            f"after which {DISAGREES}, got {num_positions}. Lower `max_new_tokens` or pass "
             '`decoding="autoregressive"`.'
         )
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -215,12 +122,13 @@ def check_positions(model: PreTrainedModel, num_positions: int) -> None:
                 )
 
 
-def check_trees(model: PreTrainedModel) -> None:
+def check_trees(model: PreTrainedModel, counts_columns: bool) -> None:
     """
     Check that a model can verify a tree of tokens in one forward pass.
 
     Args:
         model (`transformers.PreTrainedModel`): the model to decode.
+        counts_columns (`bool`): whether it finds positions by counting columns.
 
     Raises:
         ValueError: for models that take no mask of pairs or no positions, see `check_packable`, and for those that
@@ -233,7 +141,7 @@ def check_trees(model: PreTrainedModel) -> None:
         reason = str(error)
     if forgets_between_steps(model):
         reason = "It does not see all of what it has cached when several tokens follow."
-    elif needs_same_length(model):
+    elif counts_columns:
         reason = reason or "It finds positions by counting columns."
     if reason:
         raise ValueError(
@@ -255,10 +163,10 @@ def check_packable(model: PreTrainedModel) -> None:
     """
     config = model.config.get_text_config()
     name = type(model).__name__
-    limits = _limits_of(model)
-    if limits.refused or limits.unpacked:
+    reason = why_refused(model) or limits_of(model).unpacked
+    if reason:
         raise ValueError(
-            f"Packed forward passes do not support {name}: {limits.refused or limits.unpacked}. Use another model, "
+            f"Packed forward passes do not support {name}: {reason}. Use another model, "
             "such as Llama, Qwen, Gemma, GPT-2 or GPT-NeoX."
         )
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):

@@ -196,6 +196,43 @@ def restore_states(cache: Cache, states: list[dict[str, Any]]) -> None:
         vars(layer).update(saved)
 
 
+def save_start(cache: Cache) -> list[Any]:
+    """
+    Save what `restore_start` needs to take a call of `generate` back.
+
+    Args:
+        cache (`transformers.Cache`): a croppable dynamic cache, before the first forward pass of the call.
+
+    Returns:
+        `list`: for each layer, how many columns it holds, where nothing else changes while it grows; for others, such
+        as sliding windows, their attributes.
+    """
+    layers: Any = cache.layers
+    return [layer.get_seq_length() if _only_grows(layer) else dict(vars(layer)) for layer in layers]
+
+
+def restore_start(cache: Cache, start: list[Any]) -> None:
+    """
+    Take everything back that a call has done to a cache, whichever of its layers a forward pass had reached.
+
+    Args:
+        cache (`transformers.Cache`): the cache.
+        start (`list`): what `save_start` returned.
+    """
+    layers: Any = cache.layers
+    del layers[len(start) :]  # layers are made as they are reached
+    for layer, saved in zip(layers, start):
+        if isinstance(saved, int):
+            layer.keys, layer.values = (states[..., :saved, :] for states in (layer.keys, layer.values))
+        else:
+            vars(layer).clear()
+            vars(layer).update(saved)
+
+
+def _only_grows(layer: Any) -> bool:
+    return type(layer) is DynamicLayer and layer.is_initialized
+
+
 def _saved(value: Any, is_replaced: bool) -> Any:
     if isinstance(value, torch.Tensor):
         return value if is_replaced else value.clone()

@@ -9,19 +9,24 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from ..blocks.forward import tree_attention_mask
+from ..blocks.limits import count_positions, needs_same_length
 from ..blocks.support import (
     check_embeds,
     check_model,
     check_model_inputs,
     check_positions,
     check_trees,
-    needs_same_length,
 )
 from . import caches
+from .inputs import GrowingInputs
 from .memory import choose_memory
 from .rows import Pending, Row, Verdict
 from .static import make_static_memory
 from .strategy import Proposal, Room
+
+
+# Memory follows the text, not a number of the caller: a draft beyond this is at most as long as the text before it.
+_LONGEST_DRAFT = 1024
 
 
 class Feed:
@@ -68,25 +73,17 @@ class Feed:
     ):
         self.model = model
         batch_size = input_ids.shape[0]
-        self._prefix = "decoder_" if model.config.is_encoder_decoder else ""
-        # Inputs that grow with the sequence and are extended here.
-        names = [self._prefix + "attention_mask", self._prefix + "position_ids", "token_type_ids", "inputs_embeds"]
-        inputs = {name: model_kwargs.pop(name, None) for name in names}
-        mask, positions, token_types, embeds = inputs.values()
+        self._growing = growing = GrowingInputs.taken_from(model, model_kwargs)
+        mask, embeds = growing.mask, growing.embeds
         check_model(model, batch_size, is_padded=mask is not None)
-        if needs_tree:
-            check_trees(model)
         num_prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
         static = None
         if compile_options is not None:
             max_columns = num_prompt + num_new_tokens + max_block_size
             static = make_static_memory(model, model_kwargs, batch_size, max_columns, is_user_cache, compile_options)
         self.memory = static or choose_memory(model, model_kwargs, batch_size, is_user_cache)
-        self.same_length = self.memory.same_length or needs_same_length(model)
-        self._is_ragged = batch_size > 1 and not self.same_length
         self._needs_tree = needs_tree
-        self._check_keeps_places()
-        check_model_inputs(model, inputs, model_kwargs)
+        check_model_inputs(model, model_kwargs)
         check_embeds(model, embeds, self.memory.cache is not None)
         self._kwargs = model_kwargs
 
@@ -94,13 +91,20 @@ class Feed:
         self._device = input_ids.device
         self._embeds = None if embeds is None else embeds[:, -num_new:]
         self._mask = mask  # of remembered and new columns; `None` while there is no padding
-        self.rows = _make_rows(input_ids, mask, context_ids, num_new, positions, token_types, model)
+        self.rows = _make_rows(input_ids, growing, context_ids, num_new, model)
         # A fixed shape reaches beyond it, where nothing is committed and there may be no position.
         last = [row.pending.positions[-1] for row in self.rows if row.pending.positions is not None]
         self._last_position = num_new_tokens + (max(last) if last else self.memory.num_cached + num_new - 1)
         check_positions(model, self._last_position + 1)
         self._is_prefill = True
         self._num_fed = 1  # anchor and draft, or tree, of the last forward pass
+        counts_columns = needs_same_length(model) or self._drops_positions()
+        if needs_tree:
+            check_trees(model, counts_columns)
+            self._check_keeps_places()
+        self.same_length = self.memory.same_length or counts_columns
+        self._is_ragged = batch_size > 1 and not self.same_length
+        self._num_positions = count_positions(model)
 
     def room(self, block_size: int) -> Room:
         """
@@ -118,6 +122,11 @@ class Feed:
             depth = 0
         elif self.memory.replays and len(self.rows[0].pending.ids) > block_size:
             depth = 0
+        if depth > _LONGEST_DRAFT and not self.memory.fixed_shape:
+            depth = min(depth, max(_LONGEST_DRAFT, *(len(row.text) for row in self.rows)))
+        if self._num_positions is not None:
+            # Only a committed token may go beyond the last position, where transformers says what it has to say.
+            depth = min(depth, max(self._num_positions - 1 - max(map(self._position, self.rows)), 0))
         return Room(depth, self._needs_tree and not self._is_prefill)
 
     def forward(self, proposals: list[Proposal]) -> torch.Tensor:
@@ -138,23 +147,42 @@ class Feed:
         if self._mask is not None and num_fed > 1:
             self._mask = torch.cat([self._mask, self._mask.new_ones((len(fed), num_fed - 1))], dim=1)
         self.memory.begin(num_fed - 1)
-        kwargs = {**self._kwargs, **self.memory.model_inputs}
-        if fed[0].positions is not None:
-            kwargs[self._prefix + "position_ids"] = self._to_tensor([row.positions for row in fed])
-        if fed[0].token_types is not None:
-            kwargs["token_type_ids"] = self._to_tensor([row.token_types for row in fed])
-        if self._mask is not None:
-            kwargs[self._prefix + "attention_mask"] = self._mask
-        if self._embeds is not None:
-            kwargs["inputs_embeds"] = self._embeds
-        inputs = self.model.prepare_inputs_for_generation(
-            self._to_tensor([row.ids for row in fed]), is_first_iteration=self._is_prefill, **kwargs
-        )
+        inputs = self._prepare(fed)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = num_fed  # some models put their own default here
         if not proposals[0].is_chain:
             inputs["attention_mask"] = self._tree_mask(proposals)
         return self.memory.call(self.model, **inputs, return_dict=True).logits[:, -num_fed:]
+
+    def _prepare(self, fed: list[Pending]) -> dict[str, Any]:
+        """Inputs of a forward pass."""
+        growing = self._growing
+        kwargs = {**self._kwargs, **self.memory.model_inputs}
+        if fed[0].positions is not None:
+            positions = self._to_tensor([row.positions for row in fed])
+            kwargs[growing.prefix + "position_ids"] = growing.on_all_axes(positions)
+        if fed[0].token_types is not None:
+            kwargs["token_type_ids"] = self._to_tensor([row.token_types for row in fed])
+        ids = self._to_tensor([row.ids for row in fed])
+        kwargs.update(dict.fromkeys(growing.zeros, torch.zeros_like(ids)))
+        if self._mask is not None:
+            kwargs[growing.prefix + "attention_mask"] = self._mask
+        if self._embeds is not None:
+            kwargs["inputs_embeds"] = self._embeds
+        return self.model.prepare_inputs_for_generation(ids, is_first_iteration=self._is_prefill, **kwargs)
+
+    def _drops_positions(self) -> bool:
+        """Whether the model finds positions by counting columns, though its `forward` takes positions."""
+        pending = [row.pending for row in self.rows]
+        if pending[0].positions is None or (len(pending) == 1 and not self._needs_tree):
+            return False  # nothing to tell apart
+        return self._prepare(pending).get(self._growing.prefix + "position_ids") is None
+
+    def _position(self, row: Row) -> int:
+        """Position of the anchor."""
+        if row.pending.positions is not None:
+            return row.pending.positions[-1]
+        return self.memory.num_cached + len(row.pending.ids) - 1
 
     def advance(self, verdicts: list[Verdict], finished: list[bool]) -> None:
         """
@@ -170,9 +198,11 @@ class Feed:
             self._check_keeps_places()
         left = [index for index, is_finished in enumerate(finished) if not is_finished]
         paths = [verdict.path for verdict in verdicts]
-        # A row that leaves must not keep the others' columns from going.
+        # A row that leaves a batch must not keep the others' columns from going, nor, where it is among the last to
+        # leave, be told apart in a cache whose rows all have one length.
         most = max(len(paths[index]) for index in left or range(len(paths)))
-        paths = [list(range(most)) if left and finished[index] else path for index, path in enumerate(paths)]
+        leaves = [is_finished and len(paths) > 1 for is_finished in finished]
+        paths = [list(range(most)) if is_leaving else path for is_leaving, path in zip(leaves, paths)]
         is_remembered = self._forget(paths)
         for row, verdict, path in zip(self.rows, verdicts, paths):
             row.pending = self._next_pending(row, verdict, len(path), None if is_remembered else most)
@@ -264,14 +294,9 @@ def _count_new(num_prompt: int, num_cached: int, num_given: int | None) -> int:
 
 
 def _make_rows(
-    input_ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    context_ids: torch.Tensor | None,
-    num_new: int,
-    positions: torch.Tensor | None,
-    token_types: torch.Tensor | None,
-    model: Any,
+    input_ids: torch.Tensor, growing: GrowingInputs, context_ids: torch.Tensor | None, num_new: int, model: Any
 ) -> list[Row]:
+    mask = growing.mask
     batch_size, length = input_ids.shape
     texts = input_ids.tolist()
     num_padding = [0] * batch_size
@@ -285,7 +310,9 @@ def _make_rows(
         # A decoder may know fewer tokens than its encoder, and any guess will do.
         contexts = (context_ids % model.config.get_text_config(decoder=True).vocab_size).tolist()
     ids = input_ids[:, -num_new:].tolist()
-    all_positions, all_types = (_last_columns(values, num_new, batch_size) for values in (positions, token_types))
+    all_positions, all_types = (
+        _last_columns(values, num_new, batch_size) for values in (growing.positions, growing.token_types)
+    )
     return [
         Row(
             index,

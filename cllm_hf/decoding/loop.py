@@ -11,6 +11,7 @@ Sources: Jacobi decoding (arXiv 2305.10427), CLLM (arXiv 2403.00835).
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -109,18 +110,19 @@ def decode(
         while feed.rows:
             _iterate(feed, strategy, verifier, pace)
             num_forwards += 1
-    finally:
         feed.memory.close()
-    if streamer is not None:
-        streamer.end()
-
-    sequences = lay_out_sequences(input_ids, all_rows, verifier.pad_id)
-    if not generation_config.return_dict_in_generate:
-        return sequences
-    # A recurrent state may lag behind the text, and the cache of a batch has lost the rows that finished.
-    cache = feed.memory.cache if batch_size == 1 and not feed.memory.replays else None
-    stats = JacobiStats(num_forwards, [row.gains for row in all_rows])
-    return JacobiOutput(sequences=cast(torch.LongTensor, sequences), past_key_values=cache, jacobi_stats=stats)
+        if streamer is not None:
+            streamer.end()
+        sequences = lay_out_sequences(input_ids, all_rows, verifier.pad_id)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        # A recurrent state may lag behind the text, and the cache of a batch has lost the rows that finished.
+        cache = feed.memory.cache if batch_size == 1 and not feed.memory.replays else None
+        stats = JacobiStats(num_forwards, [row.gains for row in all_rows])
+        return JacobiOutput(sequences=cast(torch.LongTensor, sequences), past_key_values=cache, jacobi_stats=stats)
+    except BaseException:  # Ctrl-C too
+        feed.memory.abandon()
+        raise
 
 
 def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> None:
@@ -246,7 +248,7 @@ def length_limit(stopping_criteria: StoppingCriteriaList, prompt_length: int) ->
         `int`: at least one more than the prompt has, since criteria are first asked after one token.
     """
     limits = [criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
-    return max(min(limits), prompt_length + 1)
+    return max(math.ceil(min(limits)), prompt_length + 1)  # the limit may be no integer
 
 
 def find_stop_ids(stopping_criteria: StoppingCriteriaList) -> list[int]:

@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from ..blocks.support import forgets_between_steps
+from ..blocks.limits import forgets_between_steps
 from . import caches
 
 
@@ -95,6 +95,9 @@ class Memory(ABC):
     def close(self) -> None:
         """Leave the cache fit for other uses."""
 
+    def abandon(self) -> None:
+        """Take back what was done to a cache of the user. Must not raise: another exception is on its way."""
+
 
 class NoMemory(Memory):
     """Nothing is remembered: every forward is over the whole sequence."""
@@ -114,12 +117,13 @@ class CroppedMemory(Memory):
     Args:
         cache (`transformers.Cache`): a croppable cache.
         batch_size (`int`): number of rows.
+        is_user_cache (`bool`): whether the user holds it too, and must find it as it was if the call fails.
     """
 
-    def __init__(self, cache: Cache, batch_size: int):
+    def __init__(self, cache: Cache, batch_size: int, is_user_cache: bool = False):
         self.cache: Cache = cache
         self._is_recording = False
-        self._num_settled: int | None = None  # columns before a forward that is not settled yet
+        self._start = caches.save_start(cache) if is_user_cache else None
         self.same_length = batch_size > 1 and not caches.rolls_back_rows(cache)
 
     @property
@@ -134,7 +138,6 @@ class CroppedMemory(Memory):
         if not self._is_recording:
             self.cache.activate_past_recording()
             self._is_recording = True
-        self._num_settled = self.cache.get_seq_length()
 
     @property
     def keeps_places(self) -> bool:
@@ -142,7 +145,6 @@ class CroppedMemory(Memory):
 
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
         caches.keep_places(self.cache, paths, num_fed)
-        self._num_settled = None
         return True
 
     def after_prefill(self) -> Memory:
@@ -162,11 +164,11 @@ class CroppedMemory(Memory):
         caches.drop_leading_columns(self.cache, count)
 
     def close(self) -> None:
-        # Something was raised after a forward pass: leave no draft in the cache.
-        own = caches.decoder_cache(self.cache)
-        if self._num_settled is not None and own.is_initialized and own.is_croppable:
-            caches.roll_back(own, [own.get_seq_length() - self._num_settled])
         caches.stop_recording(self.cache)
+
+    def abandon(self) -> None:
+        if self._start is not None:
+            caches.restore_start(self.cache, self._start)
 
 
 class ReplayedMemory(Memory):
@@ -271,4 +273,4 @@ def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_
         return ReplayedMemory(name, cache, batch_size)
     if is_user_cache and batch_size > 1:
         cache = caches.copy_cache(cache)
-    return CroppedMemory(cache, batch_size)
+    return CroppedMemory(cache, batch_size, is_user_cache and batch_size == 1)

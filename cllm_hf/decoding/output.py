@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -43,7 +44,6 @@ class JacobiStats:
         return sum(self.num_generated) / forwards if forwards else 0.0
 
 
-@dataclass
 class JacobiOutput(GenerateDecoderOnlyOutput):
     """
     Output of Jacobi decoding: the host's `GenerateDecoderOnlyOutput` with statistics.
@@ -54,7 +54,13 @@ class JacobiOutput(GenerateDecoderOnlyOutput):
         past_key_values (`transformers.Cache` or `None`): for one row, the cache of all tokens but the last, as the
             host returns it. `None` for a batch, whose rows leave the cache as they finish, and for recurrent states,
             which may lag behind the text.
-        jacobi_stats (`JacobiStats`): forwards and accepted tokens of this call.
+        jacobi_stats (`JacobiStats`): forwards and accepted tokens of this call. An attribute alone, not among the
+            items: models that decode a recording piece by piece (Whisper) split every item by rows.
     """
 
-    jacobi_stats: JacobiStats | None = None
+    def __init__(self, *args: Any, jacobi_stats: JacobiStats | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.jacobi_stats = jacobi_stats
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.jacobi_stats if key == "jacobi_stats" else super().__getitem__(key)

@@ -8,6 +8,7 @@ stands before it in the meantime, in the end it is the sample that decoding one 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
@@ -42,12 +43,7 @@ class GumbelNoise:
             `torch.FloatTensor` of shape `(batch_size, vocab_size)`.
         """
         if position not in self._kept:
-            if self._generator is None:
-                self._generator = torch.Generator(like.device)
-            # Every position has a seed of its own, so that noise can be drawn again in any order.
-            self._generator.manual_seed(_mix(self._seed, position))
-            noise = torch.empty((self._batch_size, like.shape[-1]), dtype=torch.float32, device=like.device)
-            noise.exponential_(generator=self._generator)
+            noise = self._exponential(position, like)
             self._kept[position] = -noise.clamp(min=torch.finfo(torch.float32).tiny).log()
             if len(self._kept) > max(_KEPT_BYTES // self._kept[position].nbytes, 1):
                 del self._kept[next(iter(self._kept))]
@@ -72,10 +68,22 @@ class GumbelNoise:
             ]
         )
 
+    def _exponential(self, position: int, like: torch.Tensor) -> torch.Tensor:
+        """Every position has a seed of its own, so that noise can be drawn again in any order."""
+        seed, shape = _mix(self._seed, position), (self._batch_size, like.shape[-1])
+        if like.device.type == "cpu":
+            # torch's own generator reads 32 bits of a seed there.
+            generator = np.random.Generator(np.random.Philox(key=seed))
+            return torch.from_numpy(generator.standard_exponential(shape, dtype=np.float32))
+        if self._generator is None:
+            self._generator = torch.Generator(like.device)
+        self._generator.manual_seed(seed)
+        return torch.empty(shape, device=like.device).exponential_(generator=self._generator)
+
 
 def _mix(seed: int, position: int) -> int:
     """A seed for a position; nearby pairs have seeds that are nothing alike (the finalizer of SplitMix64)."""
     value = (seed + (position + 1) * 0x9E3779B97F4A7C15) % 2**64
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
-    return (value ^ (value >> 31)) % 2**63
+    return value ^ (value >> 31)

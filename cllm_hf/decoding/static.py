@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.utils import logging
 
 from .._host import attention_implementation, compiles_whole
-from ..blocks.support import forgets_between_steps
+from ..blocks.limits import count_positions, forgets_between_steps
 from .memory import CACHE_NAMES, Memory
 
 
@@ -90,8 +90,9 @@ def make_static_memory(
     Returns:
         `StaticMemory` or `None`: `None` where the model, its cache or its layers do not allow one.
     """
+    reason = _why_not(model, options, is_user_cache) or _why_too_long(model, max_columns)
     length = max(-(-max_columns // _LENGTH_STEP) * _LENGTH_STEP, _LENGTHS.get(model, 0), options.max_cache_len or 0)
-    reason, cache = _why_not(model, options, is_user_cache), None
+    cache = None
     if not reason:
         cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
         other = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
@@ -104,6 +105,15 @@ def make_static_memory(
     model_kwargs.pop("use_cache", None)
     _LENGTHS[model] = length
     return StaticMemory(model, cache, batch_size, options.compile_config)
+
+
+def _why_too_long(model: Any, max_columns: int) -> str:
+    """A static cache is made at once, for the longest text that the caller allows."""
+    config = model.config.get_text_config(decoder=True)
+    num_positions = count_positions(model) or getattr(config, "max_position_embeddings", None) or max_columns
+    if max_columns <= num_positions:
+        return ""
+    return f"prompt, response and a block may take {max_columns} positions, and it was made for {num_positions}"
 
 
 def _why_not(model: Any, options: GenerationConfig, is_user_cache: bool) -> str:

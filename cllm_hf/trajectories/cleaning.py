@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from typing import Any
 
+from ..options import as_integer
+
 
 # A period within a number, a name or an address ends no sentence. Behind one that does, a space may be missing.
 _SENTENCE_END = re.compile(r"[!?！？。｡।؟…\n]|\.(?!\w)|(?<=[a-z])\.(?=[A-Z])|．(?!\d)")
@@ -56,11 +58,13 @@ class CleaningRules:
     def __post_init__(self) -> None:
         # A run of one token is every token.
         for name, least in (("max_token_run", 2), ("max_sentence_repeats", 1), ("max_prompt_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            given = getattr(self, name)
+            value = as_integer(given)
+            if given is not None and (value is None or value < least):
                 raise ValueError(
-                    f"`{name}` must be an integer of at least {least}, or `None` for no such rule, got {value!r}."
+                    f"`{name}` must be an integer of at least {least}, or `None` for no such rule, got {given!r}."
                 )
+            object.__setattr__(self, name, value)  # as Python's own, ready for JSON
         for name in ("drop_empty", "drop_truncated"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be `True` or `False`, got {getattr(self, name)!r}.")

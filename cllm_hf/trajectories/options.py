@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..options import check_block_size
+from ..options import as_integer, check_block_size
 from .cleaning import CleaningRules
 
 
@@ -33,13 +33,14 @@ class CollectionOptions:
     not_greedy: str = "drop"
 
     def __post_init__(self) -> None:
-        check_block_size(self.block_size, "block_size")
-        for name in ("max_new_tokens", "max_tokens_per_batch", "prompts_per_shard"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"`seed` must be an integer of at least 0, got {self.seed!r}.")
+        counts = {"block_size": check_block_size(self.block_size, "block_size")}
+        for name, least in (("max_new_tokens", 1), ("max_tokens_per_batch", 1), ("prompts_per_shard", 1), ("seed", 0)):
+            value = as_integer(getattr(self, name))
+            if value is None or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {getattr(self, name)!r}.")
+            counts[name] = value
+        for name, value in counts.items():
+            object.__setattr__(self, name, value)  # as Python's own, ready for JSON
         for name in ("augment", "drop_duplicates"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be `True` or `False`, got {getattr(self, name)!r}.")

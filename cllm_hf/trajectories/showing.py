@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import check_writable_file, write_whole
+from ..options import as_integer
 from .block import BlockTrajectory
 from .builder import TrajectoryBuilder
 from .cleaning import CleaningRules
@@ -163,9 +164,10 @@ def collect_block(
     Raises:
         ValueError: as `draw_trajectories`.
     """
-    if isinstance(block, bool) or not isinstance(block, int) or block < 0:
+    number = as_integer(block)
+    if number is None or number < 0:
         raise ValueError(f"`block` must be an integer of at least 0, got {block!r}.")
-    longest = (block + 1) * block_size if max_new_tokens is None else max_new_tokens
+    longest = (number + 1) * block_size if max_new_tokens is None else max_new_tokens
     builder = TrajectoryBuilder(
         model,
         processing_class,

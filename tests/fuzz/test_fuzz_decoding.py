@@ -7,7 +7,8 @@ import pytest
 import torch
 from architectures import make_architecture
 from conftest import CONFIGS, VOCAB_SIZE, make_model
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from test_parity import AtLength, EveryThirdCall
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -15,14 +16,11 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 import cllm_hf  # noqa: F401
 
 
-FUZZ = {
-    "deadline": None,
-    "derandomize": True,
-    "suppress_health_check": list(HealthCheck),
-    "database": None,
-}
 SINGLE_ROWS = ["mamba", "mamba2", "openai-gpt", "rwkv", "deepseek_v4"]
-OTHERS = ["qwen3_next", "falcon_h1", "lfm2", "llama4_text", "bloom", "opt", "roberta", "gemma3n_text", "deepseek_v3"]
+OTHERS = (
+    "bamba biogpt bloom cohere2 deepseek_v3 falcon falcon_h1 gemma2 gemma3n_text glm4 gpt_neo gptj granitemoehybrid "
+    "jamba lfm2 llama4_text mpt olmo2 opt qwen3_next recurrent_gemma roberta smollm3 trocr"
+).split()
 NAMES = sorted([*CONFIGS, *SINGLE_ROWS, *OTHERS])
 
 
@@ -104,24 +102,24 @@ def check(case, **extra):
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, **FUZZ)
+@fuzz(3000)
 @given(cases())
 def test_random_cases(case):
     check(case, use_cache=case[-1])
 
 
-TAKES_TREES = sorted([*CONFIGS, "deepseek_v3", "opt", "gemma3n_text", "roberta"])
+TAKES_TREES = sorted([*CONFIGS, "deepseek_v3", "opt", "gemma2", "gemma3n_text", "gptj", "olmo2", "roberta"])
 CANDIDATE_CASES = (cases().filter(lambda case: case[0] in TAKES_TREES), st.sampled_from([2, 4]))
 
 
-@settings(max_examples=40, **FUZZ)
+@fuzz(40)
 @given(*CANDIDATE_CASES)
 def test_a_few_random_cases_with_candidates(case, candidates):
     check(case, jacobi_candidates=candidates)
 
 
 @pytest.mark.slow
-@settings(max_examples=500, **FUZZ)
+@fuzz(500)
 @given(*CANDIDATE_CASES)
 def test_random_cases_with_candidates(case, candidates):
     check(case, jacobi_candidates=candidates)
@@ -134,7 +132,7 @@ def bfloat16_cases(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, **FUZZ)
+@fuzz(300)
 @given(bfloat16_cases())
 @torch.no_grad()
 def test_differences_in_bfloat16_sit_at_near_ties(case):
