@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import sweep
 import torch
-from architectures import CANNOT_BUILD, MODEL_TYPES, make_architecture
+from architectures import CANNOT_BUILD, MODEL_TYPES, CannotBuild, make_architecture
+from image_text import MODEL_TYPES as IMAGE_TEXT_TYPES
+from image_text import make_image_text_model
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
@@ -65,3 +67,15 @@ def test_candidates_are_exact_or_refused(model_type):
             assert "jacobi_candidates" in str(error)
         else:
             assert decoded.tolist() == greedy.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", IMAGE_TEXT_TYPES)
+def test_text_of_models_that_read_images_is_exact_or_refused(model_type):
+    try:
+        model = make_image_text_model(model_type)
+    except CannotBuild as reason:
+        pytest.skip(str(reason))
+    for batch_size in (1, 3):
+        finding = sweep.compare(model, batch_size, batch_size > 1, seeds=(0,))
+        assert finding.outcome != sweep.WRONG, finding.note

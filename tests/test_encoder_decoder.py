@@ -89,9 +89,7 @@ def test_these_models_accept_drafts(name):
     assert max(output.jacobi_stats.num_accepted[0]) >= 1
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_whisper(batch_size):
-    """Its `generate` cuts the sound into segments and hands each to the host's own."""
+def make_whisper():
     torch.manual_seed(0)
     config = transformers.WhisperConfig(
         **{**_BART_LIKE, "max_position_embeddings": 1},
@@ -103,6 +101,13 @@ def test_whisper(batch_size):
     )
     model = prepared(transformers.WhisperForConditionalGeneration(config))
     model.generation_config.update(no_timestamps_token_id=50, decoder_start_token_id=2, is_multilingual=False)
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_whisper(batch_size):
+    """Its `generate` cuts the sound into segments and hands each to the one of transformers."""
+    model = make_whisper()
     sound = torch.randn(batch_size, 8, 100)
     for block_size in (2, 8):
         options = {"input_features": sound, "do_sample": False, "max_new_tokens": 24}
@@ -144,3 +149,44 @@ def test_an_exception_inside_a_forward_pass_keeps_its_type():
     model.get_decoder().register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
         model.generate(input_ids, max_new_tokens=20, jacobi_block_size=4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_whisper_splits_outputs_by_rows(batch_size):
+    model, sound = make_whisper(), torch.randn(batch_size, 8, 100)
+    options = {"max_new_tokens": 10, "return_dict_in_generate": True}
+    expected = model.generate(sound, **options)
+    decoded = model.generate(sound, **options, jacobi_block_size=4)
+    assert decoded["sequences"].tolist() == expected["sequences"].tolist()
+
+
+def test_scores_that_a_model_asks_for_by_itself_are_named_as_such():
+    model = make_whisper()
+    with pytest.raises(ValueError, match="WhisperForConditionalGeneration.generate` sets it by itself"):
+        model.generate(torch.randn(1, 8, 100), jacobi_block_size=4, logprob_threshold=-1.0, temperature=(0.0, 0.2))
+
+
+def test_batches_of_images():
+    encoder = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=16
+    )
+    decoder = transformers.TrOCRConfig(
+        vocab_size=VOCAB_SIZE, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    model = prepared(transformers.VisionEncoderDecoderModel(config))
+    model.generation_config.update(decoder_start_token_id=1, pad_token_id=0)
+    images = torch.randn(3, 3, 32, 32)
+    output = assert_equal_to_greedy(model, 4, pixel_values=images)
+    stop = output.sequences[:, 3:9].flatten().unique().tolist()[:3]
+    assert_equal_to_greedy(model, 4, pixel_values=images, eos_token_id=stop)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_rows_that_end_together_by_different_numbers_of_tokens(name):
+    model = make_model(name)
+    input_ids, mask = make_prompts(2, padding=False)
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=24)[:, 1:].unique().tolist()
+    for first in tokens:
+        assert_equal_to_greedy(model, 8, **inputs, eos_token_id=[first, *tokens[:3]])

@@ -1,11 +1,15 @@
 """`decoding="jacobi"` in transformers: who gets it, what it refuses, what it saves."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_prompts
+from image_text import make_image_text_model
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -337,3 +341,52 @@ def test_an_error_in_the_first_forward_is_the_one_that_is_seen(name):
     with pytest.raises(RuntimeError, match="stop"):
         model.generate(make_prompts(1)[0], decoding="jacobi", max_new_tokens=5)
     handle.remove()
+
+
+def test_integers_of_numpy(llama):
+    ids, _ = make_prompts(1)
+    options = {"max_new_tokens": np.int64(6), "do_sample": False}
+    decoded = llama.generate(ids, **options, jacobi_block_size=np.arange(4, 9)[0], jacobi_candidates=np.int32(1))
+    assert decoded.tolist() == llama.generate(ids, **options).tolist()
+    sampled = {"max_new_tokens": 6, "do_sample": True, "jacobi_block_size": np.uint8(4)}
+    texts = [llama.generate(ids, **sampled, jacobi_seed=seed).tolist() for seed in (3, np.int64(3))]
+    assert texts[0] == texts[1]
+    cllm_hf.set_jacobi_defaults(llama, block_size=np.int64(4))
+    assert type(llama.generation_config.jacobi_block_size) is int
+    for name, value in (("jacobi_block_size", np.float64(4)), ("jacobi_block_size", True), ("jacobi_seed", "3")):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer"):
+            llama.generate(ids, do_sample=True, max_new_tokens=3, **{"decoding": "jacobi", name: value})
+
+
+@pytest.mark.parametrize("limit", [9.0, 8.5])
+def test_a_limit_that_is_no_integer(llama, limit):
+    ids, _ = make_prompts(1)
+    options = {"max_new_tokens": limit, "do_sample": False}
+    decoded = llama.generate(ids, **options, jacobi_block_size=4)
+    assert decoded.tolist() == llama.generate(ids, **options).tolist()
+
+
+def test_stats_are_an_attribute_and_no_item(llama):
+    options = {"max_new_tokens": 5, "decoding": "jacobi", "return_dict_in_generate": True}
+    output = llama.generate(make_prompts(1)[0], **options)
+    assert "jacobi_stats" not in list(output) and output["jacobi_stats"] is output.jacobi_stats
+    assert copy.deepcopy(output).jacobi_stats == pickle.loads(pickle.dumps(output)).jacobi_stats == output.jacobi_stats
+
+
+def test_an_image_is_named_as_the_caller_does(llama):
+    with pytest.raises(ValueError, match="the model input `pixel_values`"):
+        llama.generate(make_prompts(1)[0], pixel_values=torch.randn(1, 3, 8, 8), decoding="jacobi", max_new_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "gemma4"])
+def test_text_alone_for_a_model_that_reads_images_too(name):
+    model = make_image_text_model(name)
+    ids, mask = make_prompts(3, 12)
+    for rows in (1, 3):
+        inputs = {"input_ids": ids[:rows], "attention_mask": mask[:rows]}
+        options = {"max_new_tokens": 20, "do_sample": False, "mm_token_type_ids": torch.zeros_like(ids[:rows])}
+        expected = model.generate(**inputs, **options)
+        assert model.generate(**inputs, **options, jacobi_block_size=5).tolist() == expected.tolist()
+    types = torch.ones_like(ids)
+    with pytest.raises(ValueError, match="the model input `mm_token_type_ids`"):
+        model.generate(ids, attention_mask=mask, mm_token_type_ids=types, decoding="jacobi", max_new_tokens=3)

@@ -410,3 +410,19 @@ def test_memory_follows_the_text_and_not_its_limit(llama):
     greedy = llama.generate(input_ids, max_new_tokens=24, **options)
     output = llama.generate(input_ids, max_new_tokens=10**12, jacobi_block_size=8, **options)  # 8 TB, if allocated
     assert torch.equal(output, greedy)
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}, {"jacobi_compile": True}], ids=str)
+def test_memory_follows_the_text_and_not_the_block_size(llama, options):
+    """A forward pass over 5 * 10**7 tokens would take hundreds of gigabytes."""
+    input_ids, _ = make_prompts(1)
+    expected = llama.generate(
+        input_ids, max_new_tokens=24, do_sample=False, repetition_penalty=options.get("repetition_penalty")
+    )
+    limits = {
+        "max_new_tokens": 10**9,
+        "jacobi_block_size": 5 * 10**7,
+        "stopping_criteria": StoppingCriteriaList([AtLength()]),
+    }
+    output = llama.generate(input_ids, do_sample=False, **limits, **options)
+    assert output.tolist() == expected[:, : output.shape[1]].tolist() and output.shape[1] > 10

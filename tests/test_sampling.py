@@ -188,3 +188,19 @@ def test_noise_of_different_positions_and_seeds_is_nothing_alike():
     correlations = torch.corrcoef(vectors) - torch.eye(36)
     assert correlations.abs().max() < 0.12  # 5 standard deviations
     assert vectors.mean().item() == pytest.approx(0.5772, abs=0.03)  # Euler's constant
+
+
+def test_all_bits_of_a_seed_count():
+    """On a CPU too, where torch's own generator reads 32 bits."""
+    like = torch.zeros(1, 500)
+    noise = GumbelNoise(5, 2)
+    found = [GumbelNoise(seed, 1).at(3, like) for seed in (5, 5 + 2**32, 5 + 2**62)]
+    assert not any(torch.equal(one, other) for one in found for other in found if one is not other)
+    assert torch.equal(found[0], GumbelNoise(5, 1).at(3, like))
+    # Positions and rows have noise of their own, of a Gumbel distribution.
+    assert not torch.equal(noise.at(3, like), noise.at(4, like)) and not torch.equal(*noise.at(3, like))
+    drawn = GumbelNoise(5, 100).at(0, like)
+    assert drawn.isfinite().all()
+    assert drawn.mean().item() == pytest.approx(0.5772, abs=0.02) and drawn.var().item() == pytest.approx(
+        1.645, abs=0.05
+    )

@@ -130,30 +130,31 @@ def assert_equal(found, expected):
 
 @st.composite
 def cases(draw):
-    model = model_of(draw(st.sampled_from(MODELS)))
+    name = draw(st.sampled_from(MODELS))
     batch_size = draw(st.sampled_from([1, 1, 1, 3]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     first = torch.randint(3, VOCAB_SIZE, (batch_size, draw(st.integers(1, 14))), generator=generator)
     more = torch.randint(3, VOCAB_SIZE, (batch_size, draw(st.integers(1, 6))), generator=generator)
-    kind = draw(st.sampled_from(["filled", "filled", "filled", "empty", "bare"]))
-    takes_trees = model.config.model_type not in ("glm_moe_dsa",)
+    has_indexer = name == "glm_moe_dsa"  # takes no trees, and no cache without a config
+    kind = draw(st.sampled_from(["filled", "filled", "filled", "empty", "empty" if has_indexer else "bare"]))
     options = {
         "jacobi_block_size": draw(st.sampled_from([1, 2, 5, 16, "auto"])),
-        "jacobi_candidates": draw(st.sampled_from([0, 0, 2])) if takes_trees and kind != "bare" else 0,
+        "jacobi_candidates": draw(st.sampled_from([0, 0, 2])) if not has_indexer else 0,
         "max_new_tokens": draw(st.integers(2, 24)),
         "do_sample": False,
     }
     source = draw(st.sampled_from(SOURCES if batch_size == 1 else [*SOURCES[:3], "line"]))
-    modules = [module for module in model.modules()]
-    module = modules[draw(st.integers(0, len(modules) - 1))]
+    module = draw(st.integers(0, len(list(model_of(name).modules())) - 1))
     most = 1500 if source == "line" else 12
-    countdown = Countdown(draw(st.sampled_from(ERRORS)), draw(st.integers(1, most)))
-    return model, first, more, kind, options, source, module, countdown
+    countdown = draw(st.sampled_from(ERRORS)), draw(st.integers(1, most))
+    return name, first, more, kind, options, source, module, countdown
 
 
 @torch.no_grad()
 def check(case):
-    model, first, more, kind, options, source, module, countdown = case
+    name, first, more, kind, options, source, module, (error, count) = case
+    model, countdown = model_of(name), Countdown(error, count)
+    module = list(model.modules())[module]
     cache = DynamicCache() if kind == "bare" else DynamicCache(config=model.config)
     ids = first
     if kind == "filled":
