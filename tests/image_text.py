@@ -47,8 +47,8 @@ def make_image_text_model(model_type):
             raise CannotBuild(f"{size} parameters")
         torch.manual_seed(0)
         model = model_class(config).float().eval()
+        randomize(model, 3.0)
     except Exception as error:
         raise CannotBuild(str(error)) from error
-    randomize(model, 3.0)
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None)
     return model

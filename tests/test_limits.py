@@ -43,6 +43,27 @@ def test_no_draft_reaches_beyond_the_last_position(name):
         assert model.generate(ids, **options, jacobi_block_size=block_size).tolist() == expected.tolist()
 
 
+def test_a_table_of_positions_is_found_where_the_config_does_not_name_it(monkeypatch):
+    model = shortened("gpt2", 32)
+    monkeypatch.setattr("cllm_hf.blocks.limits._POSITION_COUNTS", ())
+    assert count_positions(model) == 32
+    assert count_positions(make_architecture("bloom")) is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_no_draft_of_an_encoder_decoder_model_reaches_beyond_the_last_position(batch_size):
+    from test_encoder_decoder import make_model
+
+    model = make_model("bart")
+    model.get_decoder().embed_positions = type(model.get_decoder().embed_positions)(32, 32)
+    model.config.max_position_embeddings = 32
+    ids, mask = make_prompts(batch_size, 12)
+    options = {"attention_mask": mask, "decoder_input_ids": ids[:, :1].expand(-1, 24), "do_sample": False}
+    text = model.generate(ids, max_new_tokens=7, **options)
+    options.update(eos_token_id=text[:, -1].tolist(), max_new_tokens=50)
+    assert model.generate(ids, **options, jacobi_block_size=16).tolist() == model.generate(ids, **options).tolist()
+
+
 def test_only_a_committed_token_runs_into_the_error_of_transformers():
     model = shortened("gpt2", 32)
     ids, mask = make_prompts(2, 20)

@@ -8,9 +8,11 @@ an exception of the inner model is one of the outer model too.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -81,10 +83,12 @@ _LIMITS = {
     "zamba": Limits(no_later_steps=True),
     "zamba2": Limits(refused=DISAGREES + " (one limits the time step, the other does not)"),
 }
+# Modules of positions, by what they are called: `wpe`, `embed_positions`, `pos_emb`.
+_NAMES_POSITIONS = re.compile(r"(^|[._])(wpe|pos|positions?)([._]|$)")
 # Parts of a model that do not write the text.
 _ENCODERS = ("encoder", "text_encoder", "question_encoder")
 # Length of a table of positions, under the names that configs give it.
-_POSITION_COUNTS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+_POSITION_COUNTS = ("max_target_positions", "max_position_embeddings", "max_seq_len")
 # Packages of torch whose layers take the scale of their input over all of its tokens.
 _DYNAMICALLY_QUANTIZED = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
 
@@ -176,7 +180,15 @@ def count_positions(model: PreTrainedModel) -> int | None:
     if getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
         return None
     counts = [getattr(config, name, None) for name in _POSITION_COUNTS]
-    return next((count for count in counts if isinstance(count, int) and count > 0), None)
+    found = [count for count in counts if isinstance(count, int) and count > 0]
+    # Configs of remote code have names of their own.
+    return found[0] if found else min(_lengths_of_tables(model), default=None)
+
+
+def _lengths_of_tables(model: PreTrainedModel) -> Iterator[int]:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and _NAMES_POSITIONS.search(name):
+            yield module.num_embeddings
 
 
 def _configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
