@@ -55,6 +55,13 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device(embeddings._hf_hook.execution_device)
 
 
+def count_embeddings(model: PreTrainedModel) -> int:
+    """How many tokens a model has embeddings for, with an adapter on them or without."""
+    # PEFT's layers and wrappers do not name it, but what is in them does.
+    sizes = (getattr(module, "num_embeddings", None) for module in model.get_input_embeddings().modules())
+    return next((size for size in sizes if size is not None), model.config.get_text_config().vocab_size)
+
+
 def mixes_adapters(model: PreTrainedModel) -> bool:
     """Whether `adapter_names` are in force, which PEFT gives to each row by hooks on the adapter's layers."""
     # Every transformers model has a method of that name too, and may have hooks of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,10 +267,7 @@ def check_packable(model: PreTrainedModel) -> None:
             f"{name} finds positions by itself, so that blocks cannot be packed behind their sequence. Use a model "
             "whose `forward` takes `position_ids`, such as Llama, Qwen, Gemma, GPT-2 or GPT-NeoX."
         )
-    if any(
-        getattr(adapter, "alora_invocation_tokens", None) for adapter in getattr(model, "peft_config", {}).values()
-    ):
-        raise ValueError("Packed forwards cannot run activated LoRA, which counts from the end of the sequence.")
+    check_adapters(getattr(model, "peft_config", {}).values())
     others = set(getattr(config, "layer_types", None) or ()) - PLAIN_ATTENTION
     if "local" in (getattr(config, "attention_layers", None) or ()):
         others.add("local")  # GPT-Neo's windows count columns
@@ -282,3 +280,34 @@ def check_packable(model: PreTrainedModel) -> None:
             f"Packed forwards need attention that takes a mask, got `attn_implementation={implementation!r}`. Call "
             '`model.set_attn_implementation("sdpa")` first.'
         )
+
+
+# By `peft_type`: adapters of which a token's part depends on more than the tokens before it, or on what no batch has.
+_ADAPTERS = {
+    "LILY": "they weigh their experts by the mean over all tokens of a forward pass",
+    "POLY": "they ask for `task_ids` in every forward pass",
+}
+
+
+def check_adapters(configs: Iterable[Any]) -> None:
+    """
+    Check that packed forward passes can run adapters.
+
+    Args:
+        configs (`Iterable[peft.PeftConfig]`): of the adapters.
+
+    Raises:
+        ValueError: for prompt-learning adapters, activated LoRA, and what is not a function of each token alone.
+    """
+    for config in configs:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        reason = _ADAPTERS.get(kind, "")
+        if getattr(config, "is_prompt_learning", False):
+            reason = "it is prompt or prefix tuning, whose tokens are in no prompt"
+        elif getattr(config, "alora_invocation_tokens", None):
+            reason = "activated LoRA counts from the end of the sequence"
+        if reason:
+            raise ValueError(
+                f"Packed forward passes, which collect and train, do not support adapters of the kind {kind}: {reason}. "
+                "Use an adapter in the layers, such as plain LoRA."
+            )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..blocks.layout import num_blocks
-from ..trajectories.schema import check_record, check_response
+from ..trajectories.schema import check_record, check_response, check_tokens
 from .batch import TrainingBatch
 from .checks import get_labels
 
@@ -28,8 +28,13 @@ class TrajectoryCollator:
 
     Raises:
         ValueError: on a call, for a record that is not a trajectory of that block size, whose prompt leaves no room
-            for a block, or that has no `label_ids` where they are wanted.
+            for a block, that has no `label_ids` where they are wanted, or a token outside of `vocab_size`.
+
+    Attributes:
+        vocab_size (`int`, *optional*): tokens that the model has embeddings for; not known before it is loaded.
     """
+
+    vocab_size: int | None = None
 
     def __init__(
         self,
@@ -44,6 +49,16 @@ class TrajectoryCollator:
         self.with_states = with_states
         self.with_augmented = with_augmented
         self.with_labels = with_labels
+
+    @property
+    def token_columns(self) -> list[str]:
+        """Columns whose tokens go into a batch."""
+        wanted = {
+            "states": self.with_states,
+            "augmented_states": self.with_states and self.with_augmented,
+            "label_ids": self.with_labels,
+        }
+        return ["prompt_ids", "response_ids", *(name for name, is_wanted in wanted.items() if is_wanted)]
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """What `collate` gives, as the data loaders carry it: `TrainingBatch.columns`."""
@@ -91,6 +106,8 @@ class TrajectoryCollator:
                 [*trajectory[:-1], *extra] or trajectory
                 for trajectory, extra in zip(record["states"], augmented or [[]] * len(record["states"]))
             ]
+        if self.vocab_size is not None:
+            check_tokens(record, self.vocab_size, self.token_columns)
         room = None if self.max_length is None else self.max_length - len(prompt)
         if room is not None and room < len(response):
             if room < size:

@@ -15,14 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from .._host import base_model_of
+from .._host import base_model_of, count_embeddings
 from ..blocks.support import check_packable
 from ..cards import CLLM_CITATION
 from ..files import check_writable
 from ..integration import set_jacobi_defaults
 from .batch import PreparedBatch, TrainingBatch
 from .callbacks import add_callbacks
-from .checks import check_datasets, check_leftovers, check_trainable
+from .checks import check_datasets, check_leftovers, check_trainable, check_vocabulary
 from .config import CLLMConfig
 from .monitoring import decoding_metrics
 from .objective import LossTotals, sum_losses
@@ -30,7 +30,7 @@ from .preparation import BatchPreparer, make_collator, prepare_dataset
 from .processes import check_processes, count_own_rows
 from .resuming import choose_checkpoint
 from .saving import RunCard, card_set_aside, save_beside, wait_for_push
-from .target import load_target, load_target_tokenizer
+from .target import load_target, load_target_tokenizer, set_pad_token
 
 
 _REFUSED_ARGUMENTS = (
@@ -78,8 +78,9 @@ class CLLMTrainer(SFTTrainer):
 
     Raises:
         OSError: if `args.output_dir` is not writable.
-        ValueError: for a dataset that does not hold trajectories of one block size, a `data_collator`, loss function
-            or metrics (the trainer has its own), or a model that cannot be packed.
+        ValueError: for a dataset that does not hold trajectories of one block size or has tokens that the model does
+            not, a `data_collator`, loss function or metrics (the trainer has its own), a model that cannot be packed,
+            an adapter that cannot be trained so, or a `pad_token` that the tokenizer does not have.
     """
 
     _tag_names = ["trl", "cllm", "jacobi-decoding"]
@@ -137,6 +138,11 @@ class CLLMTrainer(SFTTrainer):
         )
         check_packable(base_model_of(self.model))
         check_trainable(self.model)
+        # The collator looks at what is read later: streams, and datasets that `evaluate` is given.
+        self.data_collator.vocab_size = count_embeddings(base_model_of(self.model))
+        given = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        check_vocabulary([train_dataset, *given], self.data_collator.vocab_size, self.data_collator.token_columns)
+        set_pad_token(self.model, self.processing_class, args.pad_token)
         if args.should_save:
             check_leftovers(Path(str(args.output_dir)), is_adapter=base_model_of(self.model) is not self.model)
         check_processes(args, self.accelerator)

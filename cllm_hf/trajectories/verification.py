@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .._host import input_device
+from .._host import base_model_of, input_device
 from ..text import format_table
 from .arrays import lay_out
 from .schema import REQUIRED_COLUMNS, check_names
@@ -225,12 +226,21 @@ def _check_record(
         states, start = record["states"][block], block * block_size
         length = min(block_size, len(record["response_ids"]) - start)
         fed = record["prompt_ids"] + record["response_ids"][:start] + states[state][:-1]
-        logits = model(torch.tensor([fed], device=device), use_cache=False).logits[0, -block_size:][:length]
+        inputs = _plain_inputs(model, torch.tensor([fed], device=device))
+        logits = model(**inputs, use_cache=False).logits[0, -block_size:][:length]
         following = torch.tensor(states[min(state + 1, len(states) - 1)][:length], device=logits.device)
         if not logits.argmax(-1).equal(following):
             place = (str(record.get("data_id", row)), block, state)
             failures.append(_failure(place, logits.float(), following, _NEAR_TIES.get(model.dtype, 0.0)))
     return failures
+
+
+def _plain_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tokens with their positions from 0 on, as `generate` passes them: by themselves some models count from elsewhere."""
+    inputs = {"input_ids": input_ids}
+    if "position_ids" in inspect.signature(base_model_of(model).forward).parameters:
+        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return inputs
 
 
 def _failure(
