@@ -308,6 +308,6 @@ def check_adapters(configs: Iterable[Any]) -> None:
             reason = "activated LoRA counts from the end of the sequence"
         if reason:
             raise ValueError(
-                f"Packed forward passes, which collect and train, do not support adapters of the kind {kind}: {reason}. "
-                "Use an adapter in the layers, such as plain LoRA."
+                f"Packed forward passes, which collect and train, do not support adapters of the kind {kind}: "
+                f"{reason}. Use an adapter in the layers, such as plain LoRA."
             )

@@ -39,20 +39,21 @@ def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_con
     if not isinstance(model, str) or find_adapter_config_file(model) is None:
         check_adapters(getattr(model, "peft_config", {}).values())
         return model
+    from peft import PeftConfig
+
     if peft_config is not None:
         raise ValueError(
             f"`model` is an adapter, {model!r}, which is trained further, got a `peft_config` for a new one too. Drop "
             "it; or merge the adapter with `load_cllm(...).merge_and_unload()`, save that model, and pass its folder."
         )
+    check_adapters([PeftConfig.from_pretrained(model)])
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
     given: Any = args.model_init_kwargs
     options |= given or {}
     args.model_init_kwargs = None  # used here; the host would warn that they are ignored
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    loaded = load_adapter(model, is_trainable=True, **options)
-    check_adapters(loaded.peft_config.values())
-    return loaded
+    return load_adapter(model, is_trainable=True, **options)
 
 
 def load_target_tokenizer(model: Any) -> Any:

@@ -127,6 +127,7 @@ class CLLMTrainer(SFTTrainer):
         args.router_aux_loss_coef = 0.0
         self._preparer = BatchPreparer.from_config(args, dataset_block_size)
         self._card = RunCard(self)
+        collator = make_collator(args, dataset_block_size)
         super().__init__(
             load_target(model, args, peft_config, kwargs.get("quantization_config")),
             args=args,
@@ -134,14 +135,14 @@ class CLLMTrainer(SFTTrainer):
             eval_dataset=eval_dataset,
             processing_class=load_target_tokenizer(model) if processing_class is None else processing_class,
             peft_config=peft_config,
-            **{**kwargs, "data_collator": make_collator(args, dataset_block_size)},
+            **{**kwargs, "data_collator": collator},
         )
         check_packable(base_model_of(self.model))
         check_trainable(self.model)
         # The collator looks at what is read later: streams, and datasets that `evaluate` is given.
-        self.data_collator.vocab_size = count_embeddings(base_model_of(self.model))
+        collator.vocab_size = count_embeddings(base_model_of(self.model))
         given = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        check_vocabulary([train_dataset, *given], self.data_collator.vocab_size, self.data_collator.token_columns)
+        check_vocabulary([train_dataset, *given], collator.vocab_size, collator.token_columns)
         set_pad_token(self.model, self.processing_class, args.pad_token)
         if args.should_save:
             check_leftovers(Path(str(args.output_dir)), is_adapter=base_model_of(self.model) is not self.model)

@@ -1,4 +1,4 @@
-"""Chat messages of a user: what a chat template would choke on, or take in silence, is said with a name and a remedy."""
+"""Chat messages of a user: what a template would fail at, or take in silence, is said with a name and a remedy."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ def check_chat(messages: Sequence[Any], name: str) -> None:
     role = messages[-1]["role"]
     if role.lower() in _RESPONDERS:
         raise ValueError(
-            f"A chat must end with what the model responds to, got a last message of the role {role!r} in {name}, "
-            "which ends with a response. Drop that message, or pass its text in `response` (`responses` of the "
-            "builder) instead."
+            f"A chat must end with what the model responds to, got {name}, which ends with a response, of the role "
+            f"{role!r}. Drop that message, or pass its text in `response` (`responses` of the builder)."
         )
 
 
@@ -58,8 +57,8 @@ def check_messages(messages: Sequence[Any], name: str) -> None:
             remedy = _REMEDY
             if "from" in message or "value" in message:
                 remedy += (
-                    "; in ShareGPT's form `from` is the role (`human` is `user`, `gpt` is `assistant`) and `value` the "
-                    "content"
+                    "; in ShareGPT's form `from` is the role (`human` is `user`, `gpt` is `assistant`) and `value` is "
+                    "the content"
                 )
             raise ValueError(f"A message must have text in `role`, got {shown} in {where}. {remedy}.")
         _check_content(message, where)
@@ -122,7 +121,7 @@ def render_chat(
         content = message.get("content")
         if content and not isinstance(content, str) and str(content) in str(text):
             raise ValueError(
-                f"The tokenizer's chat template takes text alone in `content`, got a list of parts in message {number} "
-                f"of {name}. Join their texts to one."
+                "The tokenizer's chat template takes text alone in `content`, got a list of parts in message "
+                f"{number} of {name}. Join their texts to one."
             )
     return str(text)

@@ -183,13 +183,13 @@ def _read_text(path: Path) -> str:
     hint = f"`cllm collect --dataset_name {path}`"
     if path.is_dir():
         raise OSError(
-            f"`--prompts` must be a file that can be read, got the folder {str(path)!r}. Name a file in it, or read it "
-            f"as a dataset by {hint}."
+            f"`--prompts` must be a file that can be read, got the folder {str(path)!r}. Name a file in it, or read "
+            f"it as a dataset by {hint}."
         )
     if path.is_file() and path.suffix.lower() in _TABLES:
         raise ValueError(
-            f"`--prompts` must be a text file with a prompt a line, or JSON, got the table {str(path)!r}. Convert it to "
-            f"JSON lines, or read it as a dataset by {hint}."
+            f"`--prompts` must be a text file with a prompt a line, or JSON, got the table {str(path)!r}. Convert it "
+            f"to JSON lines, or read it as a dataset by {hint}."
         )
     try:
         content = path.read_bytes()

@@ -202,13 +202,20 @@ def encode_prompts(
         adds_special (`bool`): whether it adds its special tokens at the beginning.
 
     Returns:
-        `list[list[int]]`: tokens of each.
+        `list[list[int]]`: tokens of each; none for an empty text of which there is nothing but a stop token.
     """
     if not texts:
         return []
-    encoded = tokenizer(list(texts), add_special_tokens=adds_special)["input_ids"]
-    ends = adds_special and _adds_stop(texts, tokenizer)
-    return [list(ids[:-1] if ends else ids) for ids in encoded]
+    encoded = [list(ids) for ids in tokenizer(list(texts), add_special_tokens=adds_special)["input_ids"]]
+    if not adds_special or tokenizer.eos_token_id is None:
+        return encoded
+    ends, stop = _adds_stop(texts, tokenizer), [tokenizer.eos_token_id]
+    encoded = [ids[:-1] if ends else ids for ids in encoded]
+    # A stop token alone that no text stands for is no prompt, also where it is what the tokenizer begins with.
+    return [
+        [] if ids == stop and not tokenizer(text, add_special_tokens=False)["input_ids"] else ids
+        for ids, text in zip(encoded, texts)
+    ]
 
 
 def _adds_stop(texts: Iterable[str], tokenizer: Any) -> bool:
@@ -218,8 +225,6 @@ def _adds_stop(texts: Iterable[str], tokenizer: Any) -> bool:
     It is the same for all texts, but not every text tells: where a tokenizer begins with that token too, an empty one
     shows nothing but it.
     """
-    if tokenizer.eos_token_id is None:
-        return False
     for text in _telling_texts(texts, tokenizer):
         bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         whole = list(tokenizer(text)["input_ids"])

@@ -155,8 +155,9 @@ def _load(name: str, config: str | None, split: str) -> Any:
             loaded = load_from_disk(str(path))
         else:
             loaded = load_dataset(str(path) if path.is_dir() else name, config, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (OSError, EOFError, ValueError, RecursionError, DatasetsError) as error:
+        known = error.__cause__ or error  # `datasets` says of most files only that something went wrong
+        reason = (str(known).strip() or type(known).__name__).splitlines()[0]
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"The dataset {name!r} could not be loaded ({reason}).") from error
     if isinstance(loaded, DatasetDict):

@@ -226,8 +226,8 @@ def _check_record(
         states, start = record["states"][block], block * block_size
         length = min(block_size, len(record["response_ids"]) - start)
         fed = record["prompt_ids"] + record["response_ids"][:start] + states[state][:-1]
-        inputs = _plain_inputs(model, torch.tensor([fed], device=device))
-        logits = model(**inputs, use_cache=False).logits[0, -block_size:][:length]
+        ids = torch.tensor([fed], device=device)
+        logits = model(ids, **_positions(model, ids), use_cache=False).logits[0, -block_size:][:length]
         following = torch.tensor(states[min(state + 1, len(states) - 1)][:length], device=logits.device)
         if not logits.argmax(-1).equal(following):
             place = (str(record.get("data_id", row)), block, state)
@@ -235,12 +235,11 @@ def _check_record(
     return failures
 
 
-def _plain_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Tokens with their positions from 0 on, as `generate` passes them: by themselves some models count from elsewhere."""
-    inputs = {"input_ids": input_ids}
-    if "position_ids" in inspect.signature(base_model_of(model).forward).parameters:
-        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    return inputs
+def _positions(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Positions from 0 on, as `generate` passes them: left to themselves, some models count from elsewhere."""
+    if "position_ids" not in inspect.signature(base_model_of(model).forward).parameters:
+        return {}
+    return {"position_ids": torch.arange(input_ids.shape[1], device=input_ids.device)[None]}
 
 
 def _failure(
