@@ -75,6 +75,18 @@ def test_whatever_a_template_raises_is_said_with_the_prompt(tokenizer):
             read_rows(["text", chat], None, with_template(tokenizer, template))
 
 
+def test_messages_that_a_template_leaves_out_are_said(tokenizer):
+    template = "{% for m in messages %}{% if m.role in ('user', 'critic') %}{{ m.content }}{% endif %}{% endfor %}"
+    tokenizer = with_template(tokenizer, template)
+    chat = [{"role": "system", "content": "Be short."}, *GOOD]
+    assert read_rows([chat, [*chat, {"role": "critic", "content": " No. "}]], None, tokenizer)[0].text == "Hi"
+    for role in ("human", "User"):
+        with pytest.raises(
+            ValueError, match=f"leaves out messages of the role '{role}', got one as message 0 of prompt 1"
+        ):
+            read_rows([GOOD, [{"role": role, "content": "Hi"}]], None, tokenizer)
+
+
 def test_a_tokenizer_without_a_template_is_said(tokenizer):
     with pytest.raises(ValueError, match="chat template, got prompt 1 and a tokenizer without one. Use an instruct"):
         read_rows(["text", GOOD], None, tokenizer)

@@ -134,7 +134,7 @@ def _suspects(dataset: Dataset, vocab_size: int, columns: list[str]) -> Iterator
 
 def _bounds(column: Any) -> tuple[int, int]:
     """The lowest and the highest number in nested lists; zeros where there is none."""
-    while not (pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
+    while pa.types.is_nested(column.type):
         column = pc.list_flatten(column)
     found = pc.min_max(column).as_py()
     return found["min"] or 0, found["max"] or 0

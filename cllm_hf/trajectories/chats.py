@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 # What datasets call the one who responds; templates know `assistant`.
 _RESPONDERS = ("assistant", "model", "gpt", "bot", "chatbot")
+# Roles that templates know; of others some say nothing and leave the message out.
+_KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _REMEDY = 'Write each message as `{"role": "user", "content": "..."}`'
 
 
@@ -116,12 +118,21 @@ def render_chat(
             f"{_REMEDY}, with roles that the template knows and in an order that it takes, and text instead of a list "
             "of parts."
         ) from error
-    # A template that knows text alone writes the list as Python shows it.
+    _check_rendered(messages, str(text), name)
+    return str(text)
+
+
+def _check_rendered(messages: Sequence[Mapping[str, Any]], text: str, name: str) -> None:
+    """Refuse what a template takes without a word: a list as Python shows it, and a message that it leaves out."""
     for number, message in enumerate(messages):
-        content = message.get("content")
-        if content and not isinstance(content, str) and str(content) in str(text):
+        content, role = message.get("content"), message["role"]
+        if content and not isinstance(content, str) and str(content) in text:
             raise ValueError(
                 "The tokenizer's chat template takes text alone in `content`, got a list of parts in message "
                 f"{number} of {name}. Join their texts to one."
             )
-    return str(text)
+        if isinstance(content, str) and role not in _KNOWN and content.strip() not in text:
+            raise ValueError(
+                f"The tokenizer's chat template leaves out messages of the role {role!r}, got one as message {number} "
+                f"of {name}. {_REMEDY}, with roles that the template knows."
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .._host import base_model_of, input_device
+from .._host import input_device, plain_positions
 from ..text import format_table
 from .arrays import lay_out
 from .schema import REQUIRED_COLUMNS, check_names
@@ -227,19 +226,12 @@ def _check_record(
         length = min(block_size, len(record["response_ids"]) - start)
         fed = record["prompt_ids"] + record["response_ids"][:start] + states[state][:-1]
         ids = torch.tensor([fed], device=device)
-        logits = model(ids, **_positions(model, ids), use_cache=False).logits[0, -block_size:][:length]
+        logits = model(ids, **plain_positions(model, ids), use_cache=False).logits[0, -block_size:][:length]
         following = torch.tensor(states[min(state + 1, len(states) - 1)][:length], device=logits.device)
         if not logits.argmax(-1).equal(following):
             place = (str(record.get("data_id", row)), block, state)
             failures.append(_failure(place, logits.float(), following, _NEAR_TIES.get(model.dtype, 0.0)))
     return failures
-
-
-def _positions(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Positions from 0 on, as `generate` passes them: left to themselves, some models count from elsewhere."""
-    if "position_ids" not in inspect.signature(base_model_of(model).forward).parameters:
-        return {}
-    return {"position_ids": torch.arange(input_ids.shape[1], device=input_ids.device)[None]}
 
 
 def _failure(
