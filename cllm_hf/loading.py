@@ -120,7 +120,7 @@ def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel) -> str |
             expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(trial).items()}
     except ValueError as error:  # the model has no modules of these names
         return str(error).strip().splitlines()[0]
-    except RuntimeError:  # a kind that begins by computing with the weights: whether it fits is for PEFT to say
+    except Exception:  # such as a kind that begins by computing with the weights: then PEFT says whether it fits
         return None
     saved = {name: tensor.shape for name, tensor in load_peft_weights(path, device="cpu").items()}
     if saved == expected:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 # How files that are no plain text begin.
@@ -25,6 +28,10 @@ _ENCODINGS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_OPEN, _CLOSE = np.frombuffer(b"[{", dtype=np.uint8), np.frombuffer(b"]}", dtype=np.uint8)
+_DEEPEST = 1000
+_BYTES_AT_ONCE = 2**24
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -73,6 +80,28 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply; prompts need lists of messages at most") from error
+
+
+def is_deep(path: Path) -> bool:
+    """
+    Whether a file of JSON is nested more deeply than any data are. Other parsers than Python's end the process at it.
+
+    Args:
+        path (`pathlib.Path`): the file.
+
+    Returns:
+        `bool`.
+    """
+    depth = 0
+    with path.open("rb") as file:
+        while lines := file.readlines(_BYTES_AT_ONCE):
+            marks = np.frombuffer(_STRING.sub(b"", b"".join(lines)), dtype=np.uint8)
+            steps = np.isin(marks, _OPEN).astype(np.int64) - np.isin(marks, _CLOSE)
+            depths = depth + np.cumsum(steps)
+            if depths.max(initial=0) > _DEEPEST:
+                return True
+            depth = int(depths[-1]) if len(depths) else depth
+    return False
 
 
 def check_unicode(text: str, name: str) -> None:

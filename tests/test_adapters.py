@@ -19,12 +19,14 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from test_packing import make_batch, unpacked_logits
 from training_runs import BLOCK_SIZE, logs_of, make_dataset, make_tiny_model, make_trainer, train, weights_of
 from transformers import AutoModelForCausalLM
 
 import cllm_hf
 from cllm_hf import load_cllm
 from cllm_hf.blocks.forward import packed_forward
+from cllm_hf.blocks.layout import Drafts, pack
 from cllm_hf.demo.problems import make_tokenizer
 from cllm_hf.training.objective import sum_losses
 
@@ -295,6 +297,17 @@ def test_other_adapters_run_packed(tmp_path, kind):
     trainer = make_trainer(tmp_path, lora=KINDS[kind])
     before = weights_of(trainer)
     trainer.train()
+    batch = make_batch()
+    packed = pack(*batch[:2], Drafts(*batch[2:]))
+    with torch.no_grad():
+        model = trainer.model.eval()
+        logits = packed_forward(model, packed, model.get_base_model())
+        clean, blocks = unpacked_logits(model, *batch)
+    assert len(blocks) == 5 and all(
+        torch.allclose(logits[row, : len(expected)], expected, atol=1e-3) for row, expected in enumerate(clean)
+    )
+    columns = logits[:, packed.columns()]
+    assert all(torch.allclose(columns[place], expected, atol=1e-3) for place, expected in blocks.items())
     assert any(not torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
 
 

@@ -117,9 +117,10 @@ def test_a_config_that_cannot_be_read(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="options by name"):
         read_options(Letters, tmp_path / "list.yaml")
-    (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="must be a YAML file"):
-        read_options(Letters, tmp_path / "broken.yaml")
+    for text in ("a: [", "a: " + "[" * 400):
+        (tmp_path / "broken.yaml").write_text(text)
+        with pytest.raises(ValueError, match="must be a YAML file"):
+            read_options(Letters, tmp_path / "broken.yaml")
 
 
 def test_values_have_the_types_of_their_fields(tmp_path):

@@ -7,7 +7,7 @@ import lzma
 
 import pytest
 
-from cllm_hf.reading import check_unicode, decode_text, parse_json
+from cllm_hf.reading import check_unicode, decode_text, is_deep, parse_json
 
 
 @pytest.mark.parametrize("text", ["", "naïve\n", "漢字\u2028", "a\ufeffb"])
@@ -50,6 +50,25 @@ def test_json_that_is_deep_says_so():
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json("[" * 100_000 + "]" * 100_000)
     assert parse_json('{"a": [1, "b"]}') == {"a": [1, "b"]}
+
+
+def test_the_depth_of_a_file_is_that_of_its_brackets(tmp_path, monkeypatch):
+    deep = "[" * 500 + '{"a": ' * 501 + "1" + "}" * 501 + "]" * 500
+    flat = '{"a": "[{[' + r"\"[[\\" + '", "b": [1, {}]}'
+    monkeypatch.setattr("cllm_hf.reading._BYTES_AT_ONCE", 50)
+    for text, expected in (
+        (deep, True),
+        (flat + "\n" + deep, True),
+        (deep.replace("[", "[\n"), True),
+        ("\n".join([flat] * 2000), False),
+        ("[" + ",\n".join([flat] * 2000) + "]", False),
+        (deep[1:-1], False),
+        ("\n".join([deep[1:-1]] * 5), False),
+        ('{"a": "' + "[" * 5000 + '"}', False),
+        ("", False),
+    ):
+        (tmp_path / "a.json").write_text(text)
+        assert is_deep(tmp_path / "a.json") == expected, text[:60]
 
 
 @pytest.mark.parametrize("escape", [r"\ud83d", r"\ude00", r"\ude00\ud83d"])

@@ -74,6 +74,19 @@ class TrajectoryCollator:
         Returns:
             `TrainingBatch`.
         """
+        batch = None
+        try:
+            batch = self._pad_together(records)
+            is_within = self.vocab_size is None or _is_within(batch, self.vocab_size)
+        except OverflowError:  # a token of more than 32 bits
+            is_within = False
+        if not is_within:
+            for record in records:
+                check_tokens(record, self.vocab_size or 2**31, self.token_columns)
+        assert batch is not None
+        return batch
+
+    def _pad_together(self, records: list[dict[str, Any]]) -> TrainingBatch:
         rows = [self._fit(record) for record in records]
         sequences = [prompt + response for prompt, response, _ in rows]
         clean_ids, lengths = _pad(sequences)
@@ -106,8 +119,6 @@ class TrajectoryCollator:
                 [*trajectory[:-1], *extra] or trajectory
                 for trajectory, extra in zip(record["states"], augmented or [[]] * len(record["states"]))
             ]
-        if self.vocab_size is not None:
-            check_tokens(record, self.vocab_size, self.token_columns)
         room = None if self.max_length is None else self.max_length - len(prompt)
         if room is not None and room < len(response):
             if room < size:
@@ -122,6 +133,12 @@ class TrajectoryCollator:
     def _fit_labels(self, record: dict[str, Any]) -> list[int]:
         room = None if self.max_length is None else max(self.max_length - len(record["prompt_ids"]), 1)
         return get_labels(record)[:room]
+
+
+def _is_within(batch: TrainingBatch, vocab_size: int) -> bool:
+    """Whether all tokens of a batch are in a vocabulary; in its padding stand zeros."""
+    parts = [part for part in (batch.clean_ids, batch.candidates, batch.label_ids) if part is not None]
+    return min(int(part.min()) for part in parts) >= 0 and max(int(part.max()) for part in parts) < vocab_size
 
 
 def _pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

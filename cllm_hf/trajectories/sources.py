@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..names import Name
+from ..reading import is_deep
 from .prompt_files import is_prompt, is_response, read_prompts_and_responses
 from .prompts import check_prompt
 
@@ -146,6 +147,8 @@ def _load(name: str, config: str | None, split: str) -> Any:
         )
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"`dataset_name` must hold at least one prompt, got the empty file {name!r}.")
+    if path.is_file() and _FORMATS[suffix] == "json" and is_deep(path):
+        raise ValueError(f"The dataset {name!r} could not be loaded (it is nested too deeply to be read).")
     loaded: Any
     try:
         if path.is_file():
