@@ -224,7 +224,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("pissa", "olora", "tokens", "vera")
+
+
+def slow_but(kinds, quick=QUICK):
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", slow_but(KINDS))
 def test_every_kind_of_adapter_loads_as_peft_loads_it(tmp_path, kind):
     logits = save_adapter(tmp_path, KINDS[kind])
     adapter, base_dir = str(tmp_path / "adapter"), tmp_path / "base"
@@ -244,7 +251,9 @@ def test_every_kind_of_adapter_loads_as_peft_loads_it(tmp_path, kind):
             torch.testing.assert_close(model(IDS).logits, logits, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["True", "pissa", "olora", "head", "osf", "vera"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["True", "pissa", "olora", "head", "osf", "vera"], ("True", "pissa", "vera"))
+)
 def test_an_adapter_that_does_not_fit_leaves_nothing_on_the_base(tmp_path, kind):
     save_adapter(tmp_path, KINDS[kind])
     base_model = make_model("llama", vocab_size=len(make_tokenizer()), hidden_size=64)
@@ -292,7 +301,7 @@ def test_a_saved_adapter_that_cannot_be_packed_is_refused_by_name(tmp_path):
         make_trainer(tmp_path / "more", model=str(tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize("kind", ["embeddings", "tokens", "osf", "vera", "adalora"])
+@pytest.mark.parametrize("kind", slow_but(["embeddings", "tokens", "osf", "vera", "adalora"], ("tokens", "vera")))
 def test_other_adapters_run_packed(tmp_path, kind):
     trainer = make_trainer(tmp_path, lora=KINDS[kind])
     before = weights_of(trainer)
