@@ -6,6 +6,7 @@ The private names that nothing public replaces stand here and nowhere else; `tes
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -53,6 +54,23 @@ def input_device(model: PreTrainedModel) -> torch.device:
         return device
     # Offloaded by accelerate, which brings the weights where its hook says for the time of a forward.
     return torch.device(embeddings._hf_hook.execution_device)
+
+
+def count_embeddings(model: PreTrainedModel) -> int:
+    """How many tokens a model has embeddings for, with an adapter on them or without."""
+    # PEFT's layers and wrappers do not name it, but what is in them does.
+    sizes = (getattr(module, "num_embeddings", None) for module in model.get_input_embeddings().modules())
+    return next((size for size in sizes if size is not None), model.config.get_text_config().vocab_size)
+
+
+def plain_positions(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    The positions of whole rows as `generate` passes them, from 0 on, for a plain forward pass: left to themselves some
+    models, such as RoBERTa, count from elsewhere.
+    """
+    if "position_ids" not in inspect.signature(base_model_of(model).forward).parameters:
+        return {}
+    return {"position_ids": torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)}
 
 
 def mixes_adapters(model: PreTrainedModel) -> bool:

@@ -26,6 +26,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ._host import has_own_loop, mark_as_edited, mixes_adapters
 from .blocks.limits import limits_of
+from .blocks.support import why_adapter_refused
 from .decoding.registry import decodings
 from .options import (
     AUTOREGRESSIVE,
@@ -273,10 +274,10 @@ def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list
             "generation that keeps several processes in step (`synced_gpus`, ZeRO-3, FSDP) yet", "such a run", _GREEDY
         )
     adapters = _peft_configs(model)
-    if any(getattr(config, "is_prompt_learning", False) for config in adapters):
-        refuse("prompt-learning adapters yet", "one", f"use another kind of adapter or {_GREEDY}")
-    if any(getattr(config, "alora_invocation_tokens", None) for config in adapters):
-        refuse("activated LoRA, which counts from the end of a forward", "one", f"use plain LoRA or {_GREEDY}")
+    for adapter in adapters:
+        reason = why_adapter_refused(adapter)
+        if reason:
+            refuse("this adapter", f"one that cannot be run over a draft: {reason}", f"use plain LoRA or {_GREEDY}")
     if adapters and mixes_adapters(model):
         refuse("several adapters in a batch yet", "`adapter_names`", f"set one adapter for the batch or {_GREEDY}")
 

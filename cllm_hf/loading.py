@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -106,17 +107,21 @@ def _load_adapter(
 
 
 def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel) -> str | None:
-    """What does not fit, found with a new adapter of the same kind, which is taken off again."""
+    """What does not fit, found with a new adapter of the same kind on an outline of the base model."""
     from peft import get_peft_model, get_peft_model_state_dict, load_peft_weights
 
+    config = copy.deepcopy(config)
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True  # type: ignore[attr-defined]  # some need data, and none changes a shape
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # that the base model has another name: it is said above, if it matters
-            trial = get_peft_model(base_model, config)
+            trial = get_peft_model(_outline(base_model), config)
+            expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(trial).items()}
     except ValueError as error:  # the model has no modules of these names
         return str(error).strip().splitlines()[0]
-    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(trial).items()}
-    trial.unload()
+    except Exception:  # such as a kind that begins by computing with the weights: then PEFT says whether it fits
+        return None
     saved = {name: tensor.shape for name, tensor in load_peft_weights(path, device="cpu").items()}
     if saved == expected:
         return None
@@ -125,6 +130,46 @@ def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel) -> str |
         return f"{name} has shape {tuple(saved[name])} instead of {tuple(expected[name])}"
     unplaced, absent = len(saved.keys() - expected.keys()), len(expected.keys() - saved.keys())
     return f"{unplaced} of its tensors find no place and {absent} are missing"
+
+
+def _outline(model: PreTrainedModel) -> Any:
+    """
+    The modules of a model without its weights, to which anything may be done: nothing of it reaches the model.
+
+    Kinds of adapters that take a part out of the base weights when they are put on would otherwise do so twice.
+    """
+    tensors: dict[int, torch.Tensor] = {}
+    modules: dict[int, torch.nn.Module] = {}
+
+    def without_data(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in tensors:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            if isinstance(tensor, torch.nn.Parameter):
+                empty = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            empty.__dict__.update(tensor.__dict__)  # what quantized weights say of themselves
+            tensors[id(tensor)] = empty
+        return tensors[id(tensor)]
+
+    def copy_of(module: torch.nn.Module | None) -> torch.nn.Module | None:
+        if module is None:
+            return None
+        if id(module) not in modules:
+            new = modules[id(module)] = module.__class__.__new__(module.__class__)
+            # Hooks that are added or removed stay with the outline.
+            new.__dict__ = {
+                name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
+                for name, value in vars(module).items()
+            }
+            new._parameters = {name: without_data(tensor) for name, tensor in module._parameters.items()}  # type: ignore
+            new._buffers = {name: without_data(tensor) for name, tensor in module._buffers.items()}
+            new._modules = {name: copy_of(child) for name, child in module._modules.items()}
+        return modules[id(module)]
+
+    outline: Any = copy_of(model)
+    outline.config = copy.deepcopy(model.config)
+    return outline
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

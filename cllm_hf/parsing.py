@@ -74,7 +74,7 @@ class OptionParser(TrlParser):
         file = _file_of(arguments)
         try:
             *parsed, _, unknown = self.parse_args_and_config(arguments, return_remaining_strings=True)
-        except (yaml.YAMLError, TypeError) as error:
+        except (yaml.YAMLError, TypeError, RecursionError) as error:
             if isinstance(error, TypeError) and (file is None or self._has_read_file):  # not of names that are no text
                 raise
             reason = " ".join(str(error).split())

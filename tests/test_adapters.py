@@ -3,13 +3,30 @@
 import pytest
 import torch
 from conftest import make_model, make_word_model
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModelForCausalLM,
+    CPTConfig,
+    LilyConfig,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    OSFConfig,
+    PeftModel,
+    PolyConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from test_packing import make_batch, unpacked_logits
 from training_runs import BLOCK_SIZE, logs_of, make_dataset, make_tiny_model, make_trainer, train, weights_of
 from transformers import AutoModelForCausalLM
 
 import cllm_hf
 from cllm_hf import load_cllm
 from cllm_hf.blocks.forward import packed_forward
+from cllm_hf.blocks.layout import Drafts, pack
 from cllm_hf.demo.problems import make_tokenizer
 from cllm_hf.training.objective import sum_losses
 
@@ -174,6 +191,133 @@ def test_adapter_on_a_model_of_another_name_warns(tmp_path, caplog):
     other.name_or_path = "another-model"
     load_cllm(tmp_path, base_model=other)
     assert "trained on the-right-model and is put on another-model" in caplog.text
+
+
+def save_adapter(folder, config, seed=0):
+    """An adapter that differs from what it begins as, and its logits."""
+    torch.manual_seed(seed)
+    make_tiny_model().save_pretrained(folder / "base")
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        logits = trained(IDS).logits
+    trained.save_pretrained(folder / "adapter")
+    return logits
+
+
+IDS = torch.arange(3, 30)[None]
+# Some kinds take their part out of the base weights when they are put on.
+KINDS = {
+    **{
+        str(kind): LoraConfig(init_lora_weights=kind, **LORA)
+        for kind in (True, False, "gaussian", "pissa", "olora", "orthogonal", "eva", "lora_ga")
+    },
+    "dora": LoraConfig(use_dora=True, **LORA),
+    "embeddings": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["embed_tokens", "q_proj"]),
+    "tokens": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5]),
+    "head": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "osf": OSFConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+    "vera": VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]),
+    "adalora": AdaLoraConfig(task_type="CAUSAL_LM", total_step=9, target_modules=["q_proj"]),
+}
+
+
+QUICK = ("pissa", "olora", "tokens", "vera")
+
+
+def slow_but(kinds, quick=QUICK):
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", slow_but(KINDS))
+def test_every_kind_of_adapter_loads_as_peft_loads_it(tmp_path, kind):
+    logits = save_adapter(tmp_path, KINDS[kind])
+    adapter, base_dir = str(tmp_path / "adapter"), tmp_path / "base"
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), adapter).eval()
+    state = torch.random.get_rng_state()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), adapter)
+    expected_state = torch.random.get_rng_state()
+    torch.random.set_rng_state(state)
+    loaded = load_cllm(adapter, base_model=AutoModelForCausalLM.from_pretrained(base_dir))
+    assert torch.equal(torch.random.get_rng_state(), expected_state)
+    trainer = make_trainer(tmp_path / "more", model=adapter)
+    expected = stock.state_dict()
+    for model in (loaded, trainer.model.eval()):
+        found = model.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, logits, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind", slow_but(["True", "pissa", "olora", "head", "osf", "vera"], ("True", "pissa", "vera"))
+)
+def test_an_adapter_that_does_not_fit_leaves_nothing_on_the_base(tmp_path, kind):
+    save_adapter(tmp_path, KINDS[kind])
+    base_model = make_model("llama", vocab_size=len(make_tokenizer()), hidden_size=64)
+    base_model.model.layers[0].requires_grad_(False)
+    weights = {name: tensor.clone() for name, tensor in base_model.state_dict().items()}
+    needed = {name: parameter.requires_grad for name, parameter in base_model.named_parameters()}
+    own, config = set(vars(base_model)), base_model.config.to_dict()
+    with pytest.raises(ValueError, match="has shape .* instead of|find no place"):
+        load_cllm(tmp_path / "adapter", base_model=base_model)
+    left = base_model.state_dict()
+    assert left.keys() == weights.keys() and all(torch.equal(left[name], weights[name]) for name in weights)
+    assert needed == {name: parameter.requires_grad for name, parameter in base_model.named_parameters()}
+    assert set(vars(base_model)) == own and base_model.config.to_dict() == config
+    assert not any(module._forward_hooks for module in base_model.modules())
+
+
+VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+UNTRAINABLE = [
+    PromptTuningConfig(**VIRTUAL),
+    PrefixTuningConfig(**VIRTUAL),
+    PromptEncoderConfig(**VIRTUAL),
+    MultitaskPromptTuningConfig(num_tasks=2, **VIRTUAL),
+    CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1]),
+    LilyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+    PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+    LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5]),
+]
+
+
+@pytest.mark.parametrize("config", UNTRAINABLE, ids=lambda config: config.peft_type.value)
+def test_adapters_that_cannot_be_packed_are_refused_by_name(tmp_path, config):
+    message = f"do not support adapters of the kind {config.peft_type.value}: .*Use an adapter in the layers"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, lora=config)
+    model = get_peft_model(make_tiny_model(), config)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model=model)
+    with pytest.raises(ValueError, match=message):
+        cllm_hf.TrajectoryBuilder(model, make_tokenizer())
+
+
+def test_a_saved_adapter_that_cannot_be_packed_is_refused_by_name(tmp_path):
+    save_adapter(tmp_path, UNTRAINABLE[0])
+    with pytest.raises(ValueError, match="of the kind PROMPT_TUNING"):
+        make_trainer(tmp_path / "more", model=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("kind", slow_but(["embeddings", "tokens", "osf", "vera", "adalora"], ("tokens", "vera")))
+def test_other_adapters_run_packed(tmp_path, kind):
+    trainer = make_trainer(tmp_path, lora=KINDS[kind])
+    before = weights_of(trainer)
+    trainer.train()
+    batch = make_batch()
+    packed = pack(*batch[:2], Drafts(*batch[2:]))
+    with torch.no_grad():
+        model = trainer.model.eval()
+        logits = packed_forward(model, packed, model.get_base_model())
+        clean, blocks = unpacked_logits(model, *batch)
+    assert len(blocks) == 5 and all(
+        torch.allclose(logits[row, : len(expected)], expected, atol=1e-3) for row, expected in enumerate(clean)
+    )
+    columns = logits[:, packed.columns()]
+    assert all(torch.allclose(columns[place], expected, atol=1e-3) for place, expected in blocks.items())
+    assert any(not torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
 
 
 # What the trainer refuses of what a user passes, as a user would pass it.

@@ -1,7 +1,10 @@
 """From records to padded tensors."""
 
+import copy
+
 import pytest
 import torch
+from conftest import VOCAB_SIZE
 from training_cases import BLOCK_SIZE, make_record, make_records
 
 from cllm_hf.training.batch import TrainingBatch
@@ -39,6 +42,34 @@ def test_sequences_and_responses_are_padded_on_the_right():
         assert batch.response_ids[row].tolist() == response + [0] * (longest_response - len(response))
         assert batch.prompt_lengths[row] == len(prompt) and batch.response_lengths[row] == len(response)
     assert batch.label_ids is None and batch.label_lengths is None
+
+
+@pytest.mark.parametrize("token", [60, -1, 2**31, -(2**40)])
+@pytest.mark.parametrize("column", ["prompt_ids", "response_ids", "states", "augmented_states", "label_ids"])
+def test_tokens_outside_of_the_vocabulary_are_refused_where_they_are_used(column, token):
+    record = copy.deepcopy(with_augmented(make_record(6, 7), [1]))
+    record["augmented_states"] = [[[5] * BLOCK_SIZE], [[5, 5, 999, -100, 2**40]]]  # two in the response, then padding
+    collator = TrajectoryCollator(BLOCK_SIZE, with_labels=True)
+    record["augmented_states"][1][0][-1] = -7
+    collator.vocab_size = VOCAB_SIZE
+    collator([record])
+    if column == "prompt_ids":
+        record[column][2] = token
+    elif column == "response_ids":
+        record[column][6] = token
+        for state in record["states"][1]:
+            state[1] = token
+    elif column == "label_ids":
+        record[column][0] = token
+    else:
+        record[column][1][0][1] = token
+    with pytest.raises(ValueError, match=f"vocabulary of 60, got {token} in `{column}` of record 0"):
+        collator([make_record(3, 4), record])
+    unused = {"with_states": column not in ("states", "augmented_states"), "with_labels": column != "label_ids"}
+    other = TrajectoryCollator(BLOCK_SIZE, **unused)
+    other.vocab_size = VOCAB_SIZE
+    if column in ("states", "augmented_states", "label_ids"):
+        other([record])
 
 
 def test_candidates_are_the_states_the_augmented_ones_and_the_fixed_point():

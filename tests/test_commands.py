@@ -175,7 +175,9 @@ def test_options_that_are_refused_before_anything_happens(tmp_path, monkeypatch,
         ("model: [a", "must be YAML with options by name, got 'x.yaml'"),
         ("3: 4", "must be YAML with options by name, got 'x.yaml'"),
         ("- model", "must contain a YAML mapping"),
+        ("model: " + "[" * 400, "must be YAML with options by name, got 'x.yaml'"),
     ],
+    ids=lambda value: value[:30],
 )
 def test_files_that_are_refused(tmp_path, monkeypatch, capsys, text, message):
     monkeypatch.chdir(tmp_path)
@@ -304,6 +306,16 @@ def test_files_of_other_kinds_are_no_datasets(tmp_path):
     (tmp_path / "rows.xml").write_text("<a/>")
     with pytest.raises(ValueError, match="`dataset_name` must be a file of one of the kinds .json, .*rows.xml"):
         read_source(dataset=str(tmp_path / "rows.xml"))
+    (tmp_path / "deep.jsonl").write_text('{"prompt": ' + "[" * 50_000 + "]" * 50_000 + "}")
+    (tmp_path / "half.jsonl").write_text('{"prompt": "a"}\n{"prompt": "\\ud83d"}\n')
+    (tmp_path / "cut.csv").write_bytes(b"\x1f\x8b\x00")
+    for name, reason in (
+        ("deep.jsonl", "nested too deeply"),
+        ("half.jsonl", "surrogate pair"),
+        ("cut.csv", "ended before"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}' could not be loaded .*{reason}"):
+            read_source(dataset=str(tmp_path / name))
     with pytest.raises(OSError, match="'user/none' could not be loaded"):
         read_source(dataset="user/none")
 

@@ -188,7 +188,7 @@ def test_pipeline(word_model, tokenizer):
 
 
 def test_peft_model(llama):
-    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+    from peft import LilyConfig, LoraConfig, PromptTuningConfig, get_peft_model
 
     ids, mask = make_prompts(3)
     model = get_peft_model(llama, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
@@ -198,11 +198,14 @@ def test_peft_model(llama):
     )
     assert decoded.tolist() == expected.tolist()
     prompt_tuned = get_peft_model(make_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match="prompt-learning"):
+    with pytest.raises(ValueError, match="prompt or prefix tuning"):
         prompt_tuned.generate(input_ids=ids, decoding="jacobi", max_new_tokens=3)
     activated = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]))
     with pytest.raises(ValueError, match="activated LoRA"):
         activated.generate(input_ids=ids, decoding="jacobi", max_new_tokens=3)
+    lily = get_peft_model(make_model("llama"), LilyConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="mean over all tokens"):
+        lily.generate(input_ids=ids, decoding="jacobi", max_new_tokens=3)
     options = {"input_ids": ids, "attention_mask": mask, "adapter_names": ["__base__", "default", "default"]}
     with pytest.raises(ValueError, match="several adapters in a batch"):
         model.generate(**options, decoding="jacobi", max_new_tokens=3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import make_architecture
+from architectures import CANNOT_BUILD, MODEL_TYPES, make_architecture
 from conftest import CONFIGS, VOCAB_SIZE, make_model
 
 from cllm_hf.blocks.forward import copy_clean, forward_clean, forward_drafts, packed_forward
@@ -29,12 +29,16 @@ def make_batch(seed=0):
 def unpacked_logits(model, clean_ids, clean_mask, states, anchors, block_mask):
     """One plain forward for every sequence and for every block, batch size 1, no mask, no cache."""
     clean, blocks = [], {}
+
+    def logits_of(ids):
+        return model(ids[None], position_ids=torch.arange(len(ids))[None], use_cache=False).logits[0]
+
     for row in range(len(clean_ids)):
         sequence = clean_ids[row, : int(clean_mask[row].sum())]
-        clean.append(model(sequence[None]).logits[0])
+        clean.append(logits_of(sequence))
         for block in block_mask[row].nonzero()[:, 0].tolist():
             prefix = sequence[: anchors[row, block] + 1]
-            logits = model(torch.cat([prefix, states[row, block, :-1]])[None]).logits[0]
+            logits = logits_of(torch.cat([prefix, states[row, block, :-1]]))
             blocks[row, block] = logits[len(prefix) - 1 :]
     return clean, blocks
 
@@ -210,3 +214,24 @@ def test_architectures_that_cannot_be_packed_are_refused_by_name(name):
     model = make_architecture(name)
     with pytest.raises(ValueError, match=f"do not support {type(model).__name__}"):
         check_packable(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODEL_TYPES if name not in CANNOT_BUILD])
+@torch.no_grad()
+def test_every_architecture_is_packed_right_or_refused(name):
+    model = make_architecture(name).eval()
+    try:
+        check_packable(model)
+    except ValueError as error:
+        assert type(model).__name__ in str(error)
+        return
+    batch = make_batch()
+    packed = pack(*batch[:2], Drafts(*batch[2:]))
+    logits = packed_forward(model, packed, model)
+    clean, blocks = logits[:, : packed.clean_length], logits[:, packed.columns()]
+    expected_clean, expected_blocks = unpacked_logits(model, *batch)
+    for row, expected in enumerate(expected_clean):
+        torch.testing.assert_close(clean[row, : len(expected)], expected, atol=1e-3, rtol=1e-4)
+    for place, expected in expected_blocks.items():
+        torch.testing.assert_close(blocks[place], expected, atol=1e-3, rtol=1e-4)

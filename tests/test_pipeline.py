@@ -1,5 +1,6 @@
 """Options are checked before anything is done; every step is done once, and goes on where it was stopped."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -116,9 +117,10 @@ def test_a_config_that_cannot_be_read(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="options by name"):
         read_options(Letters, tmp_path / "list.yaml")
-    (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="must be a YAML file"):
-        read_options(Letters, tmp_path / "broken.yaml")
+    for text in ("a: [", "a: " + "[" * 400):
+        (tmp_path / "broken.yaml").write_text(text)
+        with pytest.raises(ValueError, match="must be a YAML file"):
+            read_options(Letters, tmp_path / "broken.yaml")
 
 
 def test_values_have_the_types_of_their_fields(tmp_path):
@@ -217,6 +219,51 @@ def test_prompt_and_response_are_tokens_as_in_decoding():
     (row,) = make_sft_dataset([Problem("a", "b")], tokenizer, None)
     assert row["input_ids"] == [*prompt, *tokenizer("b")["input_ids"], tokenizer.eos_token_id]
     assert row["completion_mask"] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(("single", "start"), [("<eos> $A", [1]), ("$A <eos>", []), ("<eos> $A <eos>", [1])])
+def test_the_stop_token_stands_once_wherever_the_tokenizer_puts_it(byte_tokenizer, single, start):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[("<eos>", 1)])
+    problems = [Problem("", "b"), Problem("a", "b"), Problem("a", "b<eos>"), Problem("a<eos>", "b")]
+    a, b = (byte_tokenizer(text)["input_ids"][0] for text in "ab")
+    rows = make_sft_dataset(problems, tokenizer, None)
+    expected = [[*start, b, 1], [*start, a, b, 1], [*start, a, b, 1], [*start, a, 1, b, 1]]
+    assert list(rows["input_ids"]) == expected
+    prompts = [[], *([*start, a],) * 2, [*start, a, 1]]
+    masks = [[0] * len(prompt) + [1] * (len(row) - len(prompt)) for prompt, row in zip(prompts, expected)]
+    assert list(rows["completion_mask"]) == masks
+
+
+def test_chats_that_the_template_does_not_take_are_refused_by_number(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+    good = Problem([{"role": "user", "content": "Hi"}], "Hello!")
+    assert len(make_sft_dataset([good], tokenizer, None)) == 1
+    for message in ({"from": "human", "value": "Hi"}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}):
+        with pytest.raises(ValueError, match="problem 1.*Write each message as"):
+            make_sft_dataset([good, Problem([message], "Hello!")], tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (Problem("a \ud83d", "b"), "lone surrogate .* of problem 1 of the train split"),
+        (Problem("a", "b \ud83d"), "lone surrogate .* of the response to problem 1 of the train split"),
+        (Problem([{"role": "user", "value": "Hi"}], "b"), "message 0 of problem 1 of the train split"),
+        (
+            Problem([{"role": "assistant", "content": "Hi"}], "b"),
+            "got problem 1 of the train split, which ends with a",
+        ),
+    ],
+)
+def test_problems_that_cannot_be_used_are_said_by_number_before_any_work(tmp_path, monkeypatch, problem, message):
+    monkeypatch.setattr(Letters, "load", lambda self, split: [Problem("a", "b"), problem])
+    pipeline = Pipeline(read(tmp_path), lambda line: None)
+    with pytest.raises(ValueError, match=message):
+        _ = pipeline.train_problems
 
 
 def test_fingerprints_tell_problems_apart():
@@ -446,7 +493,12 @@ def test_the_config_of_the_tests_is_one():
         ("a.json", '{"q": 1}', "must hold a JSON list of objects"),
         ("a.json", "[", "must be a JSON file: Expecting"),
         ("a.json", b"\xff", "must be a text in UTF-8"),
+        ("a.json", "[]".encode("utf-16"), "must be a text in UTF-8: it is in UTF-16"),
+        ("a.jsonl", b"\x1f\x8b\x08", "must be a text in UTF-8: it is compressed by gzip"),
+        ("a.json", "[" * 100_000, "must be a JSON file: it is nested too deeply"),
+        ("a.jsonl", '{"q": ' + "[" * 100_000, "Line 1 of .* must be a JSON object: it is nested too deeply"),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_data_of_another_format_are_named(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -456,7 +508,11 @@ def test_data_of_another_format_are_named(tmp_path, name, text, message):
 
 def test_data_keep_line_ends_of_all_kinds(tmp_path):
     rows = [{"q": "a\u2028b\x85c\r\nd"}, {"q": "e"}]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert read_json_rows(tmp_path / "a.jsonl", ("q",)) == rows
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for mark in ("", "\ufeff"):
+        (tmp_path / "a.jsonl").write_text(mark + text)
+        assert read_json_rows(tmp_path / "a.jsonl", ("q",)) == rows
+        (tmp_path / "a.json").write_text(mark + json.dumps(rows))
+        assert read_json_rows(tmp_path / "a.json", ("q",)) == rows
     with pytest.raises(OSError, match="must be in .*none.jsonl', which cannot be read.*`--data`"):
         read_json_rows(tmp_path / "none.jsonl")

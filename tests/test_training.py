@@ -5,10 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import make_word_model
+from conftest import make_model, make_word_model
 from datasets import Dataset, DatasetDict
 from training_cases import BLOCK_SIZE, gradients_of, make_record, prepare, reference_losses
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import cllm_hf
 from cllm_hf import CleaningRules, CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_cllm
@@ -423,6 +423,109 @@ def test_predictions_are_losses(word_model, tokenizer, dataset, tmp_path):
     trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, num_monitored_prompts=0)
     output = trainer.predict(dataset.select(range(4)))
     assert output.predictions is None and output.metrics["test_loss"] > 0
+
+
+# Records whose blocks are right. What stands after a response of four tokens, in blocks of three, is padding.
+TOKENS = {"prompt_ids": [5, 6], "response_ids": [8, 9, 7, 4], "label_ids": [7, 3]}
+STATES = {
+    "states": [[[5, 6, 6], [8, 6, 7], [8, 9, 7]], [[5, -100, 999], [4, 999, 0]]],
+    "augmented_states": [[[8, 6, 5]], [[6, 999, -1]]],
+}
+ALL_TOKENS = {"ar_labels": "ground_truth"}
+
+
+def with_token(column, token):
+    record = copy.deepcopy({**TOKENS, **STATES})
+    if column in TOKENS:
+        record[column][-1] = token
+    else:
+        record[column][0][0][1] = token
+    if column == "response_ids":
+        for state in record["states"][1]:
+            state[0] = token
+    return record
+
+
+OUTSIDE = [
+    *(("dataset", column, token) for column in (*TOKENS, *STATES) for token in (102, -1)),
+    *(("stream", column, 10**6) for column in (*TOKENS, *STATES)),
+    *((kind, "states", -100) for kind in ("eval", "evals", "transform", "late stream", "evaluate")),
+]
+
+
+@pytest.mark.parametrize(("kind", "column", "token"), OUTSIDE)
+def test_tokens_that_the_model_does_not_have_are_refused(word_model, tokenizer, tmp_path, kind, column, token):
+    good = Dataset.from_list([{**TOKENS, **STATES}] * 4)
+    bad = Dataset.from_list([{**TOKENS, **STATES}] * 3 + [with_token(column, token)])
+    message = rf"must be in the model's vocabulary of 102, got {token} in `{column}` of record (3|\?|0)"
+
+    def start(train=good, evaluated=None):
+        options = {"num_monitored_prompts": 0, **ALL_TOKENS}
+        return make_trainer(word_model, train, tokenizer, tmp_path, eval_dataset=evaluated, **options)
+
+    forward_passes = []
+    word_model.register_forward_pre_hook(lambda *_: forward_passes.append(1))
+    with pytest.raises(ValueError, match=message):
+        if kind == "dataset":
+            start(bad)
+        elif kind == "eval":
+            start(evaluated=bad)
+        elif kind == "evals":
+            start(evaluated={"one": good, "two": bad})
+        elif kind == "stream":
+            start(bad.select([3]).to_iterable_dataset())
+        elif kind == "transform":
+            start(bad.with_transform(lambda rows: rows))
+        elif kind == "late stream":
+            trainer = start(bad.to_iterable_dataset())
+            trainer.train()
+        else:
+            trainer = start()
+            trainer.evaluate(bad)
+    assert not forward_passes
+
+
+def test_padding_may_be_any_number(word_model, tokenizer, tmp_path):
+    dataset = Dataset.from_list([{**TOKENS, **STATES}] * 4)
+    trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, **ALL_TOKENS)
+    assert np.isfinite(trainer.train().training_loss)
+
+
+def test_columns_that_are_not_used_may_hold_any_number(word_model, tokenizer, tmp_path):
+    for column, options in (("states", {"trajectory_source": "online"}), ("label_ids", {})):
+        make_trainer(word_model, Dataset.from_list([with_token(column, 999)]), tokenizer, tmp_path, **options)
+
+
+def test_the_vocabulary_is_that_of_the_embeddings(tokenizer, tmp_path):
+    """Not that of the tokenizer, which may have fewer tokens or more."""
+    dataset = Dataset.from_list([with_token("prompt_ids", 119)])
+    make_trainer(make_model("llama", vocab_size=120), dataset, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="vocabulary of 110, got 119"):
+        make_trainer(make_model("llama", vocab_size=110), dataset, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_padding_token_is_set_as_by_the_host(word_model, tokenizer, dataset, tmp_path, lora):
+    from peft import LoraConfig
+
+    tokenizer, token = copy.deepcopy(tokenizer), tokenizer.convert_ids_to_tokens(7)
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]) if lora else None
+    trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, peft_config=adapter, pad_token=token)
+    for model in (trainer.model, word_model):
+        assert model.generation_config.pad_token_id == model.config.pad_token_id == 7
+    assert trainer.processing_class.pad_token == tokenizer.pad_token == token
+    trainer.train()
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id == 7
+    assert GenerationConfig.from_pretrained(tmp_path).pad_token_id == 7
+
+
+def test_a_padding_token_that_there_is_not_is_refused(word_model, tokenizer, dataset, tmp_path):
+    before = tokenizer.pad_token
+    with pytest.raises(ValueError, match="`pad_token` must be a token of the tokenizer, got 'no such token'"):
+        make_trainer(word_model, dataset, tokenizer, tmp_path, pad_token="no such token")
+    make_trainer(word_model, dataset, tokenizer, tmp_path)
+    assert tokenizer.pad_token == before
 
 
 @pytest.mark.parametrize(

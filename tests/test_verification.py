@@ -1,16 +1,20 @@
 """Verification finds what does not hold, and its draw is uniform over what there is."""
 
+import copy
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from architectures import CANNOT_BUILD, MODEL_TYPES, make_architecture
 from conftest import make_model, make_word_model
 from datasets import Dataset
+from peft import IA3Config, get_peft_model
 
 from cllm_hf import FEATURES, CleaningRules, TrajectoryBuilder
 from cllm_hf.demo.problems import make_problems
+from cllm_hf.evaluation.shapes import make_number_tokenizer
 from cllm_hf.trajectories import arrays, verification
 from cllm_hf.trajectories.verification import (
     VerificationReport,
@@ -21,12 +25,12 @@ from cllm_hf.trajectories.verification import (
 
 
 BLOCK_SIZE = 5
+NO_CLEANING = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
 PROMPTS = [problem.prompt for problem in make_problems(12, seed=3)]
 
 
 def build(model, tokenizer):
-    cleaning = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
-    options = {"block_size": BLOCK_SIZE, "max_new_tokens": 23, "cleaning": cleaning, "show_progress": False}
+    options = {"block_size": BLOCK_SIZE, "max_new_tokens": 23, "cleaning": NO_CLEANING, "show_progress": False}
     return TrajectoryBuilder(model, tokenizer, **options).build(PROMPTS)
 
 
@@ -69,6 +73,37 @@ def test_real_trajectories_hold(name, tokenizer):
     assert report.num_held == 90 and report.num_near_ties == 0
 
 
+# These count positions from elsewhere where they are given none.
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "data2vec-text", "bert", "opt"])
+def test_transitions_hold_at_the_positions_that_generate_passes(name):
+    model = make_architecture(name)
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0)).tolist()
+    options = {"block_size": BLOCK_SIZE, "max_new_tokens": 12, "cleaning": NO_CLEANING, "show_progress": False}
+    dataset = TrajectoryBuilder(model, make_number_tokenizer(60), **options).build(ids)
+    for prompt, record in zip(ids, dataset):
+        greedy = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :]
+        assert record["response_ids"] == greedy[: len(record["response_ids"])].tolist()
+    adapted = get_peft_model(copy.deepcopy(model), IA3Config(target_modules="all-linear", feedforward_modules=[]))
+    for one in (model, adapted):
+        report = verify_transitions(one, dataset)
+        assert report.num_held == report.num_checked == report.num_transitions > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODEL_TYPES if name not in CANNOT_BUILD])
+def test_transitions_of_every_architecture_hold_or_it_is_refused(name):
+    model = make_architecture(name)
+    ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1)).tolist()
+    options = {"block_size": BLOCK_SIZE, "max_new_tokens": 12, "cleaning": NO_CLEANING, "show_progress": False}
+    try:
+        builder = TrajectoryBuilder(model, make_number_tokenizer(60), **options)
+    except ValueError as error:
+        assert "Packed forward" in str(error) or "cannot be packed" in str(error)
+        return
+    report = verify_transitions(model, builder.build(ids))
+    assert all(failure.is_near_tie for failure in report.failures) and report.num_held >= report.num_checked - 1
+
+
 def test_every_transition_is_counted_and_recomputed(word_model, dataset, monkeypatch):
     expected = transitions_of(dataset)
     per_record, block_size = count_transitions(dataset)
@@ -85,7 +120,7 @@ def test_every_transition_is_counted_and_recomputed(word_model, dataset, monkeyp
     for row, block, state in expected:
         record = dataset[row]
         before = record["prompt_ids"] + record["response_ids"][: block * BLOCK_SIZE]
-        inputs.append((before + record["states"][block][state][:-1], ["use_cache"]))
+        inputs.append((before + record["states"][block][state][:-1], ["position_ids", "use_cache"]))
     assert fed == inputs
     # Neither the number of rows that are read at once nor their order changes what is counted.
     monkeypatch.setattr(arrays, "_CHUNK", 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -174,10 +175,7 @@ def check_packable(model: PreTrainedModel) -> None:
             f"{name} finds positions by itself, so that blocks cannot be packed behind their sequence. Use a model "
             "whose `forward` takes `position_ids`, such as Llama, Qwen, Gemma, GPT-2 or GPT-NeoX."
         )
-    if any(
-        getattr(adapter, "alora_invocation_tokens", None) for adapter in getattr(model, "peft_config", {}).values()
-    ):
-        raise ValueError("Packed forwards cannot run activated LoRA, which counts from the end of the sequence.")
+    check_adapters(getattr(model, "peft_config", {}).values())
     others = set(getattr(config, "layer_types", None) or ()) - PLAIN_ATTENTION
     if "local" in (getattr(config, "attention_layers", None) or ()):
         others.add("local")  # GPT-Neo's windows count columns
@@ -190,3 +188,47 @@ def check_packable(model: PreTrainedModel) -> None:
             f"Packed forwards need attention that takes a mask, got `attn_implementation={implementation!r}`. Call "
             '`model.set_attn_implementation("sdpa")` first.'
         )
+
+
+# By `peft_type`: adapters of which a token's part depends on more than the tokens before it, or on what no batch has.
+_ADAPTERS = {
+    "LILY": "they weigh their experts by the mean over all tokens of a forward pass",
+    "POLY": "they ask for `task_ids` in every forward pass",
+}
+
+
+def why_adapter_refused(config: Any) -> str:
+    """
+    Why several tokens after a text, or packed blocks, cannot be run with an adapter in one forward pass.
+
+    Args:
+        config (`peft.PeftConfig`): of the adapter.
+
+    Returns:
+        `str`: empty if they can.
+    """
+    if getattr(config, "is_prompt_learning", False):
+        return "it is prompt or prefix tuning, whose tokens are in no prompt"
+    if getattr(config, "alora_invocation_tokens", None):
+        return "activated LoRA counts from the end of the sequence"
+    return _ADAPTERS.get(getattr(config.peft_type, "value", config.peft_type), "")
+
+
+def check_adapters(configs: Iterable[Any]) -> None:
+    """
+    Check that packed forward passes can run adapters.
+
+    Args:
+        configs (`Iterable[peft.PeftConfig]`): of the adapters.
+
+    Raises:
+        ValueError: for prompt-learning adapters, activated LoRA, and what is not a function of each token alone.
+    """
+    for config in configs:
+        reason = why_adapter_refused(config)
+        if reason:
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ValueError(
+                f"Packed forward passes, which collect and train, do not support adapters of the kind {kind}: "
+                f"{reason}. Use an adapter in the layers, such as plain LoRA."
+            )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from ..reading import decode_text, parse_json
 
 
 def read_json(path: str | Path) -> Any:
@@ -22,9 +24,10 @@ def read_json(path: str | Path) -> Any:
         OSError: if it cannot be read, saying what to do.
         ValueError: if it is not JSON.
     """
+    text = _read_text(path)
     try:
-        return json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{str(path)!r} must be a JSON file: {error}.") from error
 
 
@@ -49,19 +52,19 @@ def read_json_rows(path: str | Path, fields: Collection[str] = ()) -> list[dict[
         missing = [] if not isinstance(row, dict) else [name for name in fields if name not in row]
         if missing or not isinstance(row, dict):
             what = f"an object with {', '.join(f'`{name}`' for name in fields)}" if fields else "an object"
-            raise ValueError(f"{place} of {str(path)!r} must be {what}, got {row!r:.60}.")
+            raise ValueError(f"{place} of {str(path)!r} must be {what}, got {reprlib.repr(row)}.")
     return [row for _, row in numbered]
 
 
 def _read_lines(path: Path) -> list[tuple[str, Any]]:
     rows = []
     # Not `splitlines`: texts may hold line ends of other kinds, which JSON need not escape.
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append((f"Line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
+            rows.append((f"Line {number}", parse_json(line)))
+        except ValueError as error:
             raise ValueError(f"Line {number} of {str(path)!r} must be a JSON object: {error}.") from error
     return rows
 
@@ -69,17 +72,19 @@ def _read_lines(path: Path) -> list[tuple[str, Any]]:
 def _read_list(path: Path) -> list[tuple[str, Any]]:
     rows = read_json(path)
     if not isinstance(rows, list):
-        raise ValueError(f"{str(path)!r} must hold a JSON list of objects, got {rows!r:.60}.")
+        raise ValueError(f"{str(path)!r} must hold a JSON list of objects, got {reprlib.repr(rows)}.")
     return [(f"Object {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _read(path: str | Path) -> str:
+def _read_text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} must be a text in UTF-8: {error}.") from error
+        content = Path(path).read_bytes()
     except OSError as error:
         raise OSError(
             f"The data must be in {str(path)!r}, which cannot be read ({error.strerror}). Name their folder with "
             "`--data`, or leave it out for those of the Hub."
         ) from error
+    try:
+        return decode_text(content)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} must be a text in UTF-8: {error}.") from error

@@ -327,10 +327,10 @@ def _check_not_refused(values: Mapping[str, Any], section: str) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise OSError(f"`--config` must be a file that can be read, got {str(path)!r} ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"`--config` must be a YAML file, got {str(path)!r} ({reason}).") from error
     if not isinstance(values, dict):

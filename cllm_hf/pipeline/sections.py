@@ -103,7 +103,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
             raise ValueError(f"`--set` takes SECTION.OPTION=VALUE, got {override!r}.")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"`--set` takes values as in YAML, got {override!r}.") from error
         place = values
         for name in names[:-1]:

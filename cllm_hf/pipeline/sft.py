@@ -15,6 +15,8 @@ from ..loading import load_tokenizer
 from ..process import Process
 from ..training.progress import show_progress
 from ..training.resuming import newest_checkpoint
+from ..trajectories.chats import render_chat
+from ..trajectories.prompts import encode_prompts
 from .model_options import ModelOptions
 from .models import (
     loading_options,
@@ -143,12 +145,11 @@ def make_sft_dataset(
 def _text_rows(problems: Sequence[Problem], tokenizer: Any) -> list[tuple[int, dict[str, Any]]]:
     """Tokens of each row, and their number."""
     stop = tokenizer.eos_token_id
-    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
-    whole = tokenizer([f"{problem.prompt}{problem.response}" for problem in problems])["input_ids"]
+    prompts = encode_prompts([str(problem.prompt) for problem in problems], tokenizer)
+    whole = encode_prompts([f"{problem.prompt}{problem.response}" for problem in problems], tokenizer)
     rows = []
     for problem, prompt, ids in zip(problems, prompts, whole):
-        prompt = prompt[:-1] if prompt[-1:] == [stop] else prompt  # which some tokenizers add
-        ids = ids[:-1] if ids[-1:] == [stop] else ids
+        ids = ids[:-1] if problem.response and ids[-1:] == [stop] else ids  # which some data have already
         if ids[: len(prompt)] != prompt:  # a token reaches over the border
             ids = prompt + tokenizer(problem.response, add_special_tokens=False)["input_ids"]
         ids = [*ids, stop]
@@ -161,7 +162,10 @@ def _chat_rows(problems: Sequence[Problem], tokenizer: Any) -> list[tuple[int, d
     """Messages of each row, and the number of their tokens."""
     answers = [[{"role": "assistant", "content": problem.response}] for problem in problems]
     rows = [{"prompt": problem.prompt, "completion": answer} for problem, answer in zip(problems, answers)]
-    texts = [tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False) for row in rows]
+    texts = [
+        render_chat([*row["prompt"], *row["completion"]], tokenizer, f"problem {number}", is_answered=True)
+        for number, row in enumerate(rows)
+    ]
     return [(len(ids), row) for ids, row in zip(tokenizer(texts, add_special_tokens=False)["input_ids"], rows)]
 
 

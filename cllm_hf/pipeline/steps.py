@@ -16,6 +16,8 @@ from ..files import check_writable
 from ..loading import load_tokenizer
 from ..process import Process
 from ..quiet import quiet_hosts
+from ..reading import check_unicode
+from ..trajectories.prompts import check_prompt
 from .cllm import collect_trajectories, train_cllm
 from .models import wait_for_all
 from .options import Options
@@ -112,6 +114,9 @@ class Pipeline:
             problems = self.options.task.load(split)
         if not problems:
             raise ValueError(f"The task {self.options.task.name!r} must have problems in its {split} split, got none.")
+        for number, problem in enumerate(problems):
+            check_prompt(problem.prompt, f"problem {number} of the {split} split")
+            check_unicode(str(problem.response), f"the response to problem {number} of the {split} split")
         return problems
 
     @property

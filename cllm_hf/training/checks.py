@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..options import DEFAULT_BLOCK_SIZE
-from ..trajectories.schema import check_dataset, check_record, check_response
+from ..trajectories.schema import check_dataset, check_record, check_response, check_tokens
 from .config import CLLMConfig
 
 
@@ -94,6 +95,49 @@ def _check_lengths(dataset: Dataset, config: CLLMConfig, least: int) -> None:
                     "with `dataset.filter`."
                 )
         start += len(table)
+
+
+def check_vocabulary(datasets: Iterable[Any], vocab_size: int, columns: list[str]) -> None:
+    """
+    Check that the tokens of datasets that `check_datasets` has passed are in the model's vocabulary.
+
+    Args:
+        datasets (`Iterable[datasets.Dataset | datasets.IterableDataset | None]`): trajectories. Of a stream only the
+            first record is read; the collator looks at every one on its way.
+        vocab_size (`int`): tokens that the model has embeddings for.
+        columns (`list[str]`): where to look.
+
+    Raises:
+        ValueError: for the first record that has another token.
+    """
+    for dataset in datasets:
+        if isinstance(dataset, Dataset):
+            for number in _suspects(dataset, vocab_size, columns):
+                check_tokens(dataset[number], vocab_size, columns, name=number)
+        elif dataset is not None:
+            check_tokens(_first(dataset), vocab_size, columns)
+
+
+def _suspects(dataset: Dataset, vocab_size: int, columns: list[str]) -> Iterator[int]:
+    """Numbers of records among which is one with such a token, if only in its padding."""
+    if dataset.format["type"] == "custom":  # a transform makes the tokens
+        yield from range(len(dataset))
+        return
+    start = 0
+    present = [name for name in columns if name in dataset.column_names]
+    for table in dataset.select_columns(present).with_format("arrow").iter(1000):
+        bounds = [_bounds(column) for column in table.columns]
+        if min(low for low, _ in bounds) < 0 or max(high for _, high in bounds) >= vocab_size:
+            yield from range(start, start + len(table))
+        start += len(table)
+
+
+def _bounds(column: Any) -> tuple[int, int]:
+    """The lowest and the highest number in nested lists; zeros where there is none."""
+    while pa.types.is_nested(column.type):
+        column = pc.list_flatten(column)
+    found = pc.min_max(column).as_py()
+    return found["min"] or 0, found["max"] or 0
 
 
 def get_labels(record: Mapping[str, Any]) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..blocks.layout import num_blocks
-from ..trajectories.schema import check_record, check_response
+from ..trajectories.schema import check_record, check_response, check_tokens
 from .batch import TrainingBatch
 from .checks import get_labels
 
@@ -28,8 +28,13 @@ class TrajectoryCollator:
 
     Raises:
         ValueError: on a call, for a record that is not a trajectory of that block size, whose prompt leaves no room
-            for a block, or that has no `label_ids` where they are wanted.
+            for a block, that has no `label_ids` where they are wanted, or a token outside of `vocab_size`.
+
+    Attributes:
+        vocab_size (`int`, *optional*): tokens that the model has embeddings for; not known before it is loaded.
     """
+
+    vocab_size: int | None = None
 
     def __init__(
         self,
@@ -45,6 +50,16 @@ class TrajectoryCollator:
         self.with_augmented = with_augmented
         self.with_labels = with_labels
 
+    @property
+    def token_columns(self) -> list[str]:
+        """Columns whose tokens go into a batch."""
+        wanted = {
+            "states": self.with_states,
+            "augmented_states": self.with_states and self.with_augmented,
+            "label_ids": self.with_labels,
+        }
+        return ["prompt_ids", "response_ids", *(name for name, is_wanted in wanted.items() if is_wanted)]
+
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """What `collate` gives, as the data loaders carry it: `TrainingBatch.columns`."""
         return self.collate(records).columns()
@@ -59,6 +74,19 @@ class TrajectoryCollator:
         Returns:
             `TrainingBatch`.
         """
+        batch = None
+        try:
+            batch = self._pad_together(records)
+            is_within = self.vocab_size is None or _is_within(batch, self.vocab_size)
+        except OverflowError:  # a token of more than 32 bits
+            is_within = False
+        if not is_within:
+            for record in records:
+                check_tokens(record, self.vocab_size or 2**31, self.token_columns)
+        assert batch is not None
+        return batch
+
+    def _pad_together(self, records: list[dict[str, Any]]) -> TrainingBatch:
         rows = [self._fit(record) for record in records]
         sequences = [prompt + response for prompt, response, _ in rows]
         clean_ids, lengths = _pad(sequences)
@@ -105,6 +133,12 @@ class TrajectoryCollator:
     def _fit_labels(self, record: dict[str, Any]) -> list[int]:
         room = None if self.max_length is None else max(self.max_length - len(record["prompt_ids"]), 1)
         return get_labels(record)[:room]
+
+
+def _is_within(batch: TrainingBatch, vocab_size: int) -> bool:
+    """Whether all tokens of a batch are in a vocabulary; in its padding stand zeros."""
+    parts = [part for part in (batch.clean_ids, batch.candidates, batch.label_ids) if part is not None]
+    return min(int(part.min()) for part in parts) >= 0 and max(int(part.max()) for part in parts) < vocab_size
 
 
 def _pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers.integrations import get_available_reporting_integrations
@@ -78,7 +77,6 @@ def run_train(options: TrainOptions) -> str:
         _check_place(str(model.model_name_or_path), training)
         try:
             trainer = _make_trainer(model, training, train_dataset, eval_dataset)
-            _check_tokens(train_dataset, trainer.model.config.get_text_config().vocab_size)
             _compare_models(model, made_by, trainer)
             show_progress(trainer, *_LOSSES, bar=show_bars and not training.disable_tqdm, show=process.is_first)
             with quiet_hosts():  # a bar for every file of every checkpoint is too much
@@ -275,16 +273,6 @@ def _make_trainer(
     except ImportError as error:  # what this model or kind of attention needs
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"Training {name} needs a package that is not installed: {reason} Install it.") from error
-
-
-def _check_tokens(dataset: Dataset, vocab_size: int) -> None:
-    tables = dataset.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(batch_size=1000)
-    highest = max(pc.max(pc.list_flatten(column)).as_py() or 0 for table in tables for column in table.columns)
-    if highest >= vocab_size:
-        raise ValueError(
-            f"The tokens of the dataset must be of the model's vocabulary, of {vocab_size} tokens, got token "
-            f"{highest}. Train the model that made the trajectories, or collect its own."
-        )
 
 
 def _compare_models(model: ModelConfig, made_by: Mapping[str, Any], trainer: CLLMTrainer) -> None:

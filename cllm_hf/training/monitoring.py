@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from .._host import base_model_of, input_device
+from .._host import base_model_of, count_embeddings, input_device
 from ..blocks.forward import forward_clean
 from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.responding import find_stop_ids, split_batches, without_generation_defaults
@@ -188,7 +188,7 @@ def decoding_metrics(trainer: Any, dataloader: DataLoader, prefix: str) -> dict[
     limit = args.monitored_max_new_tokens or max((len(record["response_ids"]) for record in records), default=0)
     model = base_model_of(trainer.model)
     stop_ids, pad_id = find_stop_ids(model, tokenizer), tokenizer.pad_token_id
-    if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:  # added without resizing the model
+    if pad_id is None or pad_id >= count_embeddings(model):  # added without resizing the model
         pad_id = (stop_ids or [0])[0]
     share = records[accelerator.process_index :: accelerator.num_processes]
     with accelerator.autocast():

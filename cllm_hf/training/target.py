@@ -1,4 +1,4 @@
-"""The model that `CLLMTrainer` is given, and its tokenizer, where that is the name of an adapter."""
+"""The model that `CLLMTrainer` is given, and its tokenizer, as they are to be trained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
+from .._host import base_model_of
+from ..blocks.support import check_adapters
 from ..loading import load_adapter
 from .config import CLLMConfig
 
@@ -29,15 +31,22 @@ def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_con
 
     Raises:
         OSError: if there is no such base model.
-        ValueError: for a `peft_config` beside an adapter, or an adapter that does not fit its base model.
+        ValueError: for a `peft_config` beside an adapter, an adapter that does not fit its base model, or one of a
+            kind that cannot be trained here.
     """
+    if peft_config is not None:
+        check_adapters([peft_config])
     if not isinstance(model, str) or find_adapter_config_file(model) is None:
+        check_adapters(getattr(model, "peft_config", {}).values())
         return model
+    from peft import PeftConfig
+
     if peft_config is not None:
         raise ValueError(
             f"`model` is an adapter, {model!r}, which is trained further, got a `peft_config` for a new one too. Drop "
             "it; or merge the adapter with `load_cllm(...).merge_and_unload()`, save that model, and pass its folder."
         )
+    check_adapters([PeftConfig.from_pretrained(model)])
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
     given: Any = args.model_init_kwargs
     options |= given or {}
@@ -63,3 +72,31 @@ def load_target_tokenizer(model: Any) -> Any:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError):
         return None
+
+
+def set_pad_token(model: Any, processing_class: Any, pad_token: str | None) -> None:
+    """
+    Set the padding token of tokenizer, config and generation config, as `trl.SFTTrainer` does for its own collator.
+
+    Args:
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
+        processing_class (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`): its tokenizer.
+        pad_token (`str`, *optional*): the token; by default all stays as it is.
+
+    Raises:
+        ValueError: if the tokenizer does not have it.
+    """
+    if pad_token is None:
+        return
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if pad_token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"`pad_token` must be a token of the tokenizer, got {pad_token!r}, which is not in its vocabulary of "
+            f"{len(tokenizer)}. Choose one that is, such as {tokenizer.eos_token!r}, or add it and resize the model's "
+            "embeddings."
+        )
+    tokenizer.pad_token = pad_token
+    base_model = base_model_of(model)
+    base_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    for owner in (base_model, model):  # an adapter may have a generation config of its own
+        owner.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -15,14 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from .._host import base_model_of
+from .._host import base_model_of, count_embeddings
 from ..blocks.support import check_packable
 from ..cards import CLLM_CITATION
 from ..files import check_writable
 from ..integration import set_jacobi_defaults
 from .batch import PreparedBatch, TrainingBatch
 from .callbacks import add_callbacks
-from .checks import check_datasets, check_leftovers, check_trainable
+from .checks import check_datasets, check_leftovers, check_trainable, check_vocabulary
 from .config import CLLMConfig
 from .monitoring import decoding_metrics
 from .objective import LossTotals, sum_losses
@@ -30,7 +30,7 @@ from .preparation import BatchPreparer, make_collator, prepare_dataset
 from .processes import check_processes, count_own_rows
 from .resuming import choose_checkpoint
 from .saving import RunCard, card_set_aside, save_beside, wait_for_push
-from .target import load_target, load_target_tokenizer
+from .target import load_target, load_target_tokenizer, set_pad_token
 
 
 _REFUSED_ARGUMENTS = (
@@ -78,8 +78,9 @@ class CLLMTrainer(SFTTrainer):
 
     Raises:
         OSError: if `args.output_dir` is not writable.
-        ValueError: for a dataset that does not hold trajectories of one block size, a `data_collator`, loss function
-            or metrics (the trainer has its own), or a model that cannot be packed.
+        ValueError: for a dataset that does not hold trajectories of one block size or has tokens that the model does
+            not, a `data_collator`, loss function or metrics (the trainer has its own), a model that cannot be packed,
+            an adapter that cannot be trained so, or a `pad_token` that the tokenizer does not have.
     """
 
     _tag_names = ["trl", "cllm", "jacobi-decoding"]
@@ -126,6 +127,7 @@ class CLLMTrainer(SFTTrainer):
         args.router_aux_loss_coef = 0.0
         self._preparer = BatchPreparer.from_config(args, dataset_block_size)
         self._card = RunCard(self)
+        collator = make_collator(args, dataset_block_size)
         super().__init__(
             load_target(model, args, peft_config, kwargs.get("quantization_config")),
             args=args,
@@ -133,10 +135,15 @@ class CLLMTrainer(SFTTrainer):
             eval_dataset=eval_dataset,
             processing_class=load_target_tokenizer(model) if processing_class is None else processing_class,
             peft_config=peft_config,
-            **{**kwargs, "data_collator": make_collator(args, dataset_block_size)},
+            **{**kwargs, "data_collator": collator},
         )
         check_packable(base_model_of(self.model))
         check_trainable(self.model)
+        # The collator looks at what is read later: streams, and datasets that `evaluate` is given.
+        collator.vocab_size = count_embeddings(base_model_of(self.model))
+        given = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        check_vocabulary([train_dataset, *given], collator.vocab_size, collator.token_columns)
+        set_pad_token(self.model, self.processing_class, args.pad_token)
         if args.should_save:
             check_leftovers(Path(str(args.output_dir)), is_adapter=base_model_of(self.model) is not self.model)
         check_processes(args, self.accelerator)

@@ -36,7 +36,7 @@ class CollectArguments:
     prompts: str | None = _option(
         None,
         "file with a prompt a line, as text or as JSON with a field `prompt` or `question`, and `response` where "
-        "responses are given",
+        "responses are given, or a JSON array of such objects",
     )
     dataset_name: str | None = _option(None, "prompts from a dataset instead: a Hub id, a folder or a file")
     dataset_config: str | None = _option(None, "configuration of that dataset")

@@ -14,9 +14,9 @@ import transformers
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._host import base_model_of
+from .._host import base_model_of, count_embeddings
 from .._version import __version__
-from ..blocks.support import check_packable
+from ..blocks.support import check_adapters, check_packable
 from ..process import Process
 from .cleaning import CleaningRules
 from .fingerprints import describe_model, describe_tokenizer
@@ -105,11 +105,7 @@ class TrajectoryBuilder:
             drop_duplicates=drop_duplicates,
             not_greedy=not_greedy,
         )
-        if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-            raise ValueError(
-                "Trajectories cannot be collected with prompt or prefix tuning, whose tokens are in no prompt. Use an "
-                "adapter in the layers, such as LoRA."
-            )
+        check_adapters(getattr(model, "peft_config", {}).values())
         # The layers of an adapter live in its base model; the wrapper has nothing else that is needed here.
         self.model: Any = base_model_of(model)
         check_packable(self.model)
@@ -226,7 +222,7 @@ class TrajectoryBuilder:
 
     def _read(self, prompts: Iterable[Prompt] | Dataset, responses: Iterable[Response] | None) -> list[PromptRow]:
         rows = read_rows(prompts, responses, self.processing_class)
-        check_ids(rows, self.model.get_input_embeddings().num_embeddings)
+        check_ids(rows, count_embeddings(self.model))
         return rows
 
     def _make_shards(self, folder: OutputFolder, rows: list[PromptRow]) -> None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..reading import check_unicode
+from .chats import check_chat, render_chat
+
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 Response = str | Sequence[int]
+# Texts at which a tokenizer is looked at before it is believed to add no stop token.
+_MOST_TOLD = 100
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ def read_rows(
         `list[PromptRow]`: in the order of the prompts.
 
     Raises:
-        ValueError: if there are no prompts, one is of another kind, or there are more or fewer responses.
+        ValueError: if there are no prompts, one is of another kind, a chat that the tokenizer's template does not
+            take or that is answered already, or no valid Unicode, or there are more or fewer responses.
     """
     names: list[str] | None = None
     if isinstance(prompts, Dataset):
@@ -165,6 +173,90 @@ def check_ids(rows: Sequence[PromptRow], vocab_size: int) -> None:
                 )
 
 
+def check_prompt(prompt: Any, name: str) -> None:
+    """
+    Check what can be wrong with a prompt, whatever the tokenizer.
+
+    Args:
+        prompt (`Any`): text, chat messages or token ids.
+        name (`str`): what to call it, such as `"prompt 3"`.
+
+    Raises:
+        ValueError: for text that is no valid Unicode, and as `check_chat`.
+    """
+    if isinstance(prompt, str):
+        check_unicode(prompt, name)
+    elif _is_chat(prompt):
+        check_chat(prompt, name)
+
+
+def encode_prompts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, adds_special: bool = True
+) -> list[list[int]]:
+    """
+    Turn texts that go on into tokens: without the stop token that some tokenizers add at the end.
+
+    Args:
+        texts (`Sequence[str]`): the texts.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): the model's tokenizer.
+        adds_special (`bool`): whether it adds its special tokens at the beginning.
+
+    Returns:
+        `list[list[int]]`: tokens of each; none for an empty text of which there is nothing but a stop token.
+    """
+    if not texts:
+        return []
+    encoded = [list(ids) for ids in tokenizer(list(texts), add_special_tokens=adds_special)["input_ids"]]
+    if not adds_special or tokenizer.eos_token_id is None:
+        return encoded
+    ends, stop = _adds_stop(texts, tokenizer), [tokenizer.eos_token_id]
+    encoded = [ids[:-1] if ends else ids for ids in encoded]
+    # A stop token alone that no text stands for is no prompt, also where it is what the tokenizer begins with.
+    return [
+        [] if ids == stop and not tokenizer(text, add_special_tokens=False)["input_ids"] else ids
+        for ids, text in zip(encoded, texts)
+    ]
+
+
+def _adds_stop(texts: Iterable[str], tokenizer: Any) -> bool:
+    """
+    Whether a tokenizer ends a text with its stop token.
+
+    It is the same for all texts, but not every text tells: where a tokenizer begins with that token too, an empty one
+    shows nothing but it.
+    """
+    for text in _telling_texts(texts, tokenizer):
+        bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        whole = list(tokenizer(text)["input_ids"])
+        ends = {
+            tuple(whole[start + len(bare) :])
+            for start in range(len(whole) - len(bare) + 1)
+            if whole[start : start + len(bare)] == bare
+        }
+        if bare and len(ends) == 1:
+            return ends == {(tokenizer.eos_token_id,)}
+    return False
+
+
+def _telling_texts(texts: Iterable[str], tokenizer: Any) -> Iterator[str]:
+    """Texts from which it may be told: those that are given, otherwise words of the vocabulary."""
+    yield from islice(dict.fromkeys(text for text in texts if text.strip()), _MOST_TOLD)
+    special = set(tokenizer.all_special_ids)
+    for token in range(min(len(tokenizer), _MOST_TOLD)):
+        text = "" if token in special else str(tokenizer.decode([token]))
+        if text.strip():
+            yield text
+
+
+def _is_chat(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, (str, bytes))
+        and bool(prompt)
+        and all(isinstance(message, Mapping) for message in prompt)
+    )
+
+
 def _tokenize_prompts(
     prompts: list[Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], list[list[int]], list[bool]]:
@@ -173,27 +265,28 @@ def _tokenize_prompts(
     special: list[bool] = []
     ready: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
+        name = f"prompt {index}"
         ids = _as_ids(prompt)
         if isinstance(prompt, str):
             texts.append(prompt)
         elif ids is not None:
             if min(ids, default=0) < 0:
-                raise ValueError(f"A token id must be at least 0, got {min(ids)} in prompt {index}. Leave labels out.")
+                raise ValueError(f"A token id must be at least 0, got {min(ids)} in {name}. Leave labels out.")
             ready[index] = ids
             texts.append(str(tokenizer.decode(ids)))
-        elif isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt):
+        elif _is_chat(prompt):
             # The template already holds the special tokens.
-            text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-            texts.append(str(text))
+            texts.append(render_chat(prompt, tokenizer, name))
         else:
             raise ValueError(
                 "A prompt must be a text, a list of chat messages or a list of token ids, got "
-                f"{prompt!r} as prompt {index}. Pass a column of a dataset, such as `dataset['question']`."
+                f"{reprlib.repr(prompt)} as {name}. Pass a column of a dataset, such as `dataset['question']`."
             )
+        check_unicode(texts[-1], name)
         special.append(isinstance(prompt, str))
     for adds in (True, False):
         chosen = [index for index, own in enumerate(special) if own == adds and index not in ready]
-        ready.update(zip(chosen, _encode([texts[index] for index in chosen], adds, tokenizer)))
+        ready.update(zip(chosen, encode_prompts([texts[index] for index in chosen], tokenizer, adds)))
     return texts, [ready[index] for index in range(len(texts))], special
 
 
@@ -204,21 +297,28 @@ def _tokenize_responses(
     special: list[bool],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[int]]:
-    out = []
-    for index, (response, text, before, adds) in enumerate(zip(responses, texts, prompt_ids, special)):
+    ready: dict[int, list[int]] = {}
+    for index, response in enumerate(responses):
         ids = _as_ids(response)
         if isinstance(response, str):
-            # Together with the prompt, since tokenizers begin a text in ways of their own.
-            whole = _encode([text + response], adds, tokenizer)[0]
-            alone = whole[: len(before)] != before
-            out.append(_encode([response], False, tokenizer)[0] if alone else whole[len(before) :])
+            check_unicode(response, f"response {index}")
         elif ids is not None:
-            out.append(ids)
+            ready[index] = ids
         else:
             raise ValueError(
-                f"A response must be a text or a list of token ids, got {response!r} as response {index}."
+                f"A response must be a text or a list of token ids, got {reprlib.repr(response)} as response {index}."
             )
-    return out
+    # Together with the prompt, since tokenizers begin a text in ways of their own.
+    whole: dict[int, list[int]] = {}
+    for adds in (True, False):
+        chosen = [index for index, own in enumerate(special) if own == adds and index not in ready]
+        joined = [texts[index] + responses[index] for index in chosen]
+        whole.update(zip(chosen, encode_prompts(joined, tokenizer, adds)))
+    for index, ids in whole.items():
+        before = prompt_ids[index]
+        goes_on = ids[: len(before)] == before
+        ready[index] = ids[len(before) :] if goes_on else encode_prompts([responses[index]], tokenizer, False)[0]
+    return [ready[index] for index in range(len(responses))]
 
 
 def _as_ids(value: Any) -> list[int] | None:
@@ -229,13 +329,3 @@ def _as_ids(value: Any) -> list[int] | None:
     if not isinstance(value, Sequence) or not all(isinstance(token, Integral) for token in value):
         return None
     return [int(token) for token in value]
-
-
-def _encode(texts: list[str], adds_special: bool, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of texts that go on: without the stop token that some tokenizers add at the end."""
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=adds_special)["input_ids"]
-    bare = list(tokenizer(texts[0], add_special_tokens=False)["input_ids"])
-    adds_stop = adds_special and list(encoded[0])[-len(bare) - 1 :] == [*bare, tokenizer.eos_token_id]
-    return [list(ids[:-1] if adds_stop else ids) for ids in encoded]

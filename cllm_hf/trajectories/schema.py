@@ -196,6 +196,40 @@ def _check_missing(name: str, blocks: Any, what: str) -> None:
         raise ValueError(f"Record {name} has missing values in {what}. Drop it from the dataset.")
 
 
+def check_tokens(record: Mapping[str, Any], vocab_size: int, columns: Iterable[str], name: object = "?") -> None:
+    """
+    Check that all tokens of a good record are in a vocabulary. What stands after the end of its response is padding,
+    which may be any number.
+
+    Args:
+        record (`Mapping[str, Any]`): a row.
+        vocab_size (`int`): tokens that the model has embeddings for.
+        columns (`Iterable[str]`): where to look; those that are missing are left out.
+        name (`object`): what to call a record that has no `data_id`.
+
+    Raises:
+        ValueError: for another token.
+    """
+    length = len(record["response_ids"])
+    for column in columns:
+        found = record.get(column)
+        if found is None:
+            continue
+        parts: Iterable[Any] = [found]
+        if column in ("states", "augmented_states"):
+            parts = (
+                state[: max(length - number * len(state), 0)] for number, block in enumerate(found) for state in block
+            )
+        for tokens in parts:
+            if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+                raise ValueError(
+                    f"Every token must be in the model's vocabulary of {vocab_size}, got {wrong} in `{column}` of "
+                    f"record {record.get('data_id', name)}. Train the model that made the trajectories, or resize its "
+                    "embeddings."
+                )
+
+
 def check_dataset(dataset: Dataset, block_size: int | None = None) -> int:
     """
     Check that a dataset holds trajectories of one block size.

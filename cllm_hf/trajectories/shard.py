@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._host import count_embeddings
 from .augmentation import augment_states
 from .collector import Request, Trajectory, collect_trajectories
 from .journal import Journal
@@ -56,7 +57,7 @@ class ShardCollector:
         self._schema = features(options.augment).arrow_schema
         self._stop_ids = find_stop_ids(model, tokenizer)
         pad_id = tokenizer.pad_token_id
-        if pad_id is None or pad_id >= model.get_input_embeddings().num_embeddings:  # added without resizing the model
+        if pad_id is None or pad_id >= count_embeddings(model):  # added without resizing the model
             pad_id = (self._stop_ids or [0])[0]
         self._pad_id: int = pad_id
         config: Any = model.config.get_text_config()

@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from ..names import Name
+from ..reading import is_deep
 from .prompt_files import is_prompt, is_response, read_prompts_and_responses
+from .prompts import check_prompt
 
 
 PLACE = "{prompt}"
 _COLUMNS = ("prompt", "question")
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+_FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
 Prompts = tuple[list[Any], list[Any] | None]
 
 
@@ -29,7 +39,7 @@ def read_source(
     Read prompts, and responses to them if there are some.
 
     Args:
-        file (`str`, *optional*): name of a file with a prompt a line; see `read_prompts_and_responses`.
+        file (`str`, *optional*): name of a file with prompts; see `read_prompts_and_responses`.
         dataset (`str`, *optional*): Hub id, folder or file of a dataset, if there is no file of prompts.
         config (`str`, *optional*): configuration of the dataset.
         split (`str`): split of the dataset.
@@ -45,8 +55,8 @@ def read_source(
 
     Raises:
         OSError: if the file or dataset cannot be read.
-        ValueError: if there are no prompts, a value is no prompt or response, a column is missing, or chat messages
-            or token ids meet a template.
+        ValueError: if there are no prompts, a value is no prompt or response, a chat is answered already or has
+            messages of another form, a column is missing, or chat messages or token ids meet a template.
     """
     if file is not None:
         prompts, responses = read_prompts_and_responses(Path(file), limit, prompt_column, response_column)
@@ -105,6 +115,8 @@ def _from_dataset(
         )
     prompts = list(dataset[prompt_column])
     _check_values(name, prompt_column, [is_prompt(prompt) for prompt in prompts], prompts)
+    for row, prompt in enumerate(prompts):
+        check_prompt(prompt, f"prompt {row}")
     if response_column is None:
         return prompts, None
     responses = list(dataset[response_column])
@@ -127,24 +139,28 @@ def _load(name: str, config: str | None, split: str) -> Any:
 
     path = Path(name).expanduser()
     Name.find(path if name.startswith("~") else name).check("dataset_name", "dataset", takes_files=True)
-    if path.is_file() and path.suffix not in _FORMATS:
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in _FORMATS:
         raise ValueError(
             f"`dataset_name` must be a file of one of the kinds {', '.join(_FORMATS)}, got {name!r}. Convert it, or "
             "pass the folder it is in."
         )
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"`dataset_name` must hold at least one prompt, got the empty file {name!r}.")
+    if path.is_file() and _FORMATS[suffix] == "json" and is_deep(path):
+        raise ValueError(f"The dataset {name!r} could not be loaded (it is nested too deeply to be read).")
     loaded: Any
     try:
         if path.is_file():
-            options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-            loaded = load_dataset(_FORMATS[path.suffix], config, data_files=str(path), split=split, **options)
+            options = {"delimiter": "\t"} if suffix == ".tsv" else {}
+            loaded = load_dataset(_FORMATS[suffix], config, data_files=str(path), split=split, **options)
         elif any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
             loaded = load_from_disk(str(path))
         else:
             loaded = load_dataset(str(path) if path.is_dir() else name, config, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (OSError, EOFError, ValueError, RecursionError, DatasetsError) as error:
+        known = error.__cause__ or error  # `datasets` says of most files only that something went wrong
+        reason = (str(known).strip() or type(known).__name__).splitlines()[0]
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"The dataset {name!r} could not be loaded ({reason}).") from error
     if isinstance(loaded, DatasetDict):

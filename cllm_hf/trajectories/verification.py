@@ -13,7 +13,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .._host import input_device
+from .._host import input_device, plain_positions
 from ..text import format_table
 from .arrays import lay_out
 from .schema import REQUIRED_COLUMNS, check_names
@@ -225,7 +225,8 @@ def _check_record(
         states, start = record["states"][block], block * block_size
         length = min(block_size, len(record["response_ids"]) - start)
         fed = record["prompt_ids"] + record["response_ids"][:start] + states[state][:-1]
-        logits = model(torch.tensor([fed], device=device), use_cache=False).logits[0, -block_size:][:length]
+        ids = torch.tensor([fed], device=device)
+        logits = model(ids, **plain_positions(model, ids), use_cache=False).logits[0, -block_size:][:length]
         following = torch.tensor(states[min(state + 1, len(states) - 1)][:length], device=logits.device)
         if not logits.argmax(-1).equal(following):
             place = (str(record.get("data_id", row)), block, state)
