@@ -1,8 +1,10 @@
 """`CLLMConfig`: what each option may be, what excludes what, and all of them from a command line or a file."""
 
 import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 from transformers import HfArgumentParser
 from trl import SFTConfig, TrlParser
@@ -228,3 +230,10 @@ def test_a_config_survives_its_dictionary():
         **{name: config.to_dict()[name] for name in GOOD}, output_dir="unused", bf16=False, use_cpu=True
     )
     assert {name: getattr(again, name) for name in GOOD} == FROM_OUTSIDE
+
+
+def test_integers_of_numpy():
+    sizes = np.array([8, 16])
+    config = make_config(block_size_schedule=list(sizes), states_per_block=sizes[0])
+    assert config.block_size_schedule == [8, 16] and json.dumps(config.to_dict())
+    assert type(make_config(block_size=sizes[0]).block_size) is int

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from ..options import check_block_size
+from ..options import as_integer, check_block_size
 from .losses import DIVERGENCES
 
 
@@ -226,21 +226,23 @@ class CLLMConfig(SFTConfig):
                 choices = ", ".join(f'"{choice}"' for choice in allowed)
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         for name, (kind, rule, holds, typical) in _NUMBERS.items():
-            value = getattr(self, name)
-            if name in _OPTIONAL and value is None:
+            given = getattr(self, name)
+            if name in _OPTIONAL and given is None:
                 continue
-            if not _is_number(value, kind) or not holds(value):
-                raise ValueError(f"`{name}` must be {rule}, got {value!r}. Typical {typical}.")
+            value: Any = as_integer(given) if kind is int else given
+            if not _is_number(value) or not holds(value):
+                raise ValueError(f"`{name}` must be {rule}, got {given!r}. Typical {typical}.")
+            setattr(self, name, value)  # integers as Python's own, ready for JSON
         if self.block_size is not None:
-            check_block_size(self.block_size, "block_size")
+            self.block_size = check_block_size(self.block_size, "block_size")
         if self.block_size_schedule is not None:
             if not isinstance(self.block_size_schedule, list) or not self.block_size_schedule:
                 raise ValueError(
                     "`block_size_schedule` must be a list of at least one block size, got "
                     f"{self.block_size_schedule!r}. Pass one such as [8, 16, 32], or drop it."
                 )
-            for size in self.block_size_schedule:
-                check_block_size(size, "block_size_schedule")
+            sizes = [check_block_size(size, "block_size_schedule") for size in self.block_size_schedule]
+            self.block_size_schedule = sizes
 
     def _check_combinations(self) -> None:
         if self.trajectory_source == "online" and self.state_sampling == "progressive":
@@ -269,6 +271,5 @@ class CLLMConfig(SFTConfig):
         return copied
 
 
-def _is_number(value: Any, kind: type) -> bool:
-    kinds = (int,) if kind is int else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
