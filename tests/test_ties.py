@@ -58,7 +58,7 @@ def make_table_model(dtype, gap):
 
 
 def iterate_by_table(draft, anchor, targets):
-    """The states of a block of such a model, one token after the other; what is right so far is followed by what is."""
+    """The states of a block of such a model, one token after the other; what is right leads to what is right."""
     states = [draft]
     while states[-1] != targets:
         fed = [anchor, *states[-1][:-1]]

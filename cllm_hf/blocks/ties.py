@@ -14,9 +14,9 @@ import math
 import torch
 
 
-# In epsilons of the dtype, which are the distances of neighboring numbers around 1. A gap of two logits in two forward
-# passes is made of four rounded logits, half an epsilon of their size at most each: 2 in all. The hidden states before
-# them were rounded in every layer, which moves a gap as a random walk does: half an epsilon at 30 layers, doubled here.
+# In epsilons of the dtype: the distance of 1 from the next number. The gap of two logits in two forward passes is made
+# of four rounded logits, each off by half an epsilon of its size at most: 2 in all. The hidden states before them were
+# rounded in every layer, which moves a gap as a random walk does: by half an epsilon at 30 layers, doubled here.
 _ROUNDINGS = 3.0
 # Products are added up in float32 whatever the dtype, or in the dtype where that is finer. In float32 this is what
 # counts, as measured; in 16 bits it is nothing.
@@ -74,9 +74,9 @@ def near_tie_bound(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     Bound what rounding does to the gap between the best logit and one close to it.
 
     The bound is a few epsilons of the dtype times the size of the logits. That is the size of the best one, or where
-    that is small, as after training with a z-loss, how far it stands above the mean: an error of the hidden state moves
-    logits by a part of their spread. More than `log(vocab_size)`, by which a logit must stand out to be likely at all,
-    is not taken for spread, so that masked logits do not widen the bound.
+    that is small, as after training with a z-loss, how far it stands above the mean: an error of the hidden state
+    moves logits by a part of their spread. More than `log(vocab_size)`, by which a logit must stand out to be likely
+    at all, is not taken for spread, so that masked logits do not widen the bound.
 
     Args:
         logits (`torch.FloatTensor` of shape `(..., vocab_size)`): what the model says at each place, in the dtype in

@@ -36,8 +36,8 @@ def near_tie_notes(
             number = sum(parts_at_near_tie(method.model, *pair) for pair in pairs)
             noun = "response that differs parts" if len(pairs) == 1 else "responses that differ part"
             notes.append(
-                f"{result.name}: {number} of {len(pairs)} {noun} from those of {baseline.name} at a near tie, where the "
-                "rounding of the dtype decides between two tokens."
+                f"{result.name}: {number} of {len(pairs)} {noun} from those of {baseline.name} at a near tie, where "
+                "the rounding of the dtype decides between two tokens."
             )
     return notes
 

@@ -44,7 +44,7 @@ class DecodingMeasures:
         num_stationary (`int`): stationary tokens of those blocks.
         num_compared (`int`): tokens of the target model's greedy responses.
         num_agreed (`int`): of those, the ones that the model says too, given the ones before.
-        num_near_ties (`int`): of the others, the ones that the model does not say by rounding alone; see `blocks.ties`.
+        num_near_ties (`int`): of the others, the ones that it says but for rounding; see `blocks.ties`.
         num_ngrams (`int`): n-grams of 4 tokens in the decoded responses.
         num_repeated (`int`): of those, the ones that stood earlier in the same response.
         num_target_tokens (`int`): tokens of the dataset's responses, cut to as many as may be decoded.

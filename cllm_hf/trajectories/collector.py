@@ -97,10 +97,10 @@ def collect_trajectories(
     Iterate all blocks of a batch of responses until every one has reached its fixed point.
 
     The context of a block is the response itself, so that the blocks of a response converge independently, each in at
-    most `block_size` iterations: an iteration makes at least one more leading token right. At a near tie the token that
-    the response has is the right one, so that the response is the fixed point. Only what is not settled is
-    computed: the response is read once into a cache, the leading tokens of a block that are right already are read
-    from there, and blocks and responses that are done leave the forward.
+    most `block_size` iterations: an iteration makes at least one more leading token right. At a near tie the token of
+    the response is right, so that the response is the fixed point. Only what is not settled is computed: the response
+    is read once into a cache, the leading tokens of a block that are right already are read from there, and blocks and
+    responses that are done leave the forward.
 
     Args:
         model (`transformers.PreTrainedModel`): the target model, in evaluation mode.
@@ -322,8 +322,9 @@ def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np
     One forward over what is not settled of some blocks.
 
     Behind its leading right tokens a block has a wrong one. What the model says there is known: all before it is as in
-    the response, so it is the response's token, also at a near tie. The block is fed from that wrong token on. What stands before it, the
-    block would read from its own columns in an unpacked forward; it equals the clean sequence and is read from there.
+    the response, so it is the response's token, also at a near tie. The block is fed from that wrong token on. What
+    stands before it, the block would read from its own columns in an unpacked forward; it equals the clean sequence
+    and is read from there.
     """
     states = blocks.states.copy()
     everywhere = np.arange(len(states))

@@ -93,8 +93,8 @@ def verify_transitions(
     A transition leads from a state of a block to the next one, and from the fixed point to itself. Its forward sees
     the prompt, the response before the block and the state, in a batch of one, without a cache or a mask: nothing is
     shared with the packed forwards that built the dataset. Positions behind the end of the response mean nothing and
-    are not compared. A token that is not the best one holds at a near tie. Blocks of a single state in records whose `is_greedy` is false are no trajectories and are left
-    out.
+    are not compared. At a near tie a token holds that is not the best one. Blocks of a single state in records whose
+    `is_greedy` is false are no trajectories and are left out.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the target model, as the dataset was built with it.
