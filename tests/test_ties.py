@@ -18,7 +18,10 @@ from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult
 from cllm_hf.evaluation.near_ties import near_tie_notes
 from cllm_hf.training.monitoring import measure_decoding
 from cllm_hf.trajectories.collector import Request, collect_trajectories, draw_first_states
+from cllm_hf.trajectories.command import format_collection
+from cllm_hf.trajectories.manifest import read_manifest
 from cllm_hf.trajectories.schema import check_record
+from cllm_hf.trajectories.shard import count_dropped, format_near_ties
 from cllm_hf.trajectories.verification import _difference, format_verification, verify_transitions
 
 
@@ -247,7 +250,7 @@ def test_exact_ties_count_as_greedy_in_every_dtype():
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_counts_say_how_many_near_ties_there_were(dtype, tokenizer):
+def test_counts_say_how_many_near_ties_there_were(dtype, tokenizer, tmp_path):
     """A token gets a twin: what follows both is the same, and the twin's logit is smaller by a known part."""
     model = make_word_model(tokenizer).to(dtype)
     prompts = [problem.prompt for problem in make_problems(6, seed=3)]
@@ -257,7 +260,7 @@ def test_counts_say_how_many_near_ties_there_were(dtype, tokenizer):
         with torch.no_grad():
             model.get_output_embeddings().weight[twin] = model.get_output_embeddings().weight[token] * (1 - part)
         builder = TrajectoryBuilder(model, tokenizer, **options, not_greedy="keep")
-        return builder.build(prompts, responses), builder.counts
+        return builder.build(prompts, responses, output_dir=tmp_path / str(part)), builder.counts
 
     own = TrajectoryBuilder(model, tokenizer, **options).build(prompts)["response_ids"]
     stops = model.generation_config.eos_token_id
@@ -278,6 +281,22 @@ def test_counts_say_how_many_near_ties_there_were(dtype, tokenizer):
     assert near["kept_not_greedy"] == 0 and all(near_rows["is_greedy"])
     assert far["kept_not_greedy"] == with_twins == far_rows["is_greedy"].count(False)
     assert near_rows["response_ids"] == far_rows["response_ids"] == swapped
+
+    # What the folder says of it, and what is not taken for a dropped prompt.
+    manifest, card = read_manifest(tmp_path / str(part)), (tmp_path / str(part) / "README.md").read_text()
+    assert manifest["counts"] == +near and count_dropped(near) == {}
+    said = f" {near['near_ties']} near ties count as greedy, in {near['kept_near_ties']} of the responses."
+    assert said in card and "| `kept_near_ties`" in card and "| `near_ties`" not in card
+    text = format_collection(tmp_path, manifest)
+    assert text.startswith(f"Kept {len(prompts)} of {len(prompts)} prompts; dropped: none.{said}")
+
+
+def test_collections_of_earlier_versions_have_no_near_ties_to_speak_of():
+    assert format_near_ties({"kept": 3, "not_greedy": 2}) == ""
+    assert count_dropped({"kept": 3, "kept_not_greedy": 1, "not_greedy": 2, "empty": 0}) == {"not_greedy": 2}
+    assert format_near_ties({"kept": 3, "near_ties": 1, "kept_near_ties": 1}) == (
+        " 1 near tie counts as greedy, in 1 of the responses."
+    )
 
 
 FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck), "database": None}
