@@ -28,6 +28,7 @@ NAMES = (
     "fast_forwarded",
     "stationary",
     "agreement",
+    "near_ties",
     "repetition",
     "target_repetition",
     "response_tokens",

@@ -173,7 +173,7 @@ def test_a_corrupted_transition_is_found_and_named(word_model, dataset):
     assert report.num_held == report.num_checked - len(report.failures)
     text = format_verification(report)
     assert f"{report.num_held} hold, {len(report.failures)} do not" in text
-    assert [cell.strip() for cell in text.splitlines()[5].split("|")[1:7]] == [
+    assert [cell.strip() for cell in text.splitlines()[4].split("|")[1:7]] == [
         *(dataset[row]["data_id"], str(block), "1", "3", str(wrong), str(right[3]))
     ]
 
@@ -216,14 +216,15 @@ def test_single_states_of_responses_that_are_not_greedy_are_left_out(word_model,
 
 def test_near_ties_are_told_from_errors():
     logits = torch.tensor([[0.0, 9.0, 9.00001], [0.0, 1.0, 2.0], [5.0, 5.0, 0.0]])
-    near = verification._failure(("0", 0, 0), logits[:1], torch.tensor([1]), 1e-5)
+    near = verification._difference(("0", 0, 0), logits[:1], torch.tensor([1]), torch.float32)
     assert near.is_near_tie and (near.expected, near.got) == (1, 2)
-    far = verification._failure(("0", 0, 0), logits[:2], torch.tensor([1, 1]), 1e-5)
+    far = verification._difference(("0", 0, 0), logits[:2], torch.tensor([1, 1]), torch.float32)
     assert not far.is_near_tie and (far.position, far.gap) == (1, 1.0)
-    exact = verification._failure(("0", 0, 0), logits, torch.tensor([2, 2, 1]), 0.0)
+    exact = verification._difference(("0", 0, 0), logits, torch.tensor([2, 2, 1]), torch.float64)
     assert exact.is_near_tie and (exact.position, exact.gap) == (2, 0.0)
-    report = VerificationReport(10, 10, 10, 0, [near, far])
-    assert report.num_near_ties == 1 and "1 of them are near ties" in format_verification(report)
+    report = VerificationReport(10, 10, 10, 0, [far], [near])
+    assert report.num_near_ties == 1 and report.num_held == 9
+    assert "9 hold, 1 do not. One of those that hold does so up to near ties" in format_verification(report)
 
 
 def test_fewer_transitions_than_asked_for_are_said_so():

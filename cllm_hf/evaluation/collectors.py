@@ -15,11 +15,11 @@ from ..trajectories.cleaning import CleaningRules
 from ..trajectories.collector import draw_first_states
 from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH
 from ..trajectories.responding import find_stop_ids
+from ..trajectories.shard import count_dropped
 from .published import collect_one_by_one
 
 
 PUBLISHED, BUILDER = "published procedure", "TrajectoryBuilder"
-_KEPT = ("kept", "kept_not_greedy")
 Trajectories = dict[int, tuple[list[int], list[list[list[int]]]]]
 
 
@@ -110,7 +110,7 @@ def builder_method(model: Any, processing_class: Any, prompts: Sequence[str]) ->
     def read(collected: tuple[Dataset, Counter[str]]) -> tuple[Trajectories, dict[str, int]]:
         dataset, counts = collected
         trajectories = {int(row["data_id"]): (row["response_ids"], row["states"]) for row in dataset}
-        return trajectories, {reason: count for reason, count in counts.items() if count and reason not in _KEPT}
+        return trajectories, count_dropped(counts)
 
     return CollectionMethod(BUILDER, len(prompts), collect, read)
 

@@ -20,6 +20,7 @@ from .benchmark import (
 )
 from .environment import describe_environment, format_environment
 from .forwards import compare_widths, relative_cost
+from .near_ties import near_tie_notes
 
 
 PROMPT_LOOKUP_TOKENS = 10
@@ -139,6 +140,7 @@ def compare_decoding(
     if refusal is not None:
         notes.append(f"Candidates are left out: {refusal}")
     notes += compile_notes(methods)
+    notes += near_tie_notes(prompts, [(method, result, results[0]) for method, result in zip(methods, results)])
     return {
         "kind": "decode",
         "environment": describe_environment(model),

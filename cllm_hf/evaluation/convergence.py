@@ -25,8 +25,8 @@ def measure_convergence(
     """
     Collect the trajectories of a model's own greedy responses, in memory, and measure them.
 
-    Blocks in which a response is not the model's own argmax, as at a near tie of two tokens in bfloat16 or behind a
-    processor of its generation config, are left out, and counted.
+    Blocks in which a response is not greedy by the model's plain logits, as after a processor of its generation
+    config, are left out, and counted. Near ties count as greedy.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model, in evaluation mode.

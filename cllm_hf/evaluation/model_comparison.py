@@ -25,6 +25,7 @@ from .convergence import measure_convergence
 from .environment import describe_environment
 from .judgements import Judgement, count_right
 from .memory import PeakMemory
+from .near_ties import near_tie_notes
 from .paired import compare_judgements
 
 
@@ -121,6 +122,7 @@ def compare_models(
         _judge_all(runs, judge, len(prompts) + len(more_prompts))
         _measure_memory(runs, prompts, max_new_tokens, pad_token_id)
         convergence, notes = _measure_convergence(baselines, prompts, block_size, pad_token_id)
+        notes += near_tie_notes(prompts, [(run.method, run.result, baselines[run.model].result) for run in runs])
     settings = {
         "block_size": block_size,
         "max_new_tokens": max_new_tokens,
@@ -312,7 +314,7 @@ def _measure_convergence(
         if statistics.num_left_out_blocks:
             notes.append(
                 f"{statistics.num_left_out_blocks} blocks of the {TITLES[name]} have no trajectory: there its "
-                "response is not the plain argmax of its logits, by rounding or by a processor."
+                "response is not greedy by its plain logits, as after a processor."
             )
     return found, notes
 

@@ -18,6 +18,7 @@ from ..process import Process
 from ..quiet import quiet_hosts
 from ..reading import check_unicode
 from ..trajectories.prompts import check_prompt
+from ..trajectories.shard import count_dropped
 from .cllm import collect_trajectories, train_cllm
 from .models import wait_for_all
 from .options import Options
@@ -238,8 +239,7 @@ class Pipeline:
             counts = collect_trajectories(
                 self.options, self.target, self.train_problems, folder / "trajectories", self.show_bars
             )
-            dropped = sum(counts.values()) - counts.get("kept", 0) - counts.get("kept_not_greedy", 0)
-            return f"{counts.get('kept', 0)} kept, {dropped} dropped, "
+            return f"{counts.get('kept', 0)} kept, {sum(count_dropped(counts).values())} dropped, "
 
         count = self.options.collect.num_prompts
         count = len(self.train_problems) if count is None else min(count, len(self.train_problems))

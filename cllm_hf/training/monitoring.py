@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .._host import base_model_of, count_embeddings, input_device
 from ..blocks.forward import forward_clean
+from ..blocks.ties import judge_greedy
 from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.responding import find_stop_ids, split_batches, without_generation_defaults
 from ..trajectories.statistics import measure_trajectories
@@ -43,6 +44,7 @@ class DecodingMeasures:
         num_stationary (`int`): stationary tokens of those blocks.
         num_compared (`int`): tokens of the target model's greedy responses.
         num_agreed (`int`): of those, the ones that the model says too, given the ones before.
+        num_near_ties (`int`): of the others, the ones that it says but for rounding; see `blocks.ties`.
         num_ngrams (`int`): n-grams of 4 tokens in the decoded responses.
         num_repeated (`int`): of those, the ones that stood earlier in the same response.
         num_target_tokens (`int`): tokens of the dataset's responses, cut to as many as may be decoded.
@@ -58,6 +60,7 @@ class DecodingMeasures:
     num_stationary: int = 0
     num_compared: int = 0
     num_agreed: int = 0
+    num_near_ties: int = 0
     num_ngrams: int = 0
     num_repeated: int = 0
     num_target_tokens: int = 0
@@ -87,14 +90,15 @@ class DecodingMeasures:
 
         Returns:
             `dict[str, float]`: `tokens_per_forward`, `fast_forwarded` and `stationary` (tokens a block), `agreement`,
-            `repetition` and `target_repetition` (shares from 0 to 1), `response_tokens` and `target_response_tokens`
-            (tokens a response). What nothing was counted for is left out.
+            `near_ties`, `repetition` and `target_repetition` (shares from 0 to 1), `response_tokens` and
+            `target_response_tokens` (tokens a response). What nothing was counted for is left out.
         """
         fractions = {
             "tokens_per_forward": (self.num_tokens, self.num_forwards),
             "fast_forwarded": (self.num_fast_forwarded, self.num_blocks),
             "stationary": (self.num_stationary, self.num_blocks),
             "agreement": (self.num_agreed, self.num_compared),
+            "near_ties": (self.num_near_ties, self.num_compared),
             "repetition": (self.num_repeated, self.num_ngrams),
             "target_repetition": (self.num_target_repeated, self.num_target_ngrams),
             "response_tokens": (self.num_tokens, self.num_responses),
@@ -213,7 +217,7 @@ def _measure_batch(
     targets = [list(map(int, record["response_ids"])) for record in records]
     responses, num_forwards = _decode(model, prompts, block_size, pad_id, stop_ids, limit)
     requests = [Request(prompt, response, (_SEED, 0)) for prompt, response in zip(prompts, responses)]
-    # Rounding may part a response from the argmax of one forward over all of it; such blocks are not counted.
+    # Blocks in which a response is not what one forward pass over all of it says, near ties apart, are not counted.
     trajectories = collect_trajectories(model, requests, block_size, pad_id, stop_ids, keep_not_greedy=True)
     statistics = measure_trajectories(
         [
@@ -231,6 +235,7 @@ def _measure_batch(
     num_repeated, num_ngrams = _add_up(map(count_repeated, responses))
     cut = [target[:limit] for target in targets]
     num_target_repeated, num_target_ngrams = _add_up(map(count_repeated, cut))
+    num_agreed, num_near_ties = _add_up(_compare_with(model, prompts[row], targets[row]) for row in greedy)
     return DecodingMeasures(
         num_responses=len(responses),
         num_tokens=sum(map(len, responses)),
@@ -239,7 +244,8 @@ def _measure_batch(
         num_fast_forwarded=_total(statistics.fast_forwarded),
         num_stationary=_total(statistics.stationary),
         num_compared=sum(len(targets[row]) for row in greedy),
-        num_agreed=sum(_count_agreed(model, prompts[row], targets[row]) for row in greedy),
+        num_agreed=num_agreed,
+        num_near_ties=num_near_ties,
         num_ngrams=num_ngrams,
         num_repeated=num_repeated,
         num_target_tokens=sum(map(len, cut)),
@@ -284,11 +290,13 @@ def _decode(
     return responses, num_forwards
 
 
-def _count_agreed(model: PreTrainedModel, prompt: list[int], response: list[int]) -> int:
-    """How many tokens of a response the model would write too, given those before."""
+def _compare_with(model: PreTrainedModel, prompt: list[int], response: list[int]) -> tuple[int, int]:
+    """How many tokens of a response the model would write too, given those before; and how many but for rounding."""
     ids = torch.tensor([prompt + response], device=input_device(model))
     logits, _ = forward_clean(model, ids, torch.ones_like(ids), len(response) + 1)
-    return int((logits[0, :-1].argmax(-1).cpu() == torch.tensor(response)).sum())
+    written = torch.tensor([response], device=logits.device)
+    best, near_ties = judge_greedy(logits[:, :-1], written, model.dtype)
+    return int((best == written).sum()), int(near_ties.sum())
 
 
 def _first_records(dataloader: DataLoader, count: int) -> list[Mapping[str, Any]]:
@@ -319,7 +327,7 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _add_up(pairs: Iterator[tuple[int, int]]) -> tuple[int, int]:
-    first, second = zip(*pairs)
+    first, second = zip(*pairs, (0, 0))  # there may be none
     return sum(first), sum(second)
 
 

@@ -57,8 +57,8 @@ class CollectArguments:
     revision: str | None = _option(None, "branch, tag or commit of the model on the Hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "float32",
-        "of the weights; auto: that of the checkpoint. In 16 bits near ties of two tokens come out differently in "
-        "batches, and more responses are lost",
+        "of the weights; auto: that of the checkpoint. In 16 bits more tokens are tied but for rounding; such tokens "
+        "count as greedy",
     )
     device_map: str | None = _option(
         None, "such as auto, to spread the model over devices; by default each process takes one"

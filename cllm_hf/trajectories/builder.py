@@ -58,9 +58,9 @@ class TrajectoryBuilder:
             of a prompt decides, so that equal prompts are never in both.
         cleaning (`CleaningRules`, *optional*): which responses are dropped.
         drop_duplicates (`bool`): whether a prompt that stands in the list before is dropped.
-        not_greedy (`str`): what to do with a response that is not the model's own greedy output, because it is from
-            elsewhere or because two tokens were equally good but for rounding: `"drop"` it, or `"keep"` it without
-            states in the blocks in which it departs.
+        not_greedy (`str`): what to do with a response that is not the model's own greedy output, as it is from
+            elsewhere: `"drop"` it, or `"keep"` it without states in the blocks in which it departs. A token that is
+            the best one but for rounding in the model's dtype, a near tie, counts as greedy.
         revision (`str`, *optional*): branch, tag or commit of the Hub that the model was loaded from, if not the main
             branch, for the manifest and the card.
         show_progress (`bool`): whether to draw a progress bar.
@@ -68,7 +68,8 @@ class TrajectoryBuilder:
     Attributes:
         counts (`collections.Counter`): of the last collection: `"kept"`, and dropped prompts by reason: `"duplicate"`,
             `"empty_prompt"`, `"long_prompt"`, `"long_response"`, `"empty"`, `"truncated"`, `"token_repetition"`,
-            `"sentence_repetition"`, `"not_greedy"`. `"kept_not_greedy"` is a part of `"kept"`.
+            `"sentence_repetition"`, `"not_greedy"`. `"kept_not_greedy"` and `"kept_near_ties"` (with tokens at near
+            ties) are parts of `"kept"`; `"near_ties"` are those tokens.
         output_dir (`pathlib.Path`, *optional*): of the last collection.
 
     Raises:

@@ -18,6 +18,7 @@ from ..cards import (
 )
 from ..names import Name
 from .loading import records_by_split
+from .shard import format_near_ties
 from .statistics import TrajectoryStatistics, format_histogram
 
 
@@ -30,6 +31,7 @@ _SIZES = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1
 _COUNTS = {
     "kept": "in the dataset",
     "kept_not_greedy": "of these, responses that are not the model's own greedy output",
+    "kept_near_ties": "of these, responses with tokens that are the best but for rounding, and count as greedy",
     "duplicate": "the same prompt had come before",
     "empty_prompt": "the prompt has no tokens",
     "long_prompt": "the prompt is longer than allowed, or leaves no room for a response",
@@ -38,7 +40,7 @@ _COUNTS = {
     "long_response": "the given response is longer than `max_new_tokens`",
     "token_repetition": "one token stands many times in a row",
     "sentence_repetition": "one sentence comes again and again",
-    "not_greedy": "the response is not the model's own greedy output: it is from elsewhere, or two tokens were tied",
+    "not_greedy": "the response is not the model's own greedy output, by more than rounding",
 }
 _COLUMNS = (
     ("`data_id`", "name of the prompt"),
@@ -50,7 +52,8 @@ _COLUMNS = (
     ),
     (
         "`is_greedy`",
-        "whether the response is the model's own greedy output; if not, blocks in which it departs have one state",
+        "whether the response is the model's own greedy output, up to near ties; if not, blocks in which it departs "
+        "have one state",
     ),
 )
 _AUGMENTED = (
@@ -251,7 +254,8 @@ def _making_text(manifest: Mapping[str, Any]) -> str:
 
 def _counts_text(manifest: Mapping[str, Any]) -> str:
     counts, total = manifest["counts"], manifest["prompts"]["count"]
-    order = [*(name for name in _COUNTS if name in counts), *sorted(set(counts) - set(_COUNTS))]
+    # Near ties are tokens, no prompts.
+    order = [*(name for name in _COUNTS if name in counts), *sorted(set(counts) - {*_COUNTS, "near_ties"})]
     rows = [
         (f"`{name}`", f"{counts[name]:,}", f"{counts[name] / total:.1%}" if total else "", _COUNTS.get(name, ""))
         for name in order
@@ -260,7 +264,7 @@ def _counts_text(manifest: Mapping[str, Any]) -> str:
     kept = counts.get("kept", 0)
     rest = "; the others were dropped, each for the first of these reasons that held." if kept < total else "."
     listed = table(("count", "prompts", "share", "meaning"), rows)
-    return f"There were {total:,} prompts. {kept:,} are in the dataset{rest}\n\n{listed}"
+    return f"There were {total:,} prompts. {kept:,} are in the dataset{rest}{format_near_ties(counts)}\n\n{listed}"
 
 
 def _statistics_parts(manifest: Mapping[str, Any], plot: str) -> list[str]:

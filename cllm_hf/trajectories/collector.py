@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
@@ -14,6 +15,7 @@ from .._host import input_device
 from ..blocks.forward import copy_clean, forward_clean, forward_drafts
 from ..blocks.layout import PADDING_SEGMENT, append_drafts, num_blocks
 from ..blocks.rules import count_accepted_in_blocks, count_until_stop
+from ..blocks.ties import judge_greedy
 from .arrays import piece_starts
 
 
@@ -47,15 +49,17 @@ class Trajectory:
 
     Attributes:
         response_ids (`list[int]`): the response, with its stop token if that was missing.
-        is_greedy (`bool`): whether the response is the model's own greedy output.
+        is_greedy (`bool`): whether the response is the model's own greedy output, up to near ties; see `blocks.ties`.
         states (`list[list[list[int]]]`): for each block its states, from the first draft to the fixed point. A block
             in which the response departs from greedy holds nothing but the response's own tokens. Empty for a response
             that is not greedy, unless those were asked for.
+        num_near_ties (`int`): tokens of the response that are not the best ones, but count as greedy.
     """
 
     response_ids: list[int]
     is_greedy: bool
     states: list[list[list[int]]]
+    num_near_ties: int = 0
 
 
 def draw_first_states(
@@ -93,9 +97,10 @@ def collect_trajectories(
     Iterate all blocks of a batch of responses until every one has reached its fixed point.
 
     The context of a block is the response itself, so that the blocks of a response converge independently, each in at
-    most `block_size` iterations: an iteration makes at least one more leading token right. Only what is not settled is
-    computed: the response is read once into a cache, the leading tokens of a block that are right already are read
-    from there, and blocks and responses that are done leave the forward.
+    most `block_size` iterations: an iteration makes at least one more leading token right. At a near tie the token of
+    the response is right, so that the response is the fixed point. Only what is not settled is computed: the response
+    is read once into a cache, the leading tokens of a block that are right already are read from there, and blocks and
+    responses that are done leave the forward.
 
     Args:
         model (`transformers.PreTrainedModel`): the target model, in evaluation mode.
@@ -162,6 +167,7 @@ class _Clean:
         responses (`list[list[int]]`): of all requests, with added stop tokens.
         departures (`list[numpy.ndarray]`): of all requests: for each token of the response, whether the model would
             have written another one.
+        num_near_ties (`list[int]`): of all requests: tokens that are not the best ones, but count as greedy.
     """
 
     ids: torch.Tensor
@@ -170,6 +176,7 @@ class _Clean:
     rows: np.ndarray
     responses: list[list[int]]
     departures: list[np.ndarray]
+    num_near_ties: list[int]
 
     def part(self, blocks: _Blocks, band: np.ndarray) -> _Clean:
         """What some of the blocks see of it."""
@@ -268,13 +275,15 @@ def _read_clean(model: PreTrainedModel, requests: list[Request], stop_ids: Colle
     mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True).to(device)
     first = min(len(request.prompt_ids) for request in requests) - 1
     logits, cache = forward_clean(model, ids, mask, ids.shape[1] - first)
-    predicted = logits.argmax(-1).cpu().numpy()
-    responses, departures = [], []
-    for request, row in zip(requests, predicted):
+    best, near_ties = _judge(logits, ids[:, first + 1 :], requests, model.dtype)
+    responses, departures, num_near_ties = [], [], []
+    for request, row, near in zip(requests, best, near_ties):
         start, length = len(request.prompt_ids) - 1 - first, len(request.response_ids)
-        departs = row[start : start + length] != request.response_ids
+        near = near[start : start + length]
+        departs = (row[start : start + length] != request.response_ids) & ~near
         # After a stop token the model would have said nothing more.
         departs[count_until_stop(request.response_ids, stop_ids) :] = True
+        num_near_ties.append(int((near & ~departs).sum()))
         following = int(row[start + length])
         if request.may_stop and following in stop_ids and request.response_ids[-1] not in stop_ids:
             responses.append([*request.response_ids, following])
@@ -282,7 +291,30 @@ def _read_clean(model: PreTrainedModel, requests: list[Request], stop_ids: Colle
         else:
             responses.append(request.response_ids)
         departures.append(departs)
-    return _Clean(ids, mask, cache, np.arange(len(requests)), responses, departures)
+    return _Clean(ids, mask, cache, np.arange(len(requests)), responses, departures, num_near_ties)
+
+
+def _judge(
+    logits: torch.Tensor, written: torch.Tensor, requests: list[Request], dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    What the model finds best at each place, and the near ties within the responses.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(num_rows, num_places, vocab_size)`): from before the first response on.
+        written (`torch.LongTensor` of shape `(num_rows, num_places - 1)`): the tokens that these predict.
+        requests (`list[Request]`): the responses.
+        dtype (`torch.dtype`): of the model.
+
+    Returns:
+        `tuple[numpy.ndarray, numpy.ndarray]`, both of shape `(num_rows, num_places)`.
+    """
+    written = pad(written, (0, 1)).to(logits.device)
+    prompts = torch.tensor([len(request.prompt_ids) for request in requests], device=logits.device)[:, None]
+    responses = torch.tensor([len(request.response_ids) for request in requests], device=logits.device)[:, None]
+    places = torch.arange(logits.shape[1], device=logits.device) - (prompts - prompts.min())
+    best, near_ties = judge_greedy(logits, written, dtype, asked=(places >= 0) & (places < responses))
+    return best.cpu().numpy(), near_ties.cpu().numpy()
 
 
 def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np.ndarray) -> np.ndarray:
@@ -290,8 +322,9 @@ def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np
     One forward over what is not settled of some blocks.
 
     Behind its leading right tokens a block has a wrong one. What the model says there is known: all before it is as in
-    the response, so it is the response's token. The block is fed from that wrong token on. What stands before it, the
-    block would read from its own columns in an unpacked forward; it equals the clean sequence and is read from there.
+    the response, so it is the response's token, also at a near tie. The block is fed from that wrong token on. What
+    stands before it, the block would read from its own columns in an unpacked forward; it equals the clean sequence
+    and is read from there.
     """
     states = blocks.states.copy()
     everywhere = np.arange(len(states))
@@ -330,6 +363,6 @@ def _assemble(clean: _Clean, blocks: _Blocks, found: list[list[list[int]]]) -> l
     for row, target, block_states in zip(blocks.rows.tolist(), blocks.targets, found):
         states[row].append(block_states or [target.tolist()])
     return [
-        Trajectory(response, not departures.any(), kept)
-        for response, departures, kept in zip(clean.responses, clean.departures, states)
+        Trajectory(response, not departures.any(), kept, near)
+        for response, departures, kept, near in zip(clean.responses, clean.departures, states, clean.num_near_ties)
     ]

@@ -35,6 +35,7 @@ from .loading import find_manifest, load_trajectories
 from .manifest import read_manifest
 from .options import CollectionOptions
 from .picture import draw_blocks
+from .shard import count_dropped, format_near_ties
 from .sources import read_source
 from .statistics import (
     TrajectoryStatistics,
@@ -117,11 +118,11 @@ def format_collection(folder: Path, manifest: Mapping[str, Any], published: str 
     Returns:
         `str`.
     """
-    counts = dict(manifest["counts"])
-    kept, not_greedy = counts.pop("kept", 0), counts.pop("kept_not_greedy", 0)
-    greedy = f" ({not_greedy} of them not greedy)" if not_greedy else ""
-    dropped = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in counts.items() if number)
-    parts = [f"Kept {kept} of {manifest['prompts']['count']} prompts{greedy}; dropped: {dropped or 'none'}."]
+    counts = manifest["counts"]
+    greedy = f" ({counts['kept_not_greedy']} of them not greedy)" if counts.get("kept_not_greedy") else ""
+    dropped = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in count_dropped(counts).items())
+    kept = f"Kept {counts.get('kept', 0)} of {manifest['prompts']['count']} prompts{greedy}"
+    parts = [f"{kept}; dropped: {dropped or 'none'}.{format_near_ties(counts)}"]
     splits = [TrajectoryStatistics.from_dict(values) for values in manifest["statistics"].values()]
     if splits:
         parts.append(format_statistics({"dataset": reduce(add, splits)}))

@@ -24,10 +24,14 @@ from .schema import features
 
 
 _ADVICE = {
-    "not_greedy": "For `not_greedy` collect in float32, pass responses as token ids, or keep them by `not_greedy`.",
+    "not_greedy": "For `not_greedy` pass responses of this model as token ids, or keep them by `not_greedy`.",
     "long_prompt": "For `long_prompt` lower `max_new_tokens`, or raise `max_prompt_tokens`.",
     "long_response": "For `long_response` raise `max_new_tokens`.",
 }
+
+
+# What is counted of kept prompts; the other counts are those of dropped ones.
+_OF_KEPT = ("kept", "kept_not_greedy", "kept_near_ties", "near_ties")
 
 
 class ShardCollector:
@@ -86,7 +90,7 @@ class ShardCollector:
 
         Returns:
             `tuple[pyarrow.Table, collections.Counter]`: the records in the order of the prompts, and the number of
-            kept and dropped prompts by reason.
+            kept and dropped prompts by reason; see `TrajectoryBuilder.counts`.
         """
         counts: Counter[str] = Counter()
 
@@ -110,6 +114,8 @@ class ShardCollector:
                 if keep(row, reason or (None if trajectory.states else "not_greedy")):
                     counts["kept"] += 1
                     counts["kept_not_greedy"] += not trajectory.is_greedy
+                    counts["kept_near_ties"] += trajectory.num_near_ties > 0
+                    counts["near_ties"] += trajectory.num_near_ties
                     places.append(row.index)
                     records.append(self._record(row, trajectory))
                     progress.advance(num_tokens=len(trajectory.response_ids))
@@ -166,7 +172,8 @@ class ShardCollector:
         for number, batch in enumerate(batch_by_tokens(sizes, self._most_tokens)):
             progress.say(f"trajectories {done}/{len(rows)}")
             chosen = [requests[place] for place in batch]
-            key = [astuple(request) for request in chosen]
+            # By name, since earlier versions had another rule for what is greedy.
+            key = ["near ties", *(astuple(request) for request in chosen)]
             found = journal.once(f"trajectories-{number:05d}", key, partial(self._collect, chosen))
             yield [(rows[place], Trajectory(**values)) for place, values in zip(batch, found, strict=True)]
             done += len(batch)
@@ -208,6 +215,36 @@ class ShardCollector:
 
     def _text(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def count_dropped(counts: Mapping[str, int]) -> dict[str, int]:
+    """
+    Pick the dropped prompts out of the counts of a collection.
+
+    Args:
+        counts (`Mapping[str, int]`): as `TrajectoryBuilder.counts`.
+
+    Returns:
+        `dict[str, int]`: by reason; those that never were are left out.
+    """
+    return {reason: count for reason, count in counts.items() if count and reason not in _OF_KEPT}
+
+
+def format_near_ties(counts: Mapping[str, int]) -> str:
+    """
+    Say how many tokens of a collection stand at near ties.
+
+    Args:
+        counts (`Mapping[str, int]`): of its manifest.
+
+    Returns:
+        `str`: a sentence after a space, or nothing if there are none.
+    """
+    number, responses = counts.get("near_ties", 0), counts.get("kept_near_ties", 0)
+    if not number:
+        return ""
+    noun = "near tie counts" if number == 1 else "near ties count"
+    return f" {number:,} {noun} as greedy, in {responses:,} of the responses."
 
 
 def explain_none_left(num_prompts: int, counts: Mapping[str, int]) -> str:
