@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -21,8 +22,9 @@ from datasets import (
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import ENDPOINT
 
+from ..files import check_file_place, path_inside, problem_of_name
 from ..names import Name
-from .manifest import MANIFEST_NAME, read_manifest
+from .manifest import MANIFEST_NAME, SHARD_NAME, read_manifest
 from .schema import check_columns, check_dataset, check_record
 
 
@@ -30,6 +32,7 @@ UNFINISHED_NAME = ".unfinished"
 _HOMEPAGE = re.compile(rf"{re.escape(ENDPOINT)}/datasets/([^/]+(?:/[^/]+)?)")
 # Which files `save_to_disk` leaves for one dataset, and for several splits.
 _SAVED_NAMES = ("state.json", "dataset_dict.json")
+_INFO_NAME = "dataset_info.json"
 _EMPTY = "The trajectory dataset is empty. Build it from more prompts, or look at its drop counts."
 
 
@@ -120,9 +123,10 @@ def _load_saved(
     """What `save_to_disk` has written."""
     if name is not None:
         raise ValueError(f"{folder} was made by `save_to_disk` and holds one dataset, got `name` {name!r}. Drop it.")
+    _check_saved(folder)
     try:
         saved = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:  # errors of Arrow are such
+    except Exception as error:  # what the files hold is anybody's
         raise OSError(
             f"The dataset in {str(folder)!r} must be whole, got: {str(error).strip()}. Save it again."
         ) from error
@@ -139,10 +143,31 @@ def _load_saved(
     return splits[split]
 
 
+def _check_saved(folder: Path) -> None:
+    """Check that what `save_to_disk` has written names no files outside the folder, which would be read."""
+    try:
+        parts = [""]
+        if path_inside(folder, _SAVED_NAMES[1]).is_file():
+            parts = [f"{split}/" for split in _read_json(folder / _SAVED_NAMES[1])["splits"]]
+        for part in parts:
+            path_inside(folder, f"{part}{_INFO_NAME}")
+            state = path_inside(folder, f"{part}{_SAVED_NAMES[0]}")
+            names = [file["filename"] for file in _read_json(state)["_data_files"]] if state.is_file() else []
+            for name in names:
+                path_inside(folder, f"{part}{name}")
+                path_inside(folder / part, name)
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise OSError(f"The dataset in {str(folder)!r} must be whole, got: {error!r}. Save it again.") from error
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _choose(folder: Path, name: str | None) -> Path:
     """The folder of a configuration: the default one lies at the top, as in a repository on the Hub."""
-    chosen = folder if name in (None, "default") else folder / str(name)
-    if (chosen / MANIFEST_NAME).is_file() or (chosen / UNFINISHED_NAME).is_dir():
+    chosen = folder if name in (None, "default") else path_inside(folder, name)
+    if os.path.lexists(chosen / MANIFEST_NAME) or (chosen / UNFINISHED_NAME).is_dir():
         return chosen
     others = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
     if others:
@@ -223,9 +248,11 @@ def find_manifest(path: str | Path, name: str | None = None, revision: str | Non
         ValueError: if there is a file of that name which is no manifest.
     """
     inner, hub_id = "" if name in (None, "default") else f"{name}/", Name.find(path).hub_id
+    if inner and problem_of_name(name) is not None:
+        raise ValueError(f"`name` must be that of a configuration, got {name!r}, {problem_of_name(name)}.")
     try:
         if hub_id is None:
-            return read_manifest(Path(path) / inner)
+            return read_manifest(path_inside(Path(path), str(name)) if inner else Path(path))
         file = hf_hub_download(hub_id, f"{inner}{MANIFEST_NAME}", repo_type="dataset", revision=revision)
         return read_manifest(Path(file).parent)
     except OSError:
@@ -246,7 +273,8 @@ def check_shards(folder: Path, manifest: Mapping[str, Any], contents: bool = Tru
         OSError: for the first shard that is missing or differs, with the way to make it anew.
     """
     for name, entry in manifest["shards"].items():
-        file = folder / name
+        file = path_inside(folder, name)
+        check_file_place(file, "Remove it and run the same collection again: only that shard is made anew.")
         if not file.is_file():
             if entry.get("records") == 0:
                 continue
@@ -291,7 +319,9 @@ def records_by_split(manifest: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _split_of(shard: str) -> str:
-    return os.path.basename(shard).split("-")[0]
+    found = SHARD_NAME.fullmatch(shard)
+    assert found is not None  # as `read_manifest` has seen
+    return found[1]
 
 
 def _files_by_split(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
@@ -304,7 +334,7 @@ def _files_by_split(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str
             empty.append(split)
             continue
         shards = sorted(name for name in manifest["shards"] if _split_of(name) == split)
-        files[split] = [str(folder / name) for name in shards if manifest["shards"][name]["records"]]
+        files[split] = [str(path_inside(folder, name)) for name in shards if manifest["shards"][name]["records"]]
     return files, empty
 
 
