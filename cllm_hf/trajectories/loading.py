@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     load_dataset,
-    load_from_disk,
 )
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import ENDPOINT
@@ -25,14 +23,12 @@ from huggingface_hub.constants import ENDPOINT
 from ..files import check_file_place, path_inside, problem_of_name
 from ..names import Name
 from .manifest import MANIFEST_NAME, SHARD_NAME, read_manifest
+from .saved import is_saved, load_saved
 from .schema import check_columns, check_dataset, check_record
 
 
 UNFINISHED_NAME = ".unfinished"
 _HOMEPAGE = re.compile(rf"{re.escape(ENDPOINT)}/datasets/([^/]+(?:/[^/]+)?)")
-# Which files `save_to_disk` leaves for one dataset, and for several splits.
-_SAVED_NAMES = ("state.json", "dataset_dict.json")
-_INFO_NAME = "dataset_info.json"
 _EMPTY = "The trajectory dataset is empty. Build it from more prompts, or look at its drop counts."
 
 
@@ -78,8 +74,8 @@ def load_trajectories(
     folder = found.path
     if folder is not None:
         found.check_hub_options(revision, token)
-        if any((folder / file).is_file() for file in _SAVED_NAMES):
-            loaded = _load_saved(folder, split, name, streaming)
+        if is_saved(folder):
+            loaded = load_saved(folder, split, name, streaming)
         else:
             loaded = _load_output(_choose(folder, name), split, streaming, allow_incomplete)
     else:
@@ -115,53 +111,6 @@ class _RowCheck:
     def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
         check_record(record, self.block_size)
         return {}  # nothing to change
-
-
-def _load_saved(
-    folder: Path, split: str | None, name: str | None, streaming: bool
-) -> Dataset | IterableDataset | dict[str, Any]:
-    """What `save_to_disk` has written."""
-    if name is not None:
-        raise ValueError(f"{folder} was made by `save_to_disk` and holds one dataset, got `name` {name!r}. Drop it.")
-    _check_saved(folder)
-    try:
-        saved = load_from_disk(str(folder))
-    except Exception as error:  # what the files hold is anybody's
-        raise OSError(
-            f"The dataset in {str(folder)!r} must be whole, got: {str(error).strip()}. Save it again."
-        ) from error
-    # A dataset that never was part of others has no split.
-    splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-    if streaming:
-        splits = {key: dataset.to_iterable_dataset() for key, dataset in splits.items() if len(dataset)}
-    if split is None:
-        return splits
-    if split not in splits:
-        raise ValueError(
-            f"`split` must be one of {', '.join(splits)} or `None`, which {str(folder)!r} holds, got {split!r}."
-        )
-    return splits[split]
-
-
-def _check_saved(folder: Path) -> None:
-    """Check that what `save_to_disk` has written names no files outside the folder, which would be read."""
-    try:
-        parts = [""]
-        if path_inside(folder, _SAVED_NAMES[1]).is_file():
-            parts = [f"{split}/" for split in _read_json(folder / _SAVED_NAMES[1])["splits"]]
-        for part in parts:
-            path_inside(folder, f"{part}{_INFO_NAME}")
-            state = path_inside(folder, f"{part}{_SAVED_NAMES[0]}")
-            names = [file["filename"] for file in _read_json(state)["_data_files"]] if state.is_file() else []
-            for name in names:
-                path_inside(folder, f"{part}{name}")
-                path_inside(folder / part, name)
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise OSError(f"The dataset in {str(folder)!r} must be whole, got: {error!r}. Save it again.") from error
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _choose(folder: Path, name: str | None) -> Path:

@@ -41,8 +41,10 @@ _KINDS: dict[str, type] = {
     "counts": dict,
     "statistics": dict,
 }
-_NEEDED = ("complete", "prompts_done", "made_with", "tokenizer", "prompts.count", "options.block_size", "counts")
-_NEEDED += ("model.architecture", "model.num_parameters", "model.dtype", "model.attention", "statistics")
+_NEEDED = (
+    *("complete", "prompts_done", "made_with", "tokenizer", "prompts.count", "options.block_size", "counts"),
+    *("model.architecture", "model.num_parameters", "model.dtype", "model.attention", "statistics"),
+)
 # These parts decide which records come out, all but the entries that say where things came from, and the size of
 # batches, which one may have to change for the memory.
 _COMPARED = ("model", "tokenizer", "prompts", "options")
