@@ -56,7 +56,8 @@ def path_inside(folder: Path, name: object) -> Path:
     if problem is None:
         path = folder.joinpath(*str(name).split("/"))
         root, target = (Path(os.path.realpath(one)) for one in (folder, path))
-        if target != root and (target.is_relative_to(root) or _is_blob_of(root, target)):
+        is_loop = target.is_symlink()
+        if not is_loop and target != root and (target.is_relative_to(root) or _is_blob_of(root, target)):
             return path
         problem = f"which is a link to {str(target)!r}"
     raise ValueError(

@@ -38,9 +38,7 @@ def newest_checkpoint(output_dir: str | Path) -> str | None:
         flaw = find_flaw(path)
         if flaw is None:
             return str(path)
-        logger.warning(
-            "%s is not whole: it %s. It is passed over, and an older one is taken if there is one.", path, flaw
-        )
+        logger.warning("%s is not whole: it %s. An older one is taken if there is one.", path, flaw)
     return None
 
 
@@ -89,7 +87,12 @@ def choose_checkpoint(
     if not wanted:
         return None
     check_resumable(str(wanted), args)
-    check_same_run(str(wanted), record or {})
+    if record is not None and not check_same_run(str(wanted), record):
+        logger.warning(
+            "%s does not say which dataset, seed and size of batches it was trained with, as version 0.1.0 did not. "
+            "Make sure that they are the same.",
+            wanted,
+        )
     return str(wanted)
 
 
@@ -166,35 +169,28 @@ def record_run(trainer: Any) -> dict[str, Any]:
     return record
 
 
-def check_same_run(checkpoint: str, record: Mapping[str, Any]) -> None:
+def check_same_run(checkpoint: str, record: Mapping[str, Any]) -> bool:
     """
     Check that a checkpoint is of a run on the same records in the same order, in batches of the same size.
-
-    Checkpoints of version 0.1.0 and of other trainers do not say so; they get a warning.
 
     Args:
         checkpoint (`str`): its folder.
         record (`Mapping[str, Any]`): what [`describe_run`] says of this run; what it does not have is not compared.
 
+    Returns:
+        `bool`: whether the checkpoint says what it is of. Those of version 0.1.0 and of other trainers do not.
+
     Raises:
         ValueError: if it is of another one.
     """
-    if not record:
-        return
     earlier = _recorded(checkpoint)
-    if not earlier:
-        logger.warning(
-            "%s does not say which dataset, seed and size of batches it was trained with, as version 0.1.0 did not. "
-            "Make sure that they are the same.",
-            checkpoint,
-        )
-        return
     difference = _describe_difference(earlier, record)
     if difference:
         raise ValueError(
             f"{checkpoint!r} is of another run: {difference}. Pass what that one was begun with, which continues it, "
             "or train without `resume_from_checkpoint`, into another `output_dir`."
         )
+    return bool(earlier)
 
 
 def _recorded(checkpoint: str) -> dict[str, Any]:

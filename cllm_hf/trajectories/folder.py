@@ -369,8 +369,8 @@ class OutputFolder:
         return (self.path / MANIFEST_NAME).is_file()
 
     def _missing(self) -> list[int]:
-        found = os.scandir(self.path / DATA) if (self.path / DATA).is_dir() else ()
-        names = {entry.name for entry in found if entry.is_file()}
+        data = self.path / DATA
+        names = {name for name in os.listdir(data) if (data / name).is_file()} if data.is_dir() else set()
         files = {n: {Path(self._name(split, n)).name for split in self.splits} for n in range(self.num_shards)}
         return [n for n, wanted in files.items() if not wanted <= names]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_from_disk
 
-from ..files import path_inside
+from ..files import check_file_place, path_inside
 
 
 # Which files `save_to_disk` leaves for one dataset, and for several splits.
@@ -80,7 +80,7 @@ def _check_saved(folder: Path) -> None:
             state = path_inside(folder, f"{part}{_STATE_NAME}")
             names = [file["filename"] for file in _read_json(state)["_data_files"]] if state.is_file() else []
             for name in names:
-                path_inside(folder, f"{part}{name}")
+                check_file_place(path_inside(folder, f"{part}{name}"), "Save the dataset again.")
                 path_inside(folder / part, name)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OSError(f"The dataset in {str(folder)!r} must be whole, got: {error!r}. Save it again.") from error
