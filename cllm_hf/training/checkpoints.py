@@ -88,8 +88,7 @@ def _find_cut(folder: Path) -> Iterator[str]:
         elif path.name.endswith(".index.json"):
             index = _read_json(path)
             shards = index.get("weight_map") if isinstance(index, dict) else None
-            is_whole = isinstance(shards, dict)
-            yield from (shard for shard in sorted(set((shards or {}).values())) if not _has(path.parent, shard))
+            is_whole = isinstance(shards, dict) and all(_has(path.parent, shard) for shard in shards.values())
         if not is_whole:
             yield name
 

@@ -90,7 +90,8 @@ def recorded_model(dataset: str, made_by: Mapping[str, Any]) -> tuple[str, str |
     name = made_by.get("name")
     if not name:
         raise ValueError(f"{dataset} does not say which model it was made by. Pass it as `--model`.")
-    if Name.find(name).is_missing:
+    # A published manifest has no folders: what it names then is spelled as a path, and nowhere.
+    if Name.find(name).is_missing or (Name.recorded(name).path is not None and not Path(name).exists()):
         raise OSError(f"{dataset} was made by the model {name}, which is not there. Pass it as `--model`.")
     return name, made_by.get("revision") if find_adapter_config_file(name) is None else None
 
