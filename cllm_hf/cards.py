@@ -86,6 +86,21 @@ def renew_section(earlier: str, section: str, begin: str) -> str | None:
     return before + section + rest.split(END, 1)[1] if END in rest else None
 
 
+def is_ours_alone(card: str, begin: str) -> bool:
+    """
+    Whether a card is ours and nobody has written into it.
+
+    Args:
+        card (`str`): the text of the card.
+        begin (`str`): the mark that begins our section.
+
+    Returns:
+        `bool`.
+    """
+    rest = renew_section(card, "", begin)
+    return rest is not None and not re.sub(r"\A\s*---\n.*?\n---(\n|\Z)", "", rest, flags=re.DOTALL).strip()
+
+
 def quoted(text: str) -> str:
     """
     A text as it stands in Python code, which may stand in a block of code of a card.

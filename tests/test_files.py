@@ -23,7 +23,7 @@ def test_names_that_lead_out_or_are_not_names_everywhere_are_refused(tmp_path, n
 
 
 @given(st.text(st.sampled_from("ab./\\~: \n\x00"), max_size=12))
-@settings(derandomize=True, database=None, max_examples=300)
+@settings(derandomize=True, database=None, max_examples=150)
 def test_what_is_not_refused_is_inside(tmp_path_factory, name):
     folder = tmp_path_factory.getbasetemp() / "inside"
     try:
@@ -98,7 +98,7 @@ def test_what_is_in_the_way_of_a_file_is_named(tmp_path, kind):
 
 
 @given(st.binary(max_size=50))
-@settings(derandomize=True, database=None, max_examples=100)
+@settings(derandomize=True, database=None, max_examples=40)
 def test_a_text_of_others_keeps_its_bytes(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "text"
     path.write_bytes(data)

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..cards import CLLM_CITATION, END, code, join_tags, plain, quoted, renew_section, table
+from ..cards import CLLM_CITATION, END, code, is_ours_alone, join_tags, plain, quoted, renew_section, table
 from ..export import TAG as EXPORT_TAG
 from ..export import usage_code
 from ..names import Name
@@ -183,20 +183,6 @@ def renew_model_card(earlier: str | None, new: str) -> str | None:
     return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text.lstrip()}"
 
 
-def is_ours_alone(card: str) -> bool:
-    """
-    Whether a card is ours and nobody has written into it.
-
-    Args:
-        card (`str`): the text of the card.
-
-    Returns:
-        `bool`.
-    """
-    rest = renew_section(card, "", BEGIN)
-    return rest is not None and not ModelCard(rest).text.strip()
-
-
 def join_cards(here: str | None, there: str) -> str:
     """
     The card of a folder that is pushed to a repository with a card of its own.
@@ -210,7 +196,7 @@ def join_cards(here: str | None, there: str) -> str:
     """
     if here is None or not here.strip():
         return there
-    if not is_ours_alone(here):
+    if not is_ours_alone(here, BEGIN):
         return here
     try:
         card = ModelCard(there)

@@ -20,12 +20,12 @@ from trl import SFTConfig
 
 from .._host import base_model_of
 from .._version import __version__
-from ..cards import license_metadata
+from ..cards import is_ours_alone, license_metadata
 from ..export import export_custom_generate, is_exported
 from ..files import read_text, write_whole
 from ..names import Name
 from ..trajectories.loading import hub_id_of
-from .card import ModelFacts, is_ours_alone, join_cards, make_model_card, renew_model_card
+from .card import BEGIN, ModelFacts, join_cards, make_model_card, renew_model_card
 from .plotting import PLOT_NAME
 
 
@@ -260,7 +260,7 @@ def put_card_back(folder: Path) -> None:
     if not aside.is_file() or aside.is_symlink():
         return
     card = read_text(path)
-    if os.path.lexists(path) and (card is None or not (_is_of_peft(card) or is_ours_alone(card))):
+    if os.path.lexists(path) and (card is None or not (_is_of_peft(card) or is_ours_alone(card, BEGIN))):
         logger.warning(
             "%s is the model card of an earlier save that was killed, but there is another %s. Keep the one that you "
             "want to keep, and remove the other.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -133,13 +134,17 @@ def _load_output(
     """What `TrajectoryBuilder` has written."""
     manifest = _read_manifest(folder, allow_incomplete)
     check_shards(folder, manifest, contents=not streaming)
+    if "::" in str(folder.absolute()):
+        raise ValueError(
+            f"`datasets` reads no files below a folder with `::` in its name, got {str(folder)!r}. Rename it."
+        )
+    shards = manifest["shards"]
     files, empty = _files_by_split(folder, manifest)
     if split in empty or not files:
         raise ValueError(_EMPTY)
-    features = _common_features([Path(file) for group in files.values() for file in group])
+    features = _common_features([path_inside(folder, name) for name in sorted(shards) if shards[name]["records"]])
     # Datasets are converted into a cache whose key holds the names and times of the files. With what is in them in the
     # key too, new shards can never be mistaken for old ones.
-    shards = manifest["shards"]
     contents = "".join(f"{shard} {shards[shard].get('sha256')}\n" for shard in sorted(shards))
     key = f"trajectories-{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
     loaded = load_dataset("parquet", key, data_files=files, features=features, split=split, streaming=streaming)
@@ -283,7 +288,9 @@ def _files_by_split(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str
             empty.append(split)
             continue
         shards = sorted(name for name in manifest["shards"] if _split_of(name) == split)
-        files[split] = [str(path_inside(folder, name)) for name in shards if manifest["shards"][name]["records"]]
+        # `datasets` takes them as patterns, which may fit files of other folders too.
+        paths = [path_inside(folder, name) for name in shards if manifest["shards"][name]["records"]]
+        files[split] = [glob.escape(str(path)) for path in paths]
     return files, empty
 
 

@@ -179,10 +179,7 @@ class TrajectoryStatistics:
             counters = {name: {int(value): number for value, number in values[name].items()} for name in _COUNTERS}
             return cls(**{**values, **counters})
         except (AttributeError, TypeError) as error:
-            raise ValueError(
-                f"Statistics of trajectories are numbers and counters of numbers, got {dict(values)!r:.200}. Measure "
-                "the dataset again."
-            ) from error
+            raise ValueError(f"Statistics are numbers and counters, got {values!r:.200}. Measure again.") from error
 
 
 def measure_trajectories(
