@@ -47,7 +47,8 @@ def license_metadata(licenses: Sequence[str]) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     if unknown:
         known = [*known, "other"]
-        metadata["license_name"] = re.sub(r"[^a-z0-9.]+", "-", " ".join(unknown).lower()).strip("-")
+        name = re.sub(r"[^a-z0-9.]+", "-", " ".join(unknown).lower()).strip("-")
+        metadata["license_name"] = name or "unnamed"
     if known:
         metadata["license"] = known if len(known) > 1 else known[0]
     return metadata
