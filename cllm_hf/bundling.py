@@ -235,6 +235,8 @@ def _read_import(
 
 def _resolve(node: ast.ImportFrom, name: str, path: str, sources: Mapping[str, str]) -> _Import:
     parents = PurePosixPath(path).parts[:-1]
+    if node.level - 1 > len(parents):
+        raise RuntimeError(f"{path}, line {node.lineno}, imports from outside the package, which is not part of it.")
     start = parents[: len(parents) - (node.level - 1)]
     package = PurePosixPath(*start, *(node.module.split(".") if node.module else ()))
     for module in (f"{package / name}.py", f"{package / name / '__init__.py'}"):

@@ -47,7 +47,8 @@ def license_metadata(licenses: Sequence[str]) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     if unknown:
         known = [*known, "other"]
-        metadata["license_name"] = re.sub(r"[^a-z0-9.]+", "-", " ".join(unknown).lower()).strip("-")
+        name = re.sub(r"[^a-z0-9.]+", "-", " ".join(unknown).lower()).strip("-")
+        metadata["license_name"] = name or "unnamed"
     if known:
         metadata["license"] = known if len(known) > 1 else known[0]
     return metadata
@@ -86,17 +87,81 @@ def renew_section(earlier: str, section: str, begin: str) -> str | None:
     return before + section + rest.split(END, 1)[1] if END in rest else None
 
 
+def is_ours_alone(card: str, begin: str) -> bool:
+    """
+    Whether a card is ours and nobody has written into it.
+
+    Args:
+        card (`str`): the text of the card.
+        begin (`str`): the mark that begins our section.
+
+    Returns:
+        `bool`.
+    """
+    rest = renew_section(card, "", begin)
+    return rest is not None and not re.sub(r"\A\s*---\n.*?\n---(\n|\Z)", "", rest, flags=re.DOTALL).strip()
+
+
 def quoted(text: str) -> str:
     """
-    A text as it stands in Python code.
+    A text as it stands in Python code, which may stand in a block of code of a card.
 
     Args:
         text (`str`): the text.
 
     Returns:
-        `str`: in double quotes.
+        `str`: in double quotes, on one line, with nothing that cannot be seen and no backtick or `<`, which may end
+        the block or begin a mark of ours.
     """
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return '"' + "".join(map(_escaped, text)) + '"'
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return f"\\{character}"
+    if character.isprintable() and character not in "`<":
+        return character
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}" if number < 1 << 16 else f"\\U{number:08x}"
+
+
+def plain(text: object) -> str:
+    """
+    A text of somebody else as Markdown that shows it as it is, on one line.
+
+    Args:
+        text (`object`): a text, or something that has one.
+
+    Returns:
+        `str`: without characters that cannot be seen, and with an escape before those that would be markup.
+    """
+    line = _one_line(text)
+    line = re.sub(r"[\\`*\[\]~$]|(?<![^\W_])_|_(?![^\W_])|^[#>+-]|#$", r"\\\g<0>", line)
+    line = re.sub(r"&(?=#?\w+;)", "&amp;", line)
+    return line.replace("<", "&lt;")
+
+
+def code(text: object) -> str:
+    """
+    A text of somebody else as a piece of code in a line of Markdown.
+
+    Args:
+        text (`object`): a text, or something that has one.
+
+    Returns:
+        `str`: between as many backticks as it takes, without characters that cannot be seen.
+    """
+    line = _one_line(text).replace("<!--", "<!- -")  # code too must not look like a mark of ours
+    if not line:
+        return "` `"
+    ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if "`" in (line[0], line[-1]) else ""
+    return f"{ticks}{space}{line}{space}{ticks}"
+
+
+def _one_line(text: object) -> str:
+    words = " ".join(str(text).split())
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in words)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -105,9 +170,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     Args:
         header (`Sequence[str]`): names of the columns.
-        rows (`Sequence[Sequence[str]]`): cells.
+        rows (`Sequence[Sequence[str]]`): cells, on one line each.
 
     Returns:
         `str`.
     """
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))
+    return "\n".join(f"| {' | '.join(map(escape_bars, cells))} |" for cells in (header, ("---",) * len(header), *rows))
+
+
+def escape_bars(cell: str) -> str:
+    """
+    The text of a cell of a Markdown table, in which a `|` ends no cell.
+
+    Args:
+        cell (`str`): Markdown on one line.
+
+    Returns:
+        `str`: the same, with a backslash before each `|` that has none.
+    """
+    return re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\\|", cell)

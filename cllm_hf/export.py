@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import json
-import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from huggingface_hub.utils import httpx
 
 from ._version import __version__
 from .bundling import bundle
-from .files import check_writable, save_whole, write_whole
+from .cards import plain, quoted
+from .files import check_file_place, check_writable, path_inside, read_text, write_whole
 from .names import Name
 from .options import check_block_size
 
@@ -98,25 +98,17 @@ class _Folder:
         self.title = path.resolve().name
 
     def read(self, name: str) -> str | None:
-        path = self.path / name
-        if not path.is_file():
-            return None
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
+        return read_text(self.path / name)
+
+    def check(self) -> None:
+        for name in (_REQUIREMENTS, _GENERATE, _CARD):
+            check_file_place(path_inside(self.path, name), "Remove it and export again.")
 
     def write(self, files: dict[str, str]) -> str:
         check_writable(self.path)
-        folder = self.path / Path(_GENERATE).parent
-
-        def save(new: Path) -> None:
-            if folder.exists():  # may hold files of others
-                shutil.copytree(folder, new, ignore=shutil.ignore_patterns("__pycache__"))
-            new.mkdir(exist_ok=True)
-            for name in (_GENERATE, _REQUIREMENTS):
-                (new / Path(name).name).write_text(files[name], encoding="utf-8", newline="")
-
-        save_whole(folder, save)
-        write_whole(self.path / _CARD, files[_CARD])
+        (self.path / _GENERATE).parent.mkdir(exist_ok=True)  # may hold files of others
+        for name in (_REQUIREMENTS, _GENERATE, _CARD):  # what is called comes after what it needs
+            write_whole(self.path / name, files[name])
         return str(self.path / _GENERATE)
 
 
@@ -132,15 +124,15 @@ class _Repository:
     def read(self, name: str) -> str | None:
         if name not in self.files:
             return None
-        with open(
-            self.api.hf_hub_download(self.name, name, revision=self.revision), encoding="utf-8", newline=""
-        ) as file:
-            return file.read()
+        return read_text(Path(self.api.hf_hub_download(self.name, name, revision=self.revision)))
+
+    def check(self) -> None:
+        pass  # a repository holds what it holds
 
     def write(self, files: dict[str, str]) -> str:
         commit = self.api.create_commit(
             self.name,
-            [CommitOperationAdd(name, text.encode()) for name, text in files.items()],
+            [CommitOperationAdd(name, text.encode("utf-8", "surrogateescape")) for name, text in files.items()],
             commit_message="Add Jacobi decoding as `custom_generate`",
             revision=self.revision,
         )
@@ -194,7 +186,7 @@ def export_custom_generate(
             cannot be written.
         RuntimeError: if this package's modules cannot be put into one file.
         ValueError: if `block_size` is not valid, a foreign `custom_generate` stands in the way, the model card has
-            invalid metadata, or `revision` or `token` is given for a folder.
+            invalid metadata, a symbolic link leads out of the folder, or `revision` or `token` is given for a folder.
     """
     place = _open_place(folder_or_repo, revision, token)
     is_adapter = place.read("adapter_config.json") is not None
@@ -203,6 +195,7 @@ def export_custom_generate(
             f"{place.name} must hold a saved model or adapter, got neither `config.json` nor `adapter_config.json` in "
             "it. Save the model there first, with `save_pretrained` or `CLLMTrainer.save_model`."
         )
+    place.check()
     for name in (_GENERATE, _REQUIREMENTS):
         if not overwrite and not (place.read(name) or _MARK).startswith(_MARK):
             raise ValueError(
@@ -248,6 +241,8 @@ def render_generate(block_size: int | str | None = None) -> str:
     root = Path(__file__).parent
     sources = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in root.rglob("*.py")}
     sources["integration.py"] = _without_patching(sources["integration.py"])
+    if not isinstance(block_size, str | None):
+        block_size = int(block_size)  # of numpy it would be written as such
     sources[_ENTRY] = _ENTRY_SOURCE.format(block_size=block_size)
     head = [
         _marked("put together from the modules of the package; change those and export again"),
@@ -296,7 +291,12 @@ def _choose_block_size(place: _Folder | _Repository, block_size: int | str | Non
     if block_size is not None:
         return check_block_size(block_size, "block_size", allows_auto=True)
     text = place.read("generation_config.json")
-    saved = json.loads(text).get("jacobi_block_size") if text else None
+    try:
+        saved = json.loads(text).get("jacobi_block_size") if text else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"`generation_config.json` of {place.name} must be an object of JSON, got: {error}. Save the model again."
+        ) from error
     return None if saved is None else check_block_size(saved, allows_auto=True)
 
 
@@ -337,7 +337,7 @@ def usage_code(name: str, is_adapter: bool) -> str:
     call = ", custom_generate=name, trust_remote_code=True" if is_adapter else ""
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = "{name}"  # or the path of this folder
+name = {quoted(name)}  # or the path of this folder
 tokenizer = AutoTokenizer.from_pretrained(name)
 {load}
 inputs = tokenizer("Once upon a time", return_tensors="pt")
@@ -347,7 +347,7 @@ print(output.jacobi_stats.tokens_per_forward)"""
 
 
 def _card_text(title: str, is_adapter: bool) -> str:
-    return f"""# {title}
+    return f"""# {plain(title)}
 
 This {"adapter" if is_adapter else "model"} comes with Jacobi decoding: it writes several tokens a forward, and
 exactly the text of decoding one at a time.

@@ -6,6 +6,7 @@ Which of the two a name is, is decided here and nowhere else.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 
 # A name that begins so is a path, whether or not there is anything.
 _PATH_STARTS = ("/", ".", "~")
+# The whole path of a folder, on this system or another one.
+_ABSOLUTE = re.compile(r"[/~\\]|file:|[A-Za-z]:[\\/]")
 _FILE_ENDINGS = (".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".md", ".gz", ".zst")
 
 
@@ -66,7 +69,9 @@ class Name:
             `Name`: with neither path nor id where the spelling leaves it open.
         """
         text = name or ""
-        if text.startswith(_PATH_STARTS) or text.count("/") > 1:
+        is_address = "://" in text and not text.startswith("file:")
+        has_folders = "\\" in text or (text.count("/") > 1 and not is_address)
+        if text.startswith(_PATH_STARTS) or is_absolute(text) or has_folders:
             return cls(text, path=Path(text))
         is_id = text.count("/") == 1 and not text.lower().endswith(_FILE_ENDINGS) and _problem_of(text) is None
         return cls(text, hub_id=text if is_id else None)
@@ -94,7 +99,7 @@ class Name:
     @property
     def for_others(self) -> str:
         """The name without the folders of the machine where it was recorded, which mean nothing to others."""
-        return self.text if self.path is None else f"path/to/{self.path.name}"
+        return self.text if self.path is None else "path/to/" + re.split(r"[\\/]", str(self.path))[-1]
 
     def check(self, option: str, kind: str, takes_files: bool = False) -> None:
         """
@@ -137,6 +142,19 @@ class Name:
         """
         if self.path is not None and (revision is not None or token is not None):
             raise ValueError(f"{self.text} is a folder, got `revision` or `token` for the Hub too. Drop them.")
+
+
+def is_absolute(text: str) -> bool:
+    """
+    Whether a text is spelled as a path that tells the folders of a machine, on this system or another one.
+
+    Args:
+        text (`str`): the text.
+
+    Returns:
+        `bool`.
+    """
+    return _ABSOLUTE.match(text) is not None
 
 
 def check_repo_id(repo_id: str, kind: str) -> None:

@@ -6,6 +6,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from .cards import escape_bars
+
 
 _COLOR = re.compile("\033\\[[0-9]+m")
 
@@ -21,6 +23,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     Returns:
         `str`.
     """
+    header, *rows = [[escape_bars(" ".join(cell.splitlines())) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -195,6 +195,59 @@ def test_a_result_of_other_prompts_is_not_taken_for_one_of_these(tmp_path):
     assert journal.once("batch", [[1, 3]], lambda: ["d"]) == ["d"]
 
 
+def test_a_result_with_another_byte_is_never_taken(tmp_path, caplog):
+    """Every bit of a file of a journal, one at a time: the result is what was kept, or it is computed again."""
+    journal, path = Journal(tmp_path), tmp_path / "batch.json"
+    journal.once("batch", [[1, 2]], lambda: [[17, 4], [305]])
+    sound = path.read_bytes()
+    for place in range(8 * len(sound)):
+        data = bytearray(sound)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        caplog.clear()
+        assert journal.once("batch", [[1, 2]], lambda: "computed") in ([[17, 4], [305]], "computed")
+        is_new = b"computed" in path.read_bytes()
+        assert is_new == ("batch.json" in caplog.text and "is computed again" in caplog.text)
+        assert is_new or json.loads(bytes(data)) == json.loads(sound)
+    path.write_bytes(sound[:-1])  # cut
+    assert journal.once("batch", [[1, 2]], lambda: "anew") == "anew"
+
+
+def test_a_journal_without_digests_is_collected_again(tmp_path, caplog):
+    """As version 0.1.0 left it."""
+    Journal(tmp_path).once("batch", 1, lambda: [3])
+    kept = json.loads((tmp_path / "batch.json").read_text())
+    (tmp_path / "batch.json").write_text(json.dumps({"of": kept["of"], "result": [3]}))
+    assert Journal(tmp_path).once("batch", 1, lambda: [4]) == [4]
+    assert "batch.json has no digest of its content, as an earlier version left it" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["data/train-00001-of-00004.parquet", "README.md", "statistics.png"])
+def test_what_only_has_the_name_of_a_file_is_not_finished(word_model, tokenizer, prompts, finished, tmp_path, name):
+    folder, builder = tmp_path / "copy", make_builder(word_model, tokenizer)
+    shutil.copytree(finished, folder)
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(OSError, match=f"{Path(name).name}' must be a file, got a folder. Remove it and run"):
+        builder.build(prompts, output_dir=folder)
+    (folder / name).rmdir()
+    if not name.endswith("parquet"):
+        (folder / name).write_text(" \n")
+    builder.build(prompts, output_dir=folder)
+    assert files_of(folder) == files_of(finished)
+
+
+def test_a_shard_under_the_name_of_another_is_noticed(word_model, tokenizer, prompts, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    data, manifest = tmp_path / "copy" / "data", tmp_path / "copy" / "manifest.json"
+    shutil.copyfile(data / "train-00000-of-00004.parquet", data / "train-00001-of-00004.parquet")
+    entries = json.loads(manifest.read_text())
+    entries["shards"].pop("data/train-00001-of-00004.parquet")
+    manifest.write_text(json.dumps({**entries, "complete": False}))
+    with pytest.raises(OSError, match="train-00001-of-00004.parquet .* cannot be read .it is shard 0.. Delete it"):
+        make_builder(word_model, tokenizer).build(prompts, output_dir=tmp_path / "copy")
+
+
 def test_finished_batches_are_not_computed_again(word_model, tokenizer, prompts, tmp_path, monkeypatch):
     computed, once = [], Journal.once
     stop_after = 7

@@ -202,7 +202,7 @@ def test_an_interrupted_export_leaves_nothing_half_written(folder, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
         cllm_hf.export_custom_generate(folder, block_size=9)
     assert [(folder / name).read_text() for name in WRITTEN] == before

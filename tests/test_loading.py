@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from collections_on_disk import make_record, make_records, rows, write_collectio
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset
 
 from cllm_hf import load_trajectories
+from cllm_hf.trajectories.loading import find_manifest
 from cllm_hf.trajectories.manifest import read_manifest
 from cllm_hf.trajectories.schema import FEATURES, check_columns, check_dataset, check_record, features
 
@@ -241,6 +243,50 @@ def test_nothing_is_written_into_the_folder(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     load_trajectories(folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a*b", "a?b", "**", "a{b,c}"])
+def test_a_folder_with_the_name_of_a_pattern_is_that_folder(folder, tmp_path, name):
+    """`datasets` takes the names of files as patterns, which fit those of other folders as well."""
+    for other in ("ab", "axb", "a*b", "b"):
+        write_collection(tmp_path / "all" / other, {"train": [make_records(3, seed=1)]})
+    shutil.rmtree(tmp_path / "all" / name, ignore_errors=True)
+    folder.rename(tmp_path / "all" / name)
+    for streaming in (False, True):
+        assert rows(load_trajectories(tmp_path / "all" / name, streaming=streaming)) == RECORDS[:18]
+
+
+def test_a_folder_that_cannot_be_named_is_refused(folder, tmp_path):
+    folder.rename(tmp_path / "a::b")
+    with pytest.raises(ValueError, match="no files below a folder with `::` in its name, got .* Rename it."):
+        load_trajectories(tmp_path / "a::b")
+
+
+@pytest.mark.parametrize("name", ["../made", "/etc", "a/../../made", "a\\b", ""])
+def test_the_name_of_a_configuration_leads_nowhere_else(folder, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    for read in (load_trajectories, find_manifest):
+        with pytest.raises(ValueError, match="got '.*', which"):
+            read(tmp_path / "empty", name=name) if name else read(tmp_path / "empty", name="..")
+
+
+@pytest.mark.parametrize("place", ["state.json", "train/state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "WHOLE", "../other"])
+def test_what_save_to_disk_has_written_names_no_files_outside(tmp_path, place, name):
+    one = Dataset.from_list(RECORDS[:3], features=FEATURES)
+    one.save_to_disk(tmp_path / "other")
+    saved = one if place == "state.json" else DatasetDict({"train": one})
+    saved.save_to_disk(tmp_path / "saved")
+    name = name.replace("WHOLE", str(tmp_path / "other" / "data-00000-of-00001.arrow"))
+    file = tmp_path / "saved" / place
+    state = json.loads(file.read_text())
+    if place == "dataset_dict.json":
+        state["splits"].append(name)
+    else:
+        state["_data_files"][0]["filename"] = name
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="must be that of a file inside it, got"):
+        load_trajectories(tmp_path / "saved")
 
 
 def test_shards_that_are_not_whole(folder):

@@ -252,17 +252,49 @@ def test_a_folder_that_looks_like_an_id_is_no_id(places, tmp_path, monkeypatch):
     assert "`path/to/base`" in text and name not in text and "base_model:" not in text
 
 
-@pytest.mark.parametrize("card", ["# Mine\n\nWords.\n", "---\na: [\n---\nBroken.\n", "---\nlicense: mit\r\n---\r\nHi"])
+CARDS = ["# Mine\n\nWords.\n", "---\na: [\n---\nBroken.\n", "---\nlicense: mit\r\n---\r\nHi", "# Caf\udce9\n"]
+
+
+@pytest.mark.parametrize("card", CARDS)
 def test_the_card_of_somebody_else_stays_byte_for_byte(places, tmp_path, card):
     """PEFT changes every card that it finds."""
-    (tmp_path / "README.md").write_bytes(card.encode())
+    card = card.encode(errors="surrogateescape")  # one is in another encoding
+    (tmp_path / "README.md").write_bytes(card)
     trainer = make_trainer(str(places.base), places.dataset, None, tmp_path, lora())
     trainer.save_model()
     trainer.create_model_card()
     trainer.save_model()
-    assert (tmp_path / "README.md").read_bytes() == card.encode()
+    assert (tmp_path / "README.md").read_bytes() == card
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert not [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def test_a_card_is_in_its_place_while_an_adapter_is_saved(places, tmp_path, monkeypatch):
+    """And PEFT calls nothing else that writes one."""
+    (tmp_path / "README.md").write_text("# Mine\n")
+    trainer = make_trainer(str(places.base), places.dataset, None, tmp_path, lora())
+    seen, save_pretrained = [], trainer.model.save_pretrained
+
+    def look(folder, **options):
+        save_pretrained(folder, **options)
+        seen.append((tmp_path / "README.md").read_text())
+
+    monkeypatch.setattr(trainer.model, "save_pretrained", look)
+    trainer.save_model()
+    assert seen == ["# Mine\n"]
+    monkeypatch.undo()
+    (tmp_path / "README.md").unlink()
+    trainer.model.save_pretrained(tmp_path)  # by PEFT alone it writes one, as ever
+    assert (tmp_path / "README.md").is_file()
+
+
+def test_a_card_that_was_set_aside_goes_over_none_that_somebody_wrote(places, tmp_path, caplog):
+    (tmp_path / ".README.md.earlier").write_text("# Mine\n")
+    (tmp_path / "README.md").write_text("# Mine too\n")
+    trainer = make_trainer(str(places.base), places.dataset, None, tmp_path, lora())
+    trainer.save_model()
+    assert (tmp_path / "README.md").read_text() == "# Mine too\n" and "but there is another README.md" in caplog.text
+    assert (tmp_path / ".README.md.earlier").read_text() == "# Mine\n"
 
 
 def test_a_card_outlives_a_save_that_fails_or_is_killed(places, tmp_path, monkeypatch):

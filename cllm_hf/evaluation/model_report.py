@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..cards import code
 from ..text import format_table
 from ..trajectories.statistics import TrajectoryStatistics, format_statistics
 from .environment import format_environment
@@ -148,7 +149,7 @@ def _format_settings(report: dict[str, Any]) -> str:
     settings, lengths, models = report["settings"], report["prompt_lengths"], report["models"]
     named = {**TITLES, "assistant": "assistant"}
     names = [
-        f"{named[name]} `{model['name']}`" + (" with an adapter" if model["has_adapter"] else "")
+        f"{named[name]} {code(str(model['name']))}" + (" with an adapter" if model["has_adapter"] else "")
         for name, model in models.items()
         if model["name"]
     ]

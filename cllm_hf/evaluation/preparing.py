@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ def finish(report: dict[str, Any], text: str, options: argparse.Namespace) -> st
     if options.json is not None:
         write_whole(options.json, json.dumps(record) + "\n")
     if options.markdown is not None:
-        write_whole(options.markdown, f"    {options.command_line}\n\n{text}\n")
+        command = indent(options.command_line, "    ", lambda line: True)  # what was quoted in it may have several
+        write_whole(options.markdown, f"{command}\n\n{text}\n")
     return text
 
 

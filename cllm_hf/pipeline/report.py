@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers.utils import find_adapter_config_file
 
+from ..cards import code, plain
+from ..cards import table as markdown_table
 from ..evaluation.judgements import Judgement
 from ..files import write_whole
 from ..loading import load_cllm, load_tokenizer
@@ -90,10 +92,10 @@ def write_report(folder: Path, title: str, comparison: dict[str, Any], facts: Ma
     from ..evaluation.model_report import format_models
 
     table = format_models(comparison)
-    lines = [f"# {title}", "", table.strip(), "", "## How it was made", ""]
+    lines = [f"# {plain(title)}", "", table.strip(), "", "## How it was made", ""]
     seconds = ", ".join(f"`{step}` {value:.0f} s" for step, value in facts["seconds"].items())
-    lines += [f"Time of the steps: {seconds}.", "", "| option | value |", "| --- | --- |"]
-    lines += [f"| `{name}` | `{json.dumps(value)}` |" for name, value in facts["options"].items()]
+    rows = [(code(name), code(json.dumps(value))) for name, value in facts["options"].items()]
+    lines += [f"Time of the steps: {seconds}.", "", markdown_table(("option", "value"), rows)]
     text = "\n".join(lines) + "\n"
     write_whole(
         folder / "report.json", json.dumps({"title": title, **facts, "comparison": comparison}, indent=2) + "\n"

@@ -13,7 +13,7 @@ from .._host import base_model_of
 from ..trajectories.responding import find_stop_ids
 from .collapse import CollapseDetector, CollapseLimits, Sign, find_bad_data
 from .plotting import PLOT_NAME, plot_run
-from .resuming import EpochCallback
+from .resuming import EpochCallback, RunRecordCallback
 from .saving import is_pushing, wait_for_push
 
 
@@ -164,6 +164,7 @@ def add_callbacks(trainer: Any) -> None:
         trainer (`CLLMTrainer`): gets them.
     """
     trainer.add_callback(EpochCallback())
+    trainer.add_callback(RunRecordCallback())
     given = trainer.callback_handler.callbacks
     if trainer.args.on_collapse != "ignore" and not any(isinstance(one, CollapseCallback) for one in given):
         trainer.add_callback(CollapseCallback(trainer.args.on_collapse))

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..cards import CLLM_CITATION, END, join_tags, quoted, renew_section, table
+from ..cards import CLLM_CITATION, END, code, is_ours_alone, join_tags, plain, quoted, renew_section, table
 from ..export import TAG as EXPORT_TAG
 from ..export import usage_code
 from ..names import Name
@@ -142,7 +142,7 @@ def make_model_card(facts: ModelFacts) -> str:
         template_str=_TEMPLATE,
         begin=BEGIN,
         end=END,
-        title=title,
+        title=plain(title),
         introduction=_introduction(facts),
         usage=_usage_text(facts),
         training=_training_text(facts),
@@ -196,8 +196,7 @@ def join_cards(here: str | None, there: str) -> str:
     """
     if here is None or not here.strip():
         return there
-    rest = renew_section(here, "", BEGIN)
-    if rest is None or ModelCard(rest).text.strip():
+    if not is_ours_alone(here, BEGIN):
         return here
     try:
         card = ModelCard(there)
@@ -244,8 +243,8 @@ def _introduction(facts: ModelFacts) -> str:
 def _linked(name: str, kind: str) -> str:
     recorded = Name.recorded(name)
     if recorded.hub_id is None:
-        return f"`{recorded.for_others}`"
-    return f"[{name}](https://huggingface.co/{'datasets/' if kind == 'datasets' else ''}{name})"
+        return code(recorded.for_others)
+    return f"[{plain(name)}](https://huggingface.co/{'datasets/' if kind == 'datasets' else ''}{name})"
 
 
 def _usage_text(facts: ModelFacts) -> str:
@@ -299,10 +298,10 @@ def _training_text(facts: ModelFacts) -> str:
     model = ", ".join(
         part
         for part in (
-            facts.architecture,
+            plain(facts.architecture or ""),
             f"{facts.num_parameters:,} parameters" if facts.num_parameters else None,
             f"{trained:,} trained" if trained else None,
-            facts.adapter,
+            plain(facts.adapter or ""),
         )
         if part
     )
@@ -315,11 +314,11 @@ def _training_text(facts: ModelFacts) -> str:
     )
     text += f"Training took {length}." if facts.num_updates else "**It has not been trained yet.**"
     for heading, values in (("Options", facts.options), ("Arguments", facts.arguments)):
-        listed = [f"`{name}={_shown(value)}`" for name, value in values.items() if _shown(value)]
+        listed = [code(f"{name}={_shown(value)}") for name, value in values.items() if _shown(value)]
         if listed:
             text += f"\n\n{heading}: {', '.join(listed)}."
     if facts.versions:
-        versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+        versions = ", ".join(plain(f"{name} {version}") for name, version in facts.versions.items())
         text += f"\n\nMade with {versions}."
     return text
 
@@ -333,7 +332,7 @@ def _shown(value: Any) -> str:
         value = Name.recorded(value).for_others
     elif not _is_plain(value):
         return ""
-    text = repr(value).replace("`", "'")
+    text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else ""
 
 
@@ -367,15 +366,14 @@ def _figure_of(name: str) -> re.Match[str]:
 def _figure_name(name: str) -> str:
     match = _figure_of(name)
     dataset = (match["dataset"] or "").rstrip("_")
-    where = f", evaluation{f' on `{dataset}`' if dataset else ''}" if name.startswith("eval_") else ""
+    where = f", evaluation{f' on {code(dataset)}' if dataset else ''}" if name.startswith("eval_") else ""
     return _FIGURES[match["figure"]] + where
 
 
 def _measured_text(measured: Mapping[str, Any]) -> str:
     rows = []
     for name, value in measured.items():
-        cells = (str(name), f"{value:.4g}" if isinstance(value, float) else str(value))
-        rows.append([" ".join(cell.split()).replace("|", "\\|") for cell in cells])
+        rows.append([plain(name), f"{value:.4g}" if isinstance(value, float) else plain(value)])
     return table(("what", "value"), rows) if rows else ""
 
 

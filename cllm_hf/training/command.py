@@ -28,9 +28,10 @@ from ..trajectories.fingerprints import find_commit, fingerprint_weights, record
 from ..trajectories.hub import check_can_push
 from ..trajectories.loading import find_manifest, load_trajectories
 from .arguments import NEWEST, TrainArguments, TrainOptions
+from .checkpoints import find_flaw
 from .config import CLLMConfig
 from .progress import show_progress
-from .resuming import is_whole, newest_checkpoint
+from .resuming import check_same_run, describe_run, newest_checkpoint
 from .trainer import CLLMTrainer
 
 
@@ -70,6 +71,8 @@ def run_train(options: TrainOptions) -> str:
             name = training.hub_model_id or Path(str(training.output_dir)).absolute().name
             check_can_push(name, training.hub_token, kind="model")
         train_dataset, eval_dataset = _load_datasets(data, training)
+        if checkpoint is not None:
+            check_same_run(checkpoint, describe_run(training, train_dataset))
         manifest = find_manifest(data.trajectories, data.trajectories_config, data.trajectories_revision)
         made_by = manifest.get("model", {})
         model = _choose_model(options.model, made_by, data.trajectories)
@@ -165,10 +168,11 @@ def _find_checkpoint(training: CLLMConfig) -> str | None:
                 f"{folder!r}. Drop the option to begin anew."
             )
         return newest
-    if not is_whole(chosen):
+    flaw = find_flaw(chosen)
+    if flaw is not None:
         raise OSError(
             f"`--resume_from_checkpoint` must be the folder of a whole checkpoint, or `{NEWEST}` for the newest in "
-            f"the output folder, got {chosen!r}."
+            f"the output folder, got {chosen!r}, which {flaw}."
         )
     return chosen
 

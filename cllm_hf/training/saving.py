@@ -20,18 +20,19 @@ from trl import SFTConfig
 
 from .._host import base_model_of
 from .._version import __version__
-from ..cards import license_metadata
+from ..cards import is_ours_alone, license_metadata
 from ..export import export_custom_generate, is_exported
-from ..files import write_whole
+from ..files import read_text, write_whole
 from ..names import Name
 from ..trajectories.loading import hub_id_of
-from .card import ModelFacts, join_cards, make_model_card, renew_model_card
+from .card import BEGIN, ModelFacts, join_cards, make_model_card, renew_model_card
 from .plotting import PLOT_NAME
 
 
 logger = logging.getLogger(__name__)
 
-_CARD = "README.md"
+_CARD, _ASIDE = "README.md", ".README.md.earlier"
+_PEFT_CARD = "create_or_update_model_card"  # what PEFT calls to write a card
 _PACKAGES = ("transformers", "trl", "peft", "datasets", "torch")
 # Arguments of transformers that define a training, beside the size of its batches.
 _ARGUMENTS = (
@@ -77,6 +78,7 @@ class RunCard:
         args = self._trainer.args
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        put_card_back(folder)
         if args.push_to_hub and not self._has_fetched:
             self.fetch()
         self.write(folder, read_card(folder), title, tags)
@@ -92,8 +94,9 @@ class RunCard:
             tags (`Sequence[str]`): tags beside those of the trainer.
         """
         card = renew_model_card(earlier, make_model_card(self._facts(folder, title, tags)))
-        if card is not None:
-            write_whole(folder / _CARD, card)
+        path = folder / _CARD
+        if card is not None and (path.is_file() or not os.path.lexists(path)):  # else somebody else's
+            write_whole(path, card)
 
     def fetch(self, token: str | None = None, revision: str | None = None) -> None:
         """
@@ -108,14 +111,14 @@ class RunCard:
         self._has_fetched = True
         api, revision = HfApi(token=token or args.hub_token), revision or args.hub_revision
         try:
-            text = _read(Path(api.hf_hub_download(repo_id, _CARD, revision=revision)))
+            text = read_text(Path(api.hf_hub_download(repo_id, _CARD, revision=revision)))
         except RemoteEntryNotFoundError:
             return
         except _NO_ANSWER as error:
             logger.warning("The model card of %s cannot be read, and may be replaced: %s", repo_id, error)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, join_cards(_read(path), text or ""))
+        write_whole(path, join_cards(read_text(path), text or ""))
 
     def _facts(self, folder: Path, title: str | None, tags: Sequence[str]) -> ModelFacts:
         trainer, args = self._trainer, self._trainer.args
@@ -223,40 +226,61 @@ def consistency_options(args: SFTConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def card_set_aside(folder: Path) -> Iterator[None]:
+def card_left_alone(model: Any, folder: Path) -> Iterator[None]:
     """
-    Keep the card of a folder from PEFT, which changes every one that it finds, fails on one whose metadata are not
-    valid, and writes one where there is none.
+    Keep PEFT from the card of a folder while it saves an adapter: it changes every one that it finds, fails on one
+    whose metadata are not valid, and writes one where there is none. So the card is never anywhere but in its place,
+    and whatever happens to the process happens to the card of nobody.
+
+    Args:
+        model (`torch.nn.Module`): what is saved, without wrappers.
+        folder (`pathlib.Path`): where to.
+    """
+    put_card_back(folder)
+    if not hasattr(model, _PEFT_CARD):
+        yield
+        return
+    setattr(model, _PEFT_CARD, lambda output_dir: None)
+    try:
+        yield
+    finally:
+        delattr(model, _PEFT_CARD)
+
+
+def put_card_back(folder: Path) -> None:
+    """
+    Put back the card of a folder that version 0.1.0 had set aside when it was killed.
+
+    It stays aside where something else has its place that was not written by a machine alone.
 
     Args:
         folder (`pathlib.Path`): where the model is saved.
     """
-    path = folder / _CARD
-    aside = path.with_name(f".{path.name}.earlier")
-    if aside.is_file() and not path.exists():  # a save was killed
-        os.replace(aside, path)
-    has_card = path.is_file()
-    if has_card:
-        os.replace(path, aside)
-    try:
-        yield
-    finally:
-        if has_card:
-            os.replace(aside, path)
-        else:
-            path.unlink(missing_ok=True)
+    path, aside = folder / _CARD, folder / _ASIDE
+    if not aside.is_file() or aside.is_symlink():
+        return
+    card = read_text(path)
+    if os.path.lexists(path) and (card is None or not (_is_of_peft(card) or is_ours_alone(card, BEGIN))):
+        logger.warning(
+            "%s is the model card of an earlier save that was killed, but there is another %s. Keep the one that you "
+            "want to keep, and remove the other.",
+            aside,
+            _CARD,
+        )
+        return
+    write_whole(path, aside.read_bytes())
+    aside.unlink()
+
+
+def _is_of_peft(card: str) -> bool:
+    """Whether PEFT has written a card, whole or cut, and nobody has filled in anything since."""
+    is_cut = not card.strip() or (card.startswith("---\n") and "\n---" not in card)
+    return is_cut or ("# Model Card for Model ID" in card and "[More Information Needed]" in card)
 
 
 def read_card(folder: Path) -> str | None:
     """The text of a folder's model card, or `None` if it has none."""
-    return _read(folder / _CARD)
-
-
-def _read(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open(encoding="utf-8", newline="") as file:
-        return file.read()
+    return read_text(folder / _CARD)
 
 
 def _hide_folder(name: str | None) -> str | None:
@@ -297,7 +321,7 @@ def _license_of(name: str | None) -> dict[str, Any]:
             if repo_id is None:
                 return {}
             folder = Path(HfApi().hf_hub_download(repo_id, _CARD)).parent
-        text = _read(folder / _CARD)
+        text = read_text(folder / _CARD)
         data = ModelCard(text).data.to_dict() if text else {}
     except Exception as error:  # also of the parser of YAML; without a licence the card is good too
         logger.debug("The licence of %s is not known: %s", name, error)

@@ -28,8 +28,8 @@ from .monitoring import decoding_metrics
 from .objective import LossTotals, sum_losses
 from .preparation import BatchPreparer, make_collator, prepare_dataset
 from .processes import check_processes, count_own_rows
-from .resuming import choose_checkpoint
-from .saving import RunCard, card_set_aside, save_beside, wait_for_push
+from .resuming import choose_checkpoint, record_run
+from .saving import RunCard, card_left_alone, save_beside, wait_for_push
 from .target import load_target, load_target_tokenizer, set_pad_token
 
 
@@ -166,9 +166,11 @@ class CLLMTrainer(SFTTrainer):
             `transformers.trainer_utils.TrainOutput`.
 
         Raises:
-            ValueError: if there is no whole checkpoint, or none from which the run can go on exactly.
+            ValueError: if there is no whole checkpoint, none from which the run can go on exactly, or it is of a run
+                with another dataset, seed or size of batches.
         """
-        return super().train(choose_checkpoint(resume_from_checkpoint, self.args), *args, **kwargs)
+        record = record_run(self)
+        return super().train(choose_checkpoint(resume_from_checkpoint, self.args, record), *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -338,7 +340,8 @@ class CLLMTrainer(SFTTrainer):
         is_checkpoint = _internal_call and output_dir is not None
         if not is_checkpoint:
             wait_for_push(self)
-        with card_set_aside(folder) if self.args.should_save else nullcontext():
+        saved = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with card_left_alone(saved, folder) if self.args.should_save else nullcontext():
             super().save_model(output_dir, _internal_call=True)  # does not push yet
         if self.args.should_save:
             save_beside(self, self._card, folder, is_checkpoint)

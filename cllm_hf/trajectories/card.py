@@ -10,14 +10,17 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from ..cards import (
     CLLM_CITATION,
     END,
+    code,
     join_tags,
     license_metadata,
+    plain,
     quoted,
     renew_section,
     table,
 )
 from ..names import Name
 from .loading import records_by_split
+from .manifest import without_folders
 from .shard import format_near_ties
 from .statistics import TrajectoryStatistics, format_histogram
 
@@ -83,13 +86,13 @@ def make_card(
     if not manifests:
         raise ValueError("A dataset card needs the manifest of at least one configuration, got none.")
     if repo_id is not None:
-        manifests = {name: _without_folders(manifest) for name, manifest in manifests.items()}
+        manifests = {name: without_folders(manifest) for name, manifest in manifests.items()}
     names = sorted(manifests, key=lambda name: (name != DEFAULT_CONFIG, name))
     several = len(names) > 1 or names != [DEFAULT_CONFIG]
-    title = repo_id.split("/")[-1] if repo_id else "Trajectories"
+    title = plain(repo_id.split("/")[-1]) if repo_id else "Trajectories"
     parts = [f"# {title}", _introduction(manifests, names), "## What a row is", _columns_text(manifests.values())]
     for name in names:
-        manifest, heading = manifests[name], f": `{name}`" if several else ""
+        manifest, heading = manifests[name], f": {code(name)}" if several else ""
         plot = place(name, PLOT_NAME) if plots is None or name in plots else ""
         parts += [f"## How it was made{heading}", _making_text(manifest)]
         parts += [f"## What was kept{heading}", _counts_text(manifest)]
@@ -210,18 +213,9 @@ def _introduction(manifests: Mapping[str, Mapping[str, Any]], names: list[str]) 
     )
 
 
-def _without_folders(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """For others to read: folders of the machine where it was made mean nothing to them."""
-
-    def shown(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {**part, "name": Name.recorded(part.get("name")).for_others or None}
-
-    return {**manifest, "model": shown(manifest["model"]), "tokenizer": shown(manifest["tokenizer"])}
-
-
 def _model_text(manifest: Mapping[str, Any]) -> str:
     name = manifest["model"].get("name")
-    return f"`{name}`" if name else "a model without a name"
+    return code(name) if name else "a model without a name"
 
 
 def _columns_text(manifests: Collection[Mapping[str, Any]]) -> str:
@@ -238,16 +232,17 @@ def _columns_text(manifests: Collection[Mapping[str, Any]]) -> str:
 
 def _making_text(manifest: Mapping[str, Any]) -> str:
     model, made_with = manifest["model"], manifest["made_with"]
-    revision = f" at revision `{model['revision']}`" if model.get("revision") else ""
+    revision = f" at revision {code(model['revision'])}" if model.get("revision") else ""
     given = manifest["prompts"].get("with_responses")
     responses = "Responses were given with the prompts" if given else "It wrote the responses itself, greedily"
     options = dict(manifest["options"])
     options |= {f"cleaning.{name}": value for name, value in (options.pop("cleaning", None) or {}).items()}
-    versions = ", ".join(f"{name} {version}" for name, version in made_with.items())
+    versions = ", ".join(plain(f"{name} {version}") for name, version in made_with.items())
     return (
-        f"The model is {_model_text(manifest)}{revision} ({model['architecture']}, {model['num_parameters']:,} "
-        f"parameters), in {model['dtype']} with {model['attention']} attention. {responses}. Options: "
-        + ", ".join(f"`{name}={value!r}`" for name, value in options.items())
+        f"The model is {_model_text(manifest)}{revision} ({plain(model['architecture'])}, "
+        f"{model['num_parameters']:,} parameters), in {plain(model['dtype'])} with {plain(model['attention'])} "
+        f"attention. {responses}. Options: "
+        + ", ".join(code(f"{name}={value!r}") for name, value in options.items())
         + f". Made with {versions}. `manifest.json` has all of this, and the checksums of the files."
     )
 
@@ -257,7 +252,7 @@ def _counts_text(manifest: Mapping[str, Any]) -> str:
     # Near ties are tokens, no prompts.
     order = [*(name for name in _COUNTS if name in counts), *sorted(set(counts) - {*_COUNTS, "near_ties"})]
     rows = [
-        (f"`{name}`", f"{counts[name]:,}", f"{counts[name] / total:.1%}" if total else "", _COUNTS.get(name, ""))
+        (code(name), f"{counts[name]:,}", f"{counts[name] / total:.1%}" if total else "", _COUNTS.get(name, ""))
         for name in order
         if counts[name] or name == "kept"
     ]
@@ -277,11 +272,11 @@ def _statistics_parts(manifest: Mapping[str, Any], plot: str) -> list[str]:
     for split, values in manifest["statistics"].items():
         statistics = TrajectoryStatistics.from_dict(values)
         if not statistics.num_blocks:
-            parts.append(f"Split `{split}` has no trajectories.")
+            parts.append(f"Split {code(split)} has no trajectories.")
             continue
         pace = statistics.tokens_per_iteration  # not a number where every first draft was right
         parts.append(
-            f"Split `{split}`: {records_by_split(manifest).get(split, 0):,} responses, {statistics.num_blocks:,} "
+            f"Split {code(split)}: {records_by_split(manifest).get(split, 0):,} responses, {statistics.num_blocks:,} "
             f"blocks. A block takes {statistics.mean_iterations:.2f} iterations on average"
             f"{f' ({pace:.2f} tokens an iteration)' if pace == pace else ''}, with "
             f"{statistics.mean_fast_forwarded:.2f} fast-forwarded and {statistics.mean_stationary:.2f} stationary "
@@ -294,17 +289,18 @@ def _statistics_parts(manifest: Mapping[str, Any], plot: str) -> list[str]:
 def _source_text(manifest: Mapping[str, Any]) -> str:
     prompts, model = manifest["prompts"], _model_text(manifest)
     source = prompts.get("source")
-    link = f"[{source}](https://huggingface.co/datasets/{source})" if Name.recorded(source).hub_id else f"`{source}`"
+    is_id = Name.recorded(source).hub_id is not None
+    link = f"[{plain(source)}](https://huggingface.co/datasets/{source})" if is_id else code(source)
     origin = f"The prompts come from {link}." if source else "Where the prompts come from is not recorded."
-    license = f"is `{prompts['license']}`" if prompts.get("license") else "is not recorded"
+    license = f"is {code(prompts['license'])}" if prompts.get("license") else "is not recorded"
     given = "The responses were given with the prompts; where they come from is not recorded."
     own = f"The responses are output of {model}, whose own terms may say how they can be used."
     return f"{origin} Their licence {license}. {given if prompts.get('with_responses') else own}"
 
 
 def _load_call(repo_id: str | None, name: str) -> str:
-    option = "" if name == DEFAULT_CONFIG else f', name="{name}"'
-    return f'load_trajectories("{repo_id or "path/to/this/folder"}"{option})'
+    option = "" if name == DEFAULT_CONFIG else f", name={quoted(name)}"
+    return f"load_trajectories({quoted(repo_id or 'path/to/this/folder')}{option})"
 
 
 def _loading_text(repo_id: str | None, name: str) -> str:

@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
@@ -18,6 +22,9 @@ from ..names import Name
 
 
 _SAMPLES = 256
+_ROWS = 200  # at a time
+# What a training reads of a record; the order tells which one it is.
+_TRAINED = ("prompt_ids", "response_ids", "states", "augmented_states", "label_ids")
 _INCIDENTAL = {"architectures", "dtype", "transformers_version", "use_cache"}
 
 
@@ -83,7 +90,8 @@ def recorded_model(dataset: str, made_by: Mapping[str, Any]) -> tuple[str, str |
     name = made_by.get("name")
     if not name:
         raise ValueError(f"{dataset} does not say which model it was made by. Pass it as `--model`.")
-    if Name.find(name).is_missing:
+    # A published manifest has no folders: what it names then is spelled as a path, and nowhere.
+    if Name.find(name).is_missing or (Name.recorded(name).path is not None and not Path(name).exists()):
         raise OSError(f"{dataset} was made by the model {name}, which is not there. Pass it as `--model`.")
     return name, made_by.get("revision") if find_adapter_config_file(name) is None else None
 
@@ -156,3 +164,38 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.chat_template,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_records(dataset: Dataset) -> str:
+    """
+    Hash what a training reads of the records of a dataset, in their order.
+
+    Args:
+        dataset (`datasets.Dataset`): trajectories.
+
+    Returns:
+        `str`: hexadecimal; the same whatever the types of integers and lists are.
+    """
+    digest = hashlib.sha256()
+    names = [name for name in _TRAINED if name in dataset.column_names]
+    digest.update(json.dumps(names).encode())
+    for table in dataset.with_format("arrow").select_columns(names).iter(batch_size=_ROWS):
+        for column in table.columns:
+            _update(digest, column.combine_chunks())
+    return digest.hexdigest()
+
+
+def _update(digest: Any, array: Any) -> None:
+    """Lengths of lists from the outside in, then what is in them."""
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type.value_type)
+    while isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        digest.update(_to_bytes(pc.list_value_length(array)))
+        array = pc.list_flatten(array)
+    digest.update(_to_bytes(array))
+
+
+def _to_bytes(array: Any) -> bytes:
+    if not pa.types.is_integer(array.type):  # nothing that this package has written
+        return json.dumps(array.to_pylist(), default=str).encode()
+    return np.asarray(pc.fill_null(array.cast(pa.int64()), -1), dtype="<i8").tobytes()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
 import os
 import shutil
@@ -16,24 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from ..files import check_writable, replace_file
+from ..files import check_file_place, check_writable, path_inside, read_text, replace_file
 from ..process import Process
 from .card import PLOT_NAME, make_card, merge_card
 from .journal import Journal
 from .loading import check_shards
-from .manifest import MANIFEST_NAME, describe_difference, read_manifest, write_manifest
+from .manifest import MANIFEST_NAME, check_whole, describe_difference, read_manifest, write_manifest
 from .shard import explain_none_left
+from .shard_file import read_notes, to_parquet
 from .statistics import TrajectoryStatistics, plot_statistics
 
 
 logger = logging.getLogger(__name__)
 DATA, UNFINISHED, CARD_NAME = "data", ".unfinished", "README.md"
-_NOTES = "cllm_hf"  # key of what a shard says of itself, beside the host's own keys
-_COMPRESSION = 9  # of zstd: 3 to 6% smaller than its default
+_PNG = b"\x89PNG\r\n\x1a\n"
 _WAIT_SECONDS = 0.5
+_IN_THE_WAY = "Remove it and run the same collection again, or choose another `output_dir`."
 
 
 class OutputFolder:
@@ -51,8 +49,10 @@ class OutputFolder:
         process (`Process`): of several processes each makes every `count`-th shard.
 
     Raises:
-        OSError: if the folder is not writable, another run is writing into it, or a finished shard is damaged.
-        ValueError: if it holds something else, or a collection of other prompts, options or another model.
+        OSError: if the folder is not writable, another run is writing into it, a finished shard is damaged, or
+            something else stands where a file or folder of a collection goes.
+        ValueError: if it holds something else, a collection of other prompts, options or another model, or symbolic
+            links that lead out of it.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], splits: tuple[str, ...], process: Process):
@@ -72,6 +72,7 @@ class OutputFolder:
             )
         self._lock = FileLock(path / UNFINISHED / f"process-{process.index}.lock", timeout=0)
         check_writable(path)
+        self._check_places()
         self._check_earlier()
 
     def __enter__(self) -> OutputFolder:
@@ -119,8 +120,10 @@ class OutputFolder:
         Returns:
             `bool`.
         """
-        files = (MANIFEST_NAME, CARD_NAME, PLOT_NAME)
-        if not all((self.path / name).is_file() for name in files) or self._missing():
+        card, plot = self.path / CARD_NAME, self.path / PLOT_NAME
+        if not self._has_manifest() or self._missing() or not (read_text(card) or "").strip():
+            return False
+        if not plot.is_file() or not plot.read_bytes().startswith(_PNG):
             return False
         manifest = read_manifest(self.path)
         return manifest["complete"] and manifest["prompts"] == self.header["prompts"]
@@ -176,7 +179,7 @@ class OutputFolder:
         notes = {"shard": number, "counts": dict(counts), "statistics": dict(statistics)}
         for split in reversed(self.splits):  # the first split is written last: with it the shard is complete
             name = self._name(split, number)
-            content = _to_parquet(tables[split], notes)
+            content = to_parquet(tables[split], notes)
             replace_file(self.path / name, content, self.path / UNFINISHED / Path(name).name)
         self.journal(number).clear()
         if self.process.is_first:
@@ -247,9 +250,10 @@ class OutputFolder:
         plot_statistics(statistics, plot)
         os.replace(plot, self.path / PLOT_NAME)
         card, path = make_card({"default": manifest}, None), self.path / CARD_NAME
-        if path.is_file():  # of an earlier end: what others have written into it stays
-            card = merge_card(path.read_text(encoding="utf-8"), card)
-        replace_file(path, card.encode(), self.path / UNFINISHED / CARD_NAME)
+        earlier = read_text(path)
+        if earlier is not None:  # of an earlier end: what others have written into it stays
+            card = merge_card(earlier, card)
+        replace_file(path, card.encode("utf-8", "surrogateescape"), self.path / UNFINISHED / CARD_NAME)
         write_manifest(self.path, manifest, self.path / UNFINISHED / MANIFEST_NAME)
 
     def _manifest(self, complete: bool) -> dict[str, Any]:
@@ -287,16 +291,28 @@ class OutputFolder:
             name = self._name(split, number)
             content = (self.path / name).read_bytes()
             try:
-                metadata = pq.read_metadata(io.BytesIO(content))
-                notes = json.loads(metadata.metadata[_NOTES.encode()])
-            except (pa.ArrowException, KeyError, ValueError) as error:
+                num_records, notes = read_notes(content, number)
+            except ValueError as error:
                 raise OSError(
                     f"Shard {name} of {str(self.path)!r} cannot be read ({error}). Delete it and run the same "
                     "collection again: only that shard is made anew."
                 ) from error
             digest = hashlib.sha256(content).hexdigest()
-            files[name] = {"records": metadata.num_rows, "bytes": len(content), "sha256": digest}
+            files[name] = {"records": num_records, "bytes": len(content), "sha256": digest}
         return {"files": files, "counts": notes["counts"], "statistics": notes["statistics"]}
+
+    def _check_places(self) -> None:
+        """Check that what is written, read and removed is inside the folder, and that nothing else is in its place."""
+        for name in (DATA, UNFINISHED):
+            place = path_inside(self.path, name)
+            if os.path.lexists(place) and not place.is_dir():
+                raise OSError(f"{str(place)!r} must be a folder, got something else. {_IN_THE_WAY}")
+        for path in (self.path / UNFINISHED).rglob("*"):  # nothing there is ever made as a link
+            if path.is_symlink():
+                raise ValueError(f"{str(path)!r} must be a file of a collection, got a symbolic link. {_IN_THE_WAY}")
+        shards = [self._name(split, number) for split in self.splits for number in range(self.num_shards)]
+        for name in (MANIFEST_NAME, CARD_NAME, PLOT_NAME, *shards):
+            check_file_place(path_inside(self.path, name), _IN_THE_WAY)
 
     def _check_earlier(self) -> None:
         """Compare with what an earlier run has left there."""
@@ -308,10 +324,11 @@ class OutputFolder:
                 )
             return
         earlier = read_manifest(self.path)
+        check_whole(self.path, earlier)
         difference = describe_difference(earlier, self.header)
         if difference and _has_nothing(earlier):  # and so nothing is lost: its prompts all were dropped
             for name in earlier["shards"]:
-                (self.path / name).unlink(missing_ok=True)
+                path_inside(self.path, name).unlink(missing_ok=True)
             (self.path / MANIFEST_NAME).unlink()
             return
         if difference:
@@ -325,7 +342,7 @@ class OutputFolder:
         self._warn_of_near_ties(earlier)
         # The versions are those that it was begun with.
         self.header = {**self.header, "prompts": prompts, "made_with": earlier["made_with"]}
-        there = {name: entry for name, entry in earlier["shards"].items() if (self.path / name).is_file()}
+        there = {name: entry for name, entry in earlier["shards"].items() if path_inside(self.path, name).is_file()}
         check_shards(self.path, {"shards": there})
 
     def _warn_of_near_ties(self, earlier: Mapping[str, Any]) -> None:
@@ -346,7 +363,8 @@ class OutputFolder:
         return (self.path / MANIFEST_NAME).is_file()
 
     def _missing(self) -> list[int]:
-        names = set(os.listdir(self.path / DATA)) if (self.path / DATA).is_dir() else set()
+        data = self.path / DATA
+        names = {name for name in os.listdir(data) if (data / name).is_file()} if data.is_dir() else set()
         files = {n: {Path(self._name(split, n)).name for split in self.splits} for n in range(self.num_shards)}
         return [n for n, wanted in files.items() if not wanted <= names]
 
@@ -361,12 +379,3 @@ def _has_nothing(manifest: Mapping[str, Any]) -> bool:
 def _check_kept(manifest: Mapping[str, Any]) -> None:
     if not manifest["counts"].get("kept"):
         raise ValueError(explain_none_left(manifest["prompts"]["count"], manifest["counts"]))
-
-
-def _to_parquet(table: pa.Table, notes: dict[str, Any]) -> bytes:
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=_COMPRESSION) as writer:
-        if len(table):  # the host cannot read a part without rows, but a file without parts it can
-            writer.write_table(table)
-        writer.add_key_value_metadata({_NOTES: json.dumps(notes, sort_keys=True)})
-    return sink.getvalue()

@@ -13,14 +13,23 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 
+from ..files import path_inside, read_text
 from ..names import check_repo_id
 from .card import DEFAULT_CONFIG, PLOT_NAME, make_card, merge_card, place
 from .loading import check_shards, describe_unfinished
-from .manifest import MANIFEST_NAME, read_manifest
+from .manifest import (
+    MANIFEST_NAME,
+    SHARD_NAME,
+    check_whole,
+    find_problem,
+    read_manifest,
+    render_manifest,
+    without_folders,
+)
+from .statistics import TrajectoryStatistics
 
 
 _CARD_NAME = "README.md"
-_SHARD = re.compile(r"data/\w+-\d+-of-\d+\.parquet")
 _CONFIG_NAME = re.compile(r"\w[\w.-]*")
 _LOG_IN = "Run `hf auth login`, or set `HF_TOKEN`, with a token that may write."
 
@@ -37,7 +46,8 @@ def push_trajectories(
     create_pr: bool = False,
 ) -> str:
     """
-    Upload a finished collection to the Hub: shards, manifest and plot as they are, and a dataset card.
+    Upload a finished collection to the Hub: shards, manifest and plot as they are, and a dataset card. The manifest
+    goes without the folders of this machine: `path/to/NAME` stands there instead.
 
     Everything goes into one commit, so that nobody ever sees half of it. Shards of an earlier push of the same
     configuration that are no longer there are deleted in it; other files and other configurations stay. The card tells
@@ -75,6 +85,7 @@ def push_trajectories(
     manifest = read_manifest(folder)
     if not manifest.get("complete"):
         raise ValueError(f"{describe_unfinished(folder, manifest)} Push it then.")
+    check_whole(folder, manifest)
     check_shards(folder, manifest)
     check_can_push(repo_id, token, create_pr=create_pr, private=private)
     api = HfApi(token=token)
@@ -215,34 +226,48 @@ class _Repository:
     def read(self, name: str) -> str | None:
         if name not in self.files:
             return None
-        path = self.api.hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.commit)
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
+        return read_text(Path(self.api.hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.commit)))
 
 
 def _additions(folder: Path, manifest: Mapping[str, Any], config_name: str) -> dict[str, str | bytes]:
     """What to upload: local files by their names in the repository."""
     names = [name for name, entry in manifest["shards"].items() if entry["records"]]
-    names += [name for name in (MANIFEST_NAME, PLOT_NAME) if (folder / name).is_file()]
-    return {place(config_name, name): str(folder / name) for name in names}
+    names += [PLOT_NAME] * path_inside(folder, PLOT_NAME).is_file()
+    files: dict[str, str | bytes] = {name: str(path_inside(folder, name)) for name in (*names, MANIFEST_NAME)}
+    shown = without_folders(manifest)
+    if shown != manifest:
+        files[MANIFEST_NAME] = render_manifest(shown)
+    return {place(config_name, name): content for name, content in files.items()}
 
 
 def _stale_shards(files: list[str], additions: Mapping[str, Any], config_name: str) -> list[str]:
     prefix = place(config_name, "")
-    shards = [name for name in files if name.startswith(prefix) and _SHARD.fullmatch(name[len(prefix) :])]
+    shards = [name for name in files if name.startswith(prefix) and SHARD_NAME.fullmatch(name[len(prefix) :])]
     return [name for name in shards if name not in additions]
+
+
+def _read_other(repository: _Repository, name: str) -> dict[str, Any] | None:
+    """The manifest of another configuration; somebody else's file may have that name."""
+    try:
+        found = json.loads(repository.read(name) or "null")
+        if find_problem(found, is_whole=True) is None:
+            for values in found["statistics"].values():
+                TrajectoryStatistics.from_dict(values)
+            return found
+    except (ValueError, RecursionError):
+        pass
+    return None
 
 
 def _render_card(repository: _Repository, manifest: Mapping[str, Any], config_name: str, files: set[str]) -> bytes:
     manifests = {config_name: manifest}
     for name in repository.files:
         other = DEFAULT_CONFIG if name == MANIFEST_NAME else name.removesuffix(f"/{MANIFEST_NAME}")
-        if other not in (name, config_name) and "/" not in other:
-            found = json.loads(repository.read(name) or "null")
-            # Somebody else's file may have that name.
-            if isinstance(found, dict) and {"format", "shards", "statistics"} <= found.keys():
+        if other not in (name, config_name) and _CONFIG_NAME.fullmatch(other):
+            found = _read_other(repository, name)
+            if found is not None:
                 manifests[other] = found
     plots = [name for name in manifests if place(name, PLOT_NAME) in files]
     card = make_card(manifests, repository.repo_id, plots)
     earlier = repository.read(_CARD_NAME)
-    return (card if earlier is None else merge_card(earlier, card)).encode()
+    return (card if earlier is None else merge_card(earlier, card)).encode("utf-8", "surrogateescape")

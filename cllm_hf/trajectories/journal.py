@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from ..files import check_file_place, path_inside, replace_file
+
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -17,7 +21,9 @@ class Journal:
     Results of the finished batches of a shard, one file each.
 
     A file appears under its name when it is complete. It says what it is the result of; one that is of something else,
-    as another version of this package may leave it, or that cannot be read, is computed again.
+    as another version of this package may leave it, or that was cut, is computed again. It carries a digest of its
+    content: one that holds other bytes than were written, or none by which that could be told, as version 0.1.0
+    left it, is named in a warning and computed again.
 
     Args:
         folder (`pathlib.Path`, *optional*): where the files are; without one nothing is kept.
@@ -43,20 +49,40 @@ class Journal:
         """
         if self.folder is None:
             return compute()
-        path = self.folder / f"{name}.json"
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        try:
-            kept = json.loads(path.read_bytes())
-            if isinstance(kept, dict) and kept.get("of") == digest:
-                return kept["result"]
-        except (FileNotFoundError, ValueError):
-            pass
+        path = path_inside(self.folder, f"{name}.json")
+        check_file_place(path, "Remove it and run the same collection again.")
+        of = _digest(key)
+        kept, problem = _read(path)
+        if kept.get("of") == of and problem is None:
+            return kept["result"]
+        if problem is not None:
+            logger.warning("%s %s. What it is the result of is computed again.", path, problem)
         result = compute()
+        content = {"of": of, "digest": _digest([of, result]), "result": result}
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"of": digest, "result": result}, separators=(",", ":")).encode())
+        replace_file(path, json.dumps(content, separators=(",", ":")).encode())
         return result
 
     def clear(self) -> None:
         """Remove the files: the shard is written."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str | None]:
+    """What a file holds, nothing if it is not there; and what is wrong with it."""
+    try:
+        kept = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}, None
+    except (ValueError, RecursionError):
+        return {}, "was cut, or holds other bytes than were written"
+    if not isinstance(kept, dict) or "digest" not in kept:
+        return {}, "has no digest of its content, as an earlier version left it"
+    if kept["digest"] != _digest([kept.get("of"), kept.get("result")]):
+        return {}, "holds other bytes than were written"
+    return kept, None

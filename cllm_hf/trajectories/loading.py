@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -16,20 +17,19 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     load_dataset,
-    load_from_disk,
 )
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import ENDPOINT
 
+from ..files import check_file_place, path_inside, problem_of_name
 from ..names import Name
-from .manifest import MANIFEST_NAME, read_manifest
+from .manifest import MANIFEST_NAME, SHARD_NAME, read_manifest
+from .saved import is_saved, load_saved
 from .schema import check_columns, check_dataset, check_record
 
 
 UNFINISHED_NAME = ".unfinished"
 _HOMEPAGE = re.compile(rf"{re.escape(ENDPOINT)}/datasets/([^/]+(?:/[^/]+)?)")
-# Which files `save_to_disk` leaves for one dataset, and for several splits.
-_SAVED_NAMES = ("state.json", "dataset_dict.json")
 _EMPTY = "The trajectory dataset is empty. Build it from more prompts, or look at its drop counts."
 
 
@@ -75,8 +75,8 @@ def load_trajectories(
     folder = found.path
     if folder is not None:
         found.check_hub_options(revision, token)
-        if any((folder / file).is_file() for file in _SAVED_NAMES):
-            loaded = _load_saved(folder, split, name, streaming)
+        if is_saved(folder):
+            loaded = load_saved(folder, split, name, streaming)
         else:
             loaded = _load_output(_choose(folder, name), split, streaming, allow_incomplete)
     else:
@@ -114,35 +114,10 @@ class _RowCheck:
         return {}  # nothing to change
 
 
-def _load_saved(
-    folder: Path, split: str | None, name: str | None, streaming: bool
-) -> Dataset | IterableDataset | dict[str, Any]:
-    """What `save_to_disk` has written."""
-    if name is not None:
-        raise ValueError(f"{folder} was made by `save_to_disk` and holds one dataset, got `name` {name!r}. Drop it.")
-    try:
-        saved = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:  # errors of Arrow are such
-        raise OSError(
-            f"The dataset in {str(folder)!r} must be whole, got: {str(error).strip()}. Save it again."
-        ) from error
-    # A dataset that never was part of others has no split.
-    splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-    if streaming:
-        splits = {key: dataset.to_iterable_dataset() for key, dataset in splits.items() if len(dataset)}
-    if split is None:
-        return splits
-    if split not in splits:
-        raise ValueError(
-            f"`split` must be one of {', '.join(splits)} or `None`, which {str(folder)!r} holds, got {split!r}."
-        )
-    return splits[split]
-
-
 def _choose(folder: Path, name: str | None) -> Path:
     """The folder of a configuration: the default one lies at the top, as in a repository on the Hub."""
-    chosen = folder if name in (None, "default") else folder / str(name)
-    if (chosen / MANIFEST_NAME).is_file() or (chosen / UNFINISHED_NAME).is_dir():
+    chosen = folder if name in (None, "default") else path_inside(folder, name)
+    if os.path.lexists(chosen / MANIFEST_NAME) or (chosen / UNFINISHED_NAME).is_dir():
         return chosen
     others = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
     if others:
@@ -159,13 +134,17 @@ def _load_output(
     """What `TrajectoryBuilder` has written."""
     manifest = _read_manifest(folder, allow_incomplete)
     check_shards(folder, manifest, contents=not streaming)
+    if "::" in str(folder.absolute()):
+        raise ValueError(
+            f"`datasets` reads no files below a folder with `::` in its name, got {str(folder)!r}. Rename it."
+        )
+    shards = manifest["shards"]
     files, empty = _files_by_split(folder, manifest)
     if split in empty or not files:
         raise ValueError(_EMPTY)
-    features = _common_features([Path(file) for group in files.values() for file in group])
+    features = _common_features([path_inside(folder, name) for name in sorted(shards) if shards[name]["records"]])
     # Datasets are converted into a cache whose key holds the names and times of the files. With what is in them in the
     # key too, new shards can never be mistaken for old ones.
-    shards = manifest["shards"]
     contents = "".join(f"{shard} {shards[shard].get('sha256')}\n" for shard in sorted(shards))
     key = f"trajectories-{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
     loaded = load_dataset("parquet", key, data_files=files, features=features, split=split, streaming=streaming)
@@ -223,9 +202,11 @@ def find_manifest(path: str | Path, name: str | None = None, revision: str | Non
         ValueError: if there is a file of that name which is no manifest.
     """
     inner, hub_id = "" if name in (None, "default") else f"{name}/", Name.find(path).hub_id
+    if inner and problem_of_name(name) is not None:
+        raise ValueError(f"`name` must be that of a configuration, got {name!r}, {problem_of_name(name)}.")
     try:
         if hub_id is None:
-            return read_manifest(Path(path) / inner)
+            return read_manifest(path_inside(Path(path), str(name)) if inner else Path(path))
         file = hf_hub_download(hub_id, f"{inner}{MANIFEST_NAME}", repo_type="dataset", revision=revision)
         return read_manifest(Path(file).parent)
     except OSError:
@@ -246,7 +227,8 @@ def check_shards(folder: Path, manifest: Mapping[str, Any], contents: bool = Tru
         OSError: for the first shard that is missing or differs, with the way to make it anew.
     """
     for name, entry in manifest["shards"].items():
-        file = folder / name
+        file = path_inside(folder, name)
+        check_file_place(file, "Remove it and run the same collection again: only that shard is made anew.")
         if not file.is_file():
             if entry.get("records") == 0:
                 continue
@@ -291,7 +273,9 @@ def records_by_split(manifest: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _split_of(shard: str) -> str:
-    return os.path.basename(shard).split("-")[0]
+    found = SHARD_NAME.fullmatch(shard)
+    assert found is not None  # as `read_manifest` has seen
+    return found[1]
 
 
 def _files_by_split(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
@@ -304,7 +288,9 @@ def _files_by_split(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str
             empty.append(split)
             continue
         shards = sorted(name for name in manifest["shards"] if _split_of(name) == split)
-        files[split] = [str(folder / name) for name in shards if manifest["shards"][name]["records"]]
+        # `datasets` takes them as patterns, which may fit files of other folders too.
+        paths = [path_inside(folder, name) for name in shards if manifest["shards"][name]["records"]]
+        files[split] = [glob.escape(str(path)) for path in paths]
     return files, empty
 
 

@@ -175,8 +175,11 @@ class TrajectoryStatistics:
                 f"Statistics of trajectories have the entries {', '.join(names)}, got {', '.join(values) or 'none'}. "
                 "Pass what `to_dict` gave, or measure the dataset again."
             )
-        counters = {name: {int(value): number for value, number in values[name].items()} for name in _COUNTERS}
-        return cls(**{**values, **counters})
+        try:
+            counters = {name: {int(value): number for value, number in values[name].items()} for name in _COUNTERS}
+            return cls(**{**values, **counters})
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"Statistics are numbers and counters, got {values!r:.200}. Measure again.") from error
 
 
 def measure_trajectories(
