@@ -31,8 +31,8 @@ WORDS = (
     "NATURAL CROSS UNION ALL EXCEPT INTERSECT GROUP ORDER BY HAVING LIMIT OFFSET DISTINCT WITH RECURSIVE VALUES CAST "
     "COLLATE ASC DESC OVER PARTITION FILTER WINDOW ESCAPE GLOB REGEXP MATCH DATE INTERVAL ARRAY STRUCT MAP "
     "PIVOT LATERAL QUALIFY TOP FETCH FOR IF REPLACE PRAGMA EXPLAIN SHOW VACUUM count max date strftime json_extract "
-    "pet owner T1 T2 age name id kind 1 -2 3.5e9 0x1F 'a' \"b\" `c` [d] ( ) (( )) , ; . * = == <> != < > <= >= + - / % || | & "
-    "~ << >> -> ->> :: : ? ?1 @x $y #z { } ' \" ` [ ] -- /* */ \\ \0 é \u2028 \ud800 ½"
+    "pet owner T1 T2 age name id kind 1 -2 3.5e9 0x1F 'a' \"b\" `c` [d] ( ) (( )) , ; . * = == <> != < > <= >= + - / "
+    "% || | & ~ << >> -> ->> :: : ? ?1 @x $y #z { } ' \" ` [ ] -- /* */ \\ \0 é \u2028 \ud800 ½"
 ).split(" ")
 WRAPPINGS = [
     ("(", ")"),
