@@ -27,7 +27,9 @@ _WRITTEN: dict[str, str | int | None] = {
     **{symbol: f"\u2063{unicodedata.normalize('NFKC', symbol)} ".replace("⁄", "/") for symbol in _VULGAR},
 }
 _CHARACTERS = str.maketrans(_WRITTEN)
-_INTEGER = r"[0-9]{1,20}"
+_INTEGER = r"[0-9](?:[0-9]|,(?=[0-9]{3})){0,25}"
+# A space between thousands, where a group begins with a zero: no number of its own does.
+_SPACED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?: [0-9]{3}){0,4} 0[0-9]{2}(?: [0-9]{3}){0,4}(?![0-9])")
 # Replaced in this order. All are bounded where they repeat, so that they take time in proportion to the text.
 _REPLACEMENTS = [
     (re.compile(pattern), replacement)
@@ -99,7 +101,7 @@ def plain_numbers(text: str) -> str:
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _REPLACEMENTS:
         text = pattern.sub(replacement, text)
-    return text
+    return _SPACED.sub(lambda number: number.group().replace(" ", ","), text)
 
 
 def find_numbers(text: str, start: int = 0) -> Iterator[re.Match[str]]:
