@@ -23,7 +23,7 @@ except ImportError as error:
 
 # The queries of Spider make at most 2 nodes a token. A parser that goes back and tries again makes twice as many with
 # each level of `DATE(DATE(...))`.
-_NODES_PER_TOKEN = 20
+_NODES_PER_TOKEN = 4
 _SPARE_NODES = 2000
 _Parser: Any = SQLite.parser_class
 
