@@ -221,6 +221,7 @@ REFUSED = {
     "a large cache": (with_config(cache_implementation="static", max_cache_len=10**9), "static caches of at most 64"),
     "no tokens": ({"max_tokens": 0}, "max_new_tokens"),
     "a config that is none": ({"extra_body": {"generation_config": "[1]"}}, "must be a JSON object in a string"),
+    "an unknown option": (with_config(jacobi_block=8), "Unknown options ['jacobi_block']"),
     "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "must be a JSON object in a string"),
 }
 
@@ -331,6 +332,13 @@ def post(server, path, body):
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize("messages", [None, [], "Hello.", ["Hello."], [{"content": "Hello."}]])
+def test_what_is_no_chat_is_refused(messages, limited):
+    for stream in (False, True):
+        status, text = post(limited, "/v1/chat/completions", {"messages": messages, "stream": stream})
+        assert status == 400 and "must be a list of objects with `role` and `content`" in text
 
 
 def test_a_server_with_a_model_serves_no_other(limited, folders):

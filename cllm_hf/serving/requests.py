@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
+from ..options import OPTION_NAMES
 from .limits import ServingLimits
 
 
@@ -149,7 +150,7 @@ def make_build_server(original: Any) -> Any:
     def build_server(model_manager: Any, chat_handler: Any, **others: Any) -> Any:
         for name, handler in {"chat_handler": chat_handler, **others}.items():
             if name in ("chat_handler", "completion_handler", "response_handler"):
-                handler.handle_request = _until_started(handler.handle_request, escapes=name != "response_handler")
+                handler.handle_request = _until_started(handler.handle_request, name)
         app = original(model_manager, chat_handler, **others)
         for kind in (ValueError, NotImplementedError, TemplateError):
             app.add_exception_handler(kind, _refuse)
@@ -158,11 +159,13 @@ def make_build_server(original: Any) -> Any:
     return build_server
 
 
-def _until_started(handle: Callable[..., Awaitable[Any]], escapes: bool) -> Callable[..., Awaitable[Any]]:
+def _until_started(handle: Callable[..., Awaitable[Any]], name: str) -> Callable[..., Awaitable[Any]]:
     """A handler that answers with a stream once that has begun: until then, the status can say what is wrong."""
 
     async def handle_request(body: dict[str, Any], request_id: str) -> Any:
-        request = _Request(body, escapes)
+        if name == "chat_handler":
+            _check_messages(body.get("messages"))
+        request = _Request(body, escapes=name != "response_handler")
         token = _REQUEST.set(request)
         try:
             response = await handle(body, request_id)
@@ -189,7 +192,19 @@ def _read_config(text: Any) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise ValueError(f"`generation_config` must be a JSON object in a string, got {text!r:.200}.")
+    unknown = [name for name in config if name.startswith("jacobi_") and name not in OPTION_NAMES]
+    if unknown:
+        raise ValueError(f"Unknown options {unknown} in `generation_config`. There are {', '.join(OPTION_NAMES)}.")
     return config
+
+
+def _check_messages(messages: Any) -> None:
+    """Every chat template asks for these."""
+    is_chat = isinstance(messages, list) and all(
+        isinstance(message, dict) and "role" in message for message in messages
+    )
+    if not is_chat or not messages:
+        raise ValueError(f"`messages` must be a list of objects with `role` and `content`, got {messages!r:.200}.")
 
 
 async def _refuse(_: Any, error: Exception) -> Any:
