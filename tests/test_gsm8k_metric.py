@@ -156,6 +156,10 @@ WRITTEN = {
         ("#### Sum of 2\n#### Final Answer: $18\n#### Check 5", 18),
         ("#### Answer: **$1,234.50**", Fraction("1234.5")),
         ("#### He has 18 eggs", 18),
+        ("#### Cost of 3 eggs\n3 * 6 = \\boxed{18}", 18),
+        ("#### Of the 3 eggs $\\boxed{18}$ are left\n\\boxed{7}", 18),
+        ("#### Total for 3 eggs: 9 * 2 = 18", 18),
+        ("#### Final answer: 18 at 2:30", 18),
     ],
     "limits": [
         ("1e999999999", None),
@@ -214,6 +218,8 @@ def test_any_text_is_judged(text):
         ("so 1000", "right without ####"),
         ("so 7", "wrong without ####"),
         ("#### ?", "no answer"),
+        ("#### Thus \\boxed{1000}", "right"),
+        ("#### Cost of 3\n\\boxed{1000}", "right without ####"),
     ],
 )
 def test_kinds(prediction, kind):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Callable
 from fractions import Fraction
 
 from ..judgements import Judgement
@@ -33,8 +34,8 @@ def read_answer(text: str) -> Fraction | None:
     """
     Read the number that a text gives as its answer.
 
-    It is that of `read_marked_answer`; without a line that is marked it is the number in the last `\\boxed{...}`, and
-    without such a box the last number of the text. Numbers are read as they are written in plain text, Markdown and
+    It is that of `read_marked_answer`; else it is the number in the last `\\boxed{...}`, and without such a box the
+    last number of the text. Numbers are read as they are written in plain text, Markdown and
     LaTeX, see `written_numbers`: thousands in every style, currency signs, a percent sign and units are left out
     (`$1,234.50` is 1234.5, `50%` is 50); `12.` at the end of a sentence is 12, `3/4` and `\\frac{3}{4}` are the
     fraction, `1 1/2` is one and a half, `1.5e3` and `1.5 \\times 10^3` are 1500.
@@ -54,9 +55,10 @@ def read_marked_answer(text: str) -> Fraction | None:
     """
     Read the number that is marked by `####`.
 
-    `####` is also a heading of Markdown. The first line where a number follows the marker directly goes first; then
-    the first one that names an answer or a result, then the first with a number at all. Headings that are counted
-    (`#### Step 1`, or several such as `#### 1. Count the eggs`) mark no answer.
+    `####` is also a heading of Markdown. The first line where a number follows the marker directly goes first, then
+    one with a `\\boxed{...}`. Where the text has no box either, the first line that names an answer or a result is
+    taken, then the first with a number at all. Headings that are counted (`#### Step 1`, or several such as `#### 1.
+    Count the eggs`) mark no answer.
 
     Args:
         text (`str`): a response, or an answer of the data set.
@@ -98,33 +100,46 @@ def _read(text: str) -> tuple[Fraction | None, bool]:
     if len(text) > _MAX_LENGTH:
         return None, False
     text = plain_numbers(text)
-    line = _marked_line(text)
-    if line is not None:
-        answer = _read_first(line)
+    lines = _marked_lines(text)
+    for candidate, is_marked in (
+        (_find(_BEFORE_NUMBER.match, lines), True),
+        (_content_of_box(_find(_BOXED.search, lines)), True),
+        (_content_of_box(text), False),
+        (_after_colon(_find(_NAMES_ANSWER.search, lines)), True),
+        (lines[0] if lines else "", True),
+    ):
+        answer = _read_first(candidate)
         if answer is not None:
-            return answer, True
-    boxes = deque(_BOXED.finditer(text), maxlen=1)
-    if boxes:
-        content = boxes[0]["content"] or boxes[0]["bare"] or ""
-        answer = _read_first(re.sub(r"^\s{0,3}-\s", "-", content))
-        if answer is not None:
-            return answer, False
+            return answer, is_marked
     numbers = deque(find_numbers(text), maxlen=1)
     return (read_number(numbers[0]) if numbers else None), False
 
 
-def _marked_line(text: str) -> str | None:
-    """What stands after the marker of the answer."""
+def _marked_lines(text: str) -> list[str]:
+    """What stands after each marker, if it has a digit and is not a heading that is counted."""
     lines = [line.partition("\n")[0] for line in text.split(MARKER)[1:]]
     lines = [line for line in lines if re.search("[0-9]", line) and not _STEP.match(line)]
     counted = {line: int(match["named"] or match["bare"]) for line in lines if (match := _COUNTED.match(line))}
     if len(counted) > 1 and list(counted.values()) == list(range(1, len(counted) + 1)):
         lines = [line for line in lines if line not in counted]
-    for pattern in (_BEFORE_NUMBER.match, _NAMES_ANSWER.search, bool):
-        for line in lines:
-            if pattern(line):
-                return line
-    return None
+    return lines
+
+
+def _find(is_wanted: Callable[[str], object], lines: list[str]) -> str:
+    return next((line for line in lines if is_wanted(line)), "")
+
+
+def _content_of_box(text: str) -> str:
+    """What the last `\\boxed{...}` holds. A dash at its beginning is a minus."""
+    boxes = deque(_BOXED.finditer(text), maxlen=1)
+    content = (boxes[0]["content"] or boxes[0]["bare"] or "") if boxes else ""
+    return re.sub(r"^\s{0,3}-\s", "-", content)
+
+
+def _after_colon(line: str) -> str:
+    """Of `Total of 3 eggs: 18` what is after the colon, if there is a number."""
+    after = line.partition(":")[2]
+    return after if re.search("[0-9]", after) else line
 
 
 def _read_first(line: str) -> Fraction | None:
