@@ -6,6 +6,8 @@ import json
 import logging
 import random
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -378,6 +380,12 @@ def test_metric_counts_both_and_runs_in_batches(databases, tmp_path):
     assert result["accuracy"] == 1.0 and "exact_match" not in result
     with pytest.raises(GoldQueryError, match="Reference 0.*no database"):
         by_path.compute(predictions=["x"], references=[{"query": "x", "database": str(tmp_path / "missing")}])
+
+
+def test_a_missing_parser_is_said_to_be_missing():
+    code = "import sys; sys.modules['sqlglot'] = None; import cllm_hf.evaluation.metrics.sql_clauses"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install cllm_hf[spider]" in result.stderr.splitlines()[-1]
 
 
 def test_schema_is_read_in_lower_case(databases, runner):

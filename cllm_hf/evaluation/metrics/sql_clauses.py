@@ -13,9 +13,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlglot import exp
-
-from .sql_parsing import NotParsed, parse_query
+from .sql_parsing import NotParsed, exp, parse_query  # which says how to install `sqlglot`
 
 
 _VALUE = "value"
