@@ -84,6 +84,8 @@ def _make_parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_run_export)
     serve = commands.add_parser("serve", help=_SERVE_HELP, add_help=False, allow_abbrev=False)
     serve.add_argument("--block-size", type=_block_size)
+    for name in ("--max-new-tokens", "--max-block-size", "--max-cache-length"):
+        serve.add_argument(name, type=int)
     serve.set_defaults(run=_run_serve)
     return parser
 
@@ -193,13 +195,17 @@ def _run_export(parsed: argparse.Namespace) -> int:
 
 
 def _run_serve(parsed: argparse.Namespace) -> int:
-    from .serving import serve
+    from .serving import ServingLimits, serve
 
     if {"-h", "--help"} & set(parsed.arguments):
         print(f"cllm serve: {_SERVE_HELP}. To the options of the host, below, it adds\n")
-        print("  --block-size N  decode by Jacobi with this block size, whatever the model's defaults are\n")
+        print("  --block-size N        decode by Jacobi with this block size, whatever the model's defaults are")
+        print("  --max-new-tokens N    refuse requests for more tokens")
+        print("  --max-block-size N    refuse requests for larger blocks, times one more than `jacobi_candidates`")
+        print("  --max-cache-length N  refuse requests with more tokens of prompt and response together\n")
     try:
-        serve(parsed.arguments, parsed.block_size, report=_report_model)
+        limits = ServingLimits(parsed.max_new_tokens, parsed.max_block_size, parsed.max_cache_length)
+        serve(parsed.arguments, parsed.block_size, _report_model, limits)
     except ImportError as error:
         print(f"cllm: {error}", file=sys.stderr)
         return 1

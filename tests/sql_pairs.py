@@ -301,3 +301,23 @@ PAIRS = {
     ],
 }  # fmt: skip
 ALL_PAIRS = [(topic, *pair) for topic, pairs in PAIRS.items() for pair in pairs]
+
+
+def deep_queries(depth):
+    """Queries on the table `pet` that an algorithm takes long over if it looks at parts of them more than once."""
+
+    def nest(before, after):
+        return before * depth + "age" + after * depth
+
+    return {
+        "equations": f"SELECT 1 FROM pet WHERE age {'= age ' * depth}",
+        "comparisons": f"SELECT 1 FROM pet WHERE {nest('(age > ', ')')}",
+        "IN": f"SELECT 1 FROM pet WHERE {nest('age IN (', ')')}",
+        "BETWEEN": f"SELECT 1 FROM pet WHERE {nest('age BETWEEN 1 AND (', ')')}",
+        "minus": f"SELECT 1 FROM pet WHERE age > {nest('-(', ')')}",
+        "subqueries": f"SELECT 1 FROM pet WHERE {nest('age IN (SELECT id FROM pet WHERE ', ')')}",
+        "tables": f"SELECT 1 FROM {'(SELECT * FROM ' * depth}pet{' UNION SELECT 1 ORDER BY 1)' * depth}",
+        "aliases": f"SELECT age AS x0{''.join(f', x{i} + x{i} AS x{i + 1}' for i in range(depth))} FROM pet",
+        "joins": "SELECT 1 FROM pet p"
+        + "".join(f" JOIN pet p{i} ON p.id IN (SELECT age + {i} FROM pet)" for i in range(depth)),
+    }

@@ -1,6 +1,7 @@
 """Facts about the host libraries that this project relies on. After an upgrade, these fail first."""
 
 import inspect
+import re
 
 import click
 import pytest
@@ -18,7 +19,12 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.cli.serve import Serve
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import GenerateManager
 from transformers.cli.transformers import app as transformers_commands
 from transformers.masking_utils import create_causal_mask
 from trl import SFTTrainer
@@ -141,7 +147,28 @@ def test_the_server_makes_its_model_manager_by_this_name():
     parameters = inspect.signature(ModelManager.load_model_and_processor).parameters
     assert list(parameters)[:2] == ["self", "model_id_and_revision"]
     assert "self.load_model_and_processor(" in inspect.getsource(ModelManager.__init__)
+    assert inspect.isasyncgenfunction(ModelManager.load_model_streaming)
     assert isinstance(transformers_commands, click.Group) and "serve" in transformers_commands.commands
+
+
+def test_the_server_handles_requests_by_these_names():
+    source = inspect.getsource(Serve.__init__)
+    for module, name in (("server", "build_server"), ("utils", "GenerationState")):
+        assert re.search(rf"from \.serving\.{module} import .*{name}", source) and f"{name}(" in source
+    handlers = ("chat_handler", "completion_handler", "response_handler")
+    assert {*handlers, "generation_state"} <= set(inspect.signature(build_server).parameters)
+    for name in handlers:
+        assert f"{name}.handle_request(body, request.state.request_id)" in inspect.getsource(build_server)
+    for handler in (ChatCompletionHandler, CompletionHandler, ResponseHandler):
+        source = inspect.getsource(handler)
+        assert "self.generation_state.get_manager(model_id, use_cb=use_cb)" in source
+        assert "gen_manager.generate_streaming(" in source and "gen_manager.generate_non_streaming(" in source
+    for name in ("generate_streaming", "generate_non_streaming"):
+        parameters = list(inspect.signature(getattr(GenerateManager, name)).parameters)
+        assert parameters[:5] == ["self", "model", "processor", "inputs", "gen_config"]
+    source = inspect.getsource(GenerateManager.generate_streaming)
+    assert "model.generate(**gen_kwargs)" in source and '"streamer": streamer' in source
+    assert 'data: {{"error": "{text.msg}"}}' in inspect.getsource(CompletionHandler)  # not escaped
 
 
 def test_remote_generate_is_bound_to_its_model(llama, tmp_path):

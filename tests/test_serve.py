@@ -1,6 +1,7 @@
 """`cllm serve`: the host's server, asked by the client of OpenAI, answers by Jacobi decoding with the greedy text."""
 
 import copy
+import itertools
 import json
 import os
 import signal
@@ -9,18 +10,22 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import openai
 import pytest
 from conftest import make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.cli.serve import Serve
-from transformers.cli.serving.model_manager import ModelManager
 
 import cllm_hf
 from cllm_hf import serving
 from cllm_hf.cli import main
-from cllm_hf.serving import jacobi_models
+from cllm_hf.decoding.block_size import _SIZES
+from cllm_hf.serving import ServingLimits, jacobi_models
+from cllm_hf.serving.limits import _LARGEST_AUTO
+from cllm_hf.serving.requests import _WatchedStreamer
 
 
 LENGTH = 40
@@ -76,12 +81,14 @@ def greedy_text(folder, prompt, **options):
 class Server:
     """The host's server in a thread, the models that it has loaded, and their forwards."""
 
-    def __init__(self, folder, block_size=None):
+    def __init__(self, folder, block_size=None, limits=None, **options):
         self.folder, self.models, self.num_forwards = folder, [], 0
         port = free_port()
-        with jacobi_models(block_size, self.watch):
-            self.serve = Serve(force_model=folder, host="127.0.0.1", port=port, device="cpu", non_blocking=True)
+        options = {"force_model": folder, "device": "cpu", **options}
+        with jacobi_models(block_size, self.watch, limits):
+            self.serve = Serve(host="127.0.0.1", port=port, non_blocking=True, **options)
         wait_for(port)
+        self.port = port
         self.client = make_client(port)
 
     def watch(self, model):
@@ -170,13 +177,212 @@ def test_models_without_defaults_are_served_as_by_the_host(folders):
         server.stop()
 
 
-def test_the_host_is_left_as_it_was(folders):
-    from transformers.cli.serving import model_manager
+@pytest.fixture(scope="module")
+def limited(folders):
+    """A server with limits; every token that its model knows is one of text."""
+    server = Server(folders["cllm"], limits=ServingLimits(max_new_tokens=48, max_block_size=16, max_cache_length=64))
+    yield server
+    server.stop()
 
+
+def ask(server, endpoint, stream, options):
+    """Ask as a client of OpenAI does, to the end of the stream if there is one; returns the text."""
+    client, asked = server.client, {"model": server.folder, "stream": stream, **options}
+    if endpoint == "chat":
+        answer = client.chat.completions.create(messages=MESSAGES, **asked)
+        if not stream:
+            return answer.choices[0].message.content
+        return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+    if endpoint == "completion":
+        answer = client.completions.create(**{"prompt": "Hello.", **asked})
+        return "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
+    if "max_tokens" in asked:
+        asked["max_output_tokens"] = asked.pop("max_tokens")
+    answer = client.responses.create(input="Hello.", **asked)
+    return "".join(getattr(event, "delta", "") for event in answer) if stream else answer.output_text
+
+
+def with_config(**config):
+    return {"max_tokens": 8, "extra_body": {"generation_config": json.dumps(config)}}
+
+
+REFUSED = {
+    "beams": (with_config(num_beams=2), "beam"),
+    "scores": (with_config(output_scores=True, return_dict_in_generate=True), "output_scores"),
+    "a block without positions": (with_config(jacobi_block_size=0), 'integer of at least 1 or \\"auto\\", got 0'),
+    "a large block": (
+        with_config(jacobi_block_size=17),
+        "at most 16 positions in a forward pass, got a request for 17",
+    ),
+    "a block of any size": (with_config(jacobi_block_size="auto"), "got a request for 64"),
+    "many candidates": (with_config(jacobi_block_size=8, jacobi_candidates=2), "at most 16 positions"),
+    "many tokens": ({"max_tokens": 49}, "at most 48 tokens, got a request for 49"),
+    "many tokens in a config": ({"extra_body": with_config(max_new_tokens=10**9)["extra_body"]}, "at most 48 tokens"),
+    "a large cache": (with_config(cache_implementation="static", max_cache_len=10**9), "static caches of at most 64"),
+    "no tokens": ({"max_tokens": 0}, "max_new_tokens"),
+    "a config that is none": ({"extra_body": {"generation_config": "[1]"}}, "must be a JSON object in a string"),
+    "an unknown option": (with_config(jacobi_block=8), "Unknown options ['jacobi_block']"),
+    "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "must be a JSON object in a string"),
+}
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completion", "response"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_request_cannot_have_is_refused_before_anything_is_answered(name, endpoint, limited):
+    options, message = REFUSED[name]
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as error:
+            ask(limited, endpoint, stream, options)
+        assert error.value.status_code == 400 and message in error.value.response.text
+        assert error.value.response.json()["error"]["type"] == "invalid_request_error"
+    assert ask(limited, endpoint, True, {"max_tokens": 4}) == ask(limited, endpoint, False, {"max_tokens": 4}) != ""
+
+
+def test_what_is_not_asked_for_is_brought_within_the_limits(limited):
+    text = greedy_text(limited.folder, "Hello.", max_new_tokens=48)[0]
+    for stream in (False, True):
+        assert ask(limited, "completion", stream, {}) == text
+        assert ask(limited, "completion", stream, {"prompt": "Hello." * 10}) != ""  # 4 of 64 tokens are left
+        for prompt, options in (("Hello." * 11, {}), ("Hello." * 10, {"max_tokens": 5})):
+            with pytest.raises(openai.BadRequestError, match="at most 64 tokens of prompt and response together"):
+                ask(limited, "completion", stream, {"prompt": prompt, **options})
+
+
+@pytest.mark.parametrize(
+    ("fields", "default", "refusal"),
+    [
+        ({"jacobi_block_size": 17}, {}, "got a request for 17"),
+        ({"jacobi_block_size": "auto"}, {}, "got a request for 64"),
+        ({}, {"jacobi_block_size": 64}, None),
+        ({"jacobi_block_size": 64}, {"jacobi_block_size": 64}, None),
+        ({}, {"jacobi_block_size": "auto"}, None),
+        ({}, {"jacobi_block_size": 16, "jacobi_candidates": 1}, "`jacobi_candidates=1`"),
+        ({"max_new_tokens": "5"}, {}, "`max_new_tokens` must be an integer, got '5'"),
+        ({}, {"max_new_tokens": 100}, "at most 48 tokens, got a request for 100"),
+        ({"max_length": 100}, {}, "got a request for 95"),
+    ],
+)
+def test_limits_hold_for_defaults_of_the_model_too(fields, default, refusal):
+    limits = ServingLimits(max_new_tokens=48, max_block_size=16)
+    for asks in (True, False):
+        config, default_config = GenerationConfig(), GenerationConfig()
+        for options, values in ((config, fields), (default_config, default)):
+            for name, value in values.items():
+                setattr(options, name, value)
+        is_length = "jacobi" not in str((fields, default)) and fields.get("max_new_tokens") != "5"
+        if refusal and (asks or not is_length):
+            with pytest.raises(ValueError, match=refusal):
+                limits.apply(config, default_config, 5, asks)
+            continue
+        limits.apply(config, default_config, 5, asks)
+        if is_length:
+            assert config.max_new_tokens == 48
+        else:
+            assert config.jacobi_block_size == 16
+
+
+def test_the_largest_block_of_auto_is_known():
+    assert _LARGEST_AUTO == max(_SIZES)
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_block_size", "max_cache_length"])
+def test_limits_must_be_positive_integers(name, folders, capfd):
+    for value in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got {value}"):
+            ServingLimits(**{name: value})
+    assert main(["serve", folders["cllm"], f"--{name.replace('_', '-')}", "0"]) == 1
+    assert f"`{name}` must be an integer of at least 1, got 0" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("limits", "bound"), [(ServingLimits(), 2048), (ServingLimits(max_cache_length=300), 300)])
+def test_no_request_makes_the_static_cache_of_others_longer_than_the_server_allows(limits, bound):
+    """A longer text is decoded without one, or refused."""
+    for length, default in itertools.product((bound - 10, bound - 9), (None, "static")):
+        config, default_config = (
+            GenerationConfig(max_new_tokens=length),
+            GenerationConfig(cache_implementation=default),
+        )
+        config.cache_implementation, config.jacobi_compile = "static", True
+        if length + 10 > bound and limits.max_cache_length:
+            with pytest.raises(ValueError, match="at most 300 tokens"):
+                limits.apply(config, default_config, 10, True)
+            continue
+        limits.apply(config, default_config, 10, True)
+        is_static = length + 10 <= bound
+        assert (config.cache_implementation, config.jacobi_compile) == (
+            ("static", True) if is_static else ("dynamic", False)
+        )
+
+
+def test_a_long_text_on_a_server_that_compiles_is_the_greedy_one(folders, monkeypatch):
+    monkeypatch.setattr("cllm_hf.serving.limits._STATIC_LENGTH", 32)
+    server = Server(folders["cllm"], compile=True)
+    try:
+        assert ask(server, "completion", False, {"max_tokens": 40}) == greedy_text(folders["cllm"], "Hello.")[0]
+    finally:
+        server.stop()
+
+
+def post(server, path, body):
+    """Status and text of an answer."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize("messages", [None, [], "Hello.", ["Hello."], [{"content": "Hello."}]])
+def test_what_is_no_chat_is_refused(messages, limited):
+    for stream in (False, True):
+        status, text = post(limited, "/v1/chat/completions", {"messages": messages, "stream": stream})
+        assert status == 400 and "must be a list of objects with `role` and `content`" in text
+
+
+def test_a_server_with_a_model_serves_no_other(limited, folders):
+    for path in ("/v1/completions", "/load_model"):
+        status, text = post(limited, path, {"model": folders["plain"], "prompt": "Hello.", "max_tokens": 2})
+        assert status == 400 and "pinned to" in text
+    assert '"ready"' in post(limited, "/load_model", {"model": limited.folder})[1]
+    assert len(limited.models) == 1
+
+
+def test_a_server_without_a_model_loads_any(folders):
+    server = Server(folders["cllm"], force_model=None)
+    try:
+        assert '"ready"' in post(server, "/load_model", {"model": folders["plain"]})[1]
+        assert ask(server, "completion", False, {"max_tokens": 3}) != ""
+        assert len(server.models) == 2
+    finally:
+        server.stop()
+
+
+def test_an_error_in_the_midst_of_a_stream_is_valid_json(limited, monkeypatch):
+    model = limited.models[0]
+    generate = type(model).generate
+
+    def fail_later(self, *args, streamer=None, **kwargs):
+        generate(self, *args, streamer=streamer, **kwargs)
+        raise ValueError('it "fails"\nlater')
+
+    monkeypatch.setattr(type(model), "generate", fail_later)
+    monkeypatch.setattr(_WatchedStreamer, "end", lambda self: None)
+    status, text = post(limited, "/v1/completions", {"prompt": "Hello.", "max_tokens": 4, "stream": True})
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+    assert status == 200 and events[0]["choices"] and events[-1] == {"error": 'it "fails"\nlater'}
+
+
+def test_the_host_is_left_as_it_was(folders):
+    from transformers.cli.serving import model_manager, server, utils
+
+    names = [(model_manager, "ModelManager"), (utils, "GenerationState"), (server, "build_server")]
+    before = [getattr(module, name) for module, name in names]
     with pytest.raises(KeyError), jacobi_models(4):
-        assert model_manager.ModelManager is not ModelManager
+        assert all(getattr(module, name) is not value for (module, name), value in zip(names, before))
         raise KeyError
-    assert model_manager.ModelManager is ModelManager
+    assert [getattr(module, name) for module, name in names] == before
 
 
 def test_two_threads_that_load_one_model_prepare_it_once(folders):
@@ -203,6 +409,7 @@ def test_two_threads_that_load_one_model_prepare_it_once(folders):
         (["--block-size", "0"], 'integer of at least 1 or "auto", got 0'),
         (["--block-size", "many"], "got 'many'"),
         (["--block-size=8", "--continuous-batching"], "Drop one of the two"),
+        (["--block-size=8", "--max-block-size=4"], "must not go beyond `--max-block-size`, got 8 and 4"),
         (["--dtype", "float17"], "float17"),
     ],
 )
@@ -227,7 +434,9 @@ def test_missing_extra(folders, capfd, monkeypatch):
 def test_help_names_our_option_and_those_of_the_host(capfd):
     assert main(["serve", "--help"]) == 0
     out = capfd.readouterr().out
-    assert "--block-size N" in out and "--continuous-batching" in out
+    assert "--continuous-batching" in out
+    for name in ("block-size", "max-new-tokens", "max-block-size", "max-cache-length"):
+        assert f"--{name} N" in out
 
 
 def test_command_serves_until_it_is_interrupted(folders):

@@ -3,15 +3,18 @@
 import hashlib
 import itertools
 import json
+import logging
 import random
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sql_pairs import ALL_PAIRS, make_databases
+from sql_pairs import ALL_PAIRS, deep_queries, make_databases
 
 import cllm_hf
 from cllm_hf.evaluation.metrics import sql
@@ -98,6 +101,111 @@ def test_distinct_counts_only_if_asked_for(databases, runner):
         metric = cllm_hf.SpiderAccuracy(exact_match=False, **keep_distinct)
         assert metric.compute(predictions=[pair[1]], references=[reference])["accuracy"] == share
     assert without_distinct("SELECT DISTINCT 'distinct' FROM x -- distinct") == "SELECT  'distinct' FROM x -- distinct"
+
+
+def test_an_operator_with_the_word_distinct_stays(databases, runner):
+    pets, _ = databases
+    for operator, age in ("IS NOT DISTINCT FROM", "= 3"), ("is\n/* not */distinct from", "<> 3 OR age IS NULL"):
+        query = f"SELECT DISTINCT id FROM pet WHERE age {operator} 3"
+        assert without_distinct(query) == f"SELECT  id FROM pet WHERE age {operator} 3"
+        if sqlite3.sqlite_version_info >= (3, 39):
+            plain = f"SELECT id FROM pet WHERE age {age}"
+            assert judge_sql(query, plain, pets, runner).is_right and judge_sql(plain, query, pets, runner).is_right
+    for query in (
+        "SELECT count(DISTINCT age) FROM pet",
+        "SELECT a IS (DISTINCT b) FROM pet",
+        "SELECT a, DISTINCT FROM x",
+    ):
+        assert "DISTINCT" not in without_distinct(query)
+
+
+@pytest.mark.parametrize("query", ["{}; -- so", "{};;", "; {}", "/* a */;{}; /* b */ ;\n", "{} -- ; SELECT 2"])
+def test_statements_that_hold_nothing_do_not_count(query, databases, runner):
+    pets, _ = databases
+    plain = "SELECT name FROM pet WHERE name <> ';'"
+    query = query.format(plain)
+    for prediction, gold in ((query, plain), (plain, query)):
+        assert judge_sql(prediction, gold, pets, runner).is_right
+        assert judge_exact_match(prediction, gold, SCHEMA).is_right
+    for several in (f"{query}\n; SELECT 1", " ; -- nothing\n;"):
+        assert judge_sql(several, plain, pets, runner).kind in ("several statements", "no query")
+        assert judge_exact_match(several, plain, SCHEMA).kind == "not parsed"
+
+
+BROKEN = {
+    "a view of a table that is gone": "CREATE TABLE gone (x); CREATE VIEW v AS SELECT x FROM gone; DROP TABLE gone;",
+    "a virtual table": "CREATE VIRTUAL TABLE v USING fts5(body);",
+    "a view with a function of an application": "CREATE VIEW v AS SELECT first_letter(name) FROM pet;",
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_what_is_broken_elsewhere_in_a_database_does_not_matter(fault, tmp_path):
+    path = tmp_path / "pets.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.executescript("CREATE TABLE pet (name, age); INSERT INTO pet VALUES ('Rex', 3);" + BROKEN[fault])
+    gold = {"query": "SELECT name FROM pet", "database": str(path)}
+    result = cllm_hf.SpiderAccuracy().compute(predictions=[gold["query"], "SELECT * FROM v"], references=[gold] * 2)
+    assert (result["num_right"], result["exact_match_num_right"]) == (1, 1)
+    with pytest.raises(GoldQueryError, match="Reference 0"):
+        cllm_hf.SpiderAccuracy().compute(predictions=["x"], references=[{**gold, "query": "SELECT * FROM v"}])
+
+
+def test_further_keys_of_a_reference_are_left_out(databases):
+    pets, _ = databases
+    query = "SELECT name FROM pet"
+    reference = {"query": query, "database": pets, "db_id": "pets", "question": "Who?", "toks": [["a"], [1]]}
+    metric = cllm_hf.SpiderAccuracy()
+    assert metric.compute(predictions=[query], references=[reference])["accuracy"] == 1.0
+    metric.add(prediction=query, reference=reference)
+    metric.add_batch(predictions=[query], references=[{**reference, "more": None}])
+    assert metric.compute()["num_right"] == 2
+    by_name = cllm_hf.SpiderAccuracy(database_folder=pets.parents[1])
+    assert by_name.compute(predictions=[query], references=[reference])["exact_match"] == 1.0
+    with pytest.raises(ValueError, match=r"must have the keys \('query', 'db_id'\), got \['query'\]"):
+        by_name.compute(predictions=[query], references=[{"query": query}])
+
+
+@pytest.mark.parametrize("prediction", [None, "\ud800", "SELECT count(DISTINCT) FROM pet", "\0", "(" * 200_000])
+def test_a_prediction_that_is_no_query_costs_one_judgement(prediction, databases):
+    reference = {"query": "SELECT name FROM pet", "database": databases[0]}
+    predictions = [reference["query"], prediction, reference["query"]]
+    result = cllm_hf.SpiderAccuracy().compute(predictions=predictions, references=[reference] * 3)
+    assert (result["num_right"], result["exact_match_num_right"]) == (2, 2)
+
+
+@pytest.mark.parametrize("name", deep_queries(1))
+def test_time_to_describe_a_query_grows_with_its_length(name, monkeypatch):
+    """Counted in descriptions; each level of these queries took twice as long as the one before."""
+    from cllm_hf.evaluation.metrics import sql_clauses
+
+    def count(depth):
+        calls = []
+        seal = sql_clauses._seal
+        with monkeypatch.context() as context:
+            context.setattr(sql_clauses, "_seal", lambda *parts: calls.append(1) or seal(*parts))
+            assert judge_exact_match(deep_queries(depth)[name], "SELECT 1", SCHEMA).kind == "other clauses"
+        return len(calls)
+
+    counts = [count(depth) for depth in (6, 8, 10)]
+    assert 0 < counts[1] - counts[0] == counts[2] - counts[1]
+
+
+def test_a_parser_that_tries_again_and_again_is_stopped():
+    def nested(depth):
+        return "SELECT " + "DATE(" * depth + "1" + ")" * depth
+
+    assert judge_exact_match(nested(5), nested(5), SCHEMA).is_right
+    assert judge_exact_match(nested(40), "SELECT 1", SCHEMA).kind == "not parsed"
+
+
+@pytest.mark.parametrize("prediction", ["PRAGMA x", "EXPLAIN SELECT 1", "SHOW TABLES", "CREATE TRIGGER x y z"])
+def test_the_parser_says_nothing(prediction, capfd, caplog):
+    logging.getLogger("sqlglot").warning("heard")
+    judge_exact_match(prediction, "SELECT 1", SCHEMA)
+    logging.getLogger("sqlglot").warning("heard")
+    assert caplog.messages == ["heard"] * 2
+    assert capfd.readouterr() == ("", "")
 
 
 def by_all_permutations(gold, predicted, is_ordered):
@@ -232,6 +340,14 @@ EXACT = [
     ("SELECT n FROM (SELECT name AS n FROM pet) AS x", "SELECT y.n FROM (SELECT pet.name AS n FROM pet) AS y", True),
     ("SELECT age + 1 FROM pet", "SELECT age + 2 FROM pet", False),
     ("SELECT * FROM pet", "SELECT id FROM pet", False),
+    ("SELECT id FROM pet WHERE age IS NOT DISTINCT FROM 3", "SELECT id FROM pet WHERE age IS DISTINCT FROM 3", False),
+    ("SELECT count(*) AS n FROM pet ORDER BY n", "SELECT count(*) FROM pet ORDER BY count(*)", True),
+    ("SELECT height AS height FROM pet", "SELECT height FROM pet", True),
+    ("SELECT id FROM pet WHERE age > (-3)", "SELECT id FROM pet WHERE age > 3", True),
+    ("SELECT id FROM pet WHERE age > -age", "SELECT id FROM pet WHERE age > age", False),
+    ("SELECT a.id FROM a JOIN b ON (a.id = b.id)", "SELECT b.id FROM a JOIN b ON a.id = b.id", True),
+    ("SELECT /* one */ id FROM a", "SELECT id -- two\nFROM a", True),
+    ("SELECT id FROM a UNION SELECT id FROM b ORDER BY id", "SELECT id FROM a UNION SELECT id FROM b", False),
 ]  # fmt: skip
 
 
@@ -264,6 +380,12 @@ def test_metric_counts_both_and_runs_in_batches(databases, tmp_path):
     assert result["accuracy"] == 1.0 and "exact_match" not in result
     with pytest.raises(GoldQueryError, match="Reference 0.*no database"):
         by_path.compute(predictions=["x"], references=[{"query": "x", "database": str(tmp_path / "missing")}])
+
+
+def test_a_missing_parser_is_said_to_be_missing():
+    code = "import sys; sys.modules['sqlglot'] = None; import cllm_hf.evaluation.metrics.sql_clauses"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install cllm_hf[spider]" in result.stderr.splitlines()[-1]
 
 
 def test_schema_is_read_in_lower_case(databases, runner):

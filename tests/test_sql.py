@@ -6,6 +6,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tracemalloc
+from dataclasses import asdict
 
 import pytest
 from sql_pairs import ENDLESS, make_databases
@@ -81,6 +83,7 @@ def test_logs_of_other_connections_are_respected(mode, runner, tmp_path):
         ({"max_rows": 4}, "SELECT id FROM pet", "too many rows"),
         ({"max_rows": 5}, "SELECT id FROM pet", "rows"),
         ({"max_bytes": 2000}, f"{ENDLESS} SELECT n FROM r LIMIT 200", "too large"),
+        ({"max_bytes": 20_000}, f"{ENDLESS} SELECT NULL FROM r LIMIT 400", "too large"),
         ({"max_value_bytes": 100}, "SELECT zeroblob(101)", "too large"),
         ({"max_value_bytes": 100}, "SELECT zeroblob(99)", "rows"),
         ({"max_value_bytes": 2**30, "max_memory": 2**24}, "SELECT length(hex(randomblob(20000000)))", "too large"),
@@ -92,6 +95,36 @@ def test_limits_hold(limits, query, kind, databases):
         pytest.skip("Python 3.10 cannot limit a value")
     result = run_query(databases[0], query, QueryLimits(**{"seconds": 30, **limits}))
     assert (result.kind, bool(result.message)) == (kind, kind != "rows")
+
+
+def test_a_query_that_is_too_long_is_not_sent(databases, runner):
+    assert runner.run(databases[0], "SELECT 1" + " " * 99_992).kind == "rows"
+    assert runner.run(databases[0], "SELECT 1" + " " * 99_993).kind == "too large"
+
+
+def test_large_results_come_in_parts(databases, runner):
+    """Of empty blobs, whose encoding is many times their size, and of letters that are escaped."""
+    query = f"{ENDLESS} SELECT n, x'', char(233) || n, NULL FROM r LIMIT 20000"
+    result = runner.run(databases[0], query)
+    assert result.rows == [(n, b"", f"é{n}", None) for n in range(1, 20001)]
+    parts = []
+    limits = {**asdict(runner.limits), "max_bytes": 10**6}
+    answer = sql_worker.answer(str(databases[0]), f"{ENDLESS} SELECT n, zeroblob(9000) FROM r", limits, parts.append)
+    assert answer["kind"] == "too large" and "rows" not in answer
+    assert len(parts) > 1 and max(len(json.dumps(part)) for part in parts) < 3 * sql_worker._PART_BYTES
+    assert runner.run(databases[0], f"{ENDLESS} SELECT n, zeroblob(900000) FROM r").rows == []
+
+
+def test_a_result_takes_little_more_memory_than_its_limit(databases, runner):
+    query = f"{ENDLESS} SELECT n, {', '.join(['zeroblob(1)'] * 10)} FROM r LIMIT 5000"
+    runner.run(databases[0], query)
+    tracemalloc.start()
+    try:
+        rows = runner.run(databases[0], query).rows
+        counted = sum(sys.getsizeof(row) + sum(map(sys.getsizeof, row)) for row in rows)
+        assert tracemalloc.get_traced_memory()[1] < 2 * counted
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["seconds", "max_rows", "max_bytes", "max_value_bytes", "max_memory"])

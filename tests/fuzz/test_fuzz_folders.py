@@ -19,6 +19,7 @@ import pytest
 from collections_on_disk import make_records, rows, write_collection, write_shard
 from conftest import make_model, make_word_model
 from datasets import Dataset, DatasetDict
+from fuzzing import num_cases
 from test_builder import _Stop, make_builder
 
 import cllm_hf
@@ -389,7 +390,7 @@ def stop_at_second():
 
 def check_cases(count, first, sound, tmp_path, collect, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    for seed in range(first, first + int(os.environ.get("FUZZ_CASES", count))):
+    for seed in range(first, first + num_cases(count)):
         path = tmp_path / str(seed)
         path.mkdir()
         try:

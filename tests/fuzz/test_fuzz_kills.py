@@ -13,6 +13,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from fuzzing import num_cases
 from huggingface_hub import ModelCard, ModelCardData
 from training_runs import make_dataset, make_tiny_model, make_trainer
 
@@ -150,7 +151,7 @@ def runs(tmp_path_factory):
 
 
 def check_cases(count, first, tmp_path, runs, trains):
-    for seed in range(first, first + int(os.environ.get("FUZZ_CASES", count))):
+    for seed in range(first, first + num_cases(count)):
         path = tmp_path / str(seed)
         path.mkdir()
         try:

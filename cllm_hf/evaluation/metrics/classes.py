@@ -41,7 +41,35 @@ class _LocalMetric(evaluate.Metric):
         )
 
 
-class GSM8KAccuracy(_LocalMetric):
+class _TextMetric(_LocalMetric):
+    """A metric of texts that a model has written: none of them stops the others from being judged."""
+
+    def add(self, **inputs: Any) -> None:
+        """As that of `evaluate.Metric`, for one prediction."""
+        cleaning = {"prediction": self._clean_prediction, "reference": self._clean_reference}
+        super().add(**{name: cleaning.get(name, _keep)(value) for name, value in inputs.items()})
+
+    def add_batch(self, **inputs: Any) -> None:
+        """As that of `evaluate.Metric`, for several predictions; `compute` calls it with what it is given."""
+        cleaning = {"predictions": self._clean_prediction, "references": self._clean_reference}
+        super().add_batch(
+            **{
+                name: values if values is None else [cleaning.get(name, _keep)(value) for value in values]
+                for name, values in inputs.items()
+            }
+        )
+
+    def _clean_prediction(self, value: Any) -> Any:
+        """A missing one says nothing; half a surrogate pair, as JSON may hold it, is no text for Arrow."""
+        if value is None:
+            return ""
+        return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+    def _clean_reference(self, value: Any) -> Any:
+        return value
+
+
+class GSM8KAccuracy(_TextMetric):
     """
     Share of responses to problems of GSM8K whose number is right.
 
@@ -68,7 +96,7 @@ class GSM8KAccuracy(_LocalMetric):
         return _summarize([judge_gsm8k(answer, reference) for answer, reference in zip(predictions, references)])
 
 
-class SpiderAccuracy(_LocalMetric):
+class SpiderAccuracy(_TextMetric):
     """
     Shares of SQL queries that return what the gold query returns, and that have its clauses.
 
@@ -118,9 +146,22 @@ class SpiderAccuracy(_LocalMetric):
         self.exact_match, self.keep_distinct, self.limits = exact_match, keep_distinct, limits
         super().__init__(**kwargs)
 
+    @property
+    def _keys(self) -> tuple[str, str]:
+        return "query", "database" if self.database_folder is None else "db_id"
+
+    def _clean_reference(self, value: Any) -> Any:
+        """Without the keys that its features do not know."""
+        missing = [key for key in self._keys if key not in value]
+        if missing:
+            raise ValueError(
+                f"A reference must have the keys {self._keys}, got {sorted(value)}. With `database_folder` a database "
+                "is named by its `db_id`, without by its path in `database`."
+            )
+        return {key: str(value[key]) if isinstance(value[key], Path) else value[key] for key in self._keys}
+
     def _info(self) -> evaluate.MetricInfo:
-        place = "database" if self.database_folder is None else "db_id"
-        features = {"predictions": _TEXT, "references": {"query": _TEXT, place: _TEXT}}
+        features = {"predictions": _TEXT, "references": {key: _TEXT for key in self._keys}}
         return self._describe(features, "arXiv 1809.08887, 2010.02840")
 
     def _compute(self, predictions: Sequence[str], references: Sequence[dict[str, str]]) -> dict[str, Any]:
@@ -188,6 +229,10 @@ class DecodingSpeed(_LocalMetric):
         baseline_tokens: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         return asdict(measure_speed(tokens, seconds, forwards, baseline_seconds, baseline_tokens))
+
+
+def _keep(value: Any) -> Any:
+    return value
 
 
 def _summarize(judgements: Sequence[Judgement]) -> dict[str, Any]:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+
+# Cells that are looked at again while columns are paired by trial. Only tables where many columns look alike in all
+# that the search sees, such as those of a strongly regular graph, have more.
+_MAX_CELLS_TRIED = 2_000_000
+_MIN_TRIES = 64
 
 
 def results_match(
@@ -14,7 +20,7 @@ def results_match(
     Whether some order of the predicted columns makes both results equal.
 
     Values are compared as Python does: 1 equals 1.0, no number equals a text, NULL equals NULL. Two results without
-    rows are equal, whatever their columns.
+    rows are equal, whatever their columns. The search has a limit, at which two tables count as different.
 
     Args:
         gold_rows (`Sequence[Sequence]`): rows of one length.
@@ -45,11 +51,16 @@ def results_match(
     if sorted(gold_counts.values()) != sorted(predicted_counts.values()):
         return False
     colors = [0] * len(gold[0])
-    return _can_permute(gold_counts, predicted_counts, colors, colors)
+    num_tries = max(_MIN_TRIES, _MAX_CELLS_TRIED // (len(gold) * len(gold[0])))
+    return _can_permute(gold_counts, predicted_counts, colors, colors, iter(range(num_tries)))
 
 
 def _can_permute(
-    gold: Counter[tuple[int, ...]], predicted: Counter[tuple[int, ...]], gold_colors: list[int], colors: list[int]
+    gold: Counter[tuple[int, ...]],
+    predicted: Counter[tuple[int, ...]],
+    gold_colors: list[int],
+    colors: list[int],
+    tries: Iterator[int],
 ) -> bool:
     """
     Whether a permutation that keeps colors makes two multisets of rows equal.
@@ -63,10 +74,13 @@ def _can_permute(
         predicted (`Counter`): the same.
         gold_colors (`list[int]`): of the columns of `gold`.
         colors (`list[int]`): of the columns of `predicted`.
+        tries (`Iterator[int]`): ends where the search does.
 
     Returns:
         `bool`.
     """
+    if next(tries, None) is None:
+        return False
     refined = _refine(gold, predicted, gold_colors, colors)
     if refined is None:
         return False
@@ -84,7 +98,7 @@ def _can_permute(
     for column in range(len(colors)):
         if colors[column] == color and contents[column] not in tried:
             tried.add(contents[column])
-            if _can_permute(gold, predicted, paired, [*colors[:column], -1, *colors[column + 1 :]]):
+            if _can_permute(gold, predicted, paired, [*colors[:column], -1, *colors[column + 1 :]], tries):
                 return True
     return False
 
@@ -94,8 +108,8 @@ def _refine(
 ) -> tuple[list[int], list[int]] | None:
     """Finer colors, which every permutation that makes the two equal must keep; `None` if there is no such."""
     while True:
-        row_names: dict[Any, int] = {}
-        column_names: dict[Any, int] = {}
+        row_names: dict[int, int] = {}
+        column_names: dict[int, int] = {}
         gold_rows = _color_rows(gold, gold_colors, row_names)
         predicted_rows = _color_rows(predicted, colors, row_names)
         if Counter(gold_rows) != Counter(predicted_rows):
@@ -109,13 +123,18 @@ def _refine(
         gold_colors, colors = new_gold, new
 
 
-def _color_rows(rows: Counter[tuple[int, ...]], colors: list[int], names: dict[Any, int]) -> list[int]:
+def _color_rows(rows: Counter[tuple[int, ...]], colors: list[int], names: dict[int, int]) -> list[int]:
     signatures = ((count, *sorted(zip(colors, row))) for row, count in rows.items())
-    return [names.setdefault(signature, len(names)) for signature in signatures]
+    return _name(signatures, names)
 
 
 def _color_columns(
-    rows: Counter[tuple[int, ...]], row_colors: list[int], colors: list[int], names: dict[Any, int]
+    rows: Counter[tuple[int, ...]], row_colors: list[int], colors: list[int], names: dict[int, int]
 ) -> list[int]:
     signatures = ((color, *sorted(zip(row_colors, column))) for color, column in zip(colors, zip(*rows)))
-    return [names.setdefault(signature, len(names)) for signature in signatures]
+    return _name(signatures, names)
+
+
+def _name(signatures: Iterable[tuple[Any, ...]], names: dict[int, int]) -> list[int]:
+    """Equal numbers for equal signatures. Hashes stand for them: where two are equal by chance, colors are coarser."""
+    return [names.setdefault(hash(signature), len(names)) for signature in signatures]

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..judgements import Judgement
 from .row_sets import results_match
 from .sql import QueryResult, QueryRunner
-from .sql_text import has_order_by, join_operators, without_distinct
+from .sql_text import MAX_QUERY_LENGTH, has_order_by, join_operators, without_distinct, without_empty_statements
 
 
 _DATABASE_FAULTS = ("no database", "database in use")
@@ -34,7 +34,7 @@ def judge_sql(
     rows, each as often, and in the same order if the gold query has an `ORDER BY`, be it in a subquery; names of
     columns do not count, 1 equals 1.0, and two empty results are equal. Operators in two pieces, such as `> =`, are
     put together first, and every `DISTINCT` is taken out of both queries, as that evaluator does unless it is told
-    `--keep_distinct`.
+    `--keep_distinct`; the operator `IS [NOT] DISTINCT FROM` stays. A semicolon counts if a statement comes after it.
 
     It differs from that evaluator's as follows. `ORDER BY` inside of quotes and comments does not count, and may have
     more than one space in it, as it is the query that orders, not its text. The search over columns is complete:
@@ -56,8 +56,7 @@ def judge_sql(
     Raises:
         GoldQueryError: if the gold query returns no result within the limits, or the database cannot be read.
     """
-    prepared = [join_operators(query) for query in (prediction, gold_query)]
-    prediction, gold_query = prepared if keep_distinct else map(without_distinct, prepared)
+    prediction, gold_query = (_prepare(query, keep_distinct) for query in (prediction, gold_query))
     with QueryRunner() if runner is None else nullcontext(runner) as active:
         gold = active.run(database, gold_query)
         _check_gold(gold, gold_query, database)
@@ -79,7 +78,8 @@ def judge_exact_match(prediction: str, gold_query: str, schema: Mapping[str, Seq
     over: how `AND` and `OR` are nested, columns on the right of a comparison, the direction of each term that orders,
     all conditions of a join instead of the first one, outer joins, `UNION ALL`, and subqueries in `FROM`. It is more
     lenient in two things: `ORDER BY` may name a column by its alias, and what an inner join sets equal is one column,
-    where there it is what the published schema calls a foreign key. And it parses all of SQLite's queries.
+    where there it is what the published schema calls a foreign key. And it parses all of SQLite's queries, up to
+    100,000 characters and some hundred levels of nesting.
 
     Args:
         prediction (`str`): SQL that a model has written.
@@ -96,11 +96,11 @@ def judge_exact_match(prediction: str, gold_query: str, schema: Mapping[str, Seq
     from .sql_clauses import NotParsed, describe_query
 
     try:
-        gold = describe_query(join_operators(gold_query), schema)
+        gold = describe_query(_prepare(gold_query), schema)
     except NotParsed as error:
         raise GoldQueryError(f"The gold query must be one query: {error}") from error
     try:
-        is_right = describe_query(join_operators(prediction), schema) == gold
+        is_right = describe_query(_prepare(prediction), schema) == gold
     except NotParsed:
         return Judgement(False, "not parsed")
     return Judgement(is_right, "right" if is_right else "other clauses")
@@ -109,6 +109,9 @@ def judge_exact_match(prediction: str, gold_query: str, schema: Mapping[str, Seq
 def read_schema(database: str | Path, runner: QueryRunner | None = None) -> dict[str, list[str]]:
     """
     Read which tables and columns a database has.
+
+    A table or view that cannot be read, such as a view of a table that is gone, is left out: only a query that uses it
+    is at fault.
 
     Args:
         database (`str` or `Path`): an SQLite file.
@@ -128,14 +131,24 @@ def read_schema(database: str | Path, runner: QueryRunner | None = None) -> dict
         for (name,) in tables.rows:
             query = 'SELECT * FROM "{}" LIMIT 0'.format(name.replace('"', '""'))
             columns = active.run(database, query)
-            _check_gold(columns, query, database)
-            schema[name.lower()] = [column.lower() for column in columns.columns]
+            if columns.kind in _DATABASE_FAULTS:
+                _check_gold(columns, query, database)
+            if columns.kind == "rows":
+                schema[name.lower()] = [column.lower() for column in columns.columns]
     return schema
+
+
+def _prepare(query: str, keep_distinct: bool = True) -> str:
+    """What counts of a query, by execution and by clauses. One that is too long stays as it is, and is refused."""
+    if len(query) > MAX_QUERY_LENGTH:
+        return query
+    query = without_empty_statements(join_operators(query))
+    return query if keep_distinct else without_distinct(query)
 
 
 def _check_gold(result: QueryResult, query: str, database: str | Path) -> None:
     if result.kind != "rows":
         raise GoldQueryError(
             f"A query that others are compared with must return rows from {str(database)!r}, got {result.kind!r} "
-            f"({result.message}) from {query!r}. Mend the data, or raise `limits` of the `QueryRunner`."
+            f"({result.message}) from {query!r:.1000}. Mend the data, or raise `limits` of the `QueryRunner`."
         )

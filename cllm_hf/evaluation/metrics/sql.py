@@ -15,8 +15,9 @@ import sys
 import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from .sql_text import MAX_QUERY_LENGTH
 from .sql_worker import READY
 
 
@@ -32,7 +33,7 @@ class QueryLimits:
     Attributes:
         seconds (`float`): time of a query.
         max_rows (`int`): rows of a result.
-        max_bytes (`int`): bytes of a result, in Python's memory.
+        max_bytes (`int`): bytes of a result, in Python's memory. It takes little more while it is read.
         max_value_bytes (`int`): bytes of a text or blob, also of one inside the query (Python 3.11 and newer; with
             3.10 only `max_memory` bounds it).
         max_memory (`int`): bytes that SQLite may take while it works.
@@ -62,7 +63,8 @@ class QueryResult:
         kind (`str`): `"rows"`; or why there are none: `"no database"` (there is no such file, or it is no database),
             `"database in use"` (a log beside it holds changes), `"no query"`, `"several statements"`, `"syntax
             error"`, `"unknown name"` (of a table, a column or a function), `"forbidden"` (it would do more than read),
-            `"time"`, `"too many rows"`, `"too large"`, or `"error"` (all else).
+            `"time"`, `"too many rows"`, `"too large"` (also a query of over 100,000 characters), or `"error"` (all
+            else).
         columns (`list[str]`): names of the columns, in order.
         rows (`list[tuple]`): `None`, `int`, `float`, `str` and `bytes`, in order. Bytes of texts that are not UTF-8
             are left out.
@@ -117,33 +119,24 @@ class QueryRunner:
         Raises:
             RuntimeError: if Python cannot start the process.
         """
+        if len(query) > MAX_QUERY_LENGTH:
+            return QueryResult("too large", message=f"the query has more than {MAX_QUERY_LENGTH:,} characters")
         request = json.dumps({"database": str(database), "query": query})
         with self._lock:
             try:
-                line, is_late = self._ask(request)
+                return self._ask(request)
             except BaseException:
                 # An answer that nobody has read would be taken for that of the next query.
                 self._end()
                 raise
-        if is_late:
-            return QueryResult("time", message=f"ended after {self.limits.seconds} s, in a call that does not stop")
-        if not line.endswith("\n"):
-            return QueryResult("error", message="the process that ran the query has ended")
-        result = json.loads(line)
-        return QueryResult(
-            result["kind"],
-            result.get("columns", []),
-            [tuple(map(_read_value, row)) for row in result.get("rows", [])],
-            result.get("message", ""),
-        )
 
     def close(self) -> None:
         """End the process. A further query starts another one."""
         with self._lock:
             self._end()
 
-    def _ask(self, request: str) -> tuple[str, bool]:
-        """Line of the answer, cut off where the process has ended; whether it was ended for being late."""
+    def _ask(self, request: str) -> QueryResult:
+        """Send a request and read its answer; the process is ended if that takes too long."""
         process = self._started()
         late = threading.Event()
 
@@ -158,15 +151,19 @@ class QueryRunner:
         try:
             process.stdin.write(request + "\n")
             process.stdin.flush()
-            line = process.stdout.readline()
+            result = _read_result(process.stdout)
         except OSError:  # it is gone, and so is the pipe
-            line = ""
+            result = None
         finally:
             timer.cancel()
             timer.join()
-        if late.is_set() or not line.endswith("\n"):
+        if late.is_set() or result is None:
             self._end()
-        return line, late.is_set() and not line.endswith("\n")
+        if result is not None:
+            return result
+        if late.is_set():
+            return QueryResult("time", message=f"ended after {self.limits.seconds} s, in a call that does not stop")
+        return QueryResult("error", message="the process that ran the query has ended")
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is not None:
@@ -213,6 +210,20 @@ def run_query(database: str | Path, query: str, limits: QueryLimits | None = Non
     """
     with QueryRunner(limits) as runner:
         return runner.run(database, query)
+
+
+def _read_result(stream: IO[str]) -> QueryResult | None:
+    """What the lines of an answer say, part by part; `None` if they end before it does."""
+    rows: list[tuple[Any, ...]] = []
+    while (line := stream.readline()).endswith("\n"):
+        part = json.loads(line)
+        rows.extend(tuple(map(_read_value, row)) for row in part.get("rows", []))
+        if "kind" in part:
+            is_whole = part["kind"] == "rows"
+            return QueryResult(
+                part["kind"], part.get("columns", []), rows if is_whole else [], part.get("message", "")
+            )
+    return None
 
 
 def _read_value(value: Any) -> Any:

@@ -11,13 +11,17 @@ _TOKEN = re.compile(
     r"""
       (?P<space> \s+ )
     | (?P<comment> --[^\n]* | /\*.*?(?:\*/|\Z) )
-    | (?P<quoted> '(?:[^']|'')*(?:'|\Z) | "(?:[^"]|"")*(?:"|\Z) | `(?:[^`]|``)*(?:`|\Z) | \[[^\]]*(?:\]|\Z) )
+    | (?P<quoted> '[^']*(?:''[^']*)*(?:'|\Z) | "[^"]*(?:""[^"]*)*(?:"|\Z) | `[^`]*(?:``[^`]*)*(?:`|\Z)
+        | \[[^\]]*(?:\]|\Z) )
     | (?P<word> \w+ )
     | (?P<sign> . )
     """,
     re.VERBOSE | re.DOTALL,
 )
 _SPLIT_OPERATORS = {(">", "="), ("<", "="), ("!", "=")}
+# Characters of a longer query are not looked at. The longest of Spider has 577.
+MAX_QUERY_LENGTH = 100_000
+_BLANK = ("space", "comment")
 
 
 def split_sql(query: str) -> Iterator[tuple[str, str]]:
@@ -46,8 +50,41 @@ def has_order_by(query: str) -> bool:
     Returns:
         `bool`: whether the words `ORDER BY`, in any case, stand outside of quotes and comments.
     """
-    words = [text.lower() for kind, text in split_sql(query) if kind not in ("space", "comment")]
+    words = [text.lower() for kind, text in split_sql(query) if kind not in _BLANK]
     return ("order", "by") in zip(words, words[1:])
+
+
+def without_empty_statements(query: str) -> str:
+    """
+    Leave out semicolons, and what stands after them, where that is no further statement.
+
+    Args:
+        query (`str`): SQL.
+
+    Returns:
+        `str`: the one statement without its semicolon; the query as it is if it has none or several.
+    """
+    statements: list[list[tuple[str, str]]] = [[]]
+    for kind, text in split_sql(query):
+        if text == ";":
+            statements.append([])
+        else:
+            statements[-1].append((kind, text))
+    full = [tokens for tokens in statements if any(kind not in _BLANK for kind, _ in tokens)]
+    return "".join(text for _, text in full[0]) if len(full) == 1 else query
+
+
+def without_comments(query: str) -> str:
+    """
+    Take out every comment.
+
+    Args:
+        query (`str`): SQL.
+
+    Returns:
+        `str`: the query with a space in place of each.
+    """
+    return "".join(" " if kind == "comment" else text for kind, text in split_sql(query))
 
 
 def join_operators(query: str) -> str:
@@ -77,6 +114,17 @@ def without_distinct(query: str) -> str:
         query (`str`): SQL.
 
     Returns:
-        `str`: the query without the word, outside of quotes and comments.
+        `str`: the query without the word, outside of quotes and comments; the operators `IS DISTINCT FROM` and `IS NOT
+            DISTINCT FROM` stay.
     """
-    return "".join(text for kind, text in split_sql(query) if not (kind == "word" and text.lower() == "distinct"))
+    tokens = list(split_sql(query))
+    words = [(place, text.lower()) for place, (kind, text) in enumerate(tokens) if kind not in _BLANK]
+    left_out = set()
+    for index, (place, word) in enumerate(words):
+        if word != "distinct" or tokens[place][0] != "word":
+            continue
+        before = [earlier for _, earlier in words[max(index - 2, 0) : index]]
+        after = [later for _, later in words[index + 1 : index + 2]]
+        if not (after == ["from"] and (before[-1:] == ["is"] or before == ["is", "not"])):
+            left_out.add(place)
+    return "".join(text for place, (_, text) in enumerate(tokens) if place not in left_out)

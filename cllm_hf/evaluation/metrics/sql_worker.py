@@ -2,7 +2,9 @@
 The process in which untrusted SQL runs, so that it can be ended in the middle of a call that nothing else can stop.
 
 `sql.QueryRunner` starts this file as a script, isolated from the environment and without site packages; it imports the
-standard library alone. A request is a line of JSON on standard input, its answer a line of JSON on standard output.
+standard library alone. A request is a line of JSON on standard input. Its answer are lines of JSON on standard output:
+first some with `rows` alone, where there are many, so that nobody has to hold all of them as text; then one with the
+`kind`, and with the last rows.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import signal
 import sqlite3
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ _FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer"}
 _STEPS_BETWEEN_LOOKS = 1000  # instructions of SQLite's virtual machine: well under a millisecond
 # Longer than whoever asks waits before it ends this process; for where it is gone itself.
 _ALONE_AFTER = 10.0  # seconds beyond those of a query
+_PART_BYTES = 2**18  # of the rows that are sent together
 _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 
 
@@ -67,7 +71,9 @@ class Guard:
         return self.has_timed_out
 
 
-def answer(database: str, query: str, limits: dict[str, Any]) -> dict[str, Any]:
+def answer(
+    database: str, query: str, limits: dict[str, Any], send: Callable[[list[list[Any]]], object] | None = None
+) -> dict[str, Any]:
     """
     Run one query.
 
@@ -75,9 +81,10 @@ def answer(database: str, query: str, limits: dict[str, Any]) -> dict[str, Any]:
         database (`str`): path of an SQLite file.
         query (`str`): SQL.
         limits (`dict`): fields of `sql.QueryLimits`.
+        send (`Callable`, *optional*): takes rows in parts while they come. By default all are returned.
 
     Returns:
-        `dict`: fields of `sql.QueryResult`, with values that JSON knows.
+        `dict`: fields of `sql.QueryResult`, with values that JSON knows; the rows that have not been sent.
     """
     guard = Guard(limits["seconds"])
     connection = None
@@ -85,7 +92,7 @@ def answer(database: str, query: str, limits: dict[str, Any]) -> dict[str, Any]:
         connection = open_database(Path(database), limits)
         connection.set_authorizer(guard.authorize)
         connection.set_progress_handler(guard.is_late, _STEPS_BETWEEN_LOOKS)
-        columns, rows = fetch(connection, query, limits)
+        columns, rows = fetch(connection, query, limits, send)
         return {"kind": "rows", "columns": columns, "rows": rows}
     except Exception as error:  # whatever SQLite or Python finds wrong with a query is a kind of answer
         return {"kind": kind_of(error, guard), "message": f"{type(error).__name__}: {error}"}
@@ -152,7 +159,12 @@ def unmerged_logs(path: Path) -> list[Path]:
     return logs
 
 
-def fetch(connection: sqlite3.Connection, query: str, limits: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def fetch(
+    connection: sqlite3.Connection,
+    query: str,
+    limits: dict[str, Any],
+    send: Callable[[list[list[Any]]], object] | None = None,
+) -> tuple[list[str], list[list[Any]]]:
     """
     Run a query and take its rows one by one.
 
@@ -160,9 +172,11 @@ def fetch(connection: sqlite3.Connection, query: str, limits: dict[str, Any]) ->
         connection (`sqlite3.Connection`): to the database.
         query (`str`): SQL.
         limits (`dict`): fields of `sql.QueryLimits`.
+        send (`Callable`, *optional*): takes rows in parts.
 
     Returns:
-        `tuple[list[str], list[list[Any]]]`: names of the columns; rows, bytes as `{"hex": ...}`.
+        `tuple[list[str], list[list[Any]]]`: names of the columns; the rows that have not been sent, bytes as
+            `{"hex": ...}`.
 
     Raises:
         Refusal: if there is no query, or more rows or bytes than allowed.
@@ -174,13 +188,18 @@ def fetch(connection: sqlite3.Connection, query: str, limits: dict[str, Any]) ->
     columns = [name for name, *_ in cursor.description]
     rows: list[list[Any]] = []
     num_bytes = sum(map(len, columns))
+    num_rows = num_sent = 0
     for row in cursor:
-        if len(rows) == limits["max_rows"]:
+        if num_rows == limits["max_rows"]:
             raise Refusal("too many rows", f"there are more than {limits['max_rows']:,} rows")
-        num_bytes += sum(map(sys.getsizeof, row))
+        num_rows += 1
+        num_bytes += sys.getsizeof(row) + sum(map(sys.getsizeof, row))
         if num_bytes > limits["max_bytes"]:
             raise Refusal("too large", f"the rows take more than {limits['max_bytes']:,} bytes")
         rows.append([{"hex": value.hex()} if isinstance(value, bytes) else value for value in row])
+        if send is not None and num_bytes - num_sent > _PART_BYTES:
+            send(rows)
+            rows, num_sent = [], num_bytes
     return columns, rows
 
 
@@ -219,6 +238,10 @@ def _end_after(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
+def _write(fields: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
+
+
 def main() -> None:
     """Answer requests until there are no more."""
     limits = json.loads(sys.argv[1])
@@ -229,7 +252,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         _end_after(limits["seconds"] + _ALONE_AFTER)
-        sys.stdout.write(json.dumps(answer(request["database"], request["query"], limits)) + "\n")
+        _write(answer(request["database"], request["query"], limits, lambda rows: _write({"rows": rows})))
         sys.stdout.flush()
         _end_after(0)
 

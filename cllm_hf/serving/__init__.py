@@ -1,0 +1,145 @@
+"""
+`transformers serve` with Jacobi decoding: the host's OpenAI-compatible server, where this package has been imported.
+
+Models with Jacobi defaults then decode by it without anything else. A block size makes it the default of every model
+that the server loads. What a request cannot have reaches its client as status 400 with the message, streamed or not.
+
+The server's classes are looked up by name when it is made; ours take their place for that time (`tests/test_host.py`
+pins the names and methods).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils.import_utils import is_serve_available
+
+from ..options import check_block_size
+from .limits import ServingLimits
+from .requests import make_build_server, make_generation_state
+
+
+def serve(
+    arguments: Sequence[str],
+    block_size: int | str | None = None,
+    report: Callable[[Any], object] | None = None,
+    limits: ServingLimits | None = None,
+) -> None:
+    """
+    Run the server of transformers until it is stopped.
+
+    Args:
+        arguments (`Sequence[str]`): those of `transformers serve`, the model among them.
+        block_size (`int` or `"auto"`, *optional*): makes Jacobi decoding, with this block size, the default of every
+            model that is loaded. By default each model keeps the defaults it was saved with.
+        report (`Callable`, *optional*): called with every model that has been loaded.
+        limits (`ServingLimits`, *optional*): of each request; by default there are none.
+
+    Raises:
+        ImportError: if the packages that the server needs are not installed.
+        OSError: if the model cannot be loaded.
+        KeyboardInterrupt: after Ctrl-C, when the server has shut down.
+        SystemExit: from the host, when it has shown its help, or with 2 for arguments that it does not know.
+        ValueError: if `block_size` is not valid, goes beyond its limit, or is given together with continuous batching.
+    """
+    if block_size is not None:
+        block_size = check_block_size(block_size, "block_size", allows_auto=True)
+        if "--continuous-batching" in arguments:
+            raise ValueError(
+                "Continuous batching has its own decoding, got `--block-size` for Jacobi decoding too. Drop one of "
+                "the two."
+            )
+        if limits is not None and isinstance(block_size, int) and block_size > (limits.max_block_size or block_size):
+            raise ValueError(
+                f"`--block-size` must not go beyond `--max-block-size`, got {block_size} and {limits.max_block_size}."
+            )
+    if not is_serve_available():
+        raise ImportError(
+            "The server needs packages that are not installed (fastapi, uvicorn, openai, pydantic). Run "
+            '`pip install "cllm_hf[serve]"`.'
+        )
+    import click
+    from transformers.cli.transformers import app
+
+    with jacobi_models(block_size, report, limits):
+        try:
+            app.main(args=["serve", *arguments], prog_name="cllm", standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            raise SystemExit(error.exit_code) from None
+        except click.Abort:
+            raise KeyboardInterrupt from None
+
+
+@contextmanager
+def jacobi_models(
+    block_size: int | str | None = None,
+    report: Callable[[Any], object] | None = None,
+    limits: ServingLimits | None = None,
+) -> Iterator[None]:
+    """
+    Servers that are made inside load their models with Jacobi defaults, and refuse with status 400.
+
+    Args:
+        block_size (`int` or `"auto"`, *optional*): as for `serve`.
+        report (`Callable`, *optional*): as for `serve`.
+        limits (`ServingLimits`, *optional*): as for `serve`.
+    """
+    from transformers.cli.serving import model_manager, server, utils
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (model_manager, "ModelManager", _make_model_manager(model_manager.ModelManager, block_size, report)),
+        (utils, "GenerationState", make_generation_state(utils.GenerationState, limits or ServingLimits())),
+        (server, "build_server", make_build_server(server.build_server)),
+    ]
+    originals = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, value in replaced:
+        setattr(module, name, value)  # `Serve` looks them up when it is made
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(replaced, originals):
+            setattr(module, name, original)
+
+
+def _make_model_manager(original: Any, block_size: int | str | None, report: Callable[[Any], object] | None) -> Any:
+    lock, prepared = threading.Lock(), weakref.WeakSet[Any]()
+
+    class JacobiModelManager(original):
+        def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
+            self._check_pinned(model_id_and_revision, kwargs.get("gguf_file"))
+            model, processor = super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
+            with lock:  # the server loads models in several threads
+                if model not in prepared:
+                    _prepare(model, block_size)
+                    prepared.add(model)
+                    if report is not None:
+                        report(model)
+            return model, processor
+
+        def load_model_streaming(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
+            self._check_pinned(model_id_and_revision, gguf_file)
+            return super().load_model_streaming(model_id_and_revision, gguf_file=gguf_file)
+
+        def _check_pinned(self, model_id_and_revision: str, gguf_file: str | None) -> None:
+            """The server itself lets `/load_model` load any model, also where it has been given one to serve."""
+            from transformers.cli.serving.utils import split_model_id
+
+            if self.force_model is None:
+                return
+            pinned, pinned_file = split_model_id(self.force_model)
+            if (model_id_and_revision, gguf_file) != (self.process_model_name(pinned), pinned_file):
+                raise ValueError(f"This server is pinned to {self.force_model!r}, got {model_id_and_revision!r}.")
+
+    return JacobiModelManager
+
+
+def _prepare(model: Any, block_size: int | str | None) -> None:
+    if block_size is not None and model.can_generate():
+        # Other defaults stay as they are: whether a request is answered by sampling is not for us to say.
+        model.generation_config.decoding = "jacobi"
+        model.generation_config.jacobi_block_size = block_size
