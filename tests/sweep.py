@@ -42,7 +42,7 @@ def make_prompts(batch_size, length, seed, is_padded):
 
 
 @torch.no_grad()
-def compare(model, batch_size, is_padded, seeds=(0, 1)):
+def compare(model, batch_size, is_padded, seeds=(0, 1), block_sizes=BLOCK_SIZES):
     """Decode prompts both ways at several block sizes."""
     options = {"do_sample": False, "max_new_tokens": NUM_TOKENS}
     for seed in seeds:
@@ -51,7 +51,7 @@ def compare(model, batch_size, is_padded, seeds=(0, 1)):
             greedy = model.generate(**prompts, **options)
         except Exception as error:
             return Finding(HOST_FAILS, str(error).split("\n")[0])
-        for block_size in BLOCK_SIZES:
+        for block_size in block_sizes:
             try:
                 decoded = model.generate(
                     **prompts, **options, jacobi_block_size=block_size, return_dict_in_generate=True
@@ -67,15 +67,15 @@ def compare(model, batch_size, is_padded, seeds=(0, 1)):
     return Finding(EXACT)
 
 
-def examine(model_type):
+def examine(model_type, **cases):
     """Findings for one row, and for a batch of three with padding on the left and, if that is refused, without."""
     if model_type in CANNOT_BUILD:
         return [Finding("not tried", CANNOT_BUILD[model_type])] * 2
     model = make_architecture(model_type)
-    single = compare(model, 1, False)
+    single = compare(model, 1, False, **cases)
     if single.outcome != EXACT:
         return [single, single]
-    padded, unpadded = compare(model, 3, True), compare(model, 3, False, seeds=(2,))
+    padded, unpadded = compare(model, 3, True, **cases), compare(model, 3, False, **{**cases, "seeds": (2,)})
     if padded.outcome == REFUSED and unpadded.outcome == EXACT:
         return [single, Finding("exact without padding", padded.note)]
     return [single, unpadded if padded.outcome == EXACT else padded]

@@ -69,6 +69,7 @@ def test_read_answer(text, answer):
     assert read_answer(text) == answer
 
 
+@pytest.mark.slow
 def test_all_steps_and_the_readme(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/demo")

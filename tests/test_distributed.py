@@ -24,11 +24,11 @@ TESTS = Path(__file__).parent
 RUN = {"num_records": 10, "per_device_train_batch_size": 2, "max_steps": 5, "optim": "sgd", "learning_rate": 0.1}
 EVALUATION = {"num_evaluated": 7, "per_device_eval_batch_size": 2, "eval_strategy": "steps", "eval_steps": 2}
 RUNS = {
-    "full": {**EVALUATION},
     "adapter": {"lora": True, "gradient_checkpointing": True},
-    "online": {"trajectory_source": "online", "online_iterations": 2, "gradient_accumulation_steps": 2},
 }
 SLOW_RUNS = {
+    "full": {**EVALUATION},
+    "online": {"trajectory_source": "online", "online_iterations": 2, "gradient_accumulation_steps": 2},
     "accumulation": {"gradient_accumulation_steps": 2, "num_records": 13},
     "checkpointing": {"gradient_checkpointing": True, "context": "noisy", "noise_window": 2},
     "adapter-online": {"lora": True, "trajectory_source": "online", "states_per_block": 2},

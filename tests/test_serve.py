@@ -295,23 +295,24 @@ def test_limits_must_be_positive_integers(name, folders, capfd):
 
 
 @pytest.mark.parametrize(("limits", "bound"), [(ServingLimits(), 2048), (ServingLimits(max_cache_length=300), 300)])
-def test_no_request_makes_the_static_cache_of_others_longer_than_the_server_allows(limits, bound):
-    """A longer text is decoded without one, or refused."""
-    for length, default in itertools.product((bound - 10, bound - 9), (None, "static")):
-        config, default_config = (
-            GenerationConfig(max_new_tokens=length),
-            GenerationConfig(cache_implementation=default),
-        )
-        config.cache_implementation, config.jacobi_compile = "static", True
-        if length + 10 > bound and limits.max_cache_length:
-            with pytest.raises(ValueError, match="at most 300 tokens"):
-                limits.apply(config, default_config, 10, True)
-            continue
-        limits.apply(config, default_config, 10, True)
-        is_static = length + 10 <= bound
-        assert (config.cache_implementation, config.jacobi_compile) == (
-            ("static", True) if is_static else ("dynamic", False)
-        )
+def test_no_request_makes_the_static_cache_of_others_longer(limits, bound):
+    """All are as long; a text that would need a longer one, with a block of 16 after it, is decoded without one."""
+    lengths = set()
+    for num_new, default in itertools.product((1, 20, bound - 26, bound - 25, bound - 10), (None, "static")):
+        config = GenerationConfig(max_new_tokens=num_new, cache_implementation="static", jacobi_compile=True)
+        limits.apply(config, GenerationConfig(cache_implementation=default), 10, True)
+        if num_new + 10 + 16 <= bound:
+            assert (config.cache_implementation, config.jacobi_compile) == ("static", True)
+            lengths.add(config.max_cache_len)
+        else:
+            assert (config.cache_implementation, config.jacobi_compile) == ("dynamic", False)
+    assert lengths == {bound}
+    plain = GenerationConfig(max_new_tokens=20)
+    limits.apply(plain, GenerationConfig(), 10, True)
+    assert plain.cache_implementation is None and plain.max_cache_len is None
+    if limits.max_cache_length:
+        with pytest.raises(ValueError, match="at most 300 tokens"):
+            limits.apply(GenerationConfig(max_new_tokens=bound - 9), GenerationConfig(), 10, True)
 
 
 def test_a_long_text_on_a_server_that_compiles_is_the_greedy_one(folders, monkeypatch):

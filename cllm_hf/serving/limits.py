@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..options import AUTO
+from ..options import AUTO, DEFAULT_BLOCK_SIZE
 
 
-# A static cache is as long as the longest text that needed it, for all later requests. Without a limit of the server,
-# longer texts than this are decoded on a cache that grows.
+# A static cache is as long as the longest text that needed it, for all later requests. So that no request makes those
+# of others dearer, all have this length where the server sets none; longer texts are decoded on a cache that grows.
 _STATIC_LENGTH = 2048
 _DEFAULT_NEW_TOKENS = 20  # of `generate`
 _LARGEST_AUTO = 64  # block size that `"auto"` tries
@@ -69,7 +69,7 @@ class ServingLimits:
             allowed = min(allowed, rest)
         if allowed < num_new:
             config.max_new_tokens = allowed
-        self._bound_static_cache(config, prompt_length + allowed)
+        self._fix_static_cache(config, default_config, prompt_length + allowed)
 
     def _apply_to_block(self, config: Any, default_config: Any) -> None:
         asked, default = _block(config, default_config), _block(default_config, default_config)
@@ -83,17 +83,23 @@ class ServingLimits:
             )
         config.jacobi_block_size = self.max_block_size
 
-    def _bound_static_cache(self, config: Any, length: int) -> None:
+    def _fix_static_cache(self, config: Any, default_config: Any, length: int) -> None:
         bound = _STATIC_LENGTH if self.max_cache_length is None else self.max_cache_length
         asked = getattr(config, "max_cache_len", None) or 0
         if asked > bound:
             raise ValueError(
                 f"This server makes static caches of at most {bound} tokens, got `max_cache_len={asked}`."
             )
-        if length > bound:
+        if length + (_block(config, default_config)[0] or DEFAULT_BLOCK_SIZE) > bound:
             config.jacobi_compile = False
             if "static" in (config.cache_implementation or "static"):  # the model's default may be one
                 config.cache_implementation = "dynamic"
+        elif any(_is_compiled(options) for options in (config, default_config)):
+            config.cache_implementation, config.max_cache_len = "static", bound
+
+
+def _is_compiled(config: Any) -> bool:
+    return config.cache_implementation == "static" or bool(getattr(config, "jacobi_compile", False))
 
 
 def _block(config: Any, default_config: Any) -> tuple[int, int]:

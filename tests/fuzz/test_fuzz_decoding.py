@@ -102,7 +102,7 @@ def check(case, **extra):
 
 
 @pytest.mark.slow
-@fuzz(3000)
+@fuzz(1200)
 @given(cases())
 def test_random_cases(case):
     check(case, use_cache=case[-1])
@@ -112,7 +112,7 @@ TAKES_TREES = sorted([*CONFIGS, "deepseek_v3", "opt", "gemma2", "gemma3n_text", 
 CANDIDATE_CASES = (cases().filter(lambda case: case[0] in TAKES_TREES), st.sampled_from([2, 4]))
 
 
-@fuzz(40)
+@fuzz(25)
 @given(*CANDIDATE_CASES)
 def test_a_few_random_cases_with_candidates(case, candidates):
     check(case, jacobi_candidates=candidates)

@@ -70,14 +70,14 @@ def check(case):
     assert outcome(model, inputs, options, error_at, jacobi_block_size=block_size) == expected
 
 
-@fuzz(25)
+@fuzz(15)
 @given(cases())
 def test_a_few_batches(case):
     check(case)
 
 
 @pytest.mark.slow
-@fuzz(1000)
+@fuzz(300)
 @given(cases())
 def test_batches(case):
     check(case)

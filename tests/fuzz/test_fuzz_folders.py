@@ -31,7 +31,7 @@ from cllm_hf.trajectories.loading import find_manifest
 
 SECRET = "what nobody may see"
 MINE = "my own words"
-SHORT, LONG = 12, 150
+SHORT, LONG = 8, 150
 NAMES = (
     "../outside/data/train-00000-of-00001.parquet",
     "data/../../outside/data/train-00000-of-00001.parquet",

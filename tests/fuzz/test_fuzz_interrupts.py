@@ -176,14 +176,14 @@ def check(case):
     assert decoded.tolist() == model.generate(**plain).tolist()
 
 
-@fuzz(60)
+@fuzz(30)
 @given(cases())
 def test_a_few_interrupts(case):
     check(case)
 
 
 @pytest.mark.slow
-@fuzz(2000)
+@fuzz(400)
 @given(cases())
 def test_interrupts(case):
     check(case)

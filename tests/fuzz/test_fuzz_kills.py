@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from training_runs import make_dataset, make_tiny_model, make_trainer
 
 
-SHORT, LONG = 6, 20  # about two kills each
+SHORT, LONG = 4, 20  # about two kills each
 WORDS = "# Mine\n\nWords of my own, \xe4 and \U0001f642.\n"
 README = f"---\nlicense: mit\n---\r\n{WORDS}"
 # What the interpreter tells before it does it; other calls of the file system go by.
