@@ -504,6 +504,7 @@ def test_the_vocabulary_is_that_of_the_embeddings(tokenizer, tmp_path):
         make_trainer(make_model("llama", vocab_size=110), dataset, tokenizer, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:`pad_token` is deprecated")
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_padding_token_is_set_as_by_the_host(word_model, tokenizer, dataset, tmp_path, lora):
     from peft import LoraConfig
@@ -520,6 +521,7 @@ def test_the_padding_token_is_set_as_by_the_host(word_model, tokenizer, dataset,
     assert GenerationConfig.from_pretrained(tmp_path).pad_token_id == 7
 
 
+@pytest.mark.filterwarnings("ignore:`pad_token` is deprecated")
 def test_a_padding_token_that_there_is_not_is_refused(word_model, tokenizer, dataset, tmp_path):
     before = tokenizer.pad_token
     with pytest.raises(ValueError, match="`pad_token` must be a token of the tokenizer, got 'no such token'"):
