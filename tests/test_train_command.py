@@ -395,7 +395,7 @@ def test_a_trained_model_is_pushed(arguments, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_from_the_hub_to_the_hub(arguments, trajectories, tmp_path):
+def test_from_the_hub_to_the_hub(arguments, trajectories, model_folder, tmp_path):
     with LoopbackHub() as hub:
         environment = {**os.environ, **hub.environment(tmp_path / "home", token="hf_write")}
         environment |= {"HF_HUB_OFFLINE": "0", "PYTHONWARNINGS": "ignore"}
@@ -408,7 +408,9 @@ def test_from_the_hub_to_the_hub(arguments, trajectories, tmp_path):
 
         run("push", str(trajectories), "user/trajectories")
         arguments[2] = "user/trajectories"
-        output = run(*arguments, "--push_to_hub", "--hub_model_id=user/cllm", "--save_strategy=no")
+        # What is published does not tell the folder of the target model.
+        options = [f"--model={model_folder}", "--push_to_hub", "--hub_model_id=user/cllm", "--save_strategy=no"]
+        output = run(*arguments, *options)
         assert output.endswith("Published: user/cllm\n")
         code = "from cllm_hf import load_cllm; print(load_cllm('user/cllm').generation_config.jacobi_block_size)"
         loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -268,8 +268,7 @@ def put_card_back(folder: Path) -> None:
             _CARD,
         )
         return
-    write_whole(path, aside.read_bytes())
-    aside.unlink()
+    os.replace(aside, path)  # in one step, so that no kill leaves both
 
 
 def _is_of_peft(card: str) -> bool:

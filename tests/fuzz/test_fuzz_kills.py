@@ -17,6 +17,8 @@ from fuzzing import num_cases
 from huggingface_hub import ModelCard, ModelCardData
 from training_runs import make_dataset, make_tiny_model, make_trainer
 
+from cllm_hf.training.saving import put_card_back
+
 
 SHORT, LONG = 4, 20  # about two kills each
 WORDS = "# Mine\n\nWords of my own, \xe4 and \U0001f642.\n"
@@ -159,6 +161,19 @@ def check_cases(count, first, tmp_path, runs, trains):
         except AssertionError as error:
             error.args = (f"case {seed}: {error}",)
             raise
+
+
+@pytest.mark.parametrize("count", range(8))  # the calls of one that replaces, writes or removes
+def test_a_card_that_is_put_back_is_in_one_place_whenever_the_process_ends(count, tmp_path):
+    def put_back(left):
+        COUNTDOWN.left, COUNTDOWN.count, COUNTDOWN.is_counting = left, 0, True
+        put_card_back(tmp_path)
+
+    (tmp_path / ".README.md.earlier").write_text(README, newline="")
+    for left in (count, None):
+        assert in_child(lambda left=left: put_back(left)) in (-signal.SIGKILL, 0)
+    assert os.listdir(tmp_path) == ["README.md"]
+    assert (tmp_path / "README.md").read_bytes().decode() == README
 
 
 def test_the_readme_outlives_kills(tmp_path, runs):
