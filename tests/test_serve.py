@@ -342,6 +342,41 @@ def test_what_is_no_chat_is_refused(messages, limited):
         assert status == 400 and "must be a list of objects with `role` and `content`" in text
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("stop", 5, "a string or a list of strings"),
+        ("stop", ["a", 5], "a string or a list of strings"),
+        ("max_tokens", "many", "an integer"),
+        ("max_tokens", [4], "an integer"),
+        ("max_completion_tokens", float("inf"), "an integer"),
+        ("seed", "5", "an integer"),
+        ("temperature", "warm", "a number"),
+        ("top_p", {}, "a number"),
+        ("frequency_penalty", [], "a number"),
+        ("logit_bias", [5], "an object"),
+        ("chat_template_kwargs", 1, "an object"),
+        ("tools", {"a": 1}, "a list"),
+        ("model", 5, "a string"),
+    ],
+)
+def test_a_field_of_another_type_is_refused(field, value, kind, limited):
+    for stream in (False, True):
+        body = {"messages": MESSAGES, "stream": stream, "max_tokens": 4, field: value}
+        status, text = post(limited, "/v1/chat/completions", body)
+        assert status == 400 and f"`{field}` must be {kind}, got " in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stop", None), ("stop", "zz"), ("stop", ["zz"]), ("max_tokens", "4"), ("temperature", "0"), ("seed", 3)],
+)
+def test_a_field_of_a_type_that_the_server_takes_is_taken(field, value, limited):
+    body = {"messages": MESSAGES, "max_tokens": 4, field: value}
+    status, text = post(limited, "/v1/chat/completions", body)
+    assert status == 200, text
+
+
 def test_a_server_with_a_model_serves_no_other(limited, folders):
     for path in ("/v1/completions", "/load_model"):
         status, text = post(limited, path, {"model": folders["plain"], "prompt": "Hello.", "max_tokens": 2})

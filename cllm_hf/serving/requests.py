@@ -21,6 +21,35 @@ from .limits import ServingLimits
 _LENGTH_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "max_length")
 
 
+def _can_be(kind: type) -> Callable[[Any], bool]:
+    """Whether a value is a number, also one that is written in a text, which the server takes as well."""
+
+    def check(value: Any) -> bool:
+        try:
+            kind(value)
+        except (TypeError, ValueError, OverflowError):
+            return False
+        return True
+
+    return check
+
+
+def _is_stop(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+# What the server uses of a request without a look at its type.
+_FIELD_TYPES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (_LENGTH_FIELDS, "an integer", _can_be(int)),
+    (("seed",), "an integer", lambda value: isinstance(value, int)),
+    (("temperature", "top_p", "frequency_penalty"), "a number", _can_be(float)),
+    (("stop",), "a string or a list of strings", _is_stop),
+    (("model", "suffix", "instructions"), "a string", lambda value: isinstance(value, str)),
+    (("logit_bias", "chat_template_kwargs"), "an object", lambda value: isinstance(value, dict)),
+    (("tools",), "a list", lambda value: isinstance(value, list)),
+)
+
+
 class _Request:
     """
     What is known of a request while it is answered.
@@ -163,6 +192,7 @@ def _until_started(handle: Callable[..., Awaitable[Any]], name: str) -> Callable
     """A handler that answers with a stream once that has begun: until then, the status can say what is wrong."""
 
     async def handle_request(body: dict[str, Any], request_id: str) -> Any:
+        _check_types(body)
         if name == "chat_handler":
             _check_messages(body.get("messages"))
         request = _Request(body, escapes=name != "response_handler")
@@ -196,6 +226,14 @@ def _read_config(text: Any) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"Unknown options {unknown} in `generation_config`. There are {', '.join(OPTION_NAMES)}.")
     return config
+
+
+def _check_types(body: dict[str, Any]) -> None:
+    for names, kind, is_right in _FIELD_TYPES:
+        for name in names:
+            value = body.get(name)
+            if value is not None and not is_right(value):
+                raise ValueError(f"`{name}` must be {kind}, got {value!r:.200}.")
 
 
 def _check_messages(messages: Any) -> None:
