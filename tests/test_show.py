@@ -231,9 +231,10 @@ def test_without_a_known_target_model_only_the_cllm_is_shown(folders, capsys):
     card.unlink()
 
 
-def test_adapters_know_their_target_model(folders, models, tokenizer, tmp_path, capsys):
+def test_adapters_know_their_target_model(folders, models, tokenizer, tmp_path, monkeypatch, capsys):
     from peft import LoraConfig, get_peft_model
 
+    monkeypatch.setenv("COLUMNS", "120")
     base = transformers.AutoModelForCausalLM.from_pretrained(folders / "target")
     adapter = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     adapter.save_pretrained(tmp_path / "adapter")
