@@ -40,8 +40,7 @@ def _is_stop(value: Any) -> bool:
 
 # What the server uses of a request without a look at its type.
 _FIELD_TYPES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
-    (_LENGTH_FIELDS, "an integer", _can_be(int)),
-    (("seed",), "an integer", lambda value: isinstance(value, int)),
+    ((*_LENGTH_FIELDS, "seed"), "an integer", _can_be(int)),
     (("temperature", "top_p", "frequency_penalty"), "a number", _can_be(float)),
     (("stop",), "a string or a list of strings", _is_stop),
     (("model", "suffix", "instructions"), "a string", lambda value: isinstance(value, str)),
