@@ -86,3 +86,11 @@ def set_checkpointing(model: PreTrainedModel, is_on: bool) -> None:
     method = getattr(model, f"activation_checkpointing_{action}", None)
     method = method or getattr(model, f"gradient_checkpointing_{action}")
     method(*([{"use_reentrant": False}] if is_on else []))
+
+
+def set_adapters_off(layer: Any, is_off: bool) -> None:
+    """
+    Have a layer of PEFT run its base weights alone, or not. Its own method also says what takes a gradient, which a
+    call that puts everything back must leave alone.
+    """
+    layer._disable_adapters = is_off

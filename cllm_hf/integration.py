@@ -29,9 +29,11 @@ from .blocks.limits import limits_of
 from .blocks.support import why_adapter_refused
 from .decoding.registry import decodings
 from .options import (
+    AUTO,
     AUTOREGRESSIVE,
     DEFAULT_BLOCK_SIZE,
     JACOBI,
+    LOSSLESS,
     OPTION_NAMES,
     JacobiOptions,
     check_block_size,
@@ -122,6 +124,26 @@ def set_jacobi_defaults(model: Any, block_size: int | str = DEFAULT_BLOCK_SIZE) 
     # A CLLM is trained on greedy responses. Options of sampling and of other strategies would make `generate` or
     # saving fail.
     config.update(**dict.fromkeys((*_SAMPLING_OPTIONS, *_STRATEGY_OPTIONS)), do_sample=False)
+    config.validate(strict=True)
+    mark_as_edited(config)
+
+
+def set_lossless_defaults(model: Any, block_size: int | str = AUTO) -> None:
+    """
+    Make `model.generate(...)` with a lossless adapter draft by default; its other options stay those of its base model.
+
+    Args:
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): its `generation_config` is changed in place.
+        block_size (`int` or `"auto"`): default of `jacobi_block_size`.
+
+    Raises:
+        ValueError: if `block_size` is neither an integer of at least 1 nor `"auto"`, or other defaults contradict each
+            other.
+    """
+    config = model.generation_config
+    config.decoding = LOSSLESS
+    config.jacobi_block_size = check_block_size(block_size, "block_size", allows_auto=True)
+    config.use_cache = True  # training with gradient checkpointing may have turned it off
     config.validate(strict=True)
     mark_as_edited(config)
 

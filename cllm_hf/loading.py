@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from .blocks.drafter import Drafter, attach_drafter, is_lossless
+
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -72,6 +74,8 @@ def load_adapter(
             for a base model that is loaded already.
     """
     model: Any = _load_adapter(path, base_model, is_trainable, kwargs)
+    if is_lossless(model.active_peft_config):
+        attach_drafter(model.get_base_model(), Drafter.load(path), is_trainable)
     try:
         model.generation_config = GenerationConfig.from_pretrained(path)
     except OSError:  # not saved by `CLLMTrainer`: keeps the defaults of its base model

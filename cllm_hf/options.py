@@ -8,7 +8,7 @@ from typing import Any
 
 
 # Values of `decoding` that are built in.
-JACOBI, AUTOREGRESSIVE = "jacobi", "autoregressive"
+JACOBI, LOSSLESS, AUTOREGRESSIVE = "jacobi", "lossless", "autoregressive"
 DEFAULT_BLOCK_SIZE = 16
 AUTO = "auto"
 # Arguments of `generate` and entries of a generation config; without the prefix, the fields of `JacobiOptions`.

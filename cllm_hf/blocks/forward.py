@@ -195,6 +195,7 @@ def forward_clean(
     clean_mask: torch.Tensor,
     num_logits: int,
     base_model: PreTrainedModel | None = None,
+    places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, DynamicCache]:
     """
     Run clean sequences once, for several forwards over drafts behind them.
@@ -205,22 +206,28 @@ def forward_clean(
         clean_mask (`torch.LongTensor` of shape `(batch_size, clean_length)`): 1 on tokens, 0 on padding.
         num_logits (`int`): last columns whose logits are wanted.
         base_model (`transformers.PreTrainedModel`, *optional*): the model in the wrappers, if there are any.
+        places (`torch.LongTensor` of shape `(num_places,)`, *optional*): `row * clean_length + column` of the places
+            whose logits are wanted instead.
 
     Returns:
-        `tuple[torch.Tensor, transformers.DynamicCache]`: logits of shape `(batch_size, num_logits, vocab_size)`, and
-        keys and values of the clean sequences.
+        `tuple[torch.Tensor, transformers.DynamicCache]`: logits of shape `(batch_size, num_logits, vocab_size)`, or
+        `(num_places, vocab_size)` with `places`, and keys and values of the clean sequences.
     """
     # Without the config, sliding layers keep everything: early blocks stand far before the end of the sequence.
     cache = DynamicCache()
-    takes_number = "logits_to_keep" in inspect.signature((base_model or model).forward).parameters
-    logits = model(
-        input_ids=clean_ids,
-        attention_mask=clean_mask,
-        position_ids=torch.arange(clean_ids.shape[1], device=clean_ids.device).expand_as(clean_ids),
-        past_key_values=cache,
-        use_cache=True,
-        **({"logits_to_keep": num_logits} if takes_number else {}),
-    ).logits
+    inner: Any = base_model or model
+    inputs = {
+        "input_ids": clean_ids,
+        "attention_mask": clean_mask,
+        "position_ids": torch.arange(clean_ids.shape[1], device=clean_ids.device).expand_as(clean_ids),
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    if places is not None:
+        return _logits_at(model, inputs, inner, places), cache
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        inputs["logits_to_keep"] = num_logits
+    logits = model(**inputs).logits
     return logits[:, -num_logits:], cache
 
 
@@ -245,7 +252,11 @@ def copy_clean(clean_cache: DynamicCache, rows: torch.Tensor, num_columns: int) 
 
 
 def forward_drafts(
-    model: torch.nn.Module, packed: Packed, clean_cache: DynamicCache, base_model: PreTrainedModel | None = None
+    model: torch.nn.Module,
+    packed: Packed,
+    clean_cache: DynamicCache,
+    base_model: PreTrainedModel | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Run one forward over the drafts of a packed batch, behind its cached clean sequences.
@@ -256,17 +267,22 @@ def forward_drafts(
         clean_cache (`transformers.DynamicCache`): from `forward_clean`; it is left as it was.
         base_model (`transformers.PreTrainedModel`, *optional*): the model in the wrappers, if there are any.
 
+        places (`torch.LongTensor` of shape `(num_places,)`, *optional*): `row * num_columns + column` of the places
+            among the drafts whose logits are wanted. Logits of no other place are computed.
+
     Returns:
-        `torch.Tensor` of shape `(batch_size, packed_length - clean_length, vocab_size)`: logits.
+        `torch.Tensor` of shape `(batch_size, packed_length - clean_length, vocab_size)`, or `(num_places, vocab_size)`
+        with `places`: logits.
     """
     drafts = slice(packed.clean_length, None)
     inner: Any = base_model or model
-    logits = model(
-        input_ids=packed.input_ids[:, drafts],
-        attention_mask=packed_attention_mask(inner.config, packed, inner.dtype, clean_cache),
-        position_ids=packed.position_ids[:, drafts],
-        past_key_values=clean_cache,
-        use_cache=True,
-    ).logits
-    clean_cache.crop(-logits.shape[1])
+    inputs = {
+        "input_ids": packed.input_ids[:, drafts],
+        "attention_mask": packed_attention_mask(inner.config, packed, inner.dtype, clean_cache),
+        "position_ids": packed.position_ids[:, drafts],
+        "past_key_values": clean_cache,
+        "use_cache": True,
+    }
+    logits = model(**inputs).logits if places is None else _logits_at(model, inputs, inner, places)
+    clean_cache.crop(packed.clean_length - packed.input_ids.shape[1])
     return logits

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .._host import PLAIN_ATTENTION, attention_implementation
+from .drafter import is_lossless
 from .limits import (
     DISAGREES,
     forgets_between_steps,
@@ -207,6 +208,8 @@ def why_adapter_refused(config: Any) -> str:
     Returns:
         `str`: empty if they can.
     """
+    if is_lossless(config):
+        return ""  # acts on the rows of a drafter alone
     if getattr(config, "is_prompt_learning", False):
         return "it is prompt or prefix tuning, whose tokens are in no prompt"
     if getattr(config, "alora_invocation_tokens", None):
@@ -232,3 +235,34 @@ def check_adapters(configs: Iterable[Any]) -> None:
                 f"Packed forward passes, which collect and train, do not support adapters of the kind {kind}: "
                 f"{reason}. Use an adapter in the layers, such as plain LoRA."
             )
+
+
+# What a `LoraConfig` may ask for beside low-rank parts of linear layers, which the gate of a lossless adapter would
+# not see, and what makes such parts depend on more than their own row.
+_BESIDE_LORA = (
+    "use_dora use_qalora use_bdlora arrow_config velora_config monteclora_config kasa_config corda_config "
+    "modules_to_save trainable_token_indices target_parameters layer_replication lora_bias alora_invocation_tokens "
+    "megatron_config"
+).split()
+
+
+def check_lossless_adapter(config: Any) -> None:
+    """
+    Check that an adapter can be gated by rows.
+
+    Args:
+        config (`peft.PeftConfig`): of an adapter that is to draft.
+
+    Raises:
+        ValueError: for any adapter but plain LoRA on linear layers.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    extras = [name for name in _BESIDE_LORA if getattr(config, name, None)]
+    if kind == "LORA" and getattr(config, "bias", "none") != "none":
+        extras.append("bias")
+    if kind != "LORA" or extras:
+        got = f"`{extras[0]}={getattr(config, extras[0])!r}`" if extras else f"an adapter of the kind {kind}"
+        raise ValueError(
+            f"A lossless adapter must be plain LoRA on linear layers, which can be switched off row by row, got {got}. "
+            "Pass a `LoraConfig` without it."
+        )

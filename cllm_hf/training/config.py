@@ -59,7 +59,19 @@ _NUMBERS: dict[str, tuple[type, str, Callable[[float], bool], str]] = {
     "noise_window": (int, "an integer of at least 1", lambda value: value >= 1, "are 4 to 16"),
     "online_iterations": (int, "an integer of at least 0", lambda value: value >= 0, "are 2 to 8"),
     "num_monitored_prompts": (int, "an integer of at least 0", lambda value: value >= 0, "are 8, or 0 for none"),
+    "markov_rank": (int, "an integer of at least 0", lambda value: value >= 0, "are 64 to 256, or 0 for none"),
+    "drafts_per_response": (int, "an integer of at least 1", lambda value: value >= 1, "are 8 to 32"),
     "monitored_max_new_tokens": (int, "an integer of at least 1", lambda value: value >= 1, "are 64 to 512"),
+}
+# Options of a consistency loss and an AR loss, and the values that ask for nothing.
+_NOT_LOSSLESS = {
+    "ar_loss_weight": 1.0,
+    "consistency": "global",
+    "ar_labels": "response",
+    "ar_label_smoothing": 0.0,
+    "states_per_block": 1,
+    "state_sampling": "uniform",
+    "context": "clean",
 }
 # Of these, the ones that may be left out.
 _OPTIONAL = ("max_length", "position_decay", "monitored_max_new_tokens")
@@ -109,6 +121,13 @@ class CLLMConfig(SFTConfig):
             decodes the responses. The dataset then needs no states.
         online_iterations (`int`, *optional*, defaults to `4`):
             Most iterations that the states of an update are from their first drafts; each update draws a number.
+        lossless (`bool`, *optional*, defaults to `False`):
+            Whether to train an adapter that drafts for the model instead of one that changes it. The model itself is
+            frozen, and decoding with the adapter gives the model's own text. The dataset needs no states.
+        markov_rank (`int`, *optional*, defaults to `64`):
+            With `lossless`: rank of the term that tells a drafted token which token was drafted before it; 0 for none.
+        drafts_per_response (`int`, *optional*, defaults to `16`):
+            With `lossless`: places of each response after which a step has tokens drafted.
         export_custom_generate (`bool`, *optional*, defaults to `False`):
             Whether `save_model` and `push_to_hub` also write Jacobi decoding for people without this package, as
             [`export_custom_generate`] does. Checkpoints go without.
@@ -181,6 +200,18 @@ class CLLMConfig(SFTConfig):
     online_iterations: int = field(
         default=4, metadata={"help": "Most iterations that the states of an update are from their first drafts."}
     )
+    lossless: bool = field(
+        default=False,
+        metadata={"help": "Train an adapter that drafts for the model, whose text stays its own."},
+    )
+    markov_rank: int = field(
+        default=64,
+        metadata={"help": "With --lossless: rank of the term for the token drafted before; 0 for none."},
+    )
+    drafts_per_response: int = field(
+        default=16,
+        metadata={"help": "With --lossless: places of each response after which a step has tokens drafted."},
+    )
     export_custom_generate: bool = field(
         default=False,
         metadata={"help": "Whether to save and push Jacobi decoding for people without this package, too."},
@@ -245,6 +276,8 @@ class CLLMConfig(SFTConfig):
             self.block_size_schedule = sizes
 
     def _check_combinations(self) -> None:
+        if self.lossless:
+            self._check_lossless()
         if self.trajectory_source == "online" and self.state_sampling == "progressive":
             raise ValueError(
                 '`state_sampling="progressive"` chooses among stored states, and `trajectory_source="online"` has '
@@ -260,6 +293,21 @@ class CLLMConfig(SFTConfig):
                 '`consistency="local"` takes the next state of a whole block, which `block_size_schedule` would cut. '
                 "Drop one of the two."
             )
+
+    def _check_lossless(self) -> None:
+        for name, neutral in _NOT_LOSSLESS.items():
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no place with `lossless=True`, which trains no states and "
+                    "leaves the model as it is. Drop one of the two."
+                )
+        smallest = min([*(self.block_size_schedule or []), self.block_size or 2])
+        if smallest < 2:
+            raise ValueError(
+                f"A block must have at least 2 tokens with `lossless=True`, of which the model says the first and the "
+                f"adapter drafts the others, got {smallest}. Typical values are 4 to 16."
+            )
+        self.trajectory_source = "online"  # responses are all that is needed
 
     def __getstate__(self) -> dict[str, Any]:
         # The host pickles these options into `training_args.bin`, and pushes that.

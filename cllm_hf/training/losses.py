@@ -91,11 +91,57 @@ def total_variation(logits: torch.Tensor, target_logits: torch.Tensor, temperatu
     return temperature**2 * (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
+def negative_log_acceptance(
+    logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """
+    Negative logarithm of the rate of acceptance, `-log sum_v min(p(v), q(v))`.
+
+    `p` is the target's, and takes no gradient; `q` is the model's. It is 0 where both agree and grows where they have
+    less in common. The rate is that of speculative sampling (arXiv 2211.17192, section 3.2); its logarithm keeps the
+    gradient of `total_variation` alive where `q` is far off.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
+        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
+        temperature (`float`): as in `forward_kl`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
+    """
+    log_p, log_q = _log_probabilities(logits, target_logits, temperature)
+    # As a sum of logarithms, which is finite where each of the probabilities rounds to 0.
+    return -(temperature**2) * torch.logsumexp(torch.minimum(log_p, log_q), dim=-1)
+
+
+def acceptance_hybrid(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """
+    Forward KL where little is accepted, total variation where much is: `w KL + (1 - w) TV`, `w = exp(-3 a)`.
+
+    `a` is the rate of acceptance, `1 - TV`, without gradient. `p` is the target's, and takes no gradient; `q` is the
+    model's. It is 0 where both agree.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
+        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
+        temperature (`float`): as in `forward_kl`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_positions,)`, float32.
+    """
+    log_p, log_q = _log_probabilities(logits, target_logits, temperature)
+    distance = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    weight = torch.exp(-3 * (1 - distance.detach()))
+    return temperature**2 * (weight * _sum_where(log_p, log_p, log_q) + (1 - weight) * distance)
+
+
 DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
     "total_variation": total_variation,
+    "negative_log_acceptance": negative_log_acceptance,
+    "acceptance_hybrid": acceptance_hybrid,
 }
 
 
@@ -120,8 +166,10 @@ def _log_probabilities(
     logits: torch.Tensor, target_logits: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the target, without gradient, and of the model."""
-    log_p = F.log_softmax(target_logits.detach().float() / temperature, dim=-1)
-    return log_p, F.log_softmax(logits.float() / temperature, dim=-1)
+    target_logits, logits = target_logits.detach().float(), logits.float()
+    if temperature != 1:  # a large vocabulary makes a division worth leaving out
+        target_logits, logits = target_logits / temperature, logits / temperature
+    return F.log_softmax(target_logits, dim=-1), F.log_softmax(logits, dim=-1)
 
 
 def _sum_where(log_weights: torch.Tensor, log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:

@@ -149,7 +149,7 @@ def sum_losses(
         targets, places = logits["response"], first[row] + blocks.offsets[row, block] + position
     else:
         targets, places = logits["successors"], torch.arange(len(row), device=row.device)
-    consistency = _sum_divergence(logits["states"], targets.detach(), places, weights[row, block, position], objective)
+    consistency = sum_divergence(logits["states"], targets.detach(), places, weights[row, block, position], objective)
     name, ids = ("response", batch.response_ids) if batch.label_ids is None else ("labels", batch.label_ids)
     tokens = ids[_is_token(ids, batch.ar_lengths)]
     ar = ar_cross_entropy(logits[name], tokens, objective.label_smoothing).sum()
@@ -204,14 +204,26 @@ def _is_token(ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
 
 
-def _sum_divergence(
+def sum_divergence(
     logits: torch.Tensor,
     targets: torch.Tensor,
     places: torch.Tensor,
     weights: torch.Tensor,
     objective: Objective,
 ) -> torch.Tensor:
-    """Weighted sum over positions, a part at a time; the target of position `i` is `targets[places[i]]`."""
+    """
+    Sum a divergence over positions, a part at a time.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's.
+        targets (`torch.Tensor` of shape `(num_targets, vocab_size)`): the target's, without gradient.
+        places (`torch.LongTensor` of shape `(num_positions,)`): which target each position has.
+        weights (`torch.Tensor` of shape `(num_positions,)`): of the positions.
+        objective (`Objective`): which divergence.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the weighted sum.
+    """
     divergence = DIVERGENCES[objective.divergence]
 
     def sum_part(logits: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

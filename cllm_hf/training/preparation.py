@@ -166,17 +166,32 @@ class BatchPreparer:
         draws = draws[..., : 1 + block_size]
         num_iterations = self.online_iterations
         if update is not None:
-            num_iterations = int(self._generator(update).integers(self.online_iterations + 1))
+            num_iterations = int(_generator(self.seed, update).integers(self.online_iterations + 1))
         blocks = make_online_states(model, base_model, batch, draws, block_size, num_iterations, self.local)
         blocks.mask &= torch.arange(draws.shape[1], device=draws.device) < num_windows[:, None]
         return blocks
 
-    def _generator(self, update: int | None, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, 0 if update is None else update + 1, *key])
-
     def _draw(self, batch: TrainingBatch, update: int | None, shape: tuple[int, ...]) -> torch.Tensor:
-        """Numbers in [0, 1) for each record, of which a longer shape only has more."""
-        keys = batch.record_keys.tolist()
-        numbers = np.stack([self._generator(update, key).random(shape) for key in keys])
-        # As float32 the largest number would round to 1.
-        return torch.from_numpy(numbers).clamp(max=1 - 2**-24).float().to(batch.clean_ids.device)
+        return draw_numbers(self.seed, batch, update, shape)
+
+
+def draw_numbers(seed: int, batch: TrainingBatch, update: int | None, shape: tuple[int, ...]) -> torch.Tensor:
+    """
+    Draw random numbers for each record, the same ones for the same seed, optimizer step and record.
+
+    Args:
+        seed (`int`): of the run.
+        batch (`TrainingBatch`): the records.
+        update (`int`, *optional*): number of the optimizer step; `None` in evaluation.
+        shape (`tuple[int, ...]`): numbers of a record, of which a longer shape only has more.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, *shape)`: numbers in [0, 1).
+    """
+    numbers = np.stack([_generator(seed, update, key).random(shape) for key in batch.record_keys.tolist()])
+    # As float32 the largest number would round to 1.
+    return torch.from_numpy(numbers).clamp(max=1 - 2**-24).float().to(batch.clean_ids.device)
+
+
+def _generator(seed: int, update: int | None, *key: int) -> np.random.Generator:
+    return np.random.default_rng([seed, 0 if update is None else update + 1, *key])

@@ -20,6 +20,7 @@ from trl import SFTConfig
 
 from .._host import base_model_of
 from .._version import __version__
+from ..blocks.drafter import find_drafter
 from ..cards import is_ours_alone, license_metadata
 from ..export import export_custom_generate, is_exported
 from ..files import read_text, write_whole
@@ -171,6 +172,9 @@ def save_beside(trainer: Any, card: RunCard, folder: Path, is_checkpoint: bool) 
     earlier = read_card(folder)
     # An adapter is saved without one; `cllm_hf.load_cllm` applies it.
     trainer.model.generation_config.save_pretrained(folder)
+    drafter = find_drafter(base_model_of(trainer.model))
+    if drafter is not None:
+        drafter.save(folder)
     if trainer.args.export_custom_generate and not is_checkpoint:
         export_custom_generate(folder)
         if earlier is not None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from .._host import base_model_of
-from ..blocks.support import check_adapters
+from ..blocks.drafter import NEVER_INVOKED, attach_drafter, find_drafter, is_lossless, make_drafter
+from ..blocks.support import check_adapters, check_lossless_adapter
 from ..loading import load_adapter
 from .config import CLLMConfig
+
+
+# Of a lossless adapter where no `peft_config` says otherwise.
+_RANK = 64
 
 
 def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_config: Any = None) -> Any:
@@ -37,7 +43,7 @@ def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_con
     if peft_config is not None:
         check_adapters([peft_config])
     if not isinstance(model, str) or find_adapter_config_file(model) is None:
-        check_adapters(getattr(model, "peft_config", {}).values())
+        _check_kind(getattr(model, "peft_config", {}).values(), args)
         return model
     from peft import PeftConfig
 
@@ -46,7 +52,7 @@ def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_con
             f"`model` is an adapter, {model!r}, which is trained further, got a `peft_config` for a new one too. Drop "
             "it; or merge the adapter with `load_cllm(...).merge_and_unload()`, save that model, and pass its folder."
         )
-    check_adapters([PeftConfig.from_pretrained(model)])
+    _check_kind([PeftConfig.from_pretrained(model)], args)
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
     given: Any = args.model_init_kwargs
     options |= given or {}
@@ -54,6 +60,66 @@ def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_con
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     return load_adapter(model, is_trainable=True, **options)
+
+
+def _check_kind(configs: Any, args: CLLMConfig) -> None:
+    check_adapters(configs)
+    for config in configs:
+        if is_lossless(config) != args.lossless:
+            kind = "a lossless one" if is_lossless(config) else "another one"
+            raise ValueError(
+                f"`lossless={args.lossless}` must fit the adapter that is trained further, got {kind}. Pass "
+                f"`lossless={is_lossless(config)}`, or train a new adapter."
+            )
+
+
+def make_lossless_config(peft_config: Any) -> Any:
+    """
+    The config of an adapter that drafts.
+
+    Args:
+        peft_config (`peft.LoraConfig`, *optional*): what `CLLMTrainer` is given; by default rank 64 on all linear
+            layers. It is left as it was.
+
+    Returns:
+        `peft.LoraConfig`: to PEFT, an activated LoRA that nothing activates.
+
+    Raises:
+        ValueError: for an adapter of another kind than plain LoRA.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(r=_RANK, lora_alpha=_RANK) if peft_config is None else copy.deepcopy(peft_config)
+    check_lossless_adapter(config)
+    config.task_type = config.task_type or "CAUSAL_LM"
+    config.target_modules = config.target_modules or "all-linear"
+    config.alora_invocation_tokens = list(NEVER_INVOKED)
+    return config
+
+
+def prepare_drafter(model: Any, num_masks: int, markov_rank: int) -> None:
+    """
+    Give a model with a new lossless adapter a drafter; one that has it keeps it.
+
+    Args:
+        model (`peft.PeftModel`): the model.
+        num_masks (`int`): most tokens that are drafted after one text.
+        markov_rank (`int`): rank of the Markov head.
+
+    Raises:
+        ValueError: if it has one of fewer masks.
+    """
+    base_model = base_model_of(model)
+    drafter = find_drafter(base_model)
+    if drafter is None:
+        attach_drafter(base_model, make_drafter(base_model, num_masks, markov_rank))
+    elif drafter.num_masks < num_masks:
+        raise ValueError(
+            f"The adapter that is trained further drafts at most {drafter.num_masks} tokens, got a block size of "
+            f"{num_masks + 1}. Pass `block_size={drafter.num_masks + 1}` or less."
+        )
+    else:
+        drafter.float().requires_grad_(True)
 
 
 def load_target_tokenizer(model: Any) -> Any:

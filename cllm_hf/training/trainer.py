@@ -16,21 +16,24 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from .._host import base_model_of, count_embeddings
+from ..blocks.drafter import find_drafter
+from ..blocks.gate import AdapterGate
 from ..blocks.support import check_packable
 from ..cards import CLLM_CITATION
 from ..files import check_writable
-from ..integration import set_jacobi_defaults
+from ..integration import set_jacobi_defaults, set_lossless_defaults
 from .batch import PreparedBatch, TrainingBatch
 from .callbacks import add_callbacks
 from .checks import check_datasets, check_leftovers, check_trainable, check_vocabulary
 from .config import CLLMConfig
+from .drafting import DraftPreparer, PreparedDrafts, sum_drafting_losses
 from .monitoring import decoding_metrics
 from .objective import LossTotals, sum_losses
 from .preparation import BatchPreparer, make_collator, prepare_dataset
 from .processes import check_processes, count_own_rows
 from .resuming import choose_checkpoint, record_run
 from .saving import RunCard, card_left_alone, save_beside, wait_for_push
-from .target import load_target, load_target_tokenizer, set_pad_token
+from .target import load_target, load_target_tokenizer, make_lossless_config, prepare_drafter, set_pad_token
 
 
 _REFUSED_ARGUMENTS = (
@@ -125,11 +128,15 @@ class CLLMTrainer(SFTTrainer):
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.router_aux_loss_coef = 0.0
-        self._preparer = BatchPreparer.from_config(args, dataset_block_size)
+        preparer: Any = DraftPreparer if args.lossless else BatchPreparer
+        self._preparer = preparer.from_config(args, dataset_block_size)
         self._card = RunCard(self)
         collator = make_collator(args, dataset_block_size)
+        target = load_target(model, args, peft_config, kwargs.get("quantization_config"))
+        if args.lossless and not hasattr(target, "peft_config"):
+            peft_config = make_lossless_config(peft_config)
         super().__init__(
-            load_target(model, args, peft_config, kwargs.get("quantization_config")),
+            target,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -139,6 +146,8 @@ class CLLMTrainer(SFTTrainer):
         )
         check_packable(base_model_of(self.model))
         check_trainable(self.model)
+        if args.lossless:
+            prepare_drafter(self.model, self._preparer.num_masks, args.markov_rank)
         # The collator looks at what is read later: streams, and datasets that `evaluate` is given.
         collator.vocab_size = count_embeddings(base_model_of(self.model))
         given = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
@@ -147,7 +156,7 @@ class CLLMTrainer(SFTTrainer):
         if args.should_save:
             check_leftovers(Path(str(args.output_dir)), is_adapter=base_model_of(self.model) is not self.model)
         check_processes(args, self.accelerator)
-        set_jacobi_defaults(self.model, self.block_size)
+        (set_lossless_defaults if args.lossless else set_jacobi_defaults)(self.model, self.block_size)
         self._loss_totals = {"train": LossTotals(), "eval": LossTotals()}
         self._step_counts: torch.Tensor | None = None
         add_callbacks(self)
@@ -227,16 +236,33 @@ class CLLMTrainer(SFTTrainer):
         counts = prepared.counts
         denominators = self._step_counts if is_of_a_step and self._step_counts is not None else counts
         # A record that is repeated to fill a batch has losses, but no positions.
-        sums = sum_losses(model, base_model_of(self.model), prepared, self._preparer.objective) * (counts > 0)
+        sums = self._sum_losses(model, prepared) * (counts > 0)
         # A process's share of few positions is less than one.
         means = sums / torch.where(denominators > 0, denominators, 1)
-        loss = means[0] + self.args.ar_loss_weight * means[1]
+        loss = means[0] + self._second_weight * means[1]
         self._loss_totals[mode].add(sums, counts)
-        return (loss, {"consistency_loss": means[0], "ar_loss": means[1]}) if return_outputs else loss
+        return (loss, dict(zip(self._names, means))) if return_outputs else loss
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        """What the two means of a batch are."""
+        return ("drafting_loss", "draft_accuracy") if self.args.lossless else ("consistency_loss", "ar_loss")
+
+    @property
+    def _second_weight(self) -> float:
+        """Weight of the second in the loss."""
+        return 0.0 if self.args.lossless else self.args.ar_loss_weight
+
+    def _sum_losses(self, model: torch.nn.Module, prepared: Any) -> torch.Tensor:
+        base_model, objective = base_model_of(self.model), self._preparer.objective
+        if not isinstance(prepared, PreparedDrafts):
+            return sum_losses(model, base_model, prepared, objective)
+        drafter: Any = find_drafter(base_model)
+        return sum_drafting_losses(model, base_model, drafter, AdapterGate(base_model, drafter), prepared, objective)
 
     def _prepare_batch(
         self, model: torch.nn.Module, columns: dict[str, torch.Tensor], mode: str, is_last: bool = True
-    ) -> PreparedBatch:
+    ) -> PreparedBatch | PreparedDrafts:
         """
         Choose states by the number of the step; in evaluation always the same, in blocks of the last size.
 
@@ -271,11 +297,12 @@ class CLLMTrainer(SFTTrainer):
             if mode == "eval":
                 # The loss of transformers is a mean of the means of batches.
                 loss_name = next((name for name in logs if name.endswith("_loss")), "eval_loss")
-                logs[loss_name] = means[0] + self.args.ar_loss_weight * means[1]
+                logs[loss_name] = means[0] + self._second_weight * means[1]
                 prefix = loss_name.removesuffix("loss")
-            for name, mean, count in zip(("consistency", "ar"), means, counts):
-                logs[f"{prefix}{name}_loss"] = mean
-                logs[f"{prefix}{name}_tokens"] = count
+            for name, mean, count in zip(self._names, means, counts):
+                logs[f"{prefix}{name}"] = mean
+                if name.endswith("_loss"):
+                    logs[f"{prefix}{name.removesuffix('loss')}tokens"] = count
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

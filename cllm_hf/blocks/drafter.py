@@ -1,0 +1,185 @@
+"""
+What a lossless adapter has beside its LoRA weights: mask embeddings, and a Markov head.
+
+The adapter drafts tokens that nothing is known of yet. What is fed in their place is a learned embedding for each
+distance; and since no such place has seen the token before it, a low-rank term of that token is added to its logits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from ..files import write_whole
+
+
+DRAFTER_FILE = "drafter.safetensors"
+# Under this name it is a part of the model that it drafts for.
+_ATTRIBUTE = "cllm_drafter"
+# A lossless adapter is saved as an activated LoRA that no token ever activates: to PEFT, and to whoever does not know
+# of drafting, the model with it is the base model.
+NEVER_INVOKED = [-1]
+_FORMAT = "1"
+_SAMPLED_EMBEDDINGS = 1024
+
+
+class Drafter(nn.Module):
+    """
+    The weights by which a lossless adapter drafts, beside those of LoRA.
+
+    Args:
+        vocab_size (`int`): tokens that the model has logits for.
+        hidden_size (`int`): length of an embedding.
+        num_masks (`int`): most tokens that are drafted after one text.
+        markov_rank (`int`): rank of the Markov head; 0 for none.
+
+    Attributes:
+        masks (`torch.nn.Parameter` of shape `(num_masks, hidden_size)`): what is fed for the first, second, ... token
+            after the text, before anything is known of it.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, num_masks: int, markov_rank: int = 0):
+        super().__init__()
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self.num_masks, self.markov_rank = num_masks, markov_rank
+        self.masks = nn.Parameter(torch.zeros(num_masks, hidden_size))
+        if markov_rank:
+            self.previous = nn.Embedding(vocab_size, markov_rank)
+            self.following = nn.Linear(markov_rank, vocab_size, bias=False)
+            nn.init.normal_(self.previous.weight, std=1 / math.sqrt(markov_rank))
+            nn.init.zeros_(self.following.weight)  # a new head changes nothing
+
+    def correct(self, logits: torch.Tensor, previous_ids: torch.Tensor) -> torch.Tensor:
+        """
+        Tell logits which token stands before theirs: `logits + W2 W1[previous]`.
+
+        Args:
+            logits (`torch.Tensor` of shape `(..., vocab_size)`): of tokens that were drafted side by side.
+            previous_ids (`torch.LongTensor` of shape `(...)`): the token before each.
+
+        Returns:
+            `torch.Tensor` of shape `(..., vocab_size)`.
+        """
+        if not self.markov_rank:
+            return logits
+        known = previous_ids.clamp(max=self.vocab_size - 1)  # a table of embeddings may be longer than the logits
+        return logits + linear(self.previous(known).to(logits.dtype), self.following.weight.to(logits.dtype))
+
+    def save(self, folder: Path) -> None:
+        """
+        Save it beside an adapter.
+
+        Args:
+            folder (`pathlib.Path`): of the adapter.
+        """
+        shape = {"num_masks": self.num_masks, "markov_rank": self.markov_rank}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_whole(folder / DRAFTER_FILE, save(tensors, {"format": _FORMAT, "drafter": json.dumps(shape)}))
+
+    @classmethod
+    def load(cls, name: str, **options: Any) -> Drafter:
+        """
+        Load what `save` has written.
+
+        Args:
+            name (`str`): folder or Hub id of the adapter.
+            options: passed to `transformers.utils.cached_file`, such as `revision` and `token`.
+
+        Returns:
+            `Drafter`.
+
+        Raises:
+            OSError: if there is none.
+            ValueError: if the file is damaged, or of a later format.
+        """
+        path = cached_file(name, DRAFTER_FILE, **options)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{DRAFTER_FILE} of {name} is damaged ({error}). Save or download it again.") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(
+                f"{DRAFTER_FILE} of {name} must have format {_FORMAT}, got {metadata.get('format')!r}. Update cllm_hf."
+            )
+        shape = json.loads(metadata["drafter"])
+        vocab_size = len(tensors["previous.weight"]) if shape["markov_rank"] else 0
+        drafter = cls(vocab_size, tensors["masks"].shape[1], **shape)
+        drafter.load_state_dict(tensors)
+        return drafter
+
+
+def make_drafter(model: PreTrainedModel, num_masks: int, markov_rank: int) -> Drafter:
+    """
+    Make a new drafter for a model.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the base model.
+        num_masks (`int`): most tokens that are drafted after one text.
+        markov_rank (`int`): rank of the Markov head; 0 for none.
+
+    Returns:
+        `Drafter`: its masks begin at the mean of the model's embeddings, in float32.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    weight = embeddings.weight
+    vocab_size = len(model.get_output_embeddings().weight)  # type: ignore[union-attr, arg-type]
+    ids = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EMBEDDINGS), device=weight.device).long()
+    with torch.no_grad():
+        sample = embeddings(ids).float()  # some models scale them on the way
+        drafter = Drafter(vocab_size, sample.shape[-1], num_masks, markov_rank)
+        drafter.to(weight.device)
+        noise = torch.randn(num_masks, sample.shape[-1]).to(weight.device)
+        drafter.masks.copy_(sample.mean(0) + 0.1 * sample.std(0) * noise)
+    return drafter
+
+
+def attach_drafter(model: PreTrainedModel, drafter: Drafter, is_trainable: bool = True) -> None:
+    """
+    Make a drafter a part of its model.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model, not wrapped, with the adapter's layers in it.
+        drafter (`Drafter`): moved to the device of the model's embeddings.
+        is_trainable (`bool`): whether it takes a gradient; otherwise it gets the dtype of the model.
+    """
+    weight: Any = model.get_input_embeddings().weight
+    drafter.requires_grad_(is_trainable).to(weight.device, None if is_trainable else model.dtype)
+    setattr(model, _ATTRIBUTE, drafter.train(is_trainable))
+
+
+def find_drafter(model: Any) -> Drafter | None:
+    """
+    The drafter of a model.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model, not wrapped.
+
+    Returns:
+        `Drafter` or `None`.
+    """
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def is_lossless(config: Any) -> bool:
+    """
+    Whether an adapter drafts for its base model, whose text stays what it is.
+
+    Args:
+        config (`peft.PeftConfig`): of the adapter.
+
+    Returns:
+        `bool`.
+    """
+    return getattr(config, "alora_invocation_tokens", None) == NEVER_INVOKED
