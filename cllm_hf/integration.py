@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ._host import has_own_loop, mark_as_edited, mixes_adapters
+from .blocks.drafter import find_drafter, is_lossless
+from .blocks.gate import is_switched_off, without_adapters
 from .blocks.limits import limits_of
 from .blocks.support import why_adapter_refused
 from .decoding.registry import decodings
@@ -161,11 +164,15 @@ def _generate(
     user_config = call.get("generation_config")
     configs = [config for config in (user_config, model.generation_config) if config is not None]
     named = [name for name, value in given.items() if _is_wish(name, value)]
+    drafts = find_drafter(model) is not None and not is_switched_off(model)
+    default = LOSSLESS if drafts and getattr(user_config, "decoding", None) is None else _decoding_of(configs)
+    if default == LOSSLESS and not drafts:
+        default = None  # within `disable_adapter()`, and for the base model of an adapter
     if decoding is None and named:
-        decoding = _strategy_of(configs)
+        decoding = default if drafts else _strategy_of(configs)
     elif decoding == AUTOREGRESSIVE and named:
         raise ValueError(f'`{named[0]}` has no effect with `decoding="autoregressive"`. Drop one of the two.')
-    requested = decoding if decoding is not None else _decoding_of(configs)
+    requested = decoding if decoding is not None else default
     if requested is not None and requested not in decodings():
         names = " or ".join(f'"{name}"' for name in decodings())
         raise ValueError(f"`decoding` must be {names}, got {requested!r}.")
@@ -176,7 +183,8 @@ def _generate(
         or is_assistant
         or (decoding is None and call.get("custom_generate") is not None)
     ):
-        return original(model, *args, **kwargs)
+        with without_adapters(model) if drafts else nullcontext():
+            return original(model, *args, **kwargs)
 
     if _option(call, configs, "cache_implementation") == "static":
         given = {**given, "jacobi_compile": True}
@@ -191,7 +199,9 @@ def _generate(
     call = _with_stop_strings(call, configs)
     if model.generation_config.use_cache is False and _option(call, configs[:-1], "use_cache") is None:
         call["use_cache"] = True  # a default that training leaves behind, not a wish of the caller
-    return original(model, **call, custom_generate=_custom_generate(model, call, options, requested))
+    run = _custom_generate(model, call, options, requested)
+    with without_adapters(model) if drafts else nullcontext():
+        return original(model, **call, custom_generate=run)
 
 
 def _jacobi_options(given: dict[str, Any], configs: list[GenerationConfig]) -> JacobiOptions:
@@ -295,7 +305,7 @@ def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list
         refuse(
             "generation that keeps several processes in step (`synced_gpus`, ZeRO-3, FSDP) yet", "such a run", _GREEDY
         )
-    adapters = _peft_configs(model)
+    adapters = [config for config in _peft_configs(model) if not is_lossless(config)]
     for adapter in adapters:
         reason = why_adapter_refused(adapter)
         if reason:

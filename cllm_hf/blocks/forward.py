@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .._host import attention_implementation
@@ -50,42 +51,61 @@ def packed_attention_mask(
 
 def tree_attention_mask(
     config: PreTrainedConfig,
-    cached_mask: torch.Tensor,
+    text_mask: torch.Tensor,
     parents: list[list[int]],
     dtype: torch.dtype,
-    cache: DynamicCache,
+    cache: Any,
+    num_cached: int | None = None,
 ) -> Any:
     """
-    Build the mask of trees of tokens after cached texts: each token sees its text and the tokens it follows.
+    Build the mask of trees of tokens after texts: each token sees its text and the tokens it follows.
 
     Args:
         config (`transformers.PreTrainedConfig`): config of the model.
-        cached_mask (`torch.Tensor` of shape `(batch_size, num_cached)`): non-zero on cached columns that are text.
+        text_mask (`torch.Tensor` of shape `(batch_size, num_columns)`): non-zero on columns before the trees that are
+            text: those that are cached, and those that are fed with the trees.
         parents (`list[list[int]]`): for each row and place of its tree, the place of the token before; -1 for none.
         dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
-        cache (`transformers.DynamicCache`): what is cached, without the trees.
+        cache (`transformers.Cache`): what is cached, without the trees.
+        num_cached (`int`, *optional*): columns of `text_mask` that are cached; by default all.
 
     Returns:
         What to pass as `attention_mask`: a mask, or a `dict` of them for models that mix full and sliding attention.
     """
-    config, device = config.get_text_config(), cached_mask.device
-    num_rows, num_cached = cached_mask.shape
-    sees = np.zeros((num_rows, len(parents[0]), len(parents[0])), dtype=bool)
-    for row, places in enumerate(parents):
-        for place, parent in enumerate(places):
-            if parent >= 0:
-                sees[row, place] = sees[row, parent]
-            sees[row, place, place] = True
-    num_before = torch.from_numpy(sees.sum(-1)).to(device) - 1
-    text = cached_mask.bool()[:, None].expand(-1, len(parents[0]), -1)
-    visible = torch.cat([text, torch.from_numpy(sees).to(device)], dim=-1)
+    config, device = config.get_text_config(), text_mask.device
+    num_rows, num_columns = text_mask.shape
+    num_cached, num_places = num_columns if num_cached is None else num_cached, len(parents[0])
+    trees = {id(places): _ancestors(places) for places in parents}  # rows of a batch often share one
+    sees = torch.from_numpy(np.stack([trees[id(places)] for places in parents])).to(device)
+    before_tree = text_mask.bool()[:, None].expand(-1, num_places, -1)
+    visible = torch.cat([before_tree, sees], dim=-1)
+    fed_before = torch.arange(num_cached, num_columns, device=device)
+    if len(fed_before):
+        keys = torch.arange(num_columns + num_places, device=device)
+        # Padding sees itself, so that no place sees nothing; nobody sees it.
+        causal = torch.nn.functional.pad(text_mask.bool(), (0, num_places))[:, None] & (keys <= fed_before[:, None])
+        visible = torch.cat([causal | (keys == fed_before[:, None]), visible], dim=1)
     # A tree stands in columns of its own; in a text, a token would stand as many columns on as tokens are before it.
-    columns = torch.cat([torch.arange(num_cached, device=device).expand(num_rows, -1), num_cached + num_before], dim=1)
+    columns = torch.arange(num_columns, device=device).expand(num_rows, -1)
+    columns = torch.cat([columns, num_columns + sees.sum(-1) - 1], dim=1)
     distances = columns[:, num_cached:, None] - columns[:, None]
+    num_queries = visible.shape[1]
     layers: Any = cache.layers
+    if any(isinstance(layer, StaticLayer) for layer in layers):  # has columns that are not in use yet
+        unused = layers[0].max_cache_len - visible.shape[-1]
+        visible, distances = (torch.nn.functional.pad(values, (0, unused)) for values in (visible, distances))
     sliding = next((index for index, layer in enumerate(layers) if layer.is_sliding), None)
-    num_columns = None if sliding is None else cache.get_mask_sizes(len(parents[0]), sliding)[0]
-    return masks_by_layer_type(config, visible, distances, dtype, num_columns)
+    num_sliding = None if sliding is None else cache.get_mask_sizes(num_queries, sliding)[0]
+    return masks_by_layer_type(config, visible, distances, dtype, num_sliding)
+
+
+def _ancestors(parents: list[int]) -> np.ndarray:
+    """Which places of a tree each place follows, itself among them: `[num_places, num_places]`."""
+    sees = np.eye(len(parents), dtype=bool)
+    for place, parent in enumerate(parents):
+        if parent >= 0:
+            sees[place] |= sees[parent]
+    return sees
 
 
 def masks_by_layer_type(

@@ -77,8 +77,11 @@ class Measurements:
 class Pace:
     """The block size of each forward pass of a call: `size`, or with measurements the one that promises most."""
 
-    def __init__(self, size: int, measurements: Measurements | None = None):
+    def __init__(self, size: int, measurements: Measurements | None = None, largest: int | None = None):
         self.max_block_size = size if measurements is None else _SIZES[-1]
+        if largest is not None:
+            self.max_block_size = min(self.max_block_size, largest)
+            size = max(one for one in (size, *_SIZES) if one <= self.max_block_size)
         self._size, self._measured, self._has_grown = size, measurements, False
         self._last_time, self._last_size = 0.0, 0
         self._stay, self._left = _STAY, 0 if measurements and measurements.weights.any() else _FIRST_STAY
@@ -104,17 +107,23 @@ class Pace:
         if not any(1 in measured.seconds.get(rows, ()) for rows in (num_rows.bit_length(), 1)):
             self._size, self._left = 1, _NARROWEST_STAY  # what drafts cost is known by what none costs
             return
-        rates = {size: gain / measured.cost(num_rows, size) for size, gain in measured.gains().items()}
+        gains = {size: gain for size, gain in measured.gains().items() if size <= self.max_block_size}
+        rates = {size: gain / measured.cost(num_rows, size) for size, gain in gains.items()}
         rates[1] *= 1.04  # where drafts hardly pay, noise would have them tried forever
         best = max(rates, key=lambda size: rates[size])
         self._stay = min(2 * self._stay, _LONGEST_STAY) if best == self._size else _STAY
         self._size, self._left = best, self._stay
 
 
-def make_pace(model: Any, block_size: int | str, strategy: Hashable = None) -> Pace:
-    """What an option of `generate` asks for; `"auto"` uses and extends what was measured of a model and a strategy."""
+def make_pace(
+    model: Any, block_size: int | str, strategy: Hashable = None, largest: int | None = None
+) -> Pace:
+    """
+    What an option of `generate` asks for, up to the largest size that a strategy can do; `"auto"` uses and extends
+    what was measured of a model and a strategy.
+    """
     if block_size != AUTO:
-        return Pace(int(block_size))
+        return Pace(int(block_size), largest=largest)
     known = vars(model).setdefault(_ATTRIBUTE, {})
     known[strategy] = known.get(strategy) or Measurements()  # that of a copy is empty
-    return Pace(DEFAULT_BLOCK_SIZE, known[strategy])
+    return Pace(DEFAULT_BLOCK_SIZE, known[strategy], largest)

@@ -27,6 +27,7 @@ from .strategy import Proposal, Room
 
 # Memory follows the text, not a number of the caller: a draft beyond this is at most as long as the text before it.
 _LONGEST_DRAFT = 1024
+_LONGEST_PREFILL_WITH_TREE = 4096
 
 
 class Feed:
@@ -40,6 +41,9 @@ class Feed:
         max_block_size (`int`): most positions of a branch that are checked in a forward pass.
         num_new_tokens (`int`): longest response.
         needs_tree (`bool`): whether proposals may be trees.
+        keeps_branches (`bool`, *optional*): whether what is accepted may be other than their first places; by default
+            wherever they are trees.
+        drafts_in_prefill (`bool`): whether a tree may follow the prompt in the first forward pass.
         compile_options (`transformers.GenerationConfig`, *optional*): has forward passes run as a compiled graph of
             fixed shape, where the model can.
         context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`, *optional*): what an encoder has read.
@@ -66,6 +70,8 @@ class Feed:
         max_block_size: int,
         num_new_tokens: int,
         needs_tree: bool = False,
+        keeps_branches: bool | None = None,
+        drafts_in_prefill: bool = False,
         compile_options: GenerationConfig | None = None,
         context_ids: torch.Tensor | None = None,
         num_given: int | None = None,
@@ -82,7 +88,8 @@ class Feed:
             max_columns = num_prompt + num_new_tokens + max_block_size
             static = make_static_memory(model, model_kwargs, batch_size, max_columns, is_user_cache, compile_options)
         self.memory = static or choose_memory(model, model_kwargs, batch_size, is_user_cache)
-        self._needs_tree = needs_tree
+        self._needs_tree, self._drafts_in_prefill = needs_tree, drafts_in_prefill
+        self._keeps_branches = needs_tree if keeps_branches is None else keeps_branches
         check_model_inputs(model, model_kwargs)
         check_embeds(model, embeds, self.memory.cache is not None)
         self._kwargs = model_kwargs
@@ -127,7 +134,13 @@ class Feed:
         if self._num_positions is not None:
             # Only a committed token may go beyond the last position, where transformers says what it has to say.
             depth = min(depth, max(self._num_positions - 1 - max(map(self._position, self.rows)), 0))
-        return Room(depth, self._needs_tree and not self._is_prefill)
+        return Room(depth, self._needs_tree and self._has_room_for_tree(), self.memory.fixed_shape)
+
+    def _has_room_for_tree(self) -> bool:
+        if not self._is_prefill:
+            return True
+        # Its mask is as large as the square of the prompt.
+        return self._drafts_in_prefill and len(self.rows[0].pending.ids) <= _LONGEST_PREFILL_WITH_TREE
 
     def forward(self, proposals: list[Proposal]) -> torch.Tensor:
         """
@@ -218,11 +231,13 @@ class Feed:
         self._is_prefill = False
 
     def _check_keeps_places(self) -> None:
-        if self._needs_tree and not self.memory.keeps_places:
+        if not self._needs_tree or self.memory.keeps_places:
+            return
+        if self._keeps_branches or not self.memory.hides_places:
             raise ValueError(
-                f"A tree of candidates needs a dynamic cache of keys and values, which {type(self.model).__name__} "
-                "does not have here. Drop what turns it off (`use_cache=False`, `jacobi_compile=True`, a static "
-                "cache), or what asks for trees (`jacobi_candidates`)."
+                f"A tree of guesses needs a dynamic cache of keys and values, which {type(self.model).__name__} does "
+                "not have here. Drop what turns it off (`use_cache=False`, `jacobi_compile=True`, a static cache), or "
+                'what asks for trees (`jacobi_candidates`, `decoding="lossless"`).'
             )
 
     def _next_pending(self, row: Row, verdict: Verdict, num_kept: int, width: int | None) -> Pending:
@@ -251,12 +266,15 @@ class Feed:
 
     def _tree_mask(self, proposals: list[Proposal]) -> Any:
         num_cached = self.memory.num_cached
+        num_columns = num_cached + len(self.rows[0].pending.ids) - 1
         mask = self._mask
         if mask is None:
-            mask = torch.ones((len(proposals), num_cached), dtype=torch.long, device=self._device)
+            mask = torch.ones((len(proposals), num_columns), dtype=torch.long, device=self._device)
         parents = [proposal.links()[0] for proposal in proposals]
         cache: Any = self.memory.cache
-        return tree_attention_mask(self.model.config, mask[:, :num_cached], parents, self.model.dtype, cache)
+        return tree_attention_mask(
+            self.model.config, mask[:, :num_columns], parents, self.model.dtype, cache, num_cached
+        )
 
     def _select(self, left: list[int]) -> None:
         indices = torch.tensor(left, device=self._device)

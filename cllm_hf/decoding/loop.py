@@ -12,6 +12,8 @@ Sources: Jacobi decoding (arXiv 2305.10427), CLLM (arXiv 2403.00835).
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -33,7 +35,7 @@ from .registry import make_strategy
 from .rows import Row
 from .sampling import GumbelNoise
 from .stepwise import StepwiseVerifier, depends_on_call_order
-from .strategy import Proposal, Room, Strategy, check_proposals, level
+from .strategy import Proposal, Room, Strategy, check_proposals, is_drafting, level
 from .verify import Verifier, takes_all_at_once
 
 
@@ -79,8 +81,9 @@ def decode(
             not take the trees of the strategy, or a strategy that proposes what there is no room for.
     """
     batch_size, prompt_length = input_ids.shape
-    strategy = make_strategy(strategy_name, options)
-    pace = make_pace(model, options.block_size, (strategy_name, options.candidates))
+    strategy = make_strategy(strategy_name, options, model)
+    largest = strategy.largest_block_size if is_drafting(strategy) else None
+    pace = make_pace(model, options.block_size, (strategy_name, options.candidates), largest)
     max_length = length_limit(stopping_criteria, prompt_length)
     feed = Feed(
         model,
@@ -89,6 +92,8 @@ def decode(
         max_block_size=pace.max_block_size,
         num_new_tokens=max_length - prompt_length,
         needs_tree=strategy.needs_tree,
+        keeps_branches=strategy.keeps_branches if is_drafting(strategy) else strategy.needs_tree,
+        drafts_in_prefill=is_drafting(strategy),
         compile_options=generation_config if options.compile else None,
         context_ids=context_ids,
         num_given=num_given,
@@ -107,9 +112,10 @@ def decode(
     )
     all_rows, num_forwards = list(feed.rows), 0
     try:
-        while feed.rows:
-            _iterate(feed, strategy, verifier, pace)
-            num_forwards += 1
+        with strategy.running() if is_drafting(strategy) else nullcontext():
+            while feed.rows:
+                _iterate(feed, strategy, verifier, pace)
+                num_forwards += 1
         feed.memory.close()
         if streamer is not None:
             streamer.end()
@@ -134,11 +140,15 @@ def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> 
         limit = pace.max_block_size
     room = feed.room(pace.block_size(len(rows), limit))
     proposals = _propose(strategy, rows, room, verifier, must_fill=feed.memory.fixed_shape)
+    num_drafting = strategy.begin(proposals) if is_drafting(strategy) else 0
     logits = feed.forward(proposals)
-    verdicts = verifier.verify(rows, proposals, logits)
-    del logits  # large in the prefill
+    num_verified = logits.shape[1] - num_drafting
+    verdicts = verifier.verify(rows, proposals, logits[:, :num_verified])
     for row, verdict in zip(rows, verdicts):
         row.commit(verdict)
+    if is_drafting(strategy):
+        strategy.draft(rows, verdicts, logits[:, num_verified:], verifier.guess)
+    del logits  # large in the prefill
     feed.advance(verdicts, verifier.finished(rows))
     pace.record(room.depth + 1, [len(verdict.token_ids) for verdict in verdicts])
     left = {row.index for row in feed.rows}
@@ -155,9 +165,11 @@ def _propose(strategy: Strategy, rows: list[Row], room: Room, verifier: Verifier
     check_proposals(proposals, [row.anchor for row in going], room, strategy)
     if len(going) < len(rows):
         # Rows that have ended get what they will take, so as not to hold back the others.
-        padding = [verifier.pad_id] * max(max(proposal.depths()) for proposal in proposals)
+        longest = max(proposals, key=lambda proposal: max(proposal.depths()))
+        shape = longest if is_drafting(strategy) else Proposal([0] * (1 + max(longest.depths())))
+        padding = [verifier.pad_id] * (len(shape.token_ids) - 1)
         by_index = {row.index: proposal for row, proposal in zip(going, proposals)}
-        proposals = [by_index.get(row.index) or Proposal([row.anchor, *padding]) for row in rows]
+        proposals = [by_index.get(row.index) or replace(shape, token_ids=[row.anchor, *padding]) for row in rows]
     return level(proposals, room.depth + 1 if must_fill else 0)
 
 

@@ -69,6 +69,11 @@ class Memory(ABC):
         """`bool`: whether `settle` can keep other places than the first ones, as trees need it."""
         return False
 
+    @property
+    def hides_places(self) -> bool:
+        """`bool`: whether a mask can say which of the last places see which, while the first ones are kept."""
+        return self.keeps_places
+
     @abstractmethod
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
         """

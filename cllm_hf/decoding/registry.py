@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..options import AUTOREGRESSIVE, JACOBI, JacobiOptions
+from typing import Any
+
+from ..options import AUTOREGRESSIVE, JACOBI, LOSSLESS, JacobiOptions
 from .candidates import CandidateStrategy
 from .jacobi import JacobiStrategy
+from .lossless import make_lossless
 from .strategy import Strategy
 
 
@@ -38,7 +41,7 @@ def register_strategy(name: str, factory: Callable[[JacobiOptions], Strategy]) -
     Raises:
         ValueError: for the names of this package.
     """
-    if name in (AUTOREGRESSIVE, JACOBI):
+    if name in (AUTOREGRESSIVE, JACOBI, LOSSLESS):
         raise ValueError(f"`name` must be new, got {name!r}, which is built in. Choose another one.")
     _FACTORIES[name] = factory
 
@@ -50,18 +53,24 @@ def decodings() -> tuple[str, ...]:
     Returns:
         `tuple[str, ...]`.
     """
-    return (*_FACTORIES, AUTOREGRESSIVE)
+    return (JACOBI, LOSSLESS, *(name for name in _FACTORIES if name != JACOBI), AUTOREGRESSIVE)
 
 
-def make_strategy(name: str, options: JacobiOptions) -> Strategy:
+def make_strategy(name: str, options: JacobiOptions, model: Any) -> Strategy:
     """
     Make a registered strategy.
 
     Args:
         name (`str`): one of `decodings()` but the autoregressive one.
         options (`JacobiOptions`): of this call.
+        model (`transformers.PreTrainedModel`): the model to decode, not wrapped.
 
     Returns:
         `Strategy`.
+
+    Raises:
+        ValueError: for lossless decoding with a model that has no adapter for it.
     """
+    if name == LOSSLESS:
+        return make_lossless(model, options)
     return _FACTORIES[name](options)

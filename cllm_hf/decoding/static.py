@@ -45,6 +45,15 @@ class StaticMemory(Memory):
         config = compile_config or CompileConfig(fullgraph=True, dynamic=False)
         self._compiled = model.get_compiled_call(config)
         self._is_prefill = True
+        self._num_cached = 0
+
+    @property
+    def num_cached(self) -> int:
+        return self._num_cached
+
+    @property
+    def hides_places(self) -> bool:
+        return True
 
     @property
     def model_inputs(self) -> dict[str, Any]:
@@ -52,7 +61,10 @@ class StaticMemory(Memory):
 
     def call(self, model: Any, **inputs: Any) -> Any:
         # The prompt has a length of its own in every call.
-        return model(**inputs) if self._is_prefill else self._compiled(**inputs)
+        output = model(**inputs) if self._is_prefill else self._compiled(**inputs)
+        fed = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        self._num_cached += fed.shape[1]
+        return output
 
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
         num_rejected = num_fed - len(paths[0])
@@ -60,6 +72,7 @@ class StaticMemory(Memory):
             layers: Any = self.cache.layers
             for layer in layers:
                 layer.cumulative_length.sub_(num_rejected)  # in place: its address is part of the graph
+            self._num_cached -= num_rejected
         return True
 
     def after_prefill(self) -> Memory:

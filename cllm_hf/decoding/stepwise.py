@@ -110,8 +110,7 @@ class StepwiseVerifier(Verifier):
         self._canvas = Canvas(input_ids, self.pad_id)
 
     def verify(self, rows: list[Row], proposals: list[Proposal], logits: torch.Tensor) -> list[Verdict]:
-        # Guesses where a text is not decided yet, which would change what processors make of its scores.
-        guesses = self.predict(rows, proposals, logits.float()).tolist()
+        guesses = self.predict(rows, proposals, self._known_scores(logits)).tolist()
         walks = [_Walk(*parts) for parts in zip(rows, proposals, guesses, logits)]
         length = min(row.length for row in rows)
         while any(walk.place is not None for walk in walks):
@@ -127,6 +126,9 @@ class StepwiseVerifier(Verifier):
             for walk, ends in zip(here, finished):
                 walk.place = None if ends else walk.place
         return [walk.verdict() for walk in walks]
+
+    def _known_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float()  # what processors make of them depends on the text
 
     def _step(self, walks: list[_Walk], length: int) -> None:
         """Commit a token to each of these rows, which are all of one length."""

@@ -8,11 +8,17 @@ is that of decoding one token at a time; a good strategy only needs fewer forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeGuard
 
-from .rows import Row
+from .rows import Row, Verdict
+
+
+# `(rows, distance, logits) -> scores`: what a token of a draft is chosen by, `distance` tokens after the next one of
+# each row; logits and scores are of shape `(num_rows, num_guesses, vocab_size)`.
+Guess = Callable[[Sequence[Row], int, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,14 @@ class Room:
 
     Attributes:
         depth (`int`): most tokens after the anchor in any one branch.
-        is_tree (`bool`): whether a proposal may be other than a chain. Never in the prefill, which feeds the prompt.
+        is_tree (`bool`): whether a proposal may be other than a chain. Not in the prefill, which feeds the prompt, but
+            for a strategy that drafts there.
+        must_fill (`bool`): whether every proposal must have the shape of the one before it, for a compiled graph.
     """
 
     depth: int
     is_tree: bool = False
+    must_fill: bool = False
 
 
 class Strategy(Protocol):
@@ -112,6 +121,49 @@ class Strategy(Protocol):
                 accepted ones and the bonus token, `predictions[path[-1]]`.
             predictions (`list[int]`): the model's next token after each place, and after what it was filled up with.
         """
+
+
+class DraftingStrategy(Strategy, Protocol):
+    """
+    A strategy that has the model itself draft, in rows of the same forward pass after those that are verified.
+
+    Attributes:
+        largest_block_size (`int`): most tokens that it can have verified in a forward pass.
+        keeps_branches (`bool`): whether what is accepted may be other than the first places of a proposal.
+    """
+
+    largest_block_size: int
+    keeps_branches: bool
+
+    def running(self) -> AbstractContextManager[Any]:
+        """Prepare the model for a call of `generate`, and put it back."""
+
+    def begin(self, proposals: Sequence[Proposal]) -> int:
+        """
+        Prepare the next forward pass.
+
+        Args:
+            proposals (`Sequence[Proposal]`): of all rows, equally long, with equally many places for the drafter.
+
+        Returns:
+            `int`: the last places, whose logits `draft` gets and nobody else.
+        """
+
+    def draft(self, rows: Sequence[Row], verdicts: Sequence[Verdict], logits: Any, guess: Guess) -> None:
+        """
+        Draft what follows the text, now that it is known how far it goes.
+
+        Args:
+            rows (`Sequence[Row]`): rows that took part; those that have ended need no draft.
+            verdicts (`Sequence[Verdict]`): what came of each, committed already.
+            logits (`torch.Tensor` of shape `(num_rows, num_places, vocab_size)`): of the drafter's places.
+            guess (`Guess`): makes scores of logits, as they are verified by.
+        """
+
+
+def is_drafting(strategy: Strategy) -> TypeGuard[DraftingStrategy]:
+    """Whether a strategy has the model itself draft."""
+    return hasattr(strategy, "draft") and hasattr(strategy, "largest_block_size")
 
 
 def check_proposals(proposals: Sequence[Proposal], anchors: Sequence[int], room: Room, strategy: Strategy) -> None:
@@ -151,8 +203,9 @@ def _problem(proposal: Proposal, anchor: int, room: Room, needs_tree: bool) -> s
         return f"must name for each token one before it as its parent, and -1 for the anchor, got parents {parents}"
     if flags[0] or any(flags[parent] and not flags[place] for place, parent in enumerate(parents) if place):
         return "must have only places for the drafter after such a place, and the anchor is none, got other flags"
-    if max(proposal.depths()) > room.depth:
-        return f"must fit `room.depth={room.depth}`, got a branch of {max(proposal.depths())} tokens. Cut it"
+    depth = max(depth for depth, is_drafter in zip(proposal.depths(), flags) if not is_drafter)
+    if depth > room.depth:
+        return f"must fit `room.depth={room.depth}`, got a branch of {depth} tokens. Cut it"
     return ""
 
 

@@ -7,6 +7,7 @@ with one host sync: that is done here. Otherwise a row is walked one position at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ class Verifier:
         Args:
             rows (`list[Row]`): rows that took part in the forward pass.
             proposals (`list[Proposal]`): what was fed of each.
-            logits (`torch.Tensor` of shape `(num_rows, num_places, vocab_size)`): what the model said.
+            logits (`torch.Tensor` of shape `(num_rows, num_places, vocab_size)`): what the model said, without the
+                last places where these are for the drafter alone.
 
         Returns:
             `list[Verdict]`.
@@ -123,9 +125,32 @@ class Verifier:
             `torch.LongTensor` of shape `(num_rows, num_places)`.
         """
         if self.noise is not None:
-            positions = [[row.length + depth for depth in one.depths()] for row, one in zip(rows, proposals)]
+            count = scores.shape[1]
+            positions = [[row.length + depth for depth in one.depths()[:count]] for row, one in zip(rows, proposals)]
             scores = scores + self.noise.at_places([row.index for row in rows], positions, scores)
         return scores.argmax(-1)
+
+    def guess(self, rows: Sequence[Row], distance: int, logits: torch.Tensor) -> torch.Tensor:
+        """
+        What a token of a draft is chosen by, as far as it is known before it is verified.
+
+        Args:
+            rows (`Sequence[Row]`): rows to draft for.
+            distance (`int`): tokens between the text of each and the one to choose.
+            logits (`torch.Tensor` of shape `(num_rows, num_guesses, vocab_size)`): of the drafter.
+
+        Returns:
+            `torch.FloatTensor` of the same shape: the best is the one to choose, a sample where there is noise.
+        """
+        scores = self._known_scores(logits)
+        if self.noise is None:
+            return scores
+        positions = [[row.length + distance] for row in rows]
+        return scores + self.noise.at_places([row.index for row in rows], positions, scores)
+
+    def _known_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores of places whose text may not be decided yet."""
+        return self._process(logits)
 
     def _process(self, logits: torch.Tensor) -> torch.Tensor:
         scores = logits.float()  # as transformers has them; an argmax over bfloat16 takes a CPU longer than this
