@@ -88,9 +88,6 @@ def set_checkpointing(model: PreTrainedModel, is_on: bool) -> None:
     method(*([{"use_reentrant": False}] if is_on else []))
 
 
-def set_adapters_off(layer: Any, is_off: bool) -> None:
-    """
-    Have a layer of PEFT run its base weights alone, or not. Its own method also says what takes a gradient, which a
-    call that puts everything back must leave alone.
-    """
-    layer._disable_adapters = is_off
+def has_hooks(module: Any) -> bool:
+    """Whether anything else than its `forward` runs when a module is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -73,6 +73,7 @@ def register() -> None:
         jacobi_candidates: int | None = None,
         jacobi_seed: int | None = None,
         jacobi_compile: bool | None = None,
+        jacobi_drafts: int | None = None,
         **kwargs: Any,
     ) -> Any:
         given = {
@@ -80,6 +81,7 @@ def register() -> None:
             "jacobi_candidates": jacobi_candidates,
             "jacobi_seed": jacobi_seed,
             "jacobi_compile": jacobi_compile,
+            "jacobi_drafts": jacobi_drafts,
         }
         return _generate(original, self, args, kwargs, decoding, given)
 
@@ -133,7 +135,7 @@ def set_jacobi_defaults(model: Any, block_size: int | str = DEFAULT_BLOCK_SIZE) 
 
 def set_lossless_defaults(model: Any, block_size: int | str = AUTO) -> None:
     """
-    Make `model.generate(...)` with a lossless adapter draft by default; its other options stay those of its base model.
+    Make `model.generate(...)` draft by a lossless adapter by default; other options stay those of the base model.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): its `generation_config` is changed in place.
@@ -190,6 +192,12 @@ def _generate(
         given = {**given, "jacobi_compile": True}
         call["cache_implementation"] = "dynamic"  # the host's static one has no room for a last full block
     options = _jacobi_options(given, configs)
+    if requested == LOSSLESS:
+        _check_drafted(model, given)
+    elif options.drafts is not None:
+        raise ValueError(
+            f'`jacobi_drafts` has an effect with `decoding="lossless"` alone, got it with {requested!r}. Drop it.'
+        )
     _check_supported(model, call, configs)
     if given["jacobi_seed"] is not None and not _option(call, configs, "do_sample"):
         raise ValueError(
@@ -202,6 +210,19 @@ def _generate(
     run = _custom_generate(model, call, options, requested)
     with without_adapters(model) if drafts else nullcontext():
         return original(model, **call, custom_generate=run)
+
+
+def _check_drafted(model: PreTrainedModel, given: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a block that is longer than the adapter drafts, where a caller asks for it."""
+    drafter, size = find_drafter(model), given["jacobi_block_size"]
+    if drafter is None or size in (None, AUTO):
+        return  # a default is cut instead, and a missing drafter is another matter
+    largest = drafter.num_masks + 1
+    if check_block_size(size) > largest:
+        raise ValueError(
+            f"`jacobi_block_size` must be at most {largest} with this adapter, which drafts {drafter.num_masks} tokens "
+            f"after the one that the model says, got {size}. Pass less, or train it with a larger `block_size`."
+        )
 
 
 def _jacobi_options(given: dict[str, Any], configs: list[GenerationConfig]) -> JacobiOptions:

@@ -12,7 +12,7 @@ JACOBI, LOSSLESS, AUTOREGRESSIVE = "jacobi", "lossless", "autoregressive"
 DEFAULT_BLOCK_SIZE = 16
 AUTO = "auto"
 # Arguments of `generate` and entries of a generation config; without the prefix, the fields of `JacobiOptions`.
-OPTION_NAMES = ("jacobi_block_size", "jacobi_candidates", "jacobi_seed", "jacobi_compile")
+OPTION_NAMES = ("jacobi_block_size", "jacobi_candidates", "jacobi_seed", "jacobi_compile", "jacobi_drafts")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class JacobiOptions:
         candidates (`int`): further guesses from a pool of n-grams, verified in the same forward pass.
         seed (`int`, *optional*): of the noise of sampling; by default drawn from torch's own generator.
         compile (`bool`): whether iterations run as one compiled graph of fixed shape, on a static cache.
+        drafts (`int`, *optional*): with `decoding="lossless"`, after how many places of a draft a forward pass drafts
+            on; by default as many as the device runs at hardly any cost.
 
     Raises:
         ValueError: for a value of the wrong kind or out of range.
@@ -34,10 +36,16 @@ class JacobiOptions:
     candidates: int = 0
     seed: int | None = None
     compile: bool = False
+    drafts: int | None = None
 
     def __post_init__(self) -> None:
         block_size = check_block_size(self.block_size, allows_auto=True)
         seed, candidates = as_integer(self.seed), as_integer(self.candidates)
+        drafts = as_integer(self.drafts)
+        if self.drafts is not None and (drafts is None or drafts < 1):
+            raise ValueError(
+                f"`jacobi_drafts` must be an integer of at least 1, got {self.drafts!r}. Typical values are 2 to 8."
+            )
         if self.seed is not None and (seed is None or not 0 <= seed < 2**63):
             raise ValueError(f"`jacobi_seed` must be an integer of at least 0 and below 2**63, got {self.seed!r}.")
         if not isinstance(self.compile, bool):
@@ -47,7 +55,12 @@ class JacobiOptions:
                 f"`jacobi_candidates` must be an integer of at least 0, got {self.candidates!r}. Typical values are 1 "
                 "to 4."
             )
-        for name, value in (("block_size", block_size), ("seed", seed), ("candidates", candidates)):
+        for name, value in (
+            ("block_size", block_size),
+            ("seed", seed),
+            ("candidates", candidates),
+            ("drafts", drafts),
+        ):
             object.__setattr__(self, name, value)  # as Python's own, whatever kind of integer was passed
         if self.compile and self.candidates:
             raise ValueError(

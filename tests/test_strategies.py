@@ -201,7 +201,7 @@ def test_shorter_proposals_are_filled_up():
 def test_names_of_strategies(llama):
     with pytest.raises(ValueError, match="built in"):
         register_strategy("jacobi", lambda options: RandomTrees([]))
-    with pytest.raises(ValueError, match='must be "jacobi" or "autoregressive", got \'unknown\''):
+    with pytest.raises(ValueError, match='must be "jacobi" or "lossless" or "autoregressive", got \'unknown\''):
         generate(llama, make_prompts(1), decoding="unknown")
 
 

@@ -134,7 +134,8 @@ def make_drafter(model: PreTrainedModel, num_masks: int, markov_rank: int) -> Dr
     """
     embeddings: Any = model.get_input_embeddings()
     weight = embeddings.weight
-    vocab_size = len(model.get_output_embeddings().weight)  # type: ignore[union-attr, arg-type]
+    output_embeddings: Any = model.get_output_embeddings()
+    vocab_size = len(output_embeddings.weight)
     ids = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EMBEDDINGS), device=weight.device).long()
     with torch.no_grad():
         sample = embeddings(ids).float()  # some models scale them on the way

@@ -1,22 +1,24 @@
 """
 The gate of a lossless adapter: it acts on the last rows of a forward pass, the drafter's, and on no other.
 
-PEFT's activated LoRA gates a suffix too, by a mask in every layer. Here PEFT's layers are switched off, so that they
-run the base weights alone, and a hook on each adds the adapter's part to the last rows. The rows before them are thus
-those of the base model to the last bit, nothing is computed for them that is thrown away, and it compiles.
+PEFT's activated LoRA gates a suffix too, by a mask in every layer, on which a device has to be waited for. Here a
+function stands in for PEFT's layers, which runs the base weights and adds the adapter's part to the last rows. The
+rows before them are thus those of the base model to the last bit, nothing is computed for them that is thrown away, and
+it compiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from .._host import set_adapters_off
+from .._host import has_hooks
 from .drafter import Drafter
 
 
@@ -35,7 +37,7 @@ class AdapterGate:
     def __init__(self, model: PreTrainedModel, drafter: Drafter):
         self._model = model
         self._drafter = drafter
-        self._layers = adapter_layers(model)
+        self._layers = dict(adapter_layers(model))
         for name, layer in self._layers.items():
             _check_layer(name, layer)
         self._num_rows = 0
@@ -43,21 +45,15 @@ class AdapterGate:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Switch the adapter off, and gate it, until the block ends."""
+        """Gate the adapter until the block ends."""
         embeddings: Any = self._model.get_input_embeddings()
-        handles = [embeddings.register_forward_hook(self._put_masks)]
-        was_off = [layer.disable_adapters for layer in self._layers.values()]
+        handle = embeddings.register_forward_hook(self._put_masks)
         try:
-            for layer in self._layers.values():
-                set_adapters_off(layer, True)
-                handles.append(layer.register_forward_hook(self._add_adapter))
-            yield
+            with _replaced_forwards({layer: self._gated(layer) for layer in self._layers.values()}):
+                yield
         finally:
             self.open([])
-            for handle in handles:
-                handle.remove()
-            for layer, is_off in zip(self._layers.values(), was_off):
-                set_adapters_off(layer, is_off)
+            handle.remove()
 
     def open(self, mask_numbers: Sequence[int]) -> None:
         """
@@ -91,33 +87,56 @@ class AdapterGate:
         last = torch.where((numbers >= 0)[:, None], masks, last)
         return torch.cat([output[:, : -self._num_rows], last], dim=1)
 
-    def _add_adapter(self, layer: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        count = self._num_rows
-        if not count:
-            return output
-        inputs = arguments[0]
-        if inputs.dim() != 3 or inputs.shape[1] < count:
-            raise ValueError(
-                "A lossless adapter must be on layers that see each row of a forward pass in its place, got one that "
-                f"sees a tensor of shape {tuple(inputs.shape)} in a pass with {count} drafter's rows. Leave such "
-                "layers (experts, poolers) out of `target_modules`."
-            )
-        # Of one adapter alone; `_check_layer` has looked.
-        (name,) = layer.active_adapters
+    def _gated(self, layer: Any) -> Callable[..., torch.Tensor]:
+        """What runs in place of a layer of PEFT: the base weights, and for the last rows the adapter's too."""
+        (name,) = layer.active_adapters  # of one adapter alone; `_check_layer` has looked
+        base, dropout, scaling = layer.get_base_layer(), layer.lora_dropout[name], layer.scaling[name]
         lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
-        # In the dtype of the model: weights in training are float32, and a product in that would take twice as long.
-        rows = layer.lora_dropout[name](inputs[:, -count:].to(output.dtype))
-        low = linear(rows, lora_a.weight.to(output.dtype))
-        added = linear(low, lora_b.weight.to(output.dtype)) * layer.scaling[name]
-        if inputs.shape[1] == count:
-            return output + added
-        if torch.is_grad_enabled():
-            return torch.cat([output[:, :-count], output[:, -count:] + added], dim=1)
-        output[:, -count:] += added
-        return output
+        has_own_call = type(base) is not nn.Linear or "forward" in vars(base) or has_hooks(base)
+
+        def forward(inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            # Small models wait for Python more than for products, so that a call less is worth this line.
+            output = base(inputs) if has_own_call else linear(inputs, base.weight, base.bias)
+            count = self._num_rows
+            if not count:
+                return output
+            if inputs.dim() != 3 or inputs.shape[1] < count:
+                raise ValueError(
+                    "A lossless adapter must be on layers that see each row of a forward pass in its place, got one "
+                    f"that sees a tensor of shape {tuple(inputs.shape)} in a pass with {count} drafter's rows. Leave "
+                    "such layers (experts, poolers) out of `target_modules`."
+                )
+            rows = dropout(inputs[:, -count:]) if dropout.training else inputs[:, -count:]
+            # In the dtype of the model: weights in training are float32, in which a product would take twice as long.
+            low = linear(rows.to(output.dtype), lora_a.weight.to(output.dtype))
+            added = linear(low * scaling, lora_b.weight.to(output.dtype))
+            if inputs.shape[1] == count:
+                return output + added
+            if torch.is_grad_enabled():
+                return torch.cat([output[:, :-count], output[:, -count:] + added], dim=1)
+            output[:, -count:] += added
+            return output
+
+        return forward
 
 
-def adapter_layers(model: PreTrainedModel) -> dict[str, Any]:
+@contextmanager
+def _replaced_forwards(forwards: dict[Any, Callable[..., torch.Tensor]]) -> Iterator[None]:
+    """Run other functions in place of modules' own until the block ends."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is not None:
+                module.forward = own
+            elif "forward" in vars(module):
+                del module.forward
+
+
+def adapter_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """
     The layers that PEFT has put adapters into.
 
@@ -125,15 +144,13 @@ def adapter_layers(model: PreTrainedModel) -> dict[str, Any]:
         model (`transformers.PreTrainedModel`): the model, not wrapped.
 
     Returns:
-        `dict[str, torch.nn.Module]`: by name.
+        `Iterator[tuple[str, torch.nn.Module]]`: each with its name.
     """
-    found = {}
     for name, module in model.named_modules():
         # Every transformers model has methods of the same names.
         if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
             if not isinstance(module, PreTrainedModel):
-                found[name] = module
-    return found
+                yield name, module
 
 
 @contextmanager
@@ -144,20 +161,18 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model (`transformers.PreTrainedModel`): the model, not wrapped.
     """
-    layers = list(adapter_layers(model).values())
-    was_off = [layer.disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            set_adapters_off(layer, True)
+
+    def base_alone(layer: Any) -> Callable[..., torch.Tensor]:
+        base = layer.get_base_layer()
+        return lambda inputs, *args, **kwargs: base(inputs)
+
+    with _replaced_forwards({layer: base_alone(layer) for _, layer in adapter_layers(model)}):
         yield
-    finally:
-        for layer, is_off in zip(layers, was_off):
-            set_adapters_off(layer, is_off)
 
 
 def is_switched_off(model: PreTrainedModel) -> bool:
     """
-    Whether the adapters of a model are all disabled, as within `disable_adapter()`.
+    Whether the adapters of a model are disabled, as within `disable_adapter()`.
 
     Args:
         model (`transformers.PreTrainedModel`): the model, not wrapped.
@@ -165,8 +180,8 @@ def is_switched_off(model: PreTrainedModel) -> bool:
     Returns:
         `bool`: `False` also for a model without adapters.
     """
-    layers = list(adapter_layers(model).values())
-    return bool(layers) and all(layer.disable_adapters for layer in layers)
+    layer = next((layer for _, layer in adapter_layers(model)), None)
+    return layer is not None and layer.disable_adapters
 
 
 def _check_layer(name: str, layer: Any) -> None:

@@ -115,9 +115,7 @@ class Pace:
         self._size, self._left = best, self._stay
 
 
-def make_pace(
-    model: Any, block_size: int | str, strategy: Hashable = None, largest: int | None = None
-) -> Pace:
+def make_pace(model: Any, block_size: int | str, strategy: Hashable = None, largest: int | None = None) -> Pace:
     """
     What an option of `generate` asks for, up to the largest size that a strategy can do; `"auto"` uses and extends
     what was measured of a model and a strategy.

@@ -159,9 +159,7 @@ def sum_drafting_losses(
     try:
         with gate.installed():
             with torch.no_grad():
-                targets, cache = forward_clean(
-                    base_model, batch.clean_ids, batch.clean_mask, 1, places=clean_places
-                )
+                targets, cache = forward_clean(base_model, batch.clean_ids, batch.clean_mask, 1, places=clean_places)
             gate.open(list(range(num_masks)) * weights.shape[1])
             packed = lay_out_blocks(batch, prepared.offsets, num_masks)
             places = row * num_columns + block * num_masks + distance
