@@ -220,8 +220,8 @@ def _check_drafted(model: PreTrainedModel, given: dict[str, Any]) -> None:
     largest = drafter.num_masks + 1
     if check_block_size(size) > largest:
         raise ValueError(
-            f"`jacobi_block_size` must be at most {largest} with this adapter, which drafts {drafter.num_masks} tokens "
-            f"after the one that the model says, got {size}. Pass less, or train it with a larger `block_size`."
+            f"`jacobi_block_size` must be at most {largest} with this adapter, whose drafts have {drafter.num_masks} "
+            f"tokens after the one that the model says, got {size}. Pass less, or train it with a larger `block_size`."
         )
 
 

@@ -3,8 +3,8 @@ The gate of a lossless adapter: it acts on the last rows of a forward pass, the 
 
 PEFT's activated LoRA gates a suffix too, by a mask in every layer, on which a device has to be waited for. Here a
 function stands in for PEFT's layers, which runs the base weights and adds the adapter's part to the last rows. The
-rows before them are thus those of the base model to the last bit, nothing is computed for them that is thrown away, and
-it compiles.
+rows before them are thus those of the base model to the last bit, nothing is computed that is thrown away, and it
+compiles.
 """
 
 from __future__ import annotations

@@ -263,6 +263,6 @@ def check_lossless_adapter(config: Any) -> None:
     if kind != "LORA" or extras:
         got = f"`{extras[0]}={getattr(config, extras[0])!r}`" if extras else f"an adapter of the kind {kind}"
         raise ValueError(
-            f"A lossless adapter must be plain LoRA on linear layers, which is switched off row by row, got {got}. Pass "
-            "a `LoraConfig` without it."
+            f"A lossless adapter must be plain LoRA on linear layers, which is switched off row by row, got {got}. "
+            "Pass a `LoraConfig` without it."
         )
