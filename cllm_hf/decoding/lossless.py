@@ -19,6 +19,7 @@ import torch
 from ..blocks.drafter import Drafter, find_drafter
 from ..blocks.gate import AdapterGate
 from ..options import JacobiOptions
+from .drafts import Draft, lay_out_masks
 from .rows import Row, Verdict
 from .strategy import Guess, Proposal, Room
 
@@ -28,23 +29,22 @@ from .strategy import Guess, Proposal, Room
 _BLOCKS_ON_A_CPU = 2
 
 
-@dataclass(frozen=True)
-class Draft:
+# Guesses of a beam that are looked at for each distance from the text, where candidates are asked for.
+_WIDEST_BEAM = 8
+
+
+@dataclass
+class Notes:
     """
-    What is kept of a row: the draft of what follows its text.
+    What is kept of a row.
 
     Attributes:
-        token_ids (`list[int]`): the draft.
-        probabilities (`list[float]`): of each token, by the drafter.
+        draft (`Draft`): of what follows its text.
+        places (`list[int]`): places of the last proposal that have a block after them.
     """
 
-    token_ids: list[int] = field(default_factory=list)
-    probabilities: list[float] = field(default_factory=list)
-
-    def cut(self, length: int, filler: int) -> Draft:
-        """The draft with this many tokens, some of them a guess that is worth nothing where it has fewer."""
-        missing = max(length - len(self.token_ids), 0)
-        return Draft([*self.token_ids[:length], *[filler] * missing], [*self.probabilities[:length], *[0.0] * missing])
+    draft: Draft
+    places: list[int] = field(default_factory=list)
 
 
 class LosslessStrategy:
@@ -56,40 +56,48 @@ class LosslessStrategy:
         drafter (`Drafter`): of the model.
         num_blocks (`int`, *optional*): most places of a draft after which a forward pass drafts on: those where
             acceptance most likely ends. By default all.
+        num_candidates (`int`): tokens of a draft beside as many as a chain has: the drafter's further choices.
     """
 
     needs_tree = True
-    keeps_branches = False
 
-    def __init__(self, gate: AdapterGate, drafter: Drafter, num_blocks: int | None = None):
+    def __init__(self, gate: AdapterGate, drafter: Drafter, num_blocks: int | None = None, num_candidates: int = 0):
         self._gate, self._drafter = gate, drafter
-        self._most_blocks = num_blocks
+        self._most_blocks, self._num_candidates = num_blocks, num_candidates
         self._num_masks = 0
         self.largest_block_size = drafter.num_masks + 1
+        self.keeps_branches = num_candidates > 0
 
     def running(self) -> AbstractContextManager[None]:
         return self._gate.installed()
 
     def propose(self, rows: Sequence[Row], room: Room) -> list[Proposal]:
-        notes = [row.notes.draft if row.notes else Draft() for row in rows]
-        length = room.depth if room.must_fill else min(room.depth, max(len(draft.token_ids) for draft in notes))
-        drafts = [draft.cut(length, row.anchor) for draft, row in zip(notes, rows)]
+        drafts = [row.notes.draft if row.notes else Draft() for row in rows]
+        # Of rows without a draft in a batch of others any guess will do.
+        if self.keeps_branches and room.is_tree:
+            drafts = [draft.within(room.depth) for draft in drafts]
+            most = max(len(draft.token_ids) for draft in drafts)
+            drafts = [draft.widened(most) for draft in drafts]
+        else:
+            most = room.depth if room.must_fill else max(len(draft.token_ids) for draft in drafts)
+            drafts = [draft.fitted(min(most, room.depth), row.anchor) for draft, row in zip(drafts, rows)]
         if not room.is_tree:
             return [Proposal([row.anchor, *draft.token_ids]) for row, draft in zip(rows, drafts)]
         return [self._propose(row, draft, room.depth) for row, draft in zip(rows, drafts)]
 
     def _propose(self, row: Row, draft: Draft, num_masks: int) -> Proposal:
-        places = likeliest_ends(draft.probabilities, self._most_blocks)
+        places = draft.likeliest_ends(self._most_blocks)
         row.notes = Notes(draft, places)
-        parents, is_drafter = lay_out_masks(len(draft.token_ids), places, num_masks)
+        parents, is_drafter = lay_out_masks(draft.parents, places, num_masks)
         masks = [row.anchor] * (num_masks * len(places))  # their embeddings are put in by the gate
         return Proposal([row.anchor, *draft.token_ids, *masks], parents, is_drafter)
 
     def begin(self, proposals: Sequence[Proposal]) -> int:
         _, is_drafter = proposals[0].links()
         count = sum(is_drafter)
-        num_blocks = len(likeliest_ends([0.0] * (len(is_drafter) - count - 1), self._most_blocks)) if count else 0
-        self._num_masks = count // num_blocks if count else 0
+        num_verified = len(is_drafter) - count
+        num_blocks = min(num_verified, self._most_blocks or num_verified)
+        self._num_masks = count // num_blocks
         self._gate.open(list(range(self._num_masks)) * num_blocks)
         return count
 
@@ -112,33 +120,44 @@ class LosslessStrategy:
             return torch.tensor(values).to(device, non_blocking=True)
 
         places = send([[block * count] for block in blocks.values()]) + torch.arange(count, device=device)
-        chosen = logits[send(going)[:, None], places]  # [num_going, count, vocab_size]
-        previous = send([verdicts[number].token_ids[-1:] for number in going])
-        tokens, probabilities = [], []
-        for distance in range(count):
-            corrected = self._drafter.correct(chosen[:, distance : distance + 1], previous)  # [num_going, 1, vocab]
-            previous = guess([rows[number] for number in going], distance, corrected).argmax(-1)
-            best = corrected.float().gather(-1, previous[..., None])[..., 0]
-            tokens.append(previous)
-            probabilities.append((best - corrected.float().logsumexp(-1)).exp())
-        drafted = torch.cat([*tokens, *probabilities], dim=1).tolist()  # in one transfer; float32 holds any token
-        for number, values in zip(going, drafted):
-            draft = Draft([int(token) for token in values[:count]], values[count:])
+        chosen = logits[send(going)[:, None], places]  # [num_going, num_masks, vocab_size]
+        bonus = send([verdicts[number].token_ids[-1:] for number in going])
+        make = self._make_trees if self._num_candidates else self._make_chains
+        for number, draft in zip(going, make([rows[number] for number in going], chosen, bonus, guess)):
             rows[number].notes = Notes(draft)
 
+    def _make_chains(self, rows: list[Row], logits: torch.Tensor, previous: torch.Tensor, guess: Guess) -> list[Draft]:
+        """The best guess for each distance, given the one before it; `logits` are `[num_rows, num_masks, vocab]`."""
+        tokens, probabilities = [], []
+        for distance in range(logits.shape[1]):
+            corrected = self._drafter.correct(logits[:, distance : distance + 1], previous).float()  # [B, 1, vocab]
+            previous = guess(rows, distance, corrected).argmax(-1)  # [B, 1]
+            best = corrected.gather(-1, previous[..., None])[..., 0]
+            tokens.append(previous)
+            probabilities.append((best - corrected.logsumexp(-1)).exp())
+        count = logits.shape[1]
+        drafted = torch.cat([*tokens, *probabilities], dim=1).tolist()  # in one transfer; float32 holds any token
+        return [Draft.chain([int(token) for token in row[:count]], row[count:]) for row in drafted]
 
-@dataclass
-class Notes:
-    """
-    What is kept of a row.
-
-    Attributes:
-        draft (`Draft`): of what follows its text.
-        places (`list[int]`): places of the last proposal that have a block after them.
-    """
-
-    draft: Draft
-    places: list[int] = field(default_factory=list)
+    def _make_trees(self, rows: list[Row], logits: torch.Tensor, bonus: torch.Tensor, guess: Guess) -> list[Draft]:
+        """A beam over the distances, of which the best guesses are taken; shapes as in `_make_chains`."""
+        num_rows, num_masks, vocab_size = logits.shape
+        width = min(self._num_candidates + 1, _WIDEST_BEAM, vocab_size)
+        previous, scores, levels = bonus, logits.new_zeros((num_rows, 1), dtype=torch.float32), []
+        for distance in range(num_masks):
+            corrected = self._drafter.correct(logits[:, distance : distance + 1], previous)  # [B, width, vocab]
+            shares = guess(rows, distance, corrected).log_softmax(-1)
+            scores, best = (scores[..., None] + shares).flatten(1).topk(width, dim=1)  # [B, width]
+            previous = best % vocab_size
+            levels.append(torch.stack([previous.double(), (best // vocab_size).double(), scores.double()], dim=-1))
+        beams = torch.stack(levels, dim=1).tolist()  # [B, num_masks, width, 3], in one transfer
+        return [
+            Draft.best_of(
+                [[(int(token), int(before), score) for token, before, score in level] for level in beam],
+                self._num_candidates,
+            )
+            for beam in beams
+        ]
 
 
 def make_lossless(model: Any, options: JacobiOptions) -> LosslessStrategy:
@@ -161,46 +180,7 @@ def make_lossless(model: Any, options: JacobiOptions) -> LosslessStrategy:
             f'`decoding="lossless"` needs an adapter that drafts, got a {type(model).__name__} without one. Train one '
             "with `CLLMConfig(lossless=True)`, and load it with `cllm_hf.load_cllm(folder)`."
         )
-    num_blocks = options.drafts or (_BLOCKS_ON_A_CPU if drafter.masks.device.type == "cpu" else None)
-    return LosslessStrategy(AdapterGate(model, drafter), drafter, num_blocks)
-
-
-def likeliest_ends(probabilities: list[float], most: int | None = None) -> list[int]:
-    """
-    Find the places of a draft where acceptance most likely ends.
-
-    Args:
-        probabilities (`list[float]`): of each token of the draft to be accepted once those before it are.
-        most (`int`, *optional*): how many places; by default all.
-
-    Returns:
-        `list[int]`: in order, from 0, the anchor, to the last token.
-    """
-    places = list(range(len(probabilities) + 1))
-    if most is None or most >= len(places):
-        return places
-    ends, reached = [], 1.0
-    for probability in probabilities:
-        ends.append(reached * (1 - probability))
-        reached *= probability
-    ends.append(reached)
-    return sorted(sorted(places, key=lambda place: -ends[place])[:most])
-
-
-def lay_out_masks(draft_length: int, places: list[int], num_masks: int) -> tuple[list[int], list[bool]]:
-    """
-    Lay out a chain and a block of masks after some of its places.
-
-    Args:
-        draft_length (`int`): tokens after the anchor.
-        places (`list[int]`): where a block stands.
-        num_masks (`int`): of each block.
-
-    Returns:
-        `tuple[list[int], list[bool]]`: parents and flags of a `Proposal`: the chain, then the blocks.
-    """
-    parents = list(range(-1, draft_length))
-    for place in places:
-        first = len(parents)
-        parents += [place, *range(first, first + num_masks - 1)]
-    return parents, [False] * (draft_length + 1) + [True] * (len(places) * num_masks)
+    num_blocks = options.drafts or (
+        _BLOCKS_ON_A_CPU + options.candidates if drafter.masks.device.type == "cpu" else None
+    )
+    return LosslessStrategy(AdapterGate(model, drafter), drafter, num_blocks, options.candidates)
