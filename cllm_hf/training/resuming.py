@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 
+from .._host import base_model_of
+from ..blocks.drafter import Drafter, find_drafter
 from ..trajectories.fingerprints import fingerprint_records
 from .checkpoints import STATE_NAME, find_flaw, holds_model_only
 
@@ -225,6 +228,25 @@ def _product(record: Mapping[str, Any]) -> int | None:
             return None
         size *= record[name]
     return size
+
+
+@contextmanager
+def drafter_follows(trainer: Any, checkpoint: str | None) -> Iterator[None]:
+    """
+    Have the drafter of a lossless adapter be that of the checkpoints which a training begins and ends with:
+    transformers loads the adapter of a checkpoint, and knows no drafter.
+
+    Args:
+        trainer (`CLLMTrainer`): trains in the block.
+        checkpoint (`str`, *optional*): folder to go on from.
+    """
+    drafter: Any = find_drafter(base_model_of(trainer.model))
+    if checkpoint is not None:
+        drafter.load_state_dict(Drafter.load(checkpoint).state_dict())
+    yield
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best:
+        drafter.load_state_dict(Drafter.load(best).state_dict())
 
 
 class RunRecordCallback(TrainerCallback, ExportableState):

@@ -31,7 +31,7 @@ from .monitoring import decoding_metrics
 from .objective import LossTotals, sum_losses
 from .preparation import BatchPreparer, make_collator, prepare_dataset
 from .processes import check_processes, count_own_rows
-from .resuming import choose_checkpoint, record_run
+from .resuming import choose_checkpoint, drafter_follows, record_run
 from .saving import RunCard, card_left_alone, save_beside, wait_for_push
 from .target import load_target, load_target_tokenizer, make_lossless_config, prepare_drafter, set_pad_token
 
@@ -178,8 +178,11 @@ class CLLMTrainer(SFTTrainer):
             ValueError: if there is no whole checkpoint, none from which the run can go on exactly, or it is of a run
                 with another dataset, seed or size of batches.
         """
-        record = record_run(self)
-        return super().train(choose_checkpoint(resume_from_checkpoint, self.args, record), *args, **kwargs)
+        checkpoint = choose_checkpoint(resume_from_checkpoint, self.args, record_run(self))
+        if self.args.lossless:
+            with drafter_follows(self, checkpoint):
+                return super().train(checkpoint, *args, **kwargs)
+        return super().train(checkpoint, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
