@@ -100,7 +100,17 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
 
 def logs_of(trainer) -> list[dict[str, float]]:
     """Losses, counts and gradient norms of each log, without times."""
-    kept = ("loss", "consistency_loss", "ar_loss", "consistency_tokens", "ar_tokens", "grad_norm", "learning_rate")
+    kept = (
+        "loss",
+        "drafting_loss",
+        "draft_accuracy",
+        "consistency_loss",
+        "ar_loss",
+        "consistency_tokens",
+        "ar_tokens",
+        "grad_norm",
+        "learning_rate",
+    )
     names = (*kept, *(f"eval_{name}" for name in kept), "step")
     logs = [{name: log[name] for name in names if name in log} for log in trainer.state.log_history]
     return [log for log in logs if len(log) > 1]

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from .._host import has_hooks
-from .drafter import Drafter
+from .drafter import NEVER_INVOKED, Drafter, is_lossless
 
 
 class AdapterGate:
@@ -48,12 +48,18 @@ class AdapterGate:
         """Gate the adapter until the block ends."""
         embeddings: Any = self._model.get_input_embeddings()
         handle = embeddings.register_forward_hook(self._put_masks)
+        configs = [config for config in getattr(self._model, "peft_config", {}).values() if is_lossless(config)]
         try:
+            for config in configs:
+                # Or PEFT would look for what invokes it, in vain, and leave hooks for that in a training.
+                config.alora_invocation_tokens = None
             with _replaced_forwards({layer: self._gated(layer) for layer in self._layers.values()}):
                 yield
         finally:
             self.open([])
             handle.remove()
+            for config in configs:
+                config.alora_invocation_tokens = list(NEVER_INVOKED)
 
     def open(self, mask_numbers: Sequence[int]) -> None:
         """

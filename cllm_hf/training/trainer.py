@@ -128,6 +128,9 @@ class CLLMTrainer(SFTTrainer):
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.router_aux_loss_coef = 0.0
+        if args.lossless and args.ddp_find_unused_parameters is None:
+            # Every step uses all, and the Markov head outside of `forward`, where a search would not find it.
+            args.ddp_find_unused_parameters = False
         preparer: Any = DraftPreparer if args.lossless else BatchPreparer
         self._preparer = preparer.from_config(args, dataset_block_size)
         self._card = RunCard(self)
