@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from .blocks.drafter import Drafter, attach_drafter, is_lossless
+from .adapters import add_drafter
+from .blocks.drafter import is_lossless
 
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def load_adapter(
     """
     model: Any = _load_adapter(path, base_model, is_trainable, kwargs)
     if is_lossless(model.active_peft_config):
-        attach_drafter(model.get_base_model(), Drafter.load(path), is_trainable)
+        add_drafter(model.get_base_model(), model.active_adapter, path, is_trainable)
     try:
         model.generation_config = GenerationConfig.from_pretrained(path)
     except OSError:  # not saved by `CLLMTrainer`: keeps the defaults of its base model

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from .._host import has_hooks
+from .._host import adapter_layers, has_hooks
 from .drafter import Drafter
 
 
@@ -134,23 +134,6 @@ def _replaced_forwards(forwards: dict[Any, Callable[..., torch.Tensor]]) -> Iter
                 module.forward = own
             elif "forward" in vars(module):
                 del module.forward
-
-
-def adapter_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """
-    The layers that PEFT has put adapters into.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-
-    Returns:
-        `Iterator[tuple[str, torch.nn.Module]]`: each with its name.
-    """
-    for name, module in model.named_modules():
-        # Every transformers model has methods of the same names.
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
-            if not isinstance(module, PreTrainedModel):
-                yield name, module
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
-from ..blocks.drafter import Drafter, find_drafter
+from ..blocks.drafter import Drafter, active_lossless_adapter, find_drafter, is_lossless
 from ..blocks.gate import AdapterGate
 from ..options import JacobiOptions
 from .rows import Row, Verdict
@@ -157,12 +158,44 @@ def make_lossless(model: Any, options: JacobiOptions) -> LosslessStrategy:
     """
     drafter = find_drafter(model)
     if drafter is None:
+        reason = _why_not_drafting(model) or (
+            "has none. Train one with `CLLMConfig(lossless=True)`, and load it with `cllm_hf.load_cllm(folder)`."
+        )
         raise ValueError(
-            f'`decoding="lossless"` needs an adapter that drafts, got a {type(model).__name__} without one. Train one '
-            "with `CLLMConfig(lossless=True)`, and load it with `cllm_hf.load_cllm(folder)`."
+            f'`decoding="lossless"` needs an adapter that drafts, got a {type(model).__name__} that {reason}'
         )
     num_blocks = options.drafts or (_BLOCKS_ON_A_CPU if drafter.masks.device.type == "cpu" else None)
     return LosslessStrategy(AdapterGate(model, drafter), drafter, num_blocks)
+
+
+def _why_not_drafting(model: Any) -> str:
+    """What is wrong with a model that has a lossless adapter and does not draft; empty for one without."""
+    configs = getattr(model, "peft_config", None)
+    names = [name for name, config in configs.items() if is_lossless(config)] if isinstance(configs, dict) else []
+    if not names:
+        return ""
+    if active_lossless_adapter(model) is None:
+        return (
+            f"has one, {names[0]!r}, which is not active, or not alone. Call `model.set_adapter({names[0]!r})` before."
+        )
+    return (
+        "has one whose drafter is not loaded, as PEFT alone does not load it. Load the adapter with "
+        "`cllm_hf.load_cllm(folder)`, on a base model of your own with `base_model=`."
+    )
+
+
+def warn_without_drafter(model: Any) -> None:
+    """
+    Say once of a model whose lossless adapter is active without its drafter that it decodes no faster for it.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model, not wrapped.
+    """
+    if active_lossless_adapter(model) is not None and find_drafter(model) is None:
+        logging.get_logger(__name__).warning_once(
+            f"This {type(model).__name__} decodes as its base model does, one token after the other: it has a "
+            f"lossless adapter, but {_why_not_drafting(model).removeprefix('has one whose ')}"
+        )
 
 
 def likeliest_ends(probabilities: list[float], most: int | None = None) -> list[int]:
