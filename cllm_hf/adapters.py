@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ._host import adapter_layers
-from .blocks.drafter import DRAFTER_FILE, Drafter, attach_drafter, detach_drafter, is_lossless
+from .blocks.drafter import Drafter, attach_drafter, detach_drafter, drafters_aside, is_lossless
 
 
 logger = logging.get_logger(__name__)
@@ -64,7 +64,8 @@ def loading_drafters(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        report = original(self, *args, **kwargs)
+        with drafters_aside(self):
+            report = original(self, *args, **kwargs)
         call = signature.bind(self, *args, **kwargs).arguments
         name = call.get("adapter_name") or "default"
         if is_lossless(self.peft_config.get(name)):
@@ -85,12 +86,5 @@ def _add_drafter_of_call(model: PreTrainedModel, adapter_name: str, call: dict[s
     options = {name: given[name] for name in HUB_OPTIONS if given.get(name) is not None}
     try:
         add_drafter(model, adapter_name, str(folder), bool(call.get("is_trainable")), **options)
-    except OSError as error:
-        logger.warning(
-            "%s is a lossless adapter without its drafter: %s cannot be loaded (%s). The model decodes as its base "
-            "model does, one token after the other. Save the adapter with `CLLMTrainer.save_model`, or copy that file "
-            "beside it.",
-            folder,
-            DRAFTER_FILE,
-            str(error).strip().splitlines()[0],
-        )
+    except OSError as error:  # without it, the text is the base model's all the same
+        logger.warning("%s The model decodes as its base model does, one token after the other.", error)

@@ -110,8 +110,8 @@ def unregister() -> None:
     for (owner, name), original in zip(_WRAPPED, originals):
         if original is not None and getattr(getattr(owner, name), "__wrapped__", None) is not original:
             raise RuntimeError(
-                f"`{owner.__name__}.{name}` was wrapped again after `import cllm_hf`. Undo that wrapper before calling "
-                "`cllm_hf.unregister()`."
+                f"`{owner.__name__}.{name}` was wrapped again after `import cllm_hf`. Undo that wrapper before "
+                "calling `cllm_hf.unregister()`."
             )
     for (owner, name), original in zip(_WRAPPED, originals):
         if original is not None:

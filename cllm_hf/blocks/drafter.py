@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,14 @@ class Drafter(nn.Module):
             OSError: if there is none.
             ValueError: if the file is damaged, or of a later format.
         """
-        path = cached_file(name, DRAFTER_FILE, **options)
+        try:
+            path = cached_file(name, DRAFTER_FILE, **options)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(
+                f"A lossless adapter must have its drafter beside it, got {name} without {DRAFTER_FILE} ({reason}). "
+                "Save the adapter with `CLLMTrainer.save_model`, or copy that file from where it was saved."
+            ) from error
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -178,6 +187,24 @@ def detach_drafter(model: PreTrainedModel, adapter_name: str) -> None:
     """
     if hasattr(model, _ATTRIBUTE):
         setattr(model, _ATTRIBUTE, nn.ModuleList(_drafters_of_others(model, adapter_name)))
+
+
+@contextmanager
+def drafters_aside(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Take the drafters out of a model until the block ends, such as while transformers looks for weights by their names.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model, not wrapped.
+    """
+    drafters = getattr(model, _ATTRIBUTE, None)
+    if drafters is not None:
+        delattr(model, _ATTRIBUTE)
+    try:
+        yield
+    finally:
+        if drafters is not None:
+            setattr(model, _ATTRIBUTE, drafters)
 
 
 def _drafters_of_others(model: PreTrainedModel, adapter_name: str) -> list[Drafter]:
