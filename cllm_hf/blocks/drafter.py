@@ -28,7 +28,7 @@ from ..files import write_whole
 
 DRAFTER_FILE = "drafter.safetensors"
 # Under this name the drafters of all lossless adapters of a model are a part of it.
-_ATTRIBUTE = "cllm_drafter"
+_DRAFTERS = "cllm_drafter"
 # A lossless adapter is saved as an activated LoRA that no token ever activates: to PEFT, and to whoever does not know
 # of drafting, the model with it is the base model.
 NEVER_INVOKED = [-1]
@@ -174,7 +174,7 @@ def attach_drafter(
     drafter.adapter_name = adapter_name or active_lossless_adapter(model) or "default"
     drafter.requires_grad_(is_trainable).to(input_device(model), None if is_trainable else model.dtype)
     others = _drafters_of_others(model, drafter.adapter_name)
-    setattr(model, _ATTRIBUTE, nn.ModuleList([*others, drafter.train(is_trainable)]))
+    setattr(model, _DRAFTERS, nn.ModuleList([*others, drafter.train(is_trainable)]))
 
 
 def detach_drafter(model: PreTrainedModel, adapter_name: str) -> None:
@@ -185,8 +185,8 @@ def detach_drafter(model: PreTrainedModel, adapter_name: str) -> None:
         model (`transformers.PreTrainedModel`): the model, not wrapped.
         adapter_name (`str`): the adapter.
     """
-    if hasattr(model, _ATTRIBUTE):
-        setattr(model, _ATTRIBUTE, nn.ModuleList(_drafters_of_others(model, adapter_name)))
+    if hasattr(model, _DRAFTERS):
+        setattr(model, _DRAFTERS, nn.ModuleList(_drafters_of_others(model, adapter_name)))
 
 
 @contextmanager
@@ -197,18 +197,18 @@ def drafters_aside(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model (`transformers.PreTrainedModel`): the model, not wrapped.
     """
-    drafters = getattr(model, _ATTRIBUTE, None)
+    drafters = getattr(model, _DRAFTERS, None)
     if drafters is not None:
-        delattr(model, _ATTRIBUTE)
+        delattr(model, _DRAFTERS)
     try:
         yield
     finally:
         if drafters is not None:
-            setattr(model, _ATTRIBUTE, drafters)
+            setattr(model, _DRAFTERS, drafters)
 
 
 def _drafters_of_others(model: PreTrainedModel, adapter_name: str) -> list[Drafter]:
-    return [drafter for drafter in getattr(model, _ATTRIBUTE, ()) if drafter.adapter_name != adapter_name]
+    return [drafter for drafter in getattr(model, _DRAFTERS, ()) if drafter.adapter_name != adapter_name]
 
 
 def find_drafter(model: Any) -> Drafter | None:
@@ -221,7 +221,7 @@ def find_drafter(model: Any) -> Drafter | None:
     Returns:
         `Drafter` or `None`: `None` also where another adapter is active, beside a lossless one or alone.
     """
-    drafters = getattr(model, _ATTRIBUTE, ())
+    drafters = getattr(model, _DRAFTERS, ())
     name = active_lossless_adapter(model) if len(drafters) else None
     return next((drafter for drafter in drafters if drafter.adapter_name == name), None)
 

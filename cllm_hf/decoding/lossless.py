@@ -27,7 +27,7 @@ from .strategy import Guess, Proposal, Room
 # A CPU pays for every row, and the two likeliest places are where acceptance ends nine times out of ten; a GPU runs
 # a hundred rows in the time of one.
 _BLOCKS_ON_A_CPU = 2
-_REMEDY = "Load the adapter with `cllm_hf.load_cllm(folder)`, on a base model of your own with `base_model=`."
+_LOAD_IT = "Load the adapter with `cllm_hf.load_cllm(folder)`, on a base model of your own with `base_model=`."
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _why_not_drafting(model: Any) -> str:
         return (
             f"has one, {names[0]!r}, which is not active, or not alone. Call `model.set_adapter({names[0]!r})` before."
         )
-    return f"has one without its drafter, which PEFT alone does not load. {_REMEDY}"
+    return f"has one without its drafter, which PEFT alone does not load. {_LOAD_IT}"
 
 
 def warn_without_drafter(model: Any) -> None:
@@ -192,7 +192,7 @@ def warn_without_drafter(model: Any) -> None:
     if active_lossless_adapter(model) is not None and find_drafter(model) is None:
         logging.get_logger(__name__).warning_once(
             f"This {type(model).__name__} decodes as its base model does, one token after the other: it has a "
-            f"lossless adapter, but not its drafter, which PEFT alone does not load. {_REMEDY}"
+            f"lossless adapter, but not its drafter, which PEFT alone does not load. {_LOAD_IT}"
         )
 
 
