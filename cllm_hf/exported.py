@@ -67,8 +67,8 @@ def _with_drafter(model: Any, kwargs: dict[str, Any], frame: FrameType | None) -
     if name is not None and find_drafter(model) is None and kwargs.get("decoding") != "autoregressive":
         if place is None:
             raise ValueError(
-                "Lossless decoding needs the drafter that is saved beside the adapter. Pass the folder or Hub id of the "
-                "adapter as `lossless_adapter`."
+                "Lossless decoding needs the drafter that is saved beside the adapter. Pass the folder or Hub id of "
+                "the adapter as `lossless_adapter`."
             )
         is_trainable = any(weight.requires_grad for key, weight in model.named_parameters() if "lora_" in key)
         add_drafter(model, name, str(place), is_trainable, **options)

@@ -16,12 +16,13 @@ import urllib.request
 import openai
 import pytest
 from conftest import make_model
+from lossless_adapters import save_base, save_lossless_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.cli.serve import Serve
 
 import cllm_hf
 from cllm_hf import serving
-from cllm_hf.cli import main
+from cllm_hf.cli import _report_model, main
 from cllm_hf.decoding.block_size import _SIZES
 from cllm_hf.serving import ServingLimits, jacobi_models
 from cllm_hf.serving.limits import _LARGEST_AUTO
@@ -167,6 +168,32 @@ def test_options_of_a_request(server):
     assert_fewer_forwards(server.answers(extra_body=config), expected_answers(server.folder))
     config = {"generation_config": json.dumps({"decoding": "autoregressive"})}
     assert server.answers(extra_body=config) == expected_answers(server.folder)
+
+
+def test_lossless_adapters_draft_by_default(folders, tmp_path, capfd):
+    tokenizer = AutoTokenizer.from_pretrained(folders["plain"])
+    base = save_base(tmp_path / "base", tokenizer, vocab_size=96, eos_token_id=tokenizer.eos_token_id)
+    folder = str(save_lossless_adapter(tmp_path / "adapter", base, tokenizer))
+    expected, autoregressive = expected_answers(folder), {"decoding": "autoregressive"}
+    for block_size in (None, 4):
+        most = 9 if block_size is None else 12
+        server = Server(folder, block_size, limits=ServingLimits(max_block_size=16))
+        try:
+            answers = server.answers()
+            assert_fewer_forwards(answers, expected)
+            assert all(num_forwards <= most for _, num_forwards in answers.values())
+            config = server.models[0].generation_config
+            assert (config.decoding, config.jacobi_block_size) == ("lossless", block_size or 7)
+            for fields in ({"jacobi_drafts": 1, "jacobi_block_size": 7}, {"jacobi_drafts": 3}):
+                extra = {"generation_config": json.dumps(fields)}
+                assert_fewer_forwards(server.answers(extra_body=extra), expected)
+            assert server.answers(extra_body={"generation_config": json.dumps(autoregressive)}) == expected
+            with pytest.raises(openai.BadRequestError, match="`jacobi_drafts` must be an integer of at least 1"):
+                ask(server, "completion", False, with_config(jacobi_drafts=0))
+        finally:
+            server.stop()
+    _report_model(server.models[0])
+    assert "decodes losslessly: its adapter drafts, with block size 4." in capfd.readouterr().err
 
 
 def test_models_without_defaults_are_served_as_by_the_host(folders):
