@@ -25,6 +25,7 @@ from transformers import GenerationMixin
 
 from .adapters import HUB_OPTIONS, add_drafter
 from .blocks.drafter import active_lossless_adapter, find_drafter
+from .blocks.gate import is_switched_off
 from .integration import _ORIGINAL, _with_decoding
 
 
@@ -95,6 +96,8 @@ def _with_exported_defaults(model: Any, args: tuple[Any, ...], kwargs: dict[str,
         sources = (kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
         return next((value for value in sources if value is not None), None)
 
+    if EXPORTED_DECODING == "lossless" and is_switched_off(model):
+        return kwargs  # the base model is asked for
     if chosen("decoding") is None:
         kwargs = {{**kwargs, "decoding": EXPORTED_DECODING}}
     is_open = EXPORTED_BLOCK_SIZE is not None and chosen("jacobi_block_size") is None

@@ -118,5 +118,9 @@ results["lossless"] = {
     "refused": refused(drafting, **one, **named, jacobi_block_size=100),
     "imported": sorted({"trl", "datasets", "evaluate"} & set(sys.modules)),
 }
+drafting.disable_adapters()
+off, off_forwards = counted(drafting, **one, **LENGTH, **named, do_sample=False)
+results["lossless"]["decoded"].append(off.tolist())
+results["lossless"]["forwards"].append(off_forwards)
 results["still the host's"] = GenerationMixin.generate.__module__
 print(json.dumps(results))
