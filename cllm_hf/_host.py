@@ -7,6 +7,7 @@ The private names that nothing public replaces stand here and nowhere else; `tes
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -75,9 +76,16 @@ def plain_positions(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tens
 
 def mixes_adapters(model: PreTrainedModel) -> bool:
     """Whether `adapter_names` are in force, which PEFT gives to each row by hooks on the adapter's layers."""
-    # Every transformers model has a method of that name too, and may have hooks of its own.
-    layers = (m for m in model.modules() if hasattr(m, "active_adapters") and not isinstance(m, PreTrainedModel))
-    return any(layer._forward_pre_hooks for layer in layers)
+    return any(layer._forward_pre_hooks for _, layer in adapter_layers(model))
+
+
+def adapter_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """The layers of a model, not wrapped, that PEFT has put adapters into, each with its name."""
+    for name, module in model.named_modules():
+        # Every transformers model has methods of the same names, and may have hooks of its own.
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+            if not isinstance(module, PreTrainedModel):
+                yield name, module
 
 
 def set_checkpointing(model: PreTrainedModel, is_on: bool) -> None:

@@ -16,8 +16,8 @@ from pathlib import PurePosixPath
 
 
 WIDTH = 119
-# What everyone has who can run the file: numpy comes with transformers.
-_AVAILABLE = {*sys.stdlib_module_names, "numpy", "torch", "transformers"}
+# What everyone has who can run the file: numpy and safetensors come with transformers.
+_AVAILABLE = {*sys.stdlib_module_names, "numpy", "safetensors", "torch", "transformers"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def bundle(sources: Mapping[str, str], entry: str) -> str:
         entry (`str`): path of the module whose names the file is made for.
 
     Returns:
-        `str`: source text that imports only from the standard library, numpy, torch and transformers.
+        `str`: source text that imports only from the standard library, numpy, safetensors, torch and transformers.
 
     Raises:
         RuntimeError: if a name means two things, a needed name is defined nowhere, or the package does something that

@@ -217,7 +217,9 @@ def _run_serve(parsed: argparse.Namespace) -> int:
 
 def _report_model(model: Any) -> None:
     config: Any = getattr(model, "generation_config", None)
-    if getattr(config, "decoding", None) == "jacobi":
+    if getattr(config, "decoding", None) == "lossless":
+        how = f"losslessly: its adapter drafts, with block size {config.jacobi_block_size}"
+    elif getattr(config, "decoding", None) == "jacobi":
         how = f"by Jacobi, with block size {config.jacobi_block_size}"
     elif "generate" in vars(model):
         how = "as the `custom_generate` of its repository says"

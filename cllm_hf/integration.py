@@ -2,7 +2,8 @@
 Where `decoding="jacobi"` meets transformers: the only file that touches `GenerationMixin` and `GenerationConfig`.
 
 `register` wraps `GenerationMixin.generate` (a public name) and hands calls with `decoding="jacobi"` to the host's own
-`custom_generate` hook; every other call passes through untouched. `unregister` takes it back.
+`custom_generate` hook; every other call passes through untouched. It wraps `load_adapter` of transformers models as
+well, so that a lossless adapter comes with its drafter. `unregister` takes both back.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.integrations import PeftAdapterMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ._host import has_own_loop, mark_as_edited, mixes_adapters
+from .adapters import loading_drafters
 from .blocks.drafter import find_drafter, is_lossless
 from .blocks.gate import is_switched_off, without_adapters
 from .blocks.limits import limits_of
 from .blocks.support import why_adapter_refused
+from .decoding.lossless import warn_without_drafter
 from .decoding.registry import decodings
 from .options import (
     AUTO,
@@ -44,6 +48,7 @@ from .options import (
 
 
 _ORIGINAL = "_cllm_hf_original"
+_WRAPPED: tuple[tuple[Any, str], ...] = ((GenerationMixin, "generate"), (PeftAdapterMixin, "load_adapter"))
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _STRATEGY_OPTIONS = ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "cache_implementation")
 # Model inputs that grow with the text, or are not handed to the model at all.
@@ -56,7 +61,8 @@ _GREEDY = 'pass `decoding="autoregressive"`'
 
 def register() -> None:
     """
-    Add `decoding=` and the `jacobi_` options to `generate` of every transformers model. Done by `import cllm_hf`.
+    Add `decoding=` and the `jacobi_` options to `generate` of every transformers model, and have `load_adapter` load
+    the drafters of lossless adapters. Done by `import cllm_hf`.
 
     Calling it again changes nothing.
     """
@@ -85,29 +91,31 @@ def register() -> None:
         }
         return _generate(original, self, args, kwargs, decoding, given)
 
-    setattr(generate, _ORIGINAL, original)
-    GenerationMixin.generate = generate  # type: ignore[method-assign]
+    for (owner, name), wrapper in zip(_WRAPPED, (generate, loading_drafters(PeftAdapterMixin.load_adapter))):
+        setattr(wrapper, _ORIGINAL, getattr(owner, name))
+        setattr(owner, name, wrapper)
 
 
 def unregister() -> None:
     """
-    Take `decoding=` back from `generate`; transformers is then as it was before `import cllm_hf`.
+    Take back what `register` has done; transformers is then as it was before `import cllm_hf`.
 
     Calling it again changes nothing.
 
     Raises:
-        RuntimeError: if another library has wrapped `generate` since, so that taking ours out would take out theirs.
+        RuntimeError: if another library has wrapped `generate` or `load_adapter` since, so that taking ours out would
+            take out theirs.
     """
-    current = GenerationMixin.generate
-    original: Any = current.__dict__.get(_ORIGINAL)
-    if original is None:
-        return
-    if getattr(current, "__wrapped__", None) is not original:
-        raise RuntimeError(
-            "`GenerationMixin.generate` was wrapped again after `import cllm_hf`. Undo that wrapper before calling "
-            "`cllm_hf.unregister()`."
-        )
-    GenerationMixin.generate = original  # type: ignore[assignment, method-assign]
+    originals: list[Any] = [getattr(owner, name).__dict__.get(_ORIGINAL) for owner, name in _WRAPPED]
+    for (owner, name), original in zip(_WRAPPED, originals):
+        if original is not None and getattr(getattr(owner, name), "__wrapped__", None) is not original:
+            raise RuntimeError(
+                f"`{owner.__name__}.{name}` was wrapped again after `import cllm_hf`. Undo that wrapper before "
+                "calling `cllm_hf.unregister()`."
+            )
+    for (owner, name), original in zip(_WRAPPED, originals):
+        if original is not None:
+            setattr(owner, name, original)
 
 
 def set_jacobi_defaults(model: Any, block_size: int | str = DEFAULT_BLOCK_SIZE) -> None:
@@ -172,6 +180,8 @@ def _generate(
         default = None  # within `disable_adapter()`, and for the base model of an adapter
     if decoding is None and named:
         decoding = default if drafts else _strategy_of(configs)
+        if decoding == LOSSLESS and not drafts:
+            decoding = JACOBI  # its own defaults are not meant for a model that it does not draft for
     elif decoding == AUTOREGRESSIVE and named:
         raise ValueError(f'`{named[0]}` has no effect with `decoding="autoregressive"`. Drop one of the two.')
     requested = decoding if decoding is not None else default
@@ -185,6 +195,8 @@ def _generate(
         or is_assistant
         or (decoding is None and call.get("custom_generate") is not None)
     ):
+        if requested is None:
+            warn_without_drafter(model)
         with without_adapters(model) if drafts else nullcontext():
             return original(model, *args, **kwargs)
 

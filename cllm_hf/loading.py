@@ -12,13 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from .blocks.drafter import Drafter, attach_drafter, is_lossless
+from .adapters import add_drafter
+from .blocks.drafter import is_lossless
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
+
+# Options for loading a base model that go for the files of an adapter as well.
+_OF_ADAPTERS = ("cache_dir", "local_files_only", "token")
 
 
 def load_cllm(
@@ -34,7 +38,8 @@ def load_cllm(
         path (`str` or `pathlib.Path`): folder or Hub id of a model or an adapter.
         base_model (`transformers.PreTrainedModel`, *optional*): what the adapter goes on; by default the model that it
             was trained on is loaded.
-        kwargs: passed to `AutoModelForCausalLM.from_pretrained` for the model, or the base model of an adapter.
+        kwargs: passed to `AutoModelForCausalLM.from_pretrained` for the model, or the base model of an adapter, whose
+            `revision` it then is. `cache_dir`, `local_files_only` and `token` go for the adapter's files as well.
 
     Returns:
         `transformers.PreTrainedModel` or `peft.PeftModel`, in evaluation mode.
@@ -45,7 +50,7 @@ def load_cllm(
             for a base model that is loaded already.
     """
     path = str(path)
-    if find_adapter_config_file(path) is None:
+    if find_adapter_config_file(path, **_of_adapter(kwargs)) is None:
         if base_model is not None:
             raise ValueError(f"{path} holds a whole model, got a `base_model` for it too. Drop `base_model`.")
         return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
@@ -63,7 +68,7 @@ def load_adapter(
         base_model (`transformers.PreTrainedModel`, *optional*): what it goes on; by default the model that it was
             trained on is loaded.
         is_trainable (`bool`): whether the adapter is to be trained further.
-        kwargs: passed to `AutoModelForCausalLM.from_pretrained` for the base model.
+        kwargs: as for `load_cllm`.
 
     Returns:
         `peft.PeftModel`.
@@ -75,9 +80,9 @@ def load_adapter(
     """
     model: Any = _load_adapter(path, base_model, is_trainable, kwargs)
     if is_lossless(model.active_peft_config):
-        attach_drafter(model.get_base_model(), Drafter.load(path), is_trainable)
+        add_drafter(model.get_base_model(), model.active_adapter, path, is_trainable, **_of_adapter(kwargs))
     try:
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = GenerationConfig.from_pretrained(path, **_of_adapter(kwargs))
     except OSError:  # not saved by `CLLMTrainer`: keeps the defaults of its base model
         return model
     model.get_base_model().generation_config = model.generation_config
@@ -89,28 +94,34 @@ def _load_adapter(
 ) -> PeftModel:
     from peft import PeftConfig, PeftModel
 
-    config = PeftConfig.from_pretrained(path)
+    options = _of_adapter(kwargs)
+    others = [name for name in kwargs if name not in _OF_ADAPTERS]
+    config = PeftConfig.from_pretrained(path, **options)
     trained_on = config.base_model_name_or_path
     if base_model is None:
         if not trained_on:
             raise ValueError(f"The adapter at {path} does not name the model it was trained on. Pass `base_model`.")
         base_model = AutoModelForCausalLM.from_pretrained(trained_on, **kwargs)
-    elif kwargs:
-        raise ValueError(f"The base model is loaded already, got {', '.join(kwargs)} for loading it too. Drop them.")
+    elif others:
+        raise ValueError(f"The base model is loaded already, got {', '.join(others)} for loading it too. Drop them.")
     elif trained_on and base_model.name_or_path not in ("", trained_on):
         logger.warning(
             "The adapter at %s was trained on %s and is put on %s.", path, trained_on, base_model.name_or_path
         )
-    problem = _misfit(path, config, base_model)
+    problem = _misfit(path, config, base_model, options)
     if problem:
         raise ValueError(
             f"The adapter at {path} does not fit the base model ({type(base_model).__name__}): {problem}. It was "
             f"trained on {trained_on or 'an unnamed model'}: pass that as `base_model`."
         )
-    return PeftModel.from_pretrained(base_model, path, is_trainable=is_trainable)
+    return PeftModel.from_pretrained(base_model, path, is_trainable=is_trainable, **options)
 
 
-def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel) -> str | None:
+def _of_adapter(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _OF_ADAPTERS if kwargs.get(name) is not None}
+
+
+def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel, options: dict[str, Any]) -> str | None:
     """What does not fit, found with a new adapter of the same kind on an outline of the base model."""
     from peft import get_peft_model, get_peft_model_state_dict, load_peft_weights
 
@@ -126,7 +137,7 @@ def _misfit(path: str, config: PeftConfig, base_model: PreTrainedModel) -> str |
         return str(error).strip().splitlines()[0]
     except Exception:  # such as a kind that begins by computing with the weights: then PEFT says whether it fits
         return None
-    saved = {name: tensor.shape for name, tensor in load_peft_weights(path, device="cpu").items()}
+    saved = {name: tensor.shape for name, tensor in load_peft_weights(path, device="cpu", **options).items()}
     if saved == expected:
         return None
     if saved.keys() == expected.keys():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import make_model, make_prompts
 from huggingface_hub import ModelCard
+from lossless_adapters import save_base, save_lossless_adapter
 from peft import LoraConfig, get_peft_model
 
 import cllm_hf
@@ -66,7 +67,10 @@ def results(tmp_path_factory, byte_tokenizer):
     adapter.peft_config["default"].base_model_name_or_path = str(save(path / "base", byte_tokenizer))
     adapter.save_pretrained(path / "adapter")
     cllm_hf.export_custom_generate(path / "adapter", block_size=8)
-    return run_without_cllm(path, model_folder, path / "adapter")
+    base = save_base(path / "chain", byte_tokenizer, vocab_size=len(byte_tokenizer))
+    save_lossless_adapter(path / "lossless", base, byte_tokenizer)
+    cllm_hf.export_custom_generate(path / "lossless")
+    return run_without_cllm(path, model_folder, path / "adapter", path / "lossless")
 
 
 @pytest.mark.parametrize("name", ["keywords", "batch", "processors", "stop strings"])
@@ -90,7 +94,7 @@ def test_every_way_to_call_it(results):
 def test_errors_are_as_clear(results):
     refused = results["refused"]
     assert 'integer of at least 1 or "auto", got 0. Typical values' in refused["block size"] == refused["named"]
-    assert 'must be "jacobi" or "autoregressive", got \'jacoby\'' in refused["decoding"]
+    assert '"lossless" or "autoregressive", got \'jacoby\'' in refused["decoding"]
     assert "pass `num_beams=1`" in refused["beams"]
     assert "not used by the model: ['jacobi_blok_size']" in refused["unknown"]
 
@@ -99,6 +103,15 @@ def test_adapter_by_name(results):
     expected, decoded, forwards = results["adapter"]
     assert decoded == expected
     assert forwards < len(decoded[0])
+
+
+def test_a_lossless_adapter_drafts(results):
+    result = results["lossless"]
+    assert result["decoded"] == [result["expected"]] * len(result["decoded"])
+    greedy, forwards, counted, switched_off = result["forwards"]
+    assert greedy == switched_off == 30 and forwards == counted <= 6  # all drafts are right
+    assert "must be at most 7 with this adapter" in result["refused"]
+    assert result["imported"] == []
 
 
 def test_nothing_is_patched(results):
@@ -133,6 +146,20 @@ def test_what_is_written(folder):
     card = ModelCard.load(folder / "README.md")
     assert card.data.tags == ["custom_generate"] and "trust_remote_code=True" in card.text
     assert not [entry.name for entry in folder.iterdir() if entry.name.startswith(".")]
+
+
+def test_what_is_written_beside_a_lossless_adapter(tmp_path):
+    folder = save_lossless_adapter(tmp_path / "adapter", save_base(tmp_path / "base"))
+    (folder / "README.md").unlink()
+    text = Path(cllm_hf.export_custom_generate(folder)).read_text()
+    assert "EXPORTED_DECODING = 'lossless'\n" in text and "EXPORTED_BLOCK_SIZE = 7\n" in text
+    assert "peft>=" in (folder / "custom_generate" / "requirements.txt").read_text()
+    card = (folder / "README.md").read_text()
+    assert "lossless" in card and "`jacobi_drafts`" in card and "`lossless_adapter`" in card
+    assert "custom_generate=name, trust_remote_code=True" in card
+    (folder / "drafter.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"without drafter.safetensors. Save the adapter with"):
+        cllm_hf.export_custom_generate(folder)
 
 
 def test_requirements_are_those_of_the_package(folder):

@@ -147,6 +147,8 @@ def test_the_server_makes_its_model_manager_by_this_name():
     parameters = inspect.signature(ModelManager.load_model_and_processor).parameters
     assert list(parameters)[:2] == ["self", "model_id_and_revision"]
     assert "self.load_model_and_processor(" in inspect.getsource(ModelManager.__init__)
+    assert "self._load_model(" in inspect.getsource(ModelManager.load_model_and_processor)
+    assert next(iter(inspect.signature(ModelManager._load_model).parameters.values())).name == "self"
     assert inspect.isasyncgenfunction(ModelManager.load_model_streaming)
     assert isinstance(transformers_commands, click.Group) and "serve" in transformers_commands.commands
 

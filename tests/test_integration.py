@@ -79,7 +79,7 @@ def test_statistics_agree_with_each_other(llama):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decoding": "jacoby"}, 'must be "jacobi" or "autoregressive", got \'jacoby\''),
+        ({"decoding": "jacoby"}, 'must be "jacobi" or "lossless" or "autoregressive", got \'jacoby\''),
         ({"jacobi_block_size": 0}, 'integer of at least 1 or "auto", got 0. Typical values'),
         ({"jacobi_block_size": "16"}, "integer of at least 1 or \"auto\", got '16'"),
         ({"jacobi_block_size": True}, 'integer of at least 1 or "auto", got True'),

@@ -16,14 +16,15 @@ import urllib.request
 import openai
 import pytest
 from conftest import make_model
+from lossless_adapters import save_base, save_lossless_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.cli.serve import Serve
 
 import cllm_hf
 from cllm_hf import serving
-from cllm_hf.cli import main
+from cllm_hf.cli import _report_model, main
 from cllm_hf.decoding.block_size import _SIZES
-from cllm_hf.serving import ServingLimits, jacobi_models
+from cllm_hf.serving import ServingLimits, _prepare, jacobi_models
 from cllm_hf.serving.limits import _LARGEST_AUTO
 from cllm_hf.serving.requests import _WatchedStreamer
 
@@ -167,6 +168,30 @@ def test_options_of_a_request(server):
     assert_fewer_forwards(server.answers(extra_body=config), expected_answers(server.folder))
     config = {"generation_config": json.dumps({"decoding": "autoregressive"})}
     assert server.answers(extra_body=config) == expected_answers(server.folder)
+
+
+def test_lossless_adapters_draft_by_default(folders, tmp_path, capfd):
+    tokenizer = AutoTokenizer.from_pretrained(folders["plain"])
+    base = save_base(tmp_path / "base", tokenizer, vocab_size=96, eos_token_id=tokenizer.eos_token_id)
+    folder = str(save_lossless_adapter(tmp_path / "adapter", base, tokenizer))
+    expected, autoregressive = expected_answers(folder), {"decoding": "autoregressive"}
+    server = Server(folder, limits=ServingLimits(max_block_size=16))
+    try:
+        answers = server.answers()
+        assert_fewer_forwards(answers, expected)
+        assert all(num_forwards <= 9 for _, num_forwards in answers.values())  # all drafts are right
+        extra = {"generation_config": json.dumps({"jacobi_drafts": 1, "jacobi_block_size": 3})}
+        assert_fewer_forwards(server.answers(extra_body=extra), expected)
+        assert server.answers(extra_body={"generation_config": json.dumps(autoregressive)}) == expected
+        with pytest.raises(openai.BadRequestError, match="`jacobi_drafts` must be an integer of at least 1"):
+            ask(server, "completion", False, with_config(jacobi_drafts=0))
+    finally:
+        server.stop()
+    for block_size, expected_size in ((None, 7), (4, 4), ("auto", "auto")):
+        _prepare(server.models[0], block_size)
+        _report_model(server.models[0])
+        text = f"{folder} decodes losslessly: its adapter drafts, with block size {expected_size}."
+        assert text in capfd.readouterr().err
 
 
 def test_models_without_defaults_are_served_as_by_the_host(folders):

@@ -1,6 +1,6 @@
 """
 What people do with an exported folder who have not installed `cllm_hf`. Run by `test_export.py` in a process of its
-own, with folders of a model and of an adapter; prints what happened as JSON.
+own, with folders of a model, an adapter and a lossless adapter; prints what happened as JSON.
 """
 
 import importlib.abc
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin  #
 
 
 torch.set_num_threads(1)
-FOLDER, ADAPTER = sys.argv[1:3]
+FOLDER, ADAPTER, LOSSLESS = sys.argv[1:4]
 LENGTH = {"max_new_tokens": 30}
 results = {"generate_of_the_host": GenerationMixin.generate.__module__}
 
@@ -101,5 +101,26 @@ results["pipeline"] = [
 adapted = AutoModelForCausalLM.from_pretrained(ADAPTER)
 decoded, forwards = counted(adapted, **one, **LENGTH, custom_generate=ADAPTER, trust_remote_code=True)
 results["adapter"] = [adapted.generate(**one, **LENGTH, do_sample=False).tolist(), decoded.tolist(), forwards]
+
+drafting = AutoModelForCausalLM.from_pretrained(LOSSLESS)
+expected, greedy = counted(drafting, **one, **LENGTH, do_sample=False)
+named = {"custom_generate": LOSSLESS, "trust_remote_code": True}
+decoded, forwards = counted(drafting, **one, **LENGTH, **named, return_dict_in_generate=True)
+results["lossless"] = {
+    "expected": expected.tolist(),
+    "decoded": [
+        decoded.sequences.tolist(),
+        drafting.generate(**one, **LENGTH, **named, jacobi_drafts=1, jacobi_block_size=3).tolist(),
+        drafting.generate(**one, **LENGTH, **named, decoding="autoregressive").tolist(),
+        drafting.generate(**one, **LENGTH, **named, lossless_adapter=LOSSLESS).tolist(),
+    ],
+    "forwards": [greedy, forwards, decoded.jacobi_stats.num_forwards],
+    "refused": refused(drafting, **one, **named, jacobi_block_size=100),
+    "imported": sorted({"trl", "datasets", "evaluate"} & set(sys.modules)),
+}
+drafting.disable_adapters()
+off, off_forwards = counted(drafting, **one, **LENGTH, **named, do_sample=False)
+results["lossless"]["decoded"].append(off.tolist())
+results["lossless"]["forwards"].append(off_forwards)
 results["still the host's"] = GenerationMixin.generate.__module__
 print(json.dumps(results))

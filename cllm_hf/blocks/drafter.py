@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from .._host import adapter_layers, input_device
 from ..files import write_whole
 
 
 DRAFTER_FILE = "drafter.safetensors"
-# Under this name it is a part of the model that it drafts for.
-_ATTRIBUTE = "cllm_drafter"
+# Under this name the drafters of all lossless adapters of a model are a part of it.
+_DRAFTERS = "cllm_drafter"
 # A lossless adapter is saved as an activated LoRA that no token ever activates: to PEFT, and to whoever does not know
 # of drafting, the model with it is the base model.
 NEVER_INVOKED = [-1]
@@ -46,7 +49,10 @@ class Drafter(nn.Module):
     Attributes:
         masks (`torch.nn.Parameter` of shape `(num_masks, hidden_size)`): what is fed for the first, second, ... token
             after the text, before anything is known of it.
+        adapter_name (`str`): the adapter of the model that it belongs to.
     """
+
+    adapter_name = "default"
 
     def __init__(self, vocab_size: int, hidden_size: int, num_masks: int, markov_rank: int = 0):
         super().__init__()
@@ -102,7 +108,14 @@ class Drafter(nn.Module):
             OSError: if there is none.
             ValueError: if the file is damaged, or of a later format.
         """
-        path = cached_file(name, DRAFTER_FILE, **options)
+        try:
+            path = cached_file(name, DRAFTER_FILE, **options)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(
+                f"A lossless adapter must have its drafter beside it, got {name} without {DRAFTER_FILE} ({reason}). "
+                "Save the adapter with `CLLMTrainer.save_model`, or copy that file from where it was saved."
+            ) from error
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -146,31 +159,89 @@ def make_drafter(model: PreTrainedModel, num_masks: int, markov_rank: int) -> Dr
     return drafter
 
 
-def attach_drafter(model: PreTrainedModel, drafter: Drafter, is_trainable: bool = True) -> None:
+def attach_drafter(
+    model: PreTrainedModel, drafter: Drafter, is_trainable: bool = True, adapter_name: str | None = None
+) -> None:
     """
-    Make a drafter a part of its model.
+    Make a drafter a part of its model. It takes the place of an earlier one of the same adapter.
 
     Args:
         model (`transformers.PreTrainedModel`): the model, not wrapped, with the adapter's layers in it.
-        drafter (`Drafter`): moved to the device of the model's embeddings.
+        drafter (`Drafter`): moved to where the inputs of the model go.
         is_trainable (`bool`): whether it takes a gradient; otherwise it gets the dtype of the model.
+        adapter_name (`str`, *optional*): the adapter that it belongs to; by default the active one.
     """
-    weight: Any = model.get_input_embeddings().weight
-    drafter.requires_grad_(is_trainable).to(weight.device, None if is_trainable else model.dtype)
-    setattr(model, _ATTRIBUTE, drafter.train(is_trainable))
+    drafter.adapter_name = adapter_name or active_lossless_adapter(model) or "default"
+    drafter.requires_grad_(is_trainable).to(input_device(model), None if is_trainable else model.dtype)
+    others = _drafters_of_others(model, drafter.adapter_name)
+    setattr(model, _DRAFTERS, nn.ModuleList([*others, drafter.train(is_trainable)]))
+
+
+def detach_drafter(model: PreTrainedModel, adapter_name: str) -> None:
+    """
+    Take the drafter of an adapter out of its model, if there is one.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model, not wrapped.
+        adapter_name (`str`): the adapter.
+    """
+    if hasattr(model, _DRAFTERS):
+        setattr(model, _DRAFTERS, nn.ModuleList(_drafters_of_others(model, adapter_name)))
+
+
+@contextmanager
+def drafters_aside(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Take the drafters out of a model until the block ends, such as while transformers looks for weights by their names.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model, not wrapped.
+    """
+    drafters = getattr(model, _DRAFTERS, None)
+    if drafters is not None:
+        delattr(model, _DRAFTERS)
+    try:
+        yield
+    finally:
+        if drafters is not None:
+            setattr(model, _DRAFTERS, drafters)
+
+
+def _drafters_of_others(model: PreTrainedModel, adapter_name: str) -> list[Drafter]:
+    return [drafter for drafter in getattr(model, _DRAFTERS, ()) if drafter.adapter_name != adapter_name]
 
 
 def find_drafter(model: Any) -> Drafter | None:
     """
-    The drafter of a model.
+    The drafter of the active adapter of a model.
 
     Args:
         model (`transformers.PreTrainedModel`): the model, not wrapped.
 
     Returns:
-        `Drafter` or `None`.
+        `Drafter` or `None`: `None` also where another adapter is active, beside a lossless one or alone.
     """
-    return getattr(model, _ATTRIBUTE, None)
+    drafters = getattr(model, _DRAFTERS, ())
+    name = active_lossless_adapter(model) if len(drafters) else None
+    return next((drafter for drafter in drafters if drafter.adapter_name == name), None)
+
+
+def active_lossless_adapter(model: Any) -> str | None:
+    """
+    The name of the active adapter of a model, if it is a lossless one, and alone.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model, not wrapped.
+
+    Returns:
+        `str` or `None`.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        return None
+    layer = next((layer for _, layer in adapter_layers(model)), None)
+    active = list(layer.active_adapters) if layer is not None else []
+    return active[0] if len(active) == 1 and is_lossless(configs.get(active[0])) else None
 
 
 def is_lossless(config: Any) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from .._host import has_hooks
+from .._host import adapter_layers, has_hooks
 from .drafter import NEVER_INVOKED, Drafter, is_lossless
 
 
@@ -112,8 +112,8 @@ class AdapterGate:
                     f"that sees a tensor of shape {tuple(inputs.shape)} in a pass with {count} drafter's rows. Leave "
                     "such layers (experts, poolers) out of `target_modules`."
                 )
-            # As a matrix, which a CPU multiplies sooner than a stack of them, and in the dtype of the model: weights in
-            # training are float32, in which a product would take twice as long.
+            # A CPU multiplies a matrix sooner than a stack of them. In the dtype of the model, since weights in training
+            # are float32, in which a product would take twice as long.
             rows = inputs[:, -count:].flatten(0, 1).to(output.dtype)
             low = linear(dropout(rows) if dropout.training else rows, lora_a.weight.to(output.dtype))
             added = linear(low * scaling, lora_b.weight.to(output.dtype)).view(-1, count, output.shape[-1])
@@ -141,23 +141,6 @@ def _replaced_forwards(forwards: dict[Any, Callable[..., torch.Tensor]]) -> Iter
                 module.forward = own
             elif "forward" in vars(module):
                 del module.forward
-
-
-def adapter_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """
-    The layers that PEFT has put adapters into.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-
-    Returns:
-        `Iterator[tuple[str, torch.nn.Module]]`: each with its name.
-    """
-    for name, module in model.named_modules():
-        # Every transformers model has methods of the same names.
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
-            if not isinstance(module, PreTrainedModel):
-                yield name, module
 
 
 @contextmanager

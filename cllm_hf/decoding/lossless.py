@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
-from ..blocks.drafter import Drafter, find_drafter
+from ..blocks.drafter import Drafter, active_lossless_adapter, find_drafter, is_lossless
 from ..blocks.gate import AdapterGate
 from ..options import JacobiOptions
 from .drafts import Draft, lay_out_masks
@@ -27,6 +28,7 @@ from .strategy import Guess, Proposal, Room
 # A CPU pays for every row, and the two likeliest places are where acceptance ends nine times out of ten; a GPU runs
 # a hundred rows in the time of one.
 _BLOCKS_ON_A_CPU = 2
+_LOAD_IT = "Load the adapter with `cllm_hf.load_cllm(folder)`, on a base model of your own with `base_model=`."
 
 
 # Guesses of a beam that are looked at for each distance from the text, where candidates are asked for.
@@ -176,11 +178,40 @@ def make_lossless(model: Any, options: JacobiOptions) -> LosslessStrategy:
     """
     drafter = find_drafter(model)
     if drafter is None:
+        reason = _why_not_drafting(model) or (
+            "has none. Train one with `CLLMConfig(lossless=True)`, and load it with `cllm_hf.load_cllm(folder)`."
+        )
         raise ValueError(
-            f'`decoding="lossless"` needs an adapter that drafts, got a {type(model).__name__} without one. Train one '
-            "with `CLLMConfig(lossless=True)`, and load it with `cllm_hf.load_cllm(folder)`."
+            f'`decoding="lossless"` needs an adapter that drafts, got a {type(model).__name__} that {reason}'
         )
     num_blocks = options.drafts or (
         _BLOCKS_ON_A_CPU + options.candidates if drafter.masks.device.type == "cpu" else None
     )
     return LosslessStrategy(AdapterGate(model, drafter), drafter, num_blocks, options.candidates)
+
+
+def _why_not_drafting(model: Any) -> str:
+    """What is wrong with a model that has a lossless adapter and does not draft; empty for one without."""
+    configs = getattr(model, "peft_config", None)
+    names = [name for name, config in configs.items() if is_lossless(config)] if isinstance(configs, dict) else []
+    if not names:
+        return ""
+    if active_lossless_adapter(model) is None:
+        return (
+            f"has one, {names[0]!r}, which is not active, or not alone. Call `model.set_adapter({names[0]!r})` before."
+        )
+    return f"has one without its drafter, which PEFT alone does not load. {_LOAD_IT}"
+
+
+def warn_without_drafter(model: Any) -> None:
+    """
+    Say once of a model whose lossless adapter is active without its drafter that it decodes no faster for it.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model, not wrapped.
+    """
+    if active_lossless_adapter(model) is not None and find_drafter(model) is None:
+        logging.get_logger(__name__).warning_once(
+            f"This {type(model).__name__} decodes as its base model does, one token after the other: it has a "
+            f"lossless adapter, but not its drafter, which PEFT alone does not load. {_LOAD_IT}"
+        )

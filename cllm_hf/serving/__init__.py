@@ -1,8 +1,9 @@
 """
 `transformers serve` with Jacobi decoding: the host's OpenAI-compatible server, where this package has been imported.
 
-Models with Jacobi defaults then decode by it without anything else. A block size makes it the default of every model
-that the server loads. What a request cannot have reaches its client as status 400 with the message, streamed or not.
+Models with Jacobi defaults then decode by it without anything else, and lossless adapters draft. A block size makes
+Jacobi decoding the default of every other model that the server loads. What a request cannot have reaches its client
+as status 400 with the message, streamed or not.
 
 The server's classes are looked up by name when it is made; ours take their place for that time (`tests/test_host.py`
 pins the names and methods).
@@ -16,9 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from transformers.utils import find_adapter_config_file
 from transformers.utils.import_utils import is_serve_available
 
-from ..options import check_block_size
+from .._host import base_model_of
+from ..blocks.drafter import find_drafter
+from ..loading import load_cllm
+from ..options import AUTO, JACOBI, LOSSLESS, check_block_size
 from .limits import ServingLimits
 from .requests import make_build_server, make_generation_state
 
@@ -35,7 +40,8 @@ def serve(
     Args:
         arguments (`Sequence[str]`): those of `transformers serve`, the model among them.
         block_size (`int` or `"auto"`, *optional*): makes Jacobi decoding, with this block size, the default of every
-            model that is loaded. By default each model keeps the defaults it was saved with.
+            model that is loaded; a lossless adapter drafts, with this block size. By default each model keeps the
+            defaults it was saved with.
         report (`Callable`, *optional*): called with every model that has been loaded.
         limits (`ServingLimits`, *optional*): of each request; by default there are none.
 
@@ -125,6 +131,25 @@ def _make_model_manager(original: Any, block_size: int | str | None, report: Cal
             self._check_pinned(model_id_and_revision, gguf_file)
             return super().load_model_streaming(model_id_and_revision, gguf_file=gguf_file)
 
+        def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
+            """The server itself looks for the config of a whole model."""
+            name, revision = model_id_and_revision.split("@", 1)
+            if kwargs.get("gguf_file") is not None or find_adapter_config_file(name, revision=revision) is None:
+                return super()._load_model(model_id_and_revision, *args, **kwargs)
+            if revision != "main":
+                raise ValueError(
+                    f"A revision is that of a whole model, got {revision!r} for the adapter {name}. Download that "
+                    "revision and serve its folder."
+                )
+            options = {
+                "attn_implementation": self.attn_implementation,
+                "dtype": self.dtype,
+                "device_map": self.device,
+                "trust_remote_code": self.trust_remote_code,
+                "quantization_config": self.get_quantization_config(),
+            }
+            return _load_adapter(name, {key: value for key, value in options.items() if value is not None})
+
         def _check_pinned(self, model_id_and_revision: str, gguf_file: str | None) -> None:
             """The server itself lets `/load_model` load any model, also where it has been given one to serve."""
             from transformers.cli.serving.utils import split_model_id
@@ -138,8 +163,23 @@ def _make_model_manager(original: Any, block_size: int | str | None, report: Cal
     return JacobiModelManager
 
 
+def _load_adapter(name: str, options: dict[str, Any]) -> Any:
+    adapter: Any = load_cllm(name, **options)
+    model: Any = base_model_of(adapter)
+    if adapter is model or adapter.active_peft_config.is_prompt_learning:
+        return adapter
+    model.name_or_path = name
+    return model  # with the adapter in its layers, which is what the server knows to ask
+
+
 def _prepare(model: Any, block_size: int | str | None) -> None:
-    if block_size is not None and model.can_generate():
-        # Other defaults stay as they are: whether a request is answered by sampling is not for us to say.
-        model.generation_config.decoding = "jacobi"
+    # Other defaults stay as they are: whether a request is answered by sampling is not for us to say.
+    if not model.can_generate():
+        return
+    if find_drafter(model) is not None:
+        model.generation_config.decoding = LOSSLESS
+        saved = getattr(model.generation_config, "jacobi_block_size", None)
+        model.generation_config.jacobi_block_size = block_size or saved or AUTO
+    elif block_size is not None:
+        model.generation_config.decoding = JACOBI
         model.generation_config.jacobi_block_size = block_size

@@ -1,4 +1,9 @@
-"""From the options of `cllm show` to the pictures of a CLLM's and its target model's trajectories."""
+"""
+From the options of `cllm show` to the pictures of a CLLM's and its target model's trajectories.
+
+Of a lossless adapter, which leaves its base model's text as it is, the base model's trajectory is shown, and what the
+adapter consists of.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,15 @@ import torch
 from huggingface_hub import ModelCard
 from transformers.utils import find_adapter_config_file
 
+from .._host import adapter_layers, base_model_of
+from ..blocks.drafter import find_drafter
 from ..files import check_writable_file
 from ..loading import load_tokenizer, pick_device
 from ..names import Name
 from ..quiet import quiet_hosts
 from .block import BlockTrajectory
 from .command import load_model
+from .inspection import indented
 from .prompts import Prompt
 from .showing import TrajectoryPicture, collect_block, token_decoder
 from .sources import PLACE, apply_template, read_source
@@ -62,16 +70,20 @@ def run_show(options: argparse.Namespace, color: bool = True) -> str:
                 model, tokenizer, prompt, name, block_size, options.block, options.max_new_tokens, options.seed
             )
 
-        text, own = collect(model, f"CLLM: {Name.find(options.model).short}")
+        about = describe_lossless_adapter(model, options.model)
+        base = find_target_name(options.model) if about else None
+        text, own = collect(
+            model, f"Base model: {Name.find(base).short}" if base else f"CLLM: {Name.find(options.model).short}"
+        )
         del model  # the memory of a machine may hold one only
-        target, reason = _find_target(options, device)
+        target, reason = _find_target(options, device) if options.target or not about else (None, None)
         blocks = [own]
         if target is not None:
             name = target.name_or_path
             _check_tokenizer(name, tokenizer, text)
             blocks.insert(0, collect(target, f"Target model: {Name.find(name).short}")[1])
         picture = TrajectoryPicture(text, blocks, token_decoder(tokenizer))
-        parts = [picture.format(color)]
+        parts = [*([about] if about else []), picture.format(color)]
         if reason is not None:
             parts.append(
                 f"Only {Name.find(options.model).short} is shown: {reason}. Pass its target model as `--target`."
@@ -80,6 +92,40 @@ def run_show(options: argparse.Namespace, color: bool = True) -> str:
             picture.save(options.output)
             parts.append(f"Written: {options.output}")
     return "\n\n".join(parts)
+
+
+def describe_lossless_adapter(model: Any, name: str) -> str:
+    """
+    Say what a lossless adapter consists of.
+
+    Args:
+        model (`peft.PeftModel`): the adapter on its base model, or any other model.
+        name (`str`): folder or Hub id of the adapter.
+
+    Returns:
+        `str`: empty for another model.
+    """
+    base_model = base_model_of(model)
+    drafter = find_drafter(base_model)
+    if drafter is None:
+        return ""
+    config = model.active_peft_config
+    layers = [layer for _, layer in adapter_layers(base_model)]
+    sizes = [weight.numel() for layer in layers for key, weight in layer.named_parameters() if "lora_" in key]
+    num_weights = sum(sizes) + sum(weight.numel() for weight in drafter.parameters())
+    lines = [
+        f"Base model: {config.base_model_name_or_path or 'not named'}",
+        f"LoRA: rank {config.r}, alpha {config.lora_alpha}, on {len(layers)} layers "
+        f"({', '.join(sorted({key.split('.')[-1] for key, _ in adapter_layers(base_model)}))})",
+        f"Drafter: {drafter.num_masks} masks, for a block size of at most {drafter.num_masks + 1}; "
+        + (f"Markov head of rank {drafter.markov_rank}" if drafter.markov_rank else "no Markov head"),
+        f"Weights: {num_weights:,}, {num_weights / max(base_model.num_parameters() - num_weights, 1):.1%} of the base "
+        "model's",
+    ]
+    return (
+        f"{Name.find(name).short} is a lossless adapter: it drafts, and its base model verifies, whose text stays as "
+        f"it is.\n{indented(chr(10).join(lines))}"
+    )
 
 
 def find_target_name(name: str) -> str | None:
