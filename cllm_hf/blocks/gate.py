@@ -112,8 +112,8 @@ class AdapterGate:
                     f"that sees a tensor of shape {tuple(inputs.shape)} in a pass with {count} drafter's rows. Leave "
                     "such layers (experts, poolers) out of `target_modules`."
                 )
-            # A CPU multiplies a matrix sooner than a stack of them. In the dtype of the model, since weights in training
-            # are float32, in which a product would take twice as long.
+            # A CPU multiplies a matrix sooner than a stack of them. In the dtype of the model: weights in training are
+            # float32, in which a product would take twice as long.
             rows = inputs[:, -count:].flatten(0, 1).to(output.dtype)
             low = linear(dropout(rows) if dropout.training else rows, lora_a.weight.to(output.dtype))
             added = linear(low * scaling, lora_b.weight.to(output.dtype)).view(-1, count, output.shape[-1])
