@@ -220,7 +220,7 @@ def _generate(
     if model.generation_config.use_cache is False and _option(call, configs[:-1], "use_cache") is None:
         call["use_cache"] = True  # a default that training leaves behind, not a wish of the caller
     run = _custom_generate(model, call, options, requested)
-    with without_adapters(model) if drafts else nullcontext():
+    with without_adapters(model) if drafts and requested != LOSSLESS else nullcontext():
         return original(model, **call, custom_generate=run)
 
 
