@@ -85,17 +85,17 @@ def tree_attention_mask(
         # Padding sees itself, so that no place sees nothing; nobody sees it.
         causal = torch.nn.functional.pad(text_mask.bool(), (0, num_places))[:, None] & (keys <= fed_before[:, None])
         visible = torch.cat([causal | (keys == fed_before[:, None]), visible], dim=1)
+    layers: Any = cache.layers
+    if any(isinstance(layer, StaticLayer) for layer in layers):  # no windows, but columns that are not in use yet
+        visible = torch.nn.functional.pad(visible, (0, layers[0].max_cache_len - visible.shape[-1]))
+    if not _has_windows(config):
+        return masks_by_layer_type(config, visible, None, dtype)
     # A tree stands in columns of its own; in a text, a token would stand as many columns on as tokens are before it.
     columns = torch.arange(num_columns, device=device).expand(num_rows, -1)
     columns = torch.cat([columns, num_columns + sees.sum(-1) - 1], dim=1)
     distances = columns[:, num_cached:, None] - columns[:, None]
-    num_queries = visible.shape[1]
-    layers: Any = cache.layers
-    if any(isinstance(layer, StaticLayer) for layer in layers):  # has columns that are not in use yet
-        unused = layers[0].max_cache_len - visible.shape[-1]
-        visible, distances = (torch.nn.functional.pad(values, (0, unused)) for values in (visible, distances))
     sliding = next((index for index, layer in enumerate(layers) if layer.is_sliding), None)
-    num_sliding = None if sliding is None else cache.get_mask_sizes(num_queries, sliding)[0]
+    num_sliding = None if sliding is None else cache.get_mask_sizes(visible.shape[1], sliding)[0]
     return masks_by_layer_type(config, visible, distances, dtype, num_sliding)
 
 
@@ -111,7 +111,7 @@ def _ancestors(parents: list[int]) -> np.ndarray:
 def masks_by_layer_type(
     config: PreTrainedConfig,
     visible: torch.Tensor,
-    distances: torch.Tensor,
+    distances: torch.Tensor | None,
     dtype: torch.dtype,
     num_sliding_columns: int | None = None,
 ) -> Any:
@@ -122,7 +122,8 @@ def masks_by_layer_type(
         config (`transformers.PreTrainedConfig`): config of the decoder.
         visible (`torch.BoolTensor` of shape `(batch_size, num_queries, num_keys)`): which pairs may see each other
             where attention is full.
-        distances (`torch.LongTensor` of the same shape): how far a key stands before its query, for sliding windows.
+        distances (`torch.LongTensor` of the same shape, *optional*): how far a key stands before its query, for models
+            with sliding windows.
         dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
         num_sliding_columns (`int`, *optional*): last keys that layers of sliding windows have; by default all.
 
@@ -142,13 +143,21 @@ def masks_by_layer_type(
             device=allowed.device,
         )
 
-    layer_types = set(getattr(config, "layer_types", None) or ())
     window: Any = getattr(config, "sliding_window", None)
-    if "sliding_attention" not in layer_types and (layer_types or window is None):
+    if distances is None or not _has_windows(config):
         return build(visible)
     near = visible & (distances < window)
     near = near if num_sliding_columns is None else near[..., -num_sliding_columns:]
-    return {"full_attention": build(visible), "sliding_attention": build(near)} if layer_types else build(near)
+    has_types = bool(getattr(config, "layer_types", None))
+    return {"full_attention": build(visible), "sliding_attention": build(near)} if has_types else build(near)
+
+
+def _has_windows(config: PreTrainedConfig) -> bool:
+    """Whether some layers of a decoder see a sliding window only."""
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    return "sliding_attention" in layer_types or (
+        not layer_types and getattr(config, "sliding_window", None) is not None
+    )
 
 
 def packed_forward(

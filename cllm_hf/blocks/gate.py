@@ -112,17 +112,17 @@ class AdapterGate:
                     f"that sees a tensor of shape {tuple(inputs.shape)} in a pass with {count} drafter's rows. Leave "
                     "such layers (experts, poolers) out of `target_modules`."
                 )
-            # A CPU multiplies a matrix sooner than a stack of them. In the dtype of the model: weights in training are
-            # float32, in which a product would take twice as long.
+            # In the dtype of the model: weights in training are float32, in which a product would take twice as long.
+            a, b = lora_a.weight.to(output.dtype), lora_b.weight.to(output.dtype)
+            if len(inputs) == 1 and not torch.is_grad_enabled():
+                low = linear(inputs[0, -count:].to(output.dtype), a)
+                output[0, -count:].addmm_(low, b.t(), alpha=scaling)
+                return output
+            # A CPU multiplies a matrix sooner than a stack of them.
             rows = inputs[:, -count:].flatten(0, 1).to(output.dtype)
-            low = linear(dropout(rows) if dropout.training else rows, lora_a.weight.to(output.dtype))
-            added = linear(low * scaling, lora_b.weight.to(output.dtype)).view(-1, count, output.shape[-1])
-            if inputs.shape[1] == count:
-                return output + added
-            if torch.is_grad_enabled():
-                return torch.cat([output[:, :-count], output[:, -count:] + added], dim=1)
-            output[:, -count:] += added
-            return output
+            low = linear(dropout(rows) if dropout.training else rows, a)
+            added = linear(low * scaling, b).view(-1, count, output.shape[-1])
+            return torch.cat([output[:, :-count], output[:, -count:] + added], dim=1)
 
         return forward
 

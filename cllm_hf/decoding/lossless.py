@@ -130,15 +130,14 @@ class LosslessStrategy:
 
     def _make_chains(self, rows: list[Row], logits: torch.Tensor, previous: torch.Tensor, guess: Guess) -> list[Draft]:
         """The best guess for each distance, given the one before it; `logits` are `[num_rows, num_masks, vocab]`."""
-        tokens, probabilities = [], []
+        tokens, corrected = [], []
         for distance in range(logits.shape[1]):
-            corrected = self._drafter.correct(logits[:, distance : distance + 1], previous).float()  # [B, 1, vocab]
-            previous = guess(rows, distance, corrected).argmax(-1)  # [B, 1]
-            best = corrected.gather(-1, previous[..., None])[..., 0]
+            corrected.append(self._drafter.correct(logits[:, distance : distance + 1], previous).float())
+            previous = guess(rows, distance, corrected[-1]).argmax(-1)  # [B, 1]
             tokens.append(previous)
-            probabilities.append((best - corrected.logsumexp(-1)).exp())
-        count = logits.shape[1]
-        drafted = torch.cat([*tokens, *probabilities], dim=1).tolist()  # in one transfer; float32 holds any token
+        count, chosen, every = logits.shape[1], torch.cat(tokens, dim=1), torch.cat(corrected, dim=1)
+        probabilities = (every.gather(-1, chosen[..., None])[..., 0] - every.logsumexp(-1)).exp()
+        drafted = torch.cat([chosen, probabilities], dim=1).tolist()  # in one transfer; float32 holds any token
         return [Draft.chain([int(token) for token in row[:count]], row[count:]) for row in drafted]
 
     def _make_trees(self, rows: list[Row], logits: torch.Tensor, bonus: torch.Tensor, guess: Guess) -> list[Draft]:
