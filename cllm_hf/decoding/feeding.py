@@ -153,8 +153,11 @@ class Feed:
             `torch.Tensor` of shape `(num_rows, num_places, vocab_size)`: logits from the anchor on.
         """
         num_fed = self._num_fed = len(proposals[0].token_ids)
+        last_position = self._last_position
+        if self._num_positions is not None:
+            last_position = min(last_position, self._num_positions - 1)  # a drafter's places reach beyond the draft
         fed = [
-            row.pending.then(proposal.token_ids[1:], proposal.depths()[1:], self._last_position)
+            row.pending.then(proposal.token_ids[1:], proposal.depths()[1:], last_position)
             for row, proposal in zip(self.rows, proposals)
         ]
         if self._mask is not None and num_fed > 1:

@@ -104,9 +104,14 @@ class LosslessStrategy:
         }
         for row in rows:
             row.notes = None
-        if not self._num_masks or not blocks:
+        if not self._num_masks:
             return
         device, count, going = logits.device, self._num_masks, list(blocks)
+        # What is not a finite number spreads over all logits of its row.
+        is_broken = ~(logits[:, 0].amax(-1).float() < torch.inf).all()
+        if not blocks:
+            _check_finite(is_broken)
+            return
 
         def send(values: list[Any]) -> torch.Tensor:
             return torch.tensor(values).to(device, non_blocking=True)
@@ -121,10 +126,22 @@ class LosslessStrategy:
             best = corrected.float().gather(-1, previous[..., None])[..., 0]
             tokens.append(previous)
             probabilities.append((best - corrected.float().logsumexp(-1)).exp())
-        drafted = torch.cat([*tokens, *probabilities], dim=1).tolist()  # in one transfer; float32 holds any token
+        found = [*tokens, *probabilities, is_broken.expand(len(going), 1)]
+        drafted = torch.cat(found, dim=1).tolist()  # in one transfer; float32 holds any token
+        _check_finite(drafted[0][-1])
         for number, values in zip(going, drafted):
-            draft = Draft([int(token) for token in values[:count]], values[count:])
+            draft = Draft([int(token) for token in values[:count]], values[count:-1])
             rows[number].notes = Notes(draft)
+
+
+def _check_finite(is_broken: Any) -> None:
+    """Attention takes what it does not see times 0, which is not 0 where that is not a finite number."""
+    if is_broken:
+        raise ValueError(
+            "A lossless adapter must draft with finite numbers, got others in the drafter's rows, which spoil the base "
+            "model's rows of the same forward pass. Train it with a lower `learning_rate`, run the model in bfloat16 "
+            'instead of float16, or pass `decoding="autoregressive"`.'
+        )
 
 
 @dataclass
