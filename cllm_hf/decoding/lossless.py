@@ -138,9 +138,9 @@ def _check_finite(is_broken: Any) -> None:
     """Attention takes what it does not see times 0, which is not 0 where that is not a finite number."""
     if is_broken:
         raise ValueError(
-            "A lossless adapter must draft with finite numbers, got others in the drafter's rows, which spoil the base "
-            "model's rows of the same forward pass. Train it with a lower `learning_rate`, run the model in bfloat16 "
-            'instead of float16, or pass `decoding="autoregressive"`.'
+            "A lossless adapter must draft with finite numbers, got others in the drafter's rows, which spoil those "
+            "of the base model in the same forward pass. Train it with a lower `learning_rate`, run the model in "
+            'bfloat16 instead of float16, or pass `decoding="autoregressive"`.'
         )
 
 
