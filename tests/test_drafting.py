@@ -258,3 +258,8 @@ def test_loss_falls_on_what_is_trained(tmp_path):
     trainer.train()
     logs = [log["drafting_loss"] for log in trainer.state.log_history if "drafting_loss" in log]
     assert logs[-1] < 0.6 * logs[0]
+
+
+def test_layers_of_experts_are_refused_with_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match="layers of the attention"):
+        make_trainer(tmp_path, model=make_model("mixtral"), lossless=True, block_size=4)

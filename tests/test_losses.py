@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_cases import slow_divergence
 
-from cllm_hf.training.losses import DIVERGENCES, ar_cross_entropy, forward_kl, jensen_shannon, reverse_kl
+from cllm_hf.training.losses import (
+    DIVERGENCES,
+    acceptance_hybrid,
+    ar_cross_entropy,
+    forward_kl,
+    jensen_shannon,
+    negative_log_acceptance,
+    reverse_kl,
+    total_variation,
+)
 
 
 INF = math.inf
@@ -23,9 +32,11 @@ def softmax(logits, temperature=1.0):
     return [weight / sum(weights) for weight in weights]
 
 
-def reference(name, logits, target_logits, temperature=1.0):
+def reference(name, logits, target_logits, temperature=1.0, frozen_logits=None):
+    """What takes no gradient is computed of `frozen_logits` in place of `logits`, if they are given."""
     p, q = softmax(target_logits, temperature), softmax(logits, temperature)
-    return temperature**2 * slow_divergence(name, p, q)
+    frozen = None if frozen_logits is None else (p, softmax(frozen_logits, temperature))
+    return temperature**2 * slow_divergence(name, p, q, frozen)
 
 
 def make_logits(num_positions=6, vocab_size=9, seed=0):
@@ -53,7 +64,8 @@ def test_gradients_are_the_differences_of_the_definition(name, temperature):
         for token in range(logits.shape[1]):
             up, down = logits[row].tolist(), logits[row].tolist()
             up[token], down[token] = up[token] + step, down[token] - step
-            sides = [reference(name, side, target[row].tolist(), temperature) for side in (up, down)]
+            rows = target[row].tolist(), temperature, logits[row].tolist()
+            sides = [reference(name, side, *rows) for side in (up, down)]
             assert logits.grad[row, token].item() == pytest.approx((sides[0] - sides[1]) / (2 * step), abs=2e-5)
 
 
@@ -72,8 +84,8 @@ def test_equal_distributions_are_at_distance_0_without_gradient(name):
     loss = DIVERGENCES[name](logits, logits.detach() + 5.0, temperature=2.0)  # a shift of all logits changes nothing
     loss.sum().backward()
     torch.testing.assert_close(loss, torch.zeros(6), atol=1e-5, rtol=0)
-    # Of the total variation the gradient is not continuous here; rounding decides the sign of each term.
-    if name != "total_variation":
+    # Of what is made of `|p - q|` or `min(p, q)` the gradient is not continuous here; rounding decides on each term.
+    if name not in ("total_variation", "negative_log_acceptance", "acceptance_hybrid"):
         torch.testing.assert_close(logits.grad, torch.zeros_like(logits), atol=1e-5, rtol=0)
 
 
@@ -101,6 +113,32 @@ def test_what_a_model_rules_out_and_its_target_has_is_infinitely_far():
     some, others = torch.tensor([[0.0, -INF, 0.0]]), torch.zeros(1, 3)
     assert forward_kl(some, others).item() == INF and reverse_kl(others, some).item() == INF
     assert forward_kl(others, some).isfinite().all() and reverse_kl(some, others).isfinite().all()
+    assert acceptance_hybrid(some, others).item() == INF and acceptance_hybrid(others, some).isfinite().all()
+    # Of three tokens that are all as likely, two are left.
+    for pair in ((some, others), (others, some)):
+        torch.testing.assert_close(negative_log_acceptance(*pair), torch.tensor([math.log(3 / 2)]))
+
+
+def test_nothing_is_accepted_where_no_token_is_common():
+    """That position is infinitely far, and the others keep their gradients."""
+    logits = torch.tensor([[0.0, 1.0, -INF, -INF], [0.0, 1.0, 2.0, -INF]], requires_grad=True)
+    target = torch.tensor([[-INF, -INF, 2.0, 0.0], [2.0, 1.0, 0.0, -INF]])
+    loss = negative_log_acceptance(logits, target)
+    loss.sum().backward()
+    assert loss[0].item() == INF and loss[1].isfinite()
+    alone = logits[1:].detach().requires_grad_()
+    negative_log_acceptance(alone, target[1:]).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.cat([torch.zeros(1, 4), alone.grad]))
+
+
+@pytest.mark.parametrize("off", [-30.0, -200.0, -2000.0])
+def test_the_logarithm_of_acceptance_keeps_its_gradient_where_probabilities_round_to_0(off):
+    logits = torch.tensor([[0.0, 1.0, off, off]], requires_grad=True)
+    target = torch.tensor([[off, off, 1.0, 0.0]])
+    for divergence, is_alive in ((negative_log_acceptance, True), (total_variation, off > -100)):
+        (gradient,) = torch.autograd.grad(divergence(logits, target).sum(), logits)
+        assert (gradient.abs().sum().item() > 1e-20) == is_alive
+    assert negative_log_acceptance(logits, target).item() == pytest.approx(-off, abs=2)
 
 
 @by_name
@@ -140,6 +178,8 @@ def test_temperature_leads_to_the_spread_of_the_logits(name):
         "reverse_kl": variance / 2,
         "jensen_shannon": variance / 8,
         "total_variation": spread,
+        "negative_log_acceptance": spread,  # `-log(1 - x)` is `x` for small ones
+        "acceptance_hybrid": math.exp(-3) * variance / 2 + (1 - math.exp(-3)) * spread,
     }[name]
     torch.testing.assert_close(DIVERGENCES[name](logits, target, temperature), expected, rtol=0.05, atol=0.05)
 
@@ -191,6 +231,18 @@ def test_ar_cross_entropy_is_the_formula(smoothing):
         target = [smoothing / len(q) + (1 - smoothing) * (v == token) for v in range(len(q))]
         expected.append(-sum(share * math.log(probability) for share, probability in zip(target, q)))
     torch.testing.assert_close(ar_cross_entropy(logits, tokens, smoothing), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_acceptance_is_what_total_variation_leaves(temperature):
+    logits, target = make_logits(num_positions=50)
+    distance = total_variation(logits, target, temperature) / temperature**2
+    logarithm = negative_log_acceptance(logits, target, temperature) / temperature**2
+    torch.testing.assert_close(distance, -torch.expm1(-logarithm))
+    hybrid = acceptance_hybrid(logits, target, temperature) / temperature**2
+    divergence = forward_kl(logits, target, temperature) / temperature**2
+    weight = (hybrid - distance) / (divergence - distance)
+    torch.testing.assert_close(weight, torch.exp(-3 * torch.exp(-logarithm)), atol=1e-3, rtol=1e-3)
 
 
 def test_jensen_shannon_lies_between_its_bounds_by_total_variation():

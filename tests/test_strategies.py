@@ -210,7 +210,7 @@ def test_a_strategy_of_trees_is_refused_by_models_that_take_none(register):
 
     register(RandomTrees([]))
     for name in ("bloom", "mamba", "llama4_text"):
-        with pytest.raises(ValueError, match="tree of guesses"):
+        with pytest.raises(ValueError, match="tree of tokens"):
             generate(make_architecture(name), make_prompts(1), decoding="test")
 
 

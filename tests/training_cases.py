@@ -57,8 +57,11 @@ def prepare(model, records, update=1, progress=0.0, base_model=None, block_size=
     return preparer.prepare(model, base_model or model, batch, update, progress), preparer.objective
 
 
-def slow_divergence(name, p, q):
-    """By the definitions, over Python floats."""
+def slow_divergence(name, p, q, frozen=None):
+    """
+    By the definitions, over Python floats. The weight of the hybrid, which takes no gradient, is that of the pair
+    `frozen` of distributions, by default of `p` and `q`.
+    """
 
     def kl(a, b):
         return sum(x * math.log(x / y) for x, y in zip(a, b) if x > 0)
@@ -70,6 +73,12 @@ def slow_divergence(name, p, q):
     if name == "jensen_shannon":
         middle = [(x + y) / 2 for x, y in zip(p, q)]
         return (kl(p, middle) + kl(q, middle)) / 2
+    if name == "negative_log_acceptance":
+        return -math.log(sum(map(min, p, q)))
+    if name == "acceptance_hybrid":
+        weight = math.exp(-3 * sum(map(min, *(frozen or (p, q)))))
+        return weight * kl(p, q) + (1 - weight) * slow_divergence("total_variation", p, q)
+    assert name == "total_variation"
     return sum(abs(x - y) for x, y in zip(p, q)) / 2
 
 
@@ -77,9 +86,13 @@ def torch_divergence(name, target_logits, logits, temperature):
     """The same with a gradient, for distributions without zeros."""
     p, q = (target_logits.detach() / temperature).softmax(-1), (logits / temperature).softmax(-1)
     middle = (p + q) / 2
+    accepted = torch.minimum(p, q).sum()
+    weight = (-3 * accepted.detach()).exp()
     return (
         temperature**2
         * {
+            "negative_log_acceptance": lambda: -accepted.log(),
+            "acceptance_hybrid": lambda: weight * (p * (p / q).log()).sum() + (1 - weight) * (p - q).abs().sum() / 2,
             "forward_kl": lambda: (p * (p / q).log()).sum(),
             "reverse_kl": lambda: (q * (q / p).log()).sum(),
             "jensen_shannon": lambda: ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2,

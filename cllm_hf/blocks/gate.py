@@ -42,6 +42,7 @@ class AdapterGate:
             _check_layer(name, layer)
         self._num_rows = 0
         self._mask_numbers: torch.Tensor | None = None
+        self._shape: tuple[int, ...] = ()  # rows of the batch and columns that are fed
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -91,6 +92,7 @@ class AdapterGate:
         masks = self._drafter.masks.to(output.dtype)[numbers.clamp(min=0)]
         last = output[:, -self._num_rows :]
         last = torch.where((numbers >= 0)[:, None], masks, last)
+        self._shape = (output.shape[0], output.shape[1])
         return torch.cat([output[:, : -self._num_rows], last], dim=1)
 
     def _gated(self, layer: Any) -> Callable[..., torch.Tensor]:
@@ -98,6 +100,7 @@ class AdapterGate:
         (name,) = layer.active_adapters  # of one adapter alone; `_check_layer` has looked
         base, dropout, scaling = layer.get_base_layer(), layer.lora_dropout[name], layer.scaling[name]
         lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
+        is_output = layer is self._model.get_output_embeddings()
         has_own_call = type(base) is not nn.Linear or "forward" in vars(base) or has_hooks(base)
 
         def forward(inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -106,7 +109,9 @@ class AdapterGate:
             count = self._num_rows
             if not count:
                 return output
-            if inputs.dim() != 3 or inputs.shape[1] < count:
+            # Output embeddings may see the last columns alone.
+            shape, fed = inputs.shape, self._shape
+            if len(shape) != 3 or shape[0] != fed[0] or shape[1] < count or (shape[1] != fed[1] and not is_output):
                 raise ValueError(
                     "A lossless adapter must be on layers that see each row of a forward pass in its place, got one "
                     f"that sees a tensor of shape {tuple(inputs.shape)} in a pass with {count} drafter's rows. Leave "

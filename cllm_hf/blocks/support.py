@@ -147,8 +147,8 @@ def check_trees(model: PreTrainedModel, counts_columns: bool) -> None:
         reason = reason or "It finds positions by counting columns."
     if reason:
         raise ValueError(
-            f"{type(model).__name__} does not take a tree of guesses after its text. {reason} Or drop what asks for "
-            'one, such as `jacobi_candidates` or `decoding="lossless"`.'
+            f"{type(model).__name__} does not take a tree of tokens in one forward pass, as candidates and lossless "
+            f'adapters need it. {reason} Or drop what asks for it (`jacobi_candidates`, `decoding="lossless"`).'
         )
 
 

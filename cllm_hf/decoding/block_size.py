@@ -81,7 +81,8 @@ class Pace:
         self.max_block_size = size if measurements is None else _SIZES[-1]
         if largest is not None:
             self.max_block_size = min(self.max_block_size, largest)
-            size = max(one for one in (size, *_SIZES) if one <= self.max_block_size)
+            sizes = _SIZES if measurements else [self.max_block_size]
+            size = max(one for one in sizes if one <= min(size, self.max_block_size))
         self._size, self._measured, self._has_grown = size, measurements, False
         self._last_time, self._last_size = 0.0, 0
         self._stay, self._left = _STAY, 0 if measurements and measurements.weights.any() else _FIRST_STAY

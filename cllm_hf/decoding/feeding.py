@@ -98,6 +98,8 @@ class Feed:
         self._device = input_ids.device
         self._embeds = None if embeds is None else embeds[:, -num_new:]
         self._mask = mask  # of remembered and new columns; `None` while there is no padding
+        # A tree's anchor sees itself, which one that is padding does not.
+        self._ends_in_padding = mask is not None and not bool(mask[:, -1].all())
         self.rows = _make_rows(input_ids, growing, context_ids, num_new, model)
         # A fixed shape reaches beyond it, where nothing is committed and there may be no position.
         last = [row.pending.positions[-1] for row in self.rows if row.pending.positions is not None]
@@ -140,7 +142,8 @@ class Feed:
         if not self._is_prefill:
             return True
         # Its mask is as large as the square of the prompt.
-        return self._drafts_in_prefill and len(self.rows[0].pending.ids) <= _LONGEST_PREFILL_WITH_TREE
+        is_short = len(self.rows[0].pending.ids) <= _LONGEST_PREFILL_WITH_TREE
+        return self._drafts_in_prefill and is_short and not self._ends_in_padding
 
     def forward(self, proposals: list[Proposal]) -> torch.Tensor:
         """
@@ -153,8 +156,11 @@ class Feed:
             `torch.Tensor` of shape `(num_rows, num_places, vocab_size)`: logits from the anchor on.
         """
         num_fed = self._num_fed = len(proposals[0].token_ids)
+        last_position = self._last_position
+        if self._num_positions is not None:
+            last_position = min(last_position, self._num_positions - 1)  # a drafter's places reach beyond the draft
         fed = [
-            row.pending.then(proposal.token_ids[1:], proposal.depths()[1:], self._last_position)
+            row.pending.then(proposal.token_ids[1:], proposal.depths()[1:], last_position)
             for row, proposal in zip(self.rows, proposals)
         ]
         if self._mask is not None and num_fed > 1:

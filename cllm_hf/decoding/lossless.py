@@ -9,6 +9,7 @@ ever been said by the base model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -114,9 +115,13 @@ class LosslessStrategy:
         }
         for row in rows:
             row.notes = None
-        if not self._num_masks or not blocks:
+        if not self._num_masks:
             return
         device, count, going = logits.device, self._num_masks, list(blocks)
+        # What is not a finite number spreads over all logits of its row, and from there over all probabilities.
+        if not blocks:
+            _check_finite(bool((logits[:, 0].amax(-1).float() < torch.inf).all()))
+            return
 
         def send(values: list[Any]) -> torch.Tensor:
             return torch.tensor(values).to(device, non_blocking=True)
@@ -126,6 +131,7 @@ class LosslessStrategy:
         bonus = send([verdicts[number].token_ids[-1:] for number in going])
         make = self._make_trees if self._num_candidates else self._make_chains
         for number, draft in zip(going, make([rows[number] for number in going], chosen, bonus, guess)):
+            _check_finite(not math.isnan(draft.reached[0]))
             rows[number].notes = Notes(draft)
 
     def _make_chains(self, rows: list[Row], logits: torch.Tensor, previous: torch.Tensor, guess: Guess) -> list[Draft]:
@@ -159,6 +165,16 @@ class LosslessStrategy:
             )
             for beam in beams
         ]
+
+
+def _check_finite(is_finite: bool) -> None:
+    """Attention takes what it does not see times 0, which is not 0 where that is not a finite number."""
+    if not is_finite:
+        raise ValueError(
+            "A lossless adapter must draft with finite numbers, got others in the drafter's rows, which spoil those "
+            "of the base model in the same forward pass. Train it with a lower `learning_rate`, run the model in "
+            'bfloat16 instead of float16, or pass `decoding="autoregressive"`.'
+        )
 
 
 def make_lossless(model: Any, options: JacobiOptions) -> LosslessStrategy:

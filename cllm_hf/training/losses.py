@@ -110,8 +110,12 @@ def negative_log_acceptance(
         `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
     """
     log_p, log_q = _log_probabilities(logits, target_logits, temperature)
+    smaller = torch.minimum(log_p, log_q)
+    # Where no token is common to both, `logsumexp` has no gradient.
+    nothing = smaller.detach().amax(-1, keepdim=True) == -math.inf
     # As a sum of logarithms, which is finite where each of the probabilities rounds to 0.
-    return -(temperature**2) * torch.logsumexp(torch.minimum(log_p, log_q), dim=-1)
+    log_rate = torch.logsumexp(smaller.masked_fill(nothing, 0), dim=-1)
+    return -(temperature**2) * log_rate.masked_fill(nothing[..., 0], -math.inf)
 
 
 def acceptance_hybrid(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

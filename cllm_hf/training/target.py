@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -95,6 +97,26 @@ def make_lossless_config(peft_config: Any) -> Any:
     config.target_modules = config.target_modules or "all-linear"
     config.alora_invocation_tokens = list(NEVER_INVOKED)
     return config
+
+
+@contextmanager
+def explained_variants() -> Iterator[None]:
+    """
+    Say what PEFT means where a lossless adapter is put on layers that activated LoRA cannot be put on.
+
+    Raises:
+        ValueError: for such layers.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "alora_invocation_tokens" not in str(error):
+            raise
+        raise ValueError(
+            "A lossless adapter must be on linear layers, got others in `target_modules`, such as the experts of a "
+            "mixture. Name the layers of the attention instead: "
+            '`LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])`.'
+        ) from error
 
 
 def prepare_drafter(model: Any, num_masks: int, markov_rank: int) -> None:

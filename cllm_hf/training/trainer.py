@@ -33,7 +33,14 @@ from .preparation import BatchPreparer, make_collator, prepare_dataset
 from .processes import check_processes, count_own_rows
 from .resuming import choose_checkpoint, drafter_follows, record_run
 from .saving import RunCard, card_left_alone, save_beside, wait_for_push
-from .target import load_target, load_target_tokenizer, make_lossless_config, prepare_drafter, set_pad_token
+from .target import (
+    explained_variants,
+    load_target,
+    load_target_tokenizer,
+    make_lossless_config,
+    prepare_drafter,
+    set_pad_token,
+)
 
 
 _REFUSED_ARGUMENTS = (
@@ -138,15 +145,16 @@ class CLLMTrainer(SFTTrainer):
         target = load_target(model, args, peft_config, kwargs.get("quantization_config"))
         if args.lossless and not hasattr(target, "peft_config"):
             peft_config = make_lossless_config(peft_config)
-        super().__init__(
-            target,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=load_target_tokenizer(model) if processing_class is None else processing_class,
-            peft_config=peft_config,
-            **{**kwargs, "data_collator": collator},
-        )
+        with explained_variants() if args.lossless else nullcontext():
+            super().__init__(
+                target,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=load_target_tokenizer(model) if processing_class is None else processing_class,
+                peft_config=peft_config,
+                **{**kwargs, "data_collator": collator},
+            )
         check_packable(base_model_of(self.model))
         check_trainable(self.model)
         if args.lossless:

@@ -10,10 +10,12 @@ from conftest import CONFIGS, VOCAB_SIZE, make_model
 from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
+from lossless_models import ATTENTION, NUM_MASKS, add_random_adapter, knowing
 from test_parity import AtLength, EveryThirdCall
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 import cllm_hf  # noqa: F401
+from cllm_hf.decoding import feeding
 
 
 SINGLE_ROWS = ["mamba", "mamba2", "openai-gpt", "rwkv", "deepseek_v4"]
@@ -123,6 +125,66 @@ def test_a_few_random_cases_with_candidates(case, candidates):
 @given(*CANDIDATE_CASES)
 def test_random_cases_with_candidates(case, candidates):
     check(case, jacobi_candidates=candidates)
+
+
+@functools.cache
+def lossless_model_of(model_name, seed, dropout):
+    # Where layers after attention see tokens without their rows, the adapter is on attention alone.
+    target_modules = None if model_name in ALL_LINEAR else ATTENTION
+    model = add_random_adapter(model_of(model_name), seed=seed, dropout=dropout, target_modules=target_modules)
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout"):
+            module.train()  # as in training, where the base model's own stays off
+    return model
+
+
+ALL_LINEAR = {"llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mistral", "gemma2", "gemma3n_text", "gptj", "olmo2"}
+LOSSLESS = sorted([*ALL_LINEAR, "mixtral", "deepseek_v3", "opt", "biogpt"])
+
+
+@st.composite
+def lossless_cases(draw):
+    """A case, a random adapter on its model, which may know what is to come, and how it decodes."""
+    case = draw(cases().filter(lambda case: case[0] in LOSSLESS))
+    name, prompts, options, own, _, _ = case
+    adapter = draw(st.integers(0, 2)), draw(st.sampled_from([0.0, 0.0, 0.5]))
+    error, seed = draw(st.sampled_from([0.0, 0.1, 0.3, 1.0])), draw(st.integers(0, 100))
+    extra = {
+        "jacobi_block_size": draw(st.one_of(st.integers(1, NUM_MASKS + 1), st.just("auto"))),
+        "jacobi_drafts": draw(st.sampled_from([None, 1, 2, 3, NUM_MASKS + 1])),
+    }
+    longest = draw(st.sampled_from([4096, 4096, 5]))  # prompt with which a tree is fed
+    return name, prompts, options, own, adapter, (error, seed), extra, longest
+
+
+def check_lossless(case):
+    """The text is the base model's, or its sample, in no more forward passes than tokens."""
+    name, prompts, options, own, adapter, (error, seed), extra, longest = case
+    base, model = model_of(name), lossless_model_of(name, *adapter)
+    if options["do_sample"]:
+        options = {**options, "jacobi_seed": 7}
+    plain = {"jacobi_block_size": 1} if options["do_sample"] else {}
+    expected = generate(base, prompts, options, own, **plain)
+    with pytest.MonkeyPatch.context() as patch, knowing(expected.sequences.tolist(), seed, error):
+        patch.setattr(feeding, "_LONGEST_PREFILL_WITH_TREE", longest)
+        output = generate(model, prompts, options, own, **extra)
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    stats = output.jacobi_stats
+    assert stats.num_forwards <= output.sequences.shape[1] - prompts["input_ids"].shape[1]
+    assert max(map(max, stats.num_committed)) <= NUM_MASKS + 1
+
+
+@fuzz(15)
+@given(lossless_cases())
+def test_a_few_random_cases_with_lossless_adapters(case):
+    check_lossless(case)
+
+
+@pytest.mark.slow
+@fuzz(500)
+@given(lossless_cases())
+def test_random_cases_with_lossless_adapters(case):
+    check_lossless(case)
 
 
 @st.composite
