@@ -122,8 +122,28 @@ def train_adapter(base, folder, max_steps=60, block_size=7):
     return trainer
 
 
+def make_tree(known, size, generator):
+    """A draft of this many guesses in which the first known tokens are right and stand anywhere, among wrong ones."""
+    draft, right, num_right = Draft(), 0, generator.randrange(len(known) + 1)
+    while len(draft.token_ids) < size:
+        taken = {place: set() for place in range(len(draft.token_ids) + 1)}
+        for token, parent in zip(draft.token_ids, draft.parents):
+            taken[parent].add(token)
+        if num_right and generator.random() < 0.4:
+            parent, token = right, known[0]
+            known, num_right, right = known[1:], num_right - 1, len(draft.token_ids) + 1
+        else:
+            parent = generator.randrange(len(draft.token_ids) + 1)
+            free = [token for token in range(3, 30) if token not in taken[parent] and token not in known[:1]]
+            token = generator.choice(free)
+        draft.token_ids.append(token)
+        draft.parents.append(parent)
+        draft.reached.append(generator.random() / 9)
+    return draft
+
+
 @contextmanager
-def knowing(sequences, seed=0, error=0.2):
+def knowing(sequences, seed=0, error=0.2, num_candidates=0):
     """
     Have the drafter say what is known to come, with errors here and there: acceptance ends now at one place, now at
     another, which with a random adapter it never does.
@@ -132,6 +152,7 @@ def knowing(sequences, seed=0, error=0.2):
         sequences (`list[list[int]]`): for each row, its prompt and text as `generate` returns them.
         seed (`int`): of the errors.
         error (`float`): chance of a token to be what the adapter drafts.
+        num_candidates (`int`): with them drafts are trees, in which what is right stands anywhere.
     """
     own, generator = LosslessStrategy.draft, random.Random(seed)
 
@@ -141,6 +162,9 @@ def knowing(sequences, seed=0, error=0.2):
             if row.notes is not None:
                 known = sequences[row.index][row.length :]
                 tokens = list(row.notes.draft.token_ids)
+                if num_candidates:
+                    row.notes = Notes(make_tree(known, len(tokens), generator))
+                    continue
                 for place, token in enumerate(known[: len(tokens)]):
                     tokens[place] = tokens[place] if generator.random() < error else token
                 row.notes = Notes(Draft.chain(tokens, [generator.random() for _ in tokens]))

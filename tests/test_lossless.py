@@ -7,6 +7,7 @@ so that their drafts are wrong; `knowing` has drafts be right now and then.
 
 import functools
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -27,7 +28,6 @@ from test_static import graphs  # noqa: F401
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import cllm_hf
-from cllm_hf.blocks.drafter import attach_drafter, make_drafter
 from cllm_hf.blocks.ties import judge_greedy
 from cllm_hf.decoding import feeding
 
@@ -54,12 +54,12 @@ def generate(model, prompts, **options):
     return model.generate(input_ids=prompts[0], attention_mask=prompts[1], **options)
 
 
-def assert_equal(pair, prompts, knows=True, drafts=None, block_size=NUM_MASKS + 1, **options):
+def assert_equal(pair, prompts, knows=True, drafts=None, block_size=NUM_MASKS + 1, candidates=0, **options):
     """Decode by the base model and with the adapter, which may know what is to come."""
     base, model = pair
     greedy = generate(base, prompts, **options).sequences
-    extra = {"jacobi_block_size": block_size, "jacobi_drafts": drafts}
-    with knowing(greedy.tolist(), error=0.2 if knows else 1.0):
+    extra = {"jacobi_block_size": block_size, "jacobi_drafts": drafts, "jacobi_candidates": candidates}
+    with knowing(greedy.tolist(), error=0.2, num_candidates=candidates) if knows else nullcontext():
         output = generate(model, prompts, **options, **extra)
     assert output.sequences.tolist() == greedy.tolist()
     stats = output.jacobi_stats
@@ -86,6 +86,19 @@ def test_architectures_in_all_ways(name, attention):
                 for knows in (False, True):
                     prompts = make_prompts(batch_size, length)
                     assert_equal(pair_of(name, attention), prompts, knows, next(numbers), block_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gemma3", *map(SLOW, ("gpt2", "gpt_neox", "mistral", "qwen3", "mixtral"))])
+def test_trees_of_further_choices(name, batch_size):
+    """What is accepted may stand anywhere in the tree, and moves to the front of the cache."""
+    for block_size, candidates, drafts in ((7, 5, None), (4, 2, 1), (3, 12, 100), ("auto", 3, 2)):
+        for knows in (True, False):
+            prompts = make_prompts(batch_size)
+            stats = assert_equal(pair_of(name), prompts, knows, drafts, block_size, candidates)
+        prompts = make_prompts(batch_size)
+        assert_equal(pair_of(name), prompts, True, drafts, block_size, candidates, repetition_penalty=1.3)
+    assert stats.num_forwards
 
 
 @pytest.mark.parametrize("name", ["gemma3", SLOW("llama")])
@@ -310,6 +323,10 @@ def test_a_trained_drafter_has_its_drafts_accepted(counting):
     assert sampled.jacobi_stats.tokens_per_forward >= 2.5
     everywhere = generate(model, prompts, max_new_tokens=48, jacobi_block_size=7, jacobi_drafts=7)
     assert everywhere.jacobi_stats.num_forwards <= output.jacobi_stats.num_forwards + 1
+    wider = generate(model, prompts, max_new_tokens=48, jacobi_block_size=4, jacobi_candidates=6, jacobi_drafts=99)
+    narrow = generate(model, prompts, max_new_tokens=48, jacobi_block_size=4, jacobi_drafts=99)
+    assert torch.equal(wider.sequences, greedy)
+    assert wider.jacobi_stats.num_forwards <= narrow.jacobi_stats.num_forwards
     with model.disable_adapter():
         assert not hasattr(generate(model, prompts, max_new_tokens=8), "jacobi_stats")
 

@@ -167,7 +167,10 @@ class CLLMTrainer(SFTTrainer):
         if args.should_save:
             check_leftovers(Path(str(args.output_dir)), is_adapter=base_model_of(self.model) is not self.model)
         check_processes(args, self.accelerator)
-        (set_lossless_defaults if args.lossless else set_jacobi_defaults)(self.model, self.block_size)
+        if args.lossless:
+            set_lossless_defaults(self.model)
+        else:
+            set_jacobi_defaults(self.model, self.block_size)
         self._loss_totals = {"train": LossTotals(), "eval": LossTotals()}
         self._step_counts: torch.Tensor | None = None
         add_callbacks(self)
