@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from training_cases import make_config, make_records, slow_divergence
 from training_runs import make_dataset, make_tiny_model, make_trainer, weights_of
 
+from cllm_hf import CollapseCallback
 from cllm_hf.blocks.drafter import DRAFTER_FILE, Drafter, find_drafter, is_lossless
 from cllm_hf.blocks.gate import AdapterGate
 from cllm_hf.loading import load_cllm
@@ -263,3 +264,22 @@ def test_loss_falls_on_what_is_trained(tmp_path):
 def test_layers_of_experts_are_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match="layers of the attention"):
         make_trainer(tmp_path, model=make_model("mixtral"), lossless=True, block_size=4)
+
+
+def test_evaluation_decodes_by_the_adapter_and_looks_for_no_collapse(tmp_path):
+    trainer = make_trainer(
+        tmp_path, eval_dataset=make_dataset(4, seed=1), lossless=True, block_size=4, on_collapse="stop", max_steps=1
+    )
+    assert not any(isinstance(callback, CollapseCallback) for callback in trainer.callback_handler.callbacks)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert 1 <= metrics["eval_tokens_per_forward"] <= 4
+    # The responses are the model's own, up to the longest of the dataset.
+    longest = max(map(len, trainer.eval_dataset["response_ids"]))
+    own = [
+        trainer.model.generate(torch.tensor([ids]), max_new_tokens=longest, decoding="autoregressive").shape[1]
+        - len(ids)
+        for ids in trainer.eval_dataset["prompt_ids"]
+    ]
+    assert metrics["eval_response_tokens"] == pytest.approx(sum(own) / len(own))
+    assert not any("agreement" in name or "repetition" in name for name in metrics)

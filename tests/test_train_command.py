@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl import ModelConfig
 
 from cllm_hf import CleaningRules, CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_cllm, load_trajectories
+from cllm_hf.blocks.drafter import find_drafter
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.training import command
@@ -216,11 +217,29 @@ def test_quantized_weights_take_an_adapter(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr(command, "is_bitsandbytes_available", lambda: True)
     options = parse_train([*REQUIRED, "--load_in_4bit", "--bf16", "false"])
-    with pytest.raises(ValueError, match="got `load_in_4bit` without `use_peft`"):
+    with pytest.raises(ValueError, match="got `load_in_4bit` without `use_peft` or `lossless`"):
         command.run_train(options)
 
 
 # Training
+
+
+def test_the_command_trains_a_lossless_adapter(arguments, model_folder, tmp_path, capsys):
+    given = ["--lossless", "--block_size=4", "--markov_rank=2", "--drafts_per_response=3"]
+    assert main([*arguments, *given]) == 0
+    output = capsys.readouterr()
+    assert "\ndrafting_loss: " in output.out and "consistency" not in output.out + output.err
+    loaded = load_cllm(tmp_path / "out")
+    drafter = find_drafter(loaded.get_base_model())
+    assert (drafter.num_masks, drafter.markov_rank) == (3, 2)
+    assert (loaded.active_peft_config.r, loaded.generation_config.decoding) == (64, "lossless")
+    base = loaded.get_base_model().state_dict()
+    for name, weight in weights_of(model_folder).items():
+        assert any(
+            torch.equal(weight, base[one])
+            for one in (name, name.replace(".weight", ".base_layer.weight"))
+            if one in base
+        )
 
 
 def test_the_command_trains_what_the_trainer_trains(arguments, trajectories, model_folder, tmp_path, capsys):

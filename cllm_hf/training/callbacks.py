@@ -166,7 +166,8 @@ def add_callbacks(trainer: Any) -> None:
     trainer.add_callback(EpochCallback())
     trainer.add_callback(RunRecordCallback())
     given = trainer.callback_handler.callbacks
-    if trainer.args.on_collapse != "ignore" and not any(isinstance(one, CollapseCallback) for one in given):
+    can_collapse = not trainer.args.lossless and trainer.args.on_collapse != "ignore"  # the model is frozen there
+    if can_collapse and not any(isinstance(one, CollapseCallback) for one in given):
         trainer.add_callback(CollapseCallback(trainer.args.on_collapse))
     if trainer.args.plot_run and not any(isinstance(one, PlotCallback) for one in given):
         trainer.add_callback(PlotCallback(trainer))

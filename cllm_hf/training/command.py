@@ -40,8 +40,8 @@ _NEEDED = {
     **{field.name: "use_peft" for field in fields(ModelConfig) if re.match("lora_|use_(rslora|dora)", field.name)},
     **{field.name: "load_in_4bit" for field in fields(ModelConfig) if "bnb_" in field.name},
 }
-_LOSSES = ("consistency_loss", "ar_loss")
-_NOT_SHOWN = ("runtime", "_per_second", "consistency_tokens", "ar_tokens")
+_LOSSES = ("consistency_loss", "ar_loss", "drafting_loss", "draft_accuracy")
+_NOT_SHOWN = ("runtime", "_per_second", "consistency_tokens", "ar_tokens", "drafting_tokens")
 _STARTED = time.time()  # this is imported when the command runs
 
 logger = logging.getLogger(__name__)
@@ -212,10 +212,10 @@ def _check_bits(model: ModelConfig, training: CLLMConfig) -> None:
                 f"`load_in_{bits}bit` takes a GPU and the package `bitsandbytes`, got {' and '.join(missing)}. Drop "
                 "it; `--dtype bfloat16` needs half the memory of float32."
             )
-        if not model.use_peft:
+        if not model.use_peft and not training.lossless:
             raise ValueError(
                 f"Weights in {bits} bits are not trained, an adapter on them is, got `load_in_{bits}bit` without "
-                "`use_peft`. Pass both."
+                "`use_peft` or `lossless`. Pass one of them too."
             )
 
 

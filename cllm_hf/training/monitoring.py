@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .._host import base_model_of, count_embeddings, input_device
 from ..blocks.forward import forward_clean
 from ..blocks.ties import judge_greedy
+from ..options import JACOBI, LOSSLESS
 from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.responding import find_stop_ids, split_batches, without_generation_defaults
 from ..trajectories.statistics import measure_trajectories
@@ -102,7 +103,7 @@ class DecodingMeasures:
             "repetition": (self.num_repeated, self.num_ngrams),
             "target_repetition": (self.num_target_repeated, self.num_target_ngrams),
             "response_tokens": (self.num_tokens, self.num_responses),
-            "target_response_tokens": (self.num_target_tokens, self.num_responses),
+            "target_response_tokens": (self.num_target_tokens, self.num_responses if self.num_target_tokens else 0),
         }
         return {f"{prefix}_{name}": part / whole for name, (part, whole) in fractions.items() if whole}
 
@@ -115,9 +116,11 @@ def measure_decoding(
     stop_ids: Collection[int] = (),
     max_new_tokens: int | None = None,
     batch_size: int = 8,
+    decoding: str = JACOBI,
 ) -> DecodingMeasures:
     """
-    Decode the prompts of some records by Jacobi, and compare with the target model's responses.
+    Decode the prompts of some records by Jacobi, and compare with the target model's responses; or with a lossless
+    adapter, whose text is the target model's own, so that there is nothing to compare.
 
     The model's text is the plain argmax, without the processors of its generation config. The same weights give the
     same counts, whatever was drawn at random before, and nothing is drawn from the global generators. The model and
@@ -132,6 +135,7 @@ def measure_decoding(
         max_new_tokens (`int`, *optional*): longest response to decode; by default the longest of the records.
         batch_size (`int`): prompts that are decoded together. Random tokens of first drafts are drawn for a batch as a
             whole, so that `num_forwards` changes a little with it, and nothing else does.
+        decoding (`str`): `"jacobi"` or `"lossless"`.
 
     Returns:
         `DecodingMeasures`: all zero without records.
@@ -143,7 +147,10 @@ def measure_decoding(
     measures = DecodingMeasures()
     with torch.no_grad(), _evaluation_mode(model):
         for batch in split_batches(records, batch_size):
-            measures += _measure_batch(model, batch, block_size, pad_id, list(stop_ids), limit)
+            if decoding == LOSSLESS:
+                measures += _count_forwards(model, batch, block_size, pad_id, list(stop_ids), limit)
+            else:
+                measures += _measure_batch(model, batch, block_size, pad_id, list(stop_ids), limit)
     return measures
 
 
@@ -195,9 +202,10 @@ def decoding_metrics(trainer: Any, dataloader: DataLoader, prefix: str) -> dict[
     if pad_id is None or pad_id >= count_embeddings(model):  # added without resizing the model
         pad_id = (stop_ids or [0])[0]
     share = records[accelerator.process_index :: accelerator.num_processes]
+    decoding = LOSSLESS if args.lossless else JACOBI
     with accelerator.autocast():
         measures = measure_decoding(
-            model, share, trainer.block_size, pad_id, stop_ids, limit, args.per_device_eval_batch_size
+            model, share, trainer.block_size, pad_id, stop_ids, limit, args.per_device_eval_batch_size, decoding
         )
     if accelerator.num_processes > 1:
         counts = torch.tensor(astuple(measures), device=accelerator.device)
@@ -254,8 +262,30 @@ def _measure_batch(
     )
 
 
+def _count_forwards(
+    model: PreTrainedModel,
+    records: list[Mapping[str, Any]],
+    block_size: int,
+    pad_id: int,
+    stop_ids: list[int],
+    limit: int,
+) -> DecodingMeasures:
+    """How fast a lossless adapter is; shapes and options are those of `_measure_batch`."""
+    prompts = [list(map(int, record["prompt_ids"])) for record in records]
+    responses, num_forwards = _decode(model, prompts, block_size, pad_id, stop_ids, limit, LOSSLESS)
+    return DecodingMeasures(
+        num_responses=len(responses), num_tokens=sum(map(len, responses)), num_forwards=num_forwards
+    )
+
+
 def _decode(
-    model: PreTrainedModel, prompts: list[list[int]], block_size: int, pad_id: int, stop_ids: list[int], limit: int
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    block_size: int,
+    pad_id: int,
+    stop_ids: list[int],
+    limit: int,
+    decoding: str = JACOBI,
 ) -> tuple[list[list[int]], int]:
     """The responses to a batch of prompts, and the forwards that they took part in."""
     longest = max(map(len, prompts))
@@ -279,7 +309,7 @@ def _decode(
             input_ids.to(device),
             attention_mask=mask.to(device),
             generation_config=options,
-            decoding="jacobi",
+            decoding=decoding,
             jacobi_block_size=block_size,
         )
     responses, num_forwards = [], 0

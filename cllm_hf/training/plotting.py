@@ -16,9 +16,10 @@ from ..files import check_writable_file, write_whole
 PLOT_NAME = "training.png"
 # Told apart also by those who are color-blind.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_LOSSES = (("consistency_loss", "consistency loss"), ("ar_loss", "AR loss"))
+_LOSSES = (("consistency_loss", "consistency loss"), ("ar_loss", "AR loss"), ("drafting_loss", "drafting loss"))
 _QUALITY = (
     ("agreement", "agreement", _COLORS[2], "-"),
+    ("draft_accuracy", "drafted tokens that are right", _COLORS[0], "-"),
     ("repetition", "repetition", _COLORS[1], "--"),
     ("target_repetition", "repetition of the dataset", _COLORS[3], ":"),
 )
