@@ -220,7 +220,7 @@ def test_prompt_as_embeddings():
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_prompts_that_are_too_long_for_the_mask_of_a_tree(monkeypatch, name):
     """The first forward pass then drafts nothing, and the second one does."""
-    monkeypatch.setattr(feeding, "_LONGEST_PREFILL_WITH_TREE", 4)
+    monkeypatch.setattr(feeding, "_LARGEST_PREFILL_MASK", 4)
     for batch_size in (1, 4):
         stats = assert_equal(pair_of(name), make_prompts(batch_size))
         assert max(committed[0] for committed in stats.num_committed) == 1 and stats.tokens_per_forward > 1.2

@@ -41,6 +41,7 @@ class AdapterGate:
         for name, layer in self._layers.items():
             _check_layer(name, layer)
         self._num_rows = 0
+        self._given: list[int] = []
         self._mask_numbers: torch.Tensor | None = None
         self._shape: tuple[int, ...] = ()  # rows of the batch and columns that are fed
 
@@ -70,9 +71,10 @@ class AdapterGate:
             mask_numbers (`Sequence[int]`): one number for each of the last rows: of the mask embedding that is fed
                 there, from 0 on, or -1 for that of its token. Empty for no such rows.
         """
-        self._num_rows = len(mask_numbers)
-        device = self._drafter.masks.device
-        self._mask_numbers = torch.tensor(mask_numbers, dtype=torch.long).to(device, non_blocking=True)
+        if self._mask_numbers is None or list(mask_numbers) != self._given:  # a compiled graph likes the same tensor
+            device = self._drafter.masks.device
+            self._mask_numbers = torch.tensor(mask_numbers, dtype=torch.long).to(device, non_blocking=True)
+        self._num_rows, self._given = len(mask_numbers), list(mask_numbers)
 
     def train_dropout(self, is_training: bool) -> None:
         """

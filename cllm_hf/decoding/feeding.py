@@ -27,7 +27,8 @@ from .strategy import Proposal, Room
 
 # Memory follows the text, not a number of the caller: a draft beyond this is at most as long as the text before it.
 _LONGEST_DRAFT = 1024
-_LONGEST_PREFILL_WITH_TREE = 4096
+# Of the mask of a prompt with a tree after it, in pairs of tokens: 16 MiB as a mask of truth values.
+_LARGEST_PREFILL_MASK = 2**24
 
 
 class Feed:
@@ -141,8 +142,8 @@ class Feed:
     def _has_room_for_tree(self) -> bool:
         if not self._is_prefill:
             return True
-        # Its mask is as large as the square of the prompt.
-        is_short = len(self.rows[0].pending.ids) <= _LONGEST_PREFILL_WITH_TREE
+        num_fed = len(self.rows[0].pending.ids)
+        is_short = len(self.rows) * num_fed * (self.memory.num_cached + num_fed) <= _LARGEST_PREFILL_MASK
         return self._drafts_in_prefill and is_short and not self._ends_in_padding
 
     def forward(self, proposals: list[Proposal]) -> torch.Tensor:

@@ -152,21 +152,25 @@ def lossless_cases(draw):
     extra = {
         "jacobi_block_size": draw(st.one_of(st.integers(1, NUM_MASKS + 1), st.just("auto"))),
         "jacobi_drafts": draw(st.sampled_from([None, 1, 2, 3, NUM_MASKS + 1])),
+        "jacobi_candidates": draw(st.sampled_from([0, 0, 1, 4, 20])),
     }
-    longest = draw(st.sampled_from([4096, 4096, 5]))  # prompt with which a tree is fed
-    return name, prompts, options, own, adapter, (error, seed), extra, longest
+    largest = draw(st.sampled_from([2**24, 2**24, 30]))  # mask of a prompt with which a tree is fed
+    return name, prompts, options, own, adapter, (error, seed), extra, largest
 
 
 def check_lossless(case):
     """The text is the base model's, or its sample, in no more forward passes than tokens."""
-    name, prompts, options, own, adapter, (error, seed), extra, longest = case
+    name, prompts, options, own, adapter, (error, seed), extra, largest = case
     base, model = model_of(name), lossless_model_of(name, *adapter)
     if options["do_sample"]:
         options = {**options, "jacobi_seed": 7}
     plain = {"jacobi_block_size": 1} if options["do_sample"] else {}
     expected = generate(base, prompts, options, own, **plain)
-    with pytest.MonkeyPatch.context() as patch, knowing(expected.sequences.tolist(), seed, error):
-        patch.setattr(feeding, "_LONGEST_PREFILL_WITH_TREE", longest)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        knowing(expected.sequences.tolist(), seed, error, extra["jacobi_candidates"]),
+    ):
+        patch.setattr(feeding, "_LARGEST_PREFILL_MASK", largest)
         output = generate(model, prompts, options, own, **extra)
     assert output.sequences.tolist() == expected.sequences.tolist()
     stats = output.jacobi_stats
