@@ -17,6 +17,15 @@ CLLM_CITATION = """\
     year      = 2024,
     url       = {https://arxiv.org/abs/2403.00835},
 }"""
+MASKS_CITATION = """\
+@misc{samragh2025your,
+    title         = {{Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential}},
+    author        = {Mohammad Samragh and Arnav Kundu and David Harrison and Kumari Nishu and Devang Naik and
+                     Minsik Cho and Mehrdad Farajtabar},
+    year          = 2025,
+    eprint        = {2507.11851},
+    archiveprefix = {arXiv},
+}"""
 # The Hub takes no other identifiers, https://huggingface.co/docs/hub/repositories-licenses.
 LICENSES = frozenset(
     """

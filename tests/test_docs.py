@@ -197,3 +197,20 @@ def test_guides_begin_with_an_example_that_runs(runs_here, capsys):
     assert "Counter({'kept': 2})" in capsys.readouterr().out
     assert Path("runs/cllm/adapter_config.json").is_file()
     assert Path("runs/demo/cllm/custom_generate/generate.py").is_file()
+
+
+@pytest.mark.slow
+def test_the_page_of_the_lossless_mode_runs(runs_here):
+    """Collect, then train, decode and load as the page says; the text is the base model's."""
+    pages = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("trajectories", "lossless")]
+    collect, decode, train, load = [
+        block.replace("Qwen/Qwen3-0.6B", "runs/demo/target").replace("lossless=True,", "lossless=True, max_steps=2,")
+        for number, page in enumerate(pages)
+        for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[: (1, 3)[number]]
+    ]
+    names = {}
+    for code in (collect, train, decode, load):
+        exec(compile(code, "lossless.md", "exec"), names)
+    options = {**names["inputs"], "max_new_tokens": 64}
+    expected = names["model"].generate(**options, decoding="autoregressive")
+    assert names["output"].sequences.tolist() == names["model"].generate(**options).tolist() == expected.tolist()

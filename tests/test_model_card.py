@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from cllm_hf import CleaningRules, CLLMConfig, TrajectoryBuilder, load_cllm
 from cllm_hf.cards import END, LICENSES, license_metadata
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.training.card import BEGIN, ModelFacts, join_cards, make_model_card, renew_model_card
+from cllm_hf.training.card import BEGIN, join_cards, make_model_card, renew_model_card
+from cllm_hf.training.card_text import ModelFacts
 from cllm_hf.training.saving import consistency_options
 
 
@@ -43,6 +44,23 @@ FACTS = ModelFacts(
     versions={"cllm_hf": "0.1.0", "torch": "2.13"},
 )
 LOCAL = {"repo_id": None, "dataset_name": None}
+LOSSLESS = {
+    "num_masks": 8,
+    "markov_rank": 64,
+    "adapter": "LORA adapter, rank 16",
+    "tags": ("trl", "lossless", "lora"),
+    "options": {"lossless": True, "position_decay": 6.0},
+    "log_history": [
+        {"loss": 3.0, "drafting_loss": 3.0, "draft_accuracy": 0.125, "step": 1},
+        {"eval_drafting_loss": 2.5, "eval_tokens_per_forward": 1.5, "eval_agreement": 1.0, "step": 10},
+        {"loss": 2.0, "drafting_loss": 2.0, "draft_accuracy": 0.5, "step": 20},
+        {"eval_drafting_loss": 1.5, "eval_tokens_per_forward": 2.25, "eval_repetition": 0.1, "step": 20},
+    ],
+}
+# What is true of a CLLM alone.
+OF_CLLMS = (
+    r"CLLM\)|CLLM:|[Cc]onsistency|AR loss|ar_loss|fixed point|merge|quality|trajector|agreement|repetition|Jacobi"
+)
 
 
 def changed(**changes):
@@ -110,6 +128,44 @@ def test_figures_are_the_first_and_the_last():
     assert "| AR loss | 1 (update 10) | 1 (update 20) |" in text
     assert "| tokens per forward, evaluation | 1.25 (update 10) | 2.5 (update 20) |" in text
     assert "| agreement with the target model, evaluation on `test` | 0.5 (update 10) |  |" in text
+
+
+def test_the_card_of_a_lossless_adapter_says_so_and_nothing_of_a_cllm():
+    text = make_model_card(changed(**LOSSLESS))
+    card = ModelCard(text)
+    assert card.data.tags == ["trl", "lossless", "lora"] and card.data.base_model_relation == "adapter"
+    first = card.text.split("## Use it")[0]
+    assert "A **lossless** adapter for [user/base]" in first and "the base model's own, because" in first
+    assert "1,234 responses in [user/trajectories](https" in text and "200 optimizer steps (1.5 epochs)" in text
+    assert "8 masks, for a block size of at most 9, and a Markov head of rank 64" in text
+    assert "`lossless=True`, `position_decay=6.0`" in text and "rank 16" in text and "2507.11851" in text
+    assert "leaves the base model as it is: to PEFT it is an activated LoRA that nothing invokes" in text
+    said = text.split("The library:")[0].replace("user/trajectories", "")  # the library has a name
+    assert re.findall(OF_CLLMS, said) == [] and "None" not in text
+    assert "1 mask, for a block size of at most 2, and no Markov head" in make_model_card(
+        changed(**{**LOSSLESS, "num_masks": 1, "markov_rank": 0})
+    )
+
+
+def test_figures_of_a_lossless_adapter():
+    text = make_model_card(changed(**LOSSLESS))
+    assert re.findall(r"^\| .*step.*", text, flags=re.MULTILINE) == [
+        "| drafting loss | 3 (step 1) | 2 (step 20) |",
+        "| drafting loss, evaluation | 2.5 (step 10) | 1.5 (step 20) |",
+        "| draft accuracy | 0.125 (step 1) | 0.5 (step 20) |",
+        "| tokens per forward pass, evaluation | 1.5 (step 10) | 2.25 (step 20) |",
+    ]
+
+
+def test_a_lossless_adapter_on_a_model_of_the_hub_is_loaded_by_its_name():
+    (code,) = code_of(make_model_card(changed(**LOSSLESS)))
+    assert 'name = "user/cllm"' in code and "model = cllm_hf.load_cllm(name)\n" in code
+    text = make_model_card(changed(**LOSSLESS))
+    assert (
+        "`AutoModelForCausalLM.from_pretrained(name)`" in text and '`generate(..., decoding="autoregressive")`' in text
+    )
+    codes = code_of(make_model_card(changed(**LOSSLESS, has_custom_generate=True)))
+    assert len(codes) == 2 and "custom_generate=name" in codes[1] and "cllm_hf" not in codes[1]
 
 
 def test_a_plot_is_shown_where_there_is_one():
@@ -203,6 +259,17 @@ def test_options_of_a_subclass_are_found(tmp_path):
     assert not {"block_size", "export_custom_generate", "learning_rate", "output_dir"} & set(names)
 
 
+def test_options_without_a_part_in_the_training_are_left_out(tmp_path):
+    options = {"output_dir": str(tmp_path), "bf16": False}
+    lossless = consistency_options(CLLMConfig(**options, lossless=True))
+    assert lossless["lossless"] and {"divergence", "position_decay", "markov_rank", "drafts_per_response"} < set(
+        lossless
+    )
+    of_states = {"ar_loss_weight", "ar_labels", "consistency", "states_per_block", "context", "trajectory_source"}
+    assert not of_states & set(lossless) and of_states <= set(consistency_options(CLLMConfig(**options)))
+    assert not {"lossless", "markov_rank", "drafts_per_response"} & set(consistency_options(CLLMConfig(**options)))
+
+
 def test_access_tokens_are_not_pickled_and_stay_in_copies(tmp_path):
     """The host saves the options with `torch.save`, and publishes that file."""
     args = CLLMConfig(output_dir=str(tmp_path), bf16=False, hub_token="hf_secret", logging_steps=7)
@@ -241,6 +308,32 @@ def test_a_saved_folder_has_a_card_whose_code_runs(places, tmp_path, adapter):
     trainer.save_model(tmp_path / "other")
     assert "# other\n" in (tmp_path / "other" / "README.md").read_text()
     assert ModelCard.load(tmp_path / "other" / "README.md").data.datasets == ["user/data"]
+
+
+def test_a_saved_lossless_adapter_has_a_card_whose_code_runs(places, tmp_path):
+    options = {"lossless": True, "block_size": 4, "export_custom_generate": True}
+    trainer = make_trainer(str(places.base), places.dataset, None, tmp_path / "fast", lora(), max_steps=2, **options)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(tags=trainer.model.get_base_model().model_tags)  # as a push does
+    text = (tmp_path / "fast" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.tags == ["trl", "lossless", "lora", "custom_generate"] and card.data.library_name == "peft"
+    assert re.findall(OF_CLLMS, text.split("The library:")[0]) == [] and str(places.base.parent) not in text
+    assert "3 masks, for a block size of at most 4, and a Markov head of rank 64" in text and "rank 2" in text
+    assert "8 responses" in text and "2 optimizer steps" in text and "`lossless=True`, `markov_rank=64`" in text
+    first, last = (log["drafting_loss"] for log in trainer.state.log_history if "drafting_loss" in log)
+    assert f"| drafting loss | {first:.4g} (step 1) | {last:.4g} (step 2) |" in text
+    base = AutoModelForCausalLM.from_pretrained(places.base)
+    texts = []
+    for code in code_of(text):
+        names = {}
+        code = code.replace("path/to/this/folder", str(tmp_path / "fast")).replace("path/to/base", str(places.base))
+        exec(code, names)
+        assert names["output"].jacobi_stats.tokens_per_forward > 0
+        texts.append(names["output"].sequences.tolist())
+    expected = base.generate(**names["inputs"], max_new_tokens=64, decoding="autoregressive").tolist()
+    assert texts == [expected, expected]
 
 
 def test_a_folder_that_looks_like_an_id_is_no_id(places, tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ _NUMBERS: dict[str, tuple[type, str, Callable[[float], bool], str]] = {
     "monitored_max_new_tokens": (int, "an integer of at least 1", lambda value: value >= 1, "are 64 to 512"),
 }
 # Options of a consistency loss and an AR loss, and the values that ask for nothing.
-_NOT_LOSSLESS = {
+NOT_LOSSLESS = {
     "ar_loss_weight": 1.0,
     "consistency": "global",
     "ar_labels": "response",
@@ -295,7 +295,7 @@ class CLLMConfig(SFTConfig):
             )
 
     def _check_lossless(self) -> None:
-        for name, neutral in _NOT_LOSSLESS.items():
+        for name, neutral in NOT_LOSSLESS.items():
             if getattr(self, name) != neutral:
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` has no place with `lossless=True`, which trains no states and "

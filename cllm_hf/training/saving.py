@@ -26,7 +26,9 @@ from ..export import export_custom_generate, is_exported
 from ..files import read_text, write_whole
 from ..names import Name
 from ..trajectories.loading import hub_id_of
-from .card import BEGIN, ModelFacts, join_cards, make_model_card, renew_model_card
+from .card import BEGIN, join_cards, make_model_card, renew_model_card
+from .card_text import ModelFacts
+from .config import NOT_LOSSLESS
 from .plotting import PLOT_NAME
 
 
@@ -50,6 +52,11 @@ _ARGUMENTS = (
 # Options that change what is written, not what is learned.
 _NOT_TRAINING = {"block_size", "logging_first_step", "export_custom_generate", "plot_run", "on_collapse"}
 _NOT_TRAINING |= {"num_monitored_prompts", "monitored_max_new_tokens"}
+# Options that say nothing about a training with and without `lossless`.
+_NO_PART = {
+    True: {*NOT_LOSSLESS, "noise_window", "trajectory_source", "online_iterations"},
+    False: {"lossless", "markov_rank", "drafts_per_response"},
+}
 _NO_ANSWER = (httpx.HTTPError, OSError, ValueError)  # of the Hub: no such thing, no network, no valid name
 
 
@@ -131,9 +138,11 @@ class RunCard:
         # The shards of these say nothing about the whole.
         is_whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        repo_id, dataset = trainer.hub_model_id, trainer.train_dataset
+        repo_id, dataset, drafter = trainer.hub_model_id, trainer.train_dataset, find_drafter(model)
         return ModelFacts(
             block_size=trainer.block_size,
+            num_masks=drafter.num_masks if drafter else None,
+            markov_rank=drafter.markov_rank if drafter else 0,
             repo_id=repo_id,
             title=title or (repo_id.split("/")[-1] if repo_id else folder.resolve().name),
             base_model=_hide_folder(base),
@@ -225,7 +234,7 @@ def consistency_options(args: SFTConfig) -> dict[str, Any]:
     """
     kinds = type(args).__mro__[: type(args).__mro__.index(SFTConfig)]
     own = {name: None for kind in reversed(kinds) for name in inspect.get_annotations(kind)}
-    names = {entry.name for entry in fields(args)} - _NOT_TRAINING
+    names = {entry.name for entry in fields(args)} - _NOT_TRAINING - _NO_PART[getattr(args, "lossless", False)]
     return {name: getattr(args, name) for name in own if name in names}
 
 

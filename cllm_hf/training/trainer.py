@@ -51,6 +51,7 @@ _REFUSED_ARGUMENTS = (
     "formatting_func",
 )
 # transformers looks into a batch by key on its way to `compute_loss`; this is the only one it finds in training.
+_LOSSLESS_TAGS = ["trl", "lossless"]  # on the Hub; the model does not become a CLLM
 _PREPARED = "prepared"
 
 
@@ -135,6 +136,8 @@ class CLLMTrainer(SFTTrainer):
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.router_aux_loss_coef = 0.0
+        if args.lossless:
+            self._tag_names = _LOSSLESS_TAGS
         if args.lossless and args.ddp_find_unused_parameters is None:
             # Every step uses all, and the Markov head outside of `forward`, where a search would not find it.
             args.ddp_find_unused_parameters = False
