@@ -59,11 +59,14 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser(
         "demo",
-        help="train a small model, make it a CLLM and measure both, in minutes on two CPU cores",
+        help="train a small model, make it a CLLM and train a lossless adapter on it, and measure all, in minutes",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--seed", type=int, default=0, help="of the problems, the weights and the order of the data")
-    demo.add_argument("--output-dir", type=Path, help="where to keep the two models and the trajectories")
+    demo.add_argument("--output-dir", type=Path, help="where to keep the models and the trajectories")
+    demo.add_argument(
+        "--mode", choices=("both", "cllm", "lossless"), default="both", help="what is made of the small model"
+    )
     demo.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
     demo.set_defaults(run=_run_demo)
     add_benchmark_commands(commands, run=_run_benchmark)
@@ -98,14 +101,16 @@ def _run_demo(parsed: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore")  # the hosts' deprecation notices are for programmers
     from .demo.run import DemoOptions, run_demo
 
-    report = run_demo(DemoOptions(seed=parsed.seed), parsed.output_dir, color=not parsed.no_color)
+    report = run_demo(DemoOptions(mode=parsed.mode, seed=parsed.seed), parsed.output_dir, color=not parsed.no_color)
     print(f"\n{report.table}\n")
-    print("Right tokens are blue, wrong ones red. One line an iteration, from the first draft to the fixed point.\n")
-    print(report.trajectories)
+    if report.trajectories:
+        print("Right tokens are blue, wrong ones red. One line an iteration, from first draft to fixed point.\n")
+        print(report.trajectories)
     laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
     print(f"\n{sum(report.seconds.values()):.0f} s in all: {laps}.")
     if parsed.output_dir is not None:
-        print(f"Kept in {parsed.output_dir}: target, trajectories, cllm.")
+        kept = ["target", "trajectories", *{"both": ["cllm", "lossless"]}.get(parsed.mode, [parsed.mode])]
+        print(f"Kept in {parsed.output_dir}: {', '.join(kept)}.")
     return 0
 
 

@@ -2,11 +2,12 @@
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cllm_hf import CleaningRules
+from cllm_hf import CleaningRules, CLLMTrainer, TrajectoryBuilder, load_cllm
 from cllm_hf.cli import main
 from cllm_hf.demo import run
 from cllm_hf.demo.problems import LARGEST, make_problem, make_problems, make_tokenizer, read_answer
@@ -23,6 +24,11 @@ TINY = run.DemoOptions(
     num_trajectories=8,
     cllm_updates=3,
     cllm_batch_size=4,
+    lossless_updates=2,
+    lossless_batch_size=4,
+    lossless_rank=2,
+    lossless_markov_rank=2,
+    lossless_block_size=4,
     num_held_out=2,
     max_new_tokens=20,
 )
@@ -75,12 +81,15 @@ def test_all_steps_and_the_readme(tmp_path, monkeypatch, capsys):
     folder = Path("runs/demo")
     for _ in range(2):  # a second run takes the place of the first
         report = run.run_demo(TINY, folder, color=False)
-        assert sorted(path.name for path in folder.iterdir()) == ["cllm", "target", "trajectories"]
-    jacobi, greedy = report.results[3], report.results[2]
+        assert sorted(path.name for path in folder.iterdir()) == ["cllm", "lossless", "target", "trajectories"]
+    assert [result.name.split(", ")[1] for result in report.results][2:] == ["lossless", "generate()", "jacobi"]
+    assert report.results[2].responses == report.results[0].responses
+    assert report.accuracies[2] == report.accuracies[0]
+    greedy, jacobi = report.results[3:]
     assert jacobi.responses == greedy.responses and len(greedy.responses) == 2
     assert greedy.num_forwards == [len(response) for response in greedy.responses]
     assert all(ours <= theirs for ours, theirs in zip(jacobi.num_forwards, greedy.num_forwards))
-    assert report.table.count("\n") == 5 and " to converge, " in report.trajectories
+    assert report.table.count("\n") == 6 and " to converge, " in report.trajectories
 
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     # A model that has hardly been trained repeats itself.
@@ -93,17 +102,29 @@ def test_all_steps_and_the_readme(tmp_path, monkeypatch, capsys):
     assert names["model"].generation_config.decoding == "jacobi"
 
 
+def test_a_lossless_adapter_alone(tmp_path):
+    report = run.run_demo(replace(TINY, mode="lossless"), tmp_path, say=lambda line: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lossless", "target", "trajectories"]
+    assert [result.name.split(", ")[1] for result in report.results] == ["generate()", "jacobi", "lossless"]
+    assert report.results[2].responses == report.results[0].responses and report.trajectories == ""
+    model = load_cllm(tmp_path / "lossless")
+    assert (model.generation_config.decoding, model.generation_config.jacobi_block_size) == ("lossless", 4)
+    assert model.active_peft_config.base_model_name_or_path == str(tmp_path / "target")
+    with pytest.raises(ValueError, match="`mode` must be one of both, cllm, lossless, got 'all'"):
+        replace(TINY, mode="all")
+
+
 def test_ctrl_c_leaves_only_complete_parts(tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "DemoOptions", lambda seed: TINY)
-    monkeypatch.setattr(run.CLLMTrainer, "train", interrupt)
+    monkeypatch.setattr(run, "DemoOptions", lambda **_: TINY)
+    monkeypatch.setattr(CLLMTrainer, "train", interrupt)
     assert main(["demo", "--output-dir", str(tmp_path)]) == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "trajectories"]
     assert "interrupted" in capsys.readouterr().err
 
-    monkeypatch.setattr(run.TrajectoryBuilder, "collect", interrupt)
+    monkeypatch.setattr(TrajectoryBuilder, "collect", interrupt)
     assert main(["demo", "--output-dir", str(tmp_path / "other")]) == 130
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["target"]
 
@@ -117,7 +138,7 @@ def test_output_folder_that_is_not_writable(tmp_path, capsys):
 
 
 def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path, capsys):
-    for name in ("target", "cllm"):
+    for name in ("target", "cllm", "lossless"):
         folder = tmp_path / f"with-{name}"
         (folder / name).mkdir(parents=True)
         (folder / name / "mine.txt").write_text("keep me")
