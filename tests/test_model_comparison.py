@@ -18,6 +18,7 @@ from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.evaluation import model_comparison, model_plot
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, decode_all
+from cllm_hf.evaluation.comparison import compare_decoding
 from cllm_hf.evaluation.convergence import measure_convergence
 from cllm_hf.evaluation.judgements import Judgement, wilson_interval
 from cllm_hf.evaluation.model_comparison import compare_models
@@ -25,6 +26,7 @@ from cllm_hf.evaluation.model_plot import plot_models
 from cllm_hf.evaluation.model_report import format_models
 from cllm_hf.evaluation.paired import compare_judgements, sign_test
 from cllm_hf.evaluation.shapes import random_prompts
+from cllm_hf.training.target import make_lossless_config, prepare_drafter
 from cllm_hf.trajectories.cleaning import CleaningRules
 from cllm_hf.trajectories.prompt_files import read_prompts_and_answers
 
@@ -510,3 +512,43 @@ def test_answers_of_a_prompt_file(tmp_path):
     assert read_prompts_and_answers(file) == (["a"], None)
     (tmp_path / "prompts.txt").write_text("a\n\nb\n")
     assert read_prompts_and_answers(tmp_path / "prompts.txt") == (["a", "b"], None)
+
+
+# Lossless adapters
+
+
+@pytest.fixture
+def drafting():
+    """An untrained lossless adapter with large weights, on a base model of its own."""
+    torch.manual_seed(0)
+    model = get_peft_model(make_model("llama", seed=0), make_lossless_config(LoraConfig(r=2)))
+    prepare_drafter(model, 4, 2)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name or "following" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model.eval()
+
+
+def test_a_lossless_adapter_has_its_rows_and_its_base_models_text(models, drafting, tmp_path):
+    report = compare_models(
+        models[0], drafting, PROMPTS, more_block_sizes=[3, 9], judge=judge_by_sum, more_prompts=MORE, **OPTIONS
+    )
+    ways = ["generate()", "lossless 4", "lossless 3", "lossless 5"]  # 9 is more than it drafts
+    rows = [row for row in report["rows"] if row["model"] == "cllm"]
+    assert [row["name"] for row in rows] == [f"lossless adapter, {way}" for way in ways]
+    assert {row["num_equal"] for row in rows} == {len(PROMPTS)}
+    target = report["rows"][0]
+    assert all(row["accuracy"] == target["accuracy"] for row in rows)
+    assert rows[0]["tokens_per_forward"] == 1.0 and rows[0]["num_parameters"] > target["num_parameters"]
+    assert report["comparison"]["num_equal"] == len(PROMPTS + MORE) and report["convergence"]["cllm"] is None
+    text = format_models(report)
+    assert "| lossless adapter, lossless 4 " in text and "CLLM" not in text and "in more than" not in text
+    plot_models(report, tmp_path / "models.png")
+    assert format_models(json.loads(json.dumps(report))) == text
+
+
+def test_a_lossless_adapter_alone_is_compared_with_its_base_model(drafting):
+    report = compare_decoding(drafting, PROMPTS, [4, "auto"], 12, show_progress=False)
+    assert [row["name"] for row in report["rows"]] == ["generate()", "prompt lookup", "lossless 4", "lossless auto"]
+    assert {row["num_equal"] for row in report["rows"]} == {len(PROMPTS)}
+    assert report["rows"][2]["relative_cost"] > 0

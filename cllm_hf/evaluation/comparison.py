@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._host import base_model_of
+from ..blocks.drafter import find_drafter
 from ..text import format_table
 from .benchmark import (
     DecodingMethod,
@@ -36,11 +37,12 @@ def make_methods(
     candidates: Sequence[int] = (),
 ) -> list[DecodingMethod]:
     """
-    List the ways to decode, `generate()` first.
+    List the ways to decode, `generate()` first. A model with a lossless adapter drafts by it in place of Jacobi.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
-        block_sizes (`Sequence[int | str]`): values of `jacobi_block_size`.
+        block_sizes (`Sequence[int | str]`): values of `jacobi_block_size`; larger ones than a lossless adapter drafts
+            are cut to what it does.
         assistant (`transformers.PreTrainedModel`, *optional*): draft model of assisted decoding.
         prompt_lookup (`bool`): whether to have prompt lookup too.
         is_compiled (`bool`): whether to have `generate()` and Jacobi decoding with a compiled forward too.
@@ -59,24 +61,29 @@ def make_methods(
     if assistant is not None:
         methods.append(DecodingMethod("assisted", model, {**greedy, "assistant_model": assistant}))
     counts = dict.fromkeys([0, *candidates])
-    methods += [_jacobi_method(model, block_size, count) for block_size in block_sizes for count in counts]
+    drafter = find_drafter(base_model_of(model))
+    if drafter is not None:
+        most = drafter.num_masks + 1
+        block_sizes = list(dict.fromkeys(size if isinstance(size, str) else min(size, most) for size in block_sizes))
+    methods += [_parallel_method(model, block_size, count) for block_size in block_sizes for count in counts]
     if is_compiled:
         static = {**greedy, "cache_implementation": "static"}
         methods.append(DecodingMethod("generate(), compiled", model, static, is_compiled=True))
         methods += [
-            _jacobi_method(model, block_size, is_compiled=True)
+            _parallel_method(model, block_size, is_compiled=True)
             for block_size in block_sizes
             if block_size != "auto"  # a compiled forward pass has one shape
         ]
     return methods
 
 
-def _jacobi_method(
+def _parallel_method(
     model: Any, block_size: int | str, num_candidates: int = 0, is_compiled: bool = False
 ) -> DecodingMethod:
-    name = f"jacobi {block_size}"
+    way = "jacobi" if find_drafter(base_model_of(model)) is None else "lossless"
+    name = f"{way} {block_size}"
     # Said without candidates too, as the model's generation config may have some.
-    options = {"decoding": "jacobi", "jacobi_block_size": block_size, "jacobi_candidates": num_candidates}
+    options = {"decoding": way, "jacobi_block_size": block_size, "jacobi_candidates": num_candidates}
     if num_candidates:
         name += f", {num_candidates} candidate{'s' * (num_candidates > 1)}"
     if is_compiled:
@@ -249,10 +256,10 @@ def _middle_length(prompts: Sequence[list[int]], result: DecodingResult) -> int:
 
 
 def _changing_widths(methods: Sequence[DecodingMethod], results: Sequence[DecodingResult]) -> list[int]:
-    """With block size "auto" the widths that forward passes mostly have, with candidates the middle and the widest."""
+    """With block size "auto" the widths that forward passes mostly have, with trees the middle and the widest."""
     found: list[int] = []
     for method, result in zip(methods, results):
-        if has_candidates(method):
+        if has_candidates(method) or method.options.get("decoding") == "lossless":
             widths = sorted(result.widths.elements())
             found += [widths[len(widths) // 2], widths[-1]] if widths else []
         elif method.options.get("jacobi_block_size") == "auto":
@@ -265,7 +272,7 @@ def _row(
 ) -> dict[str, Any]:
     block_size = method.options.get("jacobi_block_size")
     cost = None
-    changes_width = block_size == "auto" or has_candidates(method)
+    changes_width = block_size == "auto" or has_candidates(method) or method.options.get("decoding") == "lossless"
     if isinstance(block_size, int) and not changes_width and not method.is_compiled:
         cost = relative_cost(forwards, block_size)
     elif changes_width and result.widths:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .._host import base_model_of
+from ..blocks.drafter import find_drafter
 from ..options import check_block_size
 from .benchmark import (
     DecodingMethod,
@@ -25,12 +26,14 @@ from .convergence import measure_convergence
 from .environment import describe_environment
 from .judgements import Judgement, count_right
 from .memory import PeakMemory
+from .model_checks import check_counts, check_models, check_prompts
 from .near_ties import near_tie_notes
 from .paired import compare_judgements
 
 
 Judge = Callable[[list[list[int]]], list[Judgement]]
 TITLES = {"target": "target model", "cllm": "CLLM"}
+_LOSSLESS = "lossless adapter"  # in place of a CLLM
 _NUM_MEMORY_PROMPTS = 3
 _MOST_TRAJECTORIES = 128
 # From when on it is noted that more of the CLLM's responses are cut off than of the target model's: as a share of all
@@ -61,13 +64,15 @@ def compare_models(
     Measure every way to decode with a target model and its CLLM, on the same prompts, in one run.
 
     The target model decodes by `generate()`, prompt lookup, assisted decoding if there is an `assistant`, and Jacobi;
-    the CLLM by `generate()` and Jacobi. All take turns on `prompts`, one at a time, which gives speed. How blocks
-    converge is measured on up to 128 of these prompts, peak memory on three, both apart from the clocks. Accuracy is
-    that of a method's own timed responses and of its model's greedy responses to `more_prompts`, decoded in batches.
+    the CLLM by `generate()` and Jacobi. A lossless adapter in place of the CLLM decodes by `generate()`, which is that
+    of its base model, and lossless. All take turns on `prompts`, one at a time, which gives speed. How blocks converge
+    is measured on up to 128 of these prompts, peak memory on three, both apart from the clocks. Accuracy is that of a
+    method's own timed responses and of its model's greedy responses to `more_prompts`, decoded in batches.
 
     Args:
         target (`transformers.PreTrainedModel` or `peft.PeftModel`): the target model.
-        cllm (`transformers.PreTrainedModel` or `peft.PeftModel`): the CLLM, with weights of its own.
+        cllm (`transformers.PreTrainedModel` or `peft.PeftModel`): the CLLM, with weights of its own; or a lossless
+            adapter, on a base model of its own.
         prompts (`Sequence[list[int]]`): token ids of each prompt that is timed.
         block_size (`int`): tokens of a block.
         max_new_tokens (`int`): longest response.
@@ -99,14 +104,15 @@ def compare_models(
     for size in more_block_sizes:
         check_block_size(size, "more_block_sizes", allows_auto=True)
     check_candidates(candidates)
-    _check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=repeats)
-    _check_models(target, cllm, assistant)
-    _check_prompts(prompts, more_prompts, target)
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=repeats)
+    check_models(target, cllm, assistant)
+    check_prompts(prompts, more_prompts, target)
     models = {"target": target, "cllm": cllm}
+    titles = TITLES if find_drafter(base_model_of(cllm)) is None else {**TITLES, "cllm": _LOSSLESS}
     block_sizes = list(dict.fromkeys([block_size, *more_block_sizes]))
-    runs = _list_runs(models, block_sizes, assistant, is_compiled, candidates)
+    runs = _list_runs(models, block_sizes, assistant, is_compiled, candidates, titles)
     with _evaluation_mode(target, cllm, assistant):
-        runs, refusals = _leave_out_refused(runs, prompts, max_new_tokens, pad_token_id)
+        runs, refusals = _leave_out_refused(runs, prompts, max_new_tokens, pad_token_id, titles)
         methods = [run.method for run in runs]
         results = benchmark_decoding(
             methods, prompts, max_new_tokens, show_progress, repeats=repeats, pad_token_id=pad_token_id
@@ -133,15 +139,20 @@ def compare_models(
     }
     described = {name: _describe(model) for name, model in {**models, "assistant": assistant}.items() if model}
     compared = _compare_responses(baselines["target"], baselines["cllm"], max_new_tokens)
-    notes = [*_window_notes(models, [*prompts, *more_prompts], max_new_tokens), *notes, *compile_notes(methods)]
+    notes = [
+        *_window_notes(models, [*prompts, *more_prompts], max_new_tokens, titles),
+        *notes,
+        *compile_notes(methods),
+    ]
     notes += refusals
     notes += _collapse_notes(compared, [run for run in runs if run.model == "cllm"], max_new_tokens)
     return {
         "kind": "models",
         "environment": describe_environment(target),
         "models": described,
+        "titles": titles,
         "settings": settings,
-        "notes": [*_difference_notes(described), *notes],
+        "notes": [*_difference_notes(described, titles), *notes],
         "prompt_lengths": [len(prompt) for prompt in prompts],
         "rows": [_row(run, baselines["target"], baselines[run.model]) for run in runs],
         "convergence": convergence,
@@ -173,6 +184,7 @@ def _list_runs(
     assistant: Any,
     is_compiled: bool,
     candidates: Sequence[int] = (),
+    titles: dict[str, str] = TITLES,
 ) -> list[_Run]:
     options: dict[str, Any] = {"is_compiled": is_compiled, "candidates": candidates}
     listed = {
@@ -180,73 +192,24 @@ def _list_runs(
         "cllm": make_methods(models["cllm"], block_sizes, prompt_lookup=False, **options),
     }
     return [
-        _Run(name, replace(method, name=f"{TITLES[name]}, {method.name}"), DecodingResult(method.name), [])
+        _Run(name, replace(method, name=f"{titles[name]}, {method.name}"), DecodingResult(method.name), [])
         for name, methods in listed.items()
         for method in methods
     ]
 
 
 def _leave_out_refused(
-    runs: list[_Run], prompts: Sequence[list[int]], max_new_tokens: int, pad_token_id: int
+    runs: list[_Run], prompts: Sequence[list[int]], max_new_tokens: int, pad_token_id: int, titles: dict[str, str]
 ) -> tuple[list[_Run], list[str]]:
     """Without the candidates of a model that takes none, and why as notes."""
     notes = []
-    for name in TITLES:
+    for name in titles:
         methods = [run.method for run in runs if run.model == name]
         refusal = find_refusal(methods, prompts, max_new_tokens, pad_token_id)
         if refusal is not None:
             runs = [run for run in runs if run.model != name or not has_candidates(run.method)]
-            notes.append(f"Candidates are left out for the {TITLES[name]}: {refusal}")
+            notes.append(f"Candidates are left out for the {titles[name]}: {refusal}")
     return runs, notes
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-
-
-def _check_models(target: Any, cllm: Any, assistant: Any) -> None:
-    if target is not cllm and base_model_of(target) is base_model_of(cllm):
-        raise ValueError(
-            "The target model and the CLLM must not share their weights, got an adapter on the very model that it is "
-            "compared with: its layers would act in both. Load the target model a second time."
-        )
-    sizes = {name: _vocab_size(model) for name, model in (("target", target), ("cllm", cllm))}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(
-            "The target model and the CLLM must have the same vocabulary, got "
-            f"{sizes['target']} and {sizes['cllm']} tokens. Pass the model that the CLLM was trained from."
-        )
-    if assistant is not None and base_model_of(assistant) in (base_model_of(target), base_model_of(cllm)):
-        raise ValueError(
-            "The assistant must be a model of its own, got one of the two that are compared, whose forwards could not "
-            "be told apart. Load it a second time."
-        )
-    if assistant is not None and _vocab_size(assistant) != sizes["target"]:
-        raise ValueError(
-            f"The assistant must have the tokenizer of the target model, of {sizes['target']} tokens, got one of "
-            f"{_vocab_size(assistant)} tokens. Pass a smaller model of the same family, or none."
-        )
-
-
-def _check_prompts(prompts: Sequence[list[int]], more_prompts: Sequence[list[int]], model: Any) -> None:
-    if not len(prompts):
-        raise ValueError("`prompts` must hold at least one prompt, got none.")
-    limit = _vocab_size(model)
-    for name, rows in (("prompts", prompts), ("more_prompts", more_prompts)):
-        for number, row in enumerate(rows):
-            if not len(row):
-                raise ValueError(f"Every prompt must have at least one token, got none in `{name}[{number}]`.")
-            if not 0 <= min(row) <= max(row) < limit:
-                raise ValueError(
-                    f"The tokens of a prompt must be of the models' vocabulary, from 0 to {limit - 1}, got {min(row)} "
-                    f"to {max(row)} in `{name}[{number}]`. Use the models' own tokenizer."
-                )
-
-
-def _vocab_size(model: Any) -> int:
-    return model.config.get_text_config().vocab_size
 
 
 @contextmanager
@@ -300,6 +263,10 @@ def _measure_convergence(
     notes = []
     for name in TITLES:
         run = baselines[name]
+        if find_drafter(base_model_of(run.method.model)) is not None:
+            found[name] = None
+            notes.append(f"How blocks of the {_LOSSLESS} converge is not measured: they are those of its base model.")
+            continue
         some = list(prompts[:_MOST_TRAJECTORIES])
         stop_ids = stop_ids_of(run.method)
         try:
@@ -427,16 +394,18 @@ def _describe(model: Any) -> dict[str, Any]:
     return {"name": base_model_of(model).name_or_path, "has_adapter": base_model_of(model) is not model, **described}
 
 
-def _difference_notes(described: dict[str, dict[str, Any]]) -> list[str]:
+def _difference_notes(described: dict[str, dict[str, Any]], titles: dict[str, str]) -> list[str]:
     target, cllm = described["target"], described["cllm"]
     return [
-        f"The target model and the CLLM differ in more than their weights: {name} {target[name]} and {cllm[name]}."
+        f"The target model and the {titles['cllm']} differ in more than their weights: {name} {target[name]} and {cllm[name]}."
         for name in ("device", "dtype", "attention", "architecture")
         if target[name] != cllm[name]
     ]
 
 
-def _window_notes(models: dict[str, Any], prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+def _window_notes(
+    models: dict[str, Any], prompts: Sequence[list[int]], max_new_tokens: int, titles: dict[str, str]
+) -> list[str]:
     """Beyond the window transformers goes on decoding, so that what is written there says little."""
     longest = max(map(len, prompts))
     windows = {
@@ -445,7 +414,7 @@ def _window_notes(models: dict[str, Any], prompts: Sequence[list[int]], max_new_
     }
     return [
         f"A prompt of {longest} tokens and a response of {max_new_tokens} are more than the {window} positions of the "
-        f"{TITLES[name]}."
+        f"{titles[name]}."
         for name, window in windows.items()
         if window is not None and longest + max_new_tokens > window
     ]

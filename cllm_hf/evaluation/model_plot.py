@@ -11,7 +11,14 @@ from ..files import check_writable_file, write_whole
 
 # Told apart also by those who are color-blind; the shapes of the points tell the ways to decode apart.
 _COLORS = {"target": "#0072B2", "cllm": "#D55E00"}
-_MARKERS = {"generate()": "o", "prompt lookup": "^", "assisted": "D", "jacobi": "s", "candidates": "P"}
+_MARKERS = {
+    "generate()": "o",
+    "prompt lookup": "^",
+    "assisted": "D",
+    "jacobi": "s",
+    "lossless": "*",
+    "candidates": "P",
+}
 _TITLE = "speed-up over the target model's generate()"
 
 
@@ -98,7 +105,7 @@ def _marker(name: str) -> str:
     way = name.split(", ")[1]
     if "candidate" in name:
         return _MARKERS["candidates"]
-    return _MARKERS[way.split(" ")[0] if way.startswith("jacobi") else way]
+    return _MARKERS[way.split(" ")[0] if way.startswith(("jacobi", "lossless")) else way]
 
 
 def _label(row: dict[str, Any]) -> str:

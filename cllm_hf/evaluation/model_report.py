@@ -30,7 +30,7 @@ def format_models(report: dict[str, Any]) -> str:
         _explain_columns(report),
         _format_convergence(report),
         _format_responses(report),
-        _explain_responses(report["comparison"]),
+        _explain_responses(report["comparison"], _titles(report)["cllm"]),
         _format_settings(report),
         format_environment(report["environment"]),
         *report["notes"],
@@ -100,8 +100,9 @@ def _explain_columns(report: dict[str, Any]) -> str:
 
 
 def _format_convergence(report: dict[str, Any]) -> str:
+    titles = _titles(report)
     named = {
-        TITLES[name]: TrajectoryStatistics.from_dict(values)
+        titles[name]: TrajectoryStatistics.from_dict(values)
         for name, values in report["convergence"].items()
         if values is not None
     }
@@ -109,7 +110,7 @@ def _format_convergence(report: dict[str, Any]) -> str:
 
 
 def _format_responses(report: dict[str, Any]) -> str:
-    compared = report["comparison"]
+    compared, titles = report["comparison"], _titles(report)
     total, kinds = compared["num_responses"], compared["kinds"]
     rows = [
         ["tokens a response", *(f"{compared['mean_tokens'][name]:.1f}" for name in TITLES)],
@@ -119,10 +120,10 @@ def _format_responses(report: dict[str, Any]) -> str:
         counts = {kind: [kinds[name].get(kind, 0) for name in TITLES] for name in TITLES for kind in kinds[name]}
         for kind, numbers in sorted(counts.items(), key=lambda item: (-sum(item[1]), item[0])):
             rows.append([f"answers: {kind}", *(f"{number:,}" for number in numbers)])
-    return format_table([f"generate(), {total:,} {_plural('response', total)}", *TITLES.values()], rows)
+    return format_table([f"generate(), {total:,} {_plural('response', total)}", *titles.values()], rows)
 
 
-def _explain_responses(compared: dict[str, Any]) -> str:
+def _explain_responses(compared: dict[str, Any], title: str) -> str:
     total, equal = compared["num_responses"], compared["num_equal"]
     text = (
         f"By generate(), both models give the same response, token for token, to {equal:,} of {total:,} "
@@ -134,12 +135,12 @@ def _explain_responses(compared: dict[str, Any]) -> str:
     alone = [paired["num_only_first"], paired["num_only_second"]]
     text = (
         f"{text} Solved are {paired['num_both']:,} by both, {alone[0]:,} by the target model alone, {alone[1]:,} by "
-        f"the CLLM alone and {paired['num_neither']:,} by neither"
+        f"the {title} alone and {paired['num_neither']:,} by neither"
     )
     if not any(alone):
         return f"{text}."
     return (
-        f"{text}: a difference of {100 * paired['difference']:+.1f} points for the CLLM. A fair coin splits "
+        f"{text}: a difference of {100 * paired['difference']:+.1f} points for the {title}. A fair coin splits "
         f"{sum(alone):,} {_plural('prompt', sum(alone))} at least as unevenly with a probability of "
         f"{_probability(paired['p_value'])} (exact two-sided sign test)."
     )
@@ -147,7 +148,7 @@ def _explain_responses(compared: dict[str, Any]) -> str:
 
 def _format_settings(report: dict[str, Any]) -> str:
     settings, lengths, models = report["settings"], report["prompt_lengths"], report["models"]
-    named = {**TITLES, "assistant": "assistant"}
+    named = {**_titles(report), "assistant": "assistant"}
     names = [
         f"{named[name]} {code(str(model['name']))}" + (" with an adapter" if model["has_adapter"] else "")
         for name, model in models.items()
@@ -162,6 +163,11 @@ def _format_settings(report: dict[str, Any]) -> str:
         f"most {settings['max_new_tokens']}. Block size: {settings['block_size']}. Rounds: {settings['repeats']}."
     )
     return text[:1].upper() + text[1:]
+
+
+def _titles(report: dict[str, Any]) -> dict[str, str]:
+    """What the two models are called; results of versions before 0.3 do not say it."""
+    return report.get("titles", TITLES)
 
 
 def _millions(count: int) -> str:
