@@ -397,7 +397,8 @@ def _describe(model: Any) -> dict[str, Any]:
 def _difference_notes(described: dict[str, dict[str, Any]], titles: dict[str, str]) -> list[str]:
     target, cllm = described["target"], described["cllm"]
     return [
-        f"The target model and the {titles['cllm']} differ in more than their weights: {name} {target[name]} and {cllm[name]}."
+        f"The target model and the {titles['cllm']} differ in more than their weights: {name} {target[name]} and "
+        f"{cllm[name]}."
         for name in ("device", "dtype", "attention", "architecture")
         if target[name] != cllm[name]
     ]
