@@ -238,6 +238,12 @@ def test_options_that_have_no_place_are_refused(options, named):
         make_config(lossless=True, **options)
 
 
+@pytest.mark.parametrize("options", [{"markov_rank": 8}, {"drafts_per_response": 3}])
+def test_options_of_a_drafter_have_no_place_elsewhere(options):
+    with pytest.raises(ValueError, match="with `lossless=True` alone"):
+        make_config(**options)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"trainable_token_indices": [3]}],

@@ -73,6 +73,8 @@ NOT_LOSSLESS = {
     "state_sampling": "uniform",
     "context": "clean",
 }
+# Options that have a place there alone.
+LOSSLESS_ALONE = {"markov_rank": 64, "drafts_per_response": 16}
 # Of these, the ones that may be left out.
 _OPTIONAL = ("max_length", "position_decay", "monitored_max_new_tokens")
 
@@ -278,6 +280,8 @@ class CLLMConfig(SFTConfig):
     def _check_combinations(self) -> None:
         if self.lossless:
             self._check_lossless()
+        else:
+            self._check_not_lossless()
         if self.trajectory_source == "online" and self.state_sampling == "progressive":
             raise ValueError(
                 '`state_sampling="progressive"` chooses among stored states, and `trajectory_source="online"` has '
@@ -308,6 +312,14 @@ class CLLMConfig(SFTConfig):
                 f"adapter drafts the others, got {smallest}. Typical values are 4 to 16."
             )
         self.trajectory_source = "online"  # responses are all that is needed
+
+    def _check_not_lossless(self) -> None:
+        for name, neutral in LOSSLESS_ALONE.items():
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has an effect with `lossless=True` alone, got it without. Pass "
+                    "both, or drop it."
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         # The host pickles these options into `training_args.bin`, and pushes that.
