@@ -28,7 +28,7 @@ from ..names import Name
 from ..trajectories.loading import hub_id_of
 from .card import BEGIN, join_cards, make_model_card, renew_model_card
 from .card_text import ModelFacts
-from .config import NOT_LOSSLESS
+from .config import LOSSLESS_ALONE, NOT_LOSSLESS
 from .plotting import PLOT_NAME
 
 
@@ -55,7 +55,7 @@ _NOT_TRAINING |= {"num_monitored_prompts", "monitored_max_new_tokens"}
 # Options that say nothing about a training with and without `lossless`.
 _NO_PART = {
     True: {*NOT_LOSSLESS, "noise_window", "trajectory_source", "online_iterations"},
-    False: {"lossless", "markov_rank", "drafts_per_response"},
+    False: {"lossless", *LOSSLESS_ALONE},
 }
 _NO_ANSWER = (httpx.HTTPError, OSError, ValueError)  # of the Hub: no such thing, no network, no valid name
 
