@@ -74,7 +74,7 @@ NOT_LOSSLESS = {
     "context": "clean",
 }
 # Options that have a place there alone.
-LOSSLESS_ALONE = {"markov_rank": 64, "drafts_per_response": 16}
+LOSSLESS_ALONE = {"markov_rank": 64, "drafts_per_response": 12}
 # Of these, the ones that may be left out.
 _OPTIONAL = ("max_length", "position_decay", "monitored_max_new_tokens")
 
@@ -128,7 +128,7 @@ class CLLMConfig(SFTConfig):
             frozen, and decoding with the adapter gives the model's own text. The dataset needs no states.
         markov_rank (`int`, *optional*, defaults to `64`):
             With `lossless`: rank of the term that tells a drafted token which token was drafted before it; 0 for none.
-        drafts_per_response (`int`, *optional*, defaults to `16`):
+        drafts_per_response (`int`, *optional*, defaults to `12`):
             With `lossless`: places of each response after which a step has tokens drafted.
         export_custom_generate (`bool`, *optional*, defaults to `False`):
             Whether `save_model` and `push_to_hub` also write Jacobi decoding for people without this package, as
@@ -211,7 +211,7 @@ class CLLMConfig(SFTConfig):
         metadata={"help": "With --lossless: rank of the term for the token drafted before; 0 for none."},
     )
     drafts_per_response: int = field(
-        default=16,
+        default=12,
         metadata={"help": "With --lossless: places of each response after which a step has tokens drafted."},
     )
     export_custom_generate: bool = field(
