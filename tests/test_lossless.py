@@ -428,6 +428,19 @@ def test_a_compiled_drafter_drafts_the_same(graphs, counting):  # noqa: F811
 
 
 @pytest.mark.slow
+def test_a_static_cache_has_room_for_the_masks_after_the_last_token(graphs):  # noqa: F811
+    """Its length is rounded up to 256: here to no more than the text and a block of tokens take."""
+    base = make_model("llama", num_hidden_layers=1, max_position_embeddings=512)
+    model, prompts = add_random_adapter(base), make_prompts(1)
+    greedy = generate(base, prompts, max_new_tokens=240).sequences
+    for drafts in (1, 99):
+        output = generate(
+            model, prompts, max_new_tokens=240, jacobi_compile=True, jacobi_block_size=7, jacobi_drafts=drafts
+        )
+        assert torch.equal(output.sequences, greedy)
+
+
+@pytest.mark.slow
 def test_the_real_compiler():
     torch._dynamo.reset()
     for length in (9, 14):

@@ -45,6 +45,7 @@ class Feed:
         keeps_branches (`bool`, *optional*): whether what is accepted may be other than their first places; by default
             wherever they are trees.
         drafts_in_prefill (`bool`): whether a tree may follow the prompt in the first forward pass.
+        num_drafting (`int`): most places of a proposal that are fed for the drafter alone.
         compile_options (`transformers.GenerationConfig`, *optional*): has forward passes run as a compiled graph of
             fixed shape, where the model can.
         context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`, *optional*): what an encoder has read.
@@ -73,6 +74,7 @@ class Feed:
         needs_tree: bool = False,
         keeps_branches: bool | None = None,
         drafts_in_prefill: bool = False,
+        num_drafting: int = 0,
         compile_options: GenerationConfig | None = None,
         context_ids: torch.Tensor | None = None,
         num_given: int | None = None,
@@ -87,7 +89,9 @@ class Feed:
         static = None
         if compile_options is not None:
             max_columns = num_prompt + num_new_tokens + max_block_size
-            static = make_static_memory(model, model_kwargs, batch_size, max_columns, is_user_cache, compile_options)
+            static = make_static_memory(
+                model, model_kwargs, batch_size, max_columns, num_drafting, is_user_cache, compile_options
+            )
         self.memory = static or choose_memory(model, model_kwargs, batch_size, is_user_cache)
         self._needs_tree, self._drafts_in_prefill = needs_tree, drafts_in_prefill
         self._keeps_branches = needs_tree if keeps_branches is None else keeps_branches

@@ -94,6 +94,7 @@ def decode(
         needs_tree=strategy.needs_tree,
         keeps_branches=strategy.keeps_branches if is_drafting(strategy) else strategy.needs_tree,
         drafts_in_prefill=is_drafting(strategy),
+        num_drafting=strategy.count_drafting(pace.max_block_size) if is_drafting(strategy) else 0,
         compile_options=generation_config if options.compile else None,
         context_ids=context_ids,
         num_given=num_given,

@@ -1,10 +1,10 @@
 """
 Lossless decoding: an adapter drafts, and the base model verifies, in one forward pass.
 
-Each forward pass holds the anchor and a draft, which the base weights verify, and after every place of them a block of
-masks, on which the adapter acts. Wherever acceptance ends, the block after that place has drafted what follows, on
-accepted tokens alone (Apple, arXiv 2507.11851). Keys and values of the masks are dropped. What is committed has only
-ever been said by the base model.
+Each forward pass holds the anchor and a draft, which the base weights verify, and after their places blocks of masks, on
+which the adapter acts. Wherever acceptance ends, the block after that place has drafted what follows, on accepted tokens
+alone (Apple, arXiv 2507.11851). Keys and values of the masks are dropped. What is committed has only ever been said by
+the base model.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from .strategy import Guess, Proposal, Room
 # a hundred rows in the time of one.
 _BLOCKS_ON_A_CPU = 2
 _LOAD_IT = "Load the adapter with `cllm_hf.load_cllm(folder)`, on a base model of your own with `base_model=`."
-
-
 # Guesses of a beam that are looked at for each distance from the text, where candidates are asked for.
 _WIDEST_BEAM = 8
 
@@ -94,6 +92,11 @@ class LosslessStrategy:
         parents, is_drafter = lay_out_masks(draft.parents, places, num_masks)
         masks = [row.anchor] * (num_masks * len(places))  # their embeddings are put in by the gate
         return Proposal([row.anchor, *draft.token_ids, *masks], parents, is_drafter)
+
+    def count_drafting(self, block_size: int) -> int:
+        num_masks = min(block_size - 1, self._drafter.num_masks)
+        num_verified = 1 + num_masks + self._num_candidates
+        return num_masks * min(num_verified, self._most_blocks or num_verified)
 
     def begin(self, proposals: Sequence[Proposal]) -> int:
         _, is_drafter = proposals[0].links()

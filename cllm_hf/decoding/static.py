@@ -85,6 +85,7 @@ def make_static_memory(
     model_kwargs: dict[str, Any],
     batch_size: int,
     max_columns: int,
+    num_drafting: int,
     is_user_cache: bool,
     options: GenerationConfig,
 ) -> StaticMemory | None:
@@ -96,7 +97,8 @@ def make_static_memory(
         model_kwargs (`dict`): model inputs as the host prepared them; the host's cache is taken out if ours replaces
             it.
         batch_size (`int`): number of rows.
-        max_columns (`int`): most columns that the cache will hold.
+        max_columns (`int`): most columns that the cache will hold, without those of a drafter.
+        num_drafting (`int`): most columns of a drafter, at positions that others have too.
         is_user_cache (`bool`): whether the cache comes from the user.
         options (`transformers.GenerationConfig`): of which those of compiling and of static caches are used.
 
@@ -104,6 +106,7 @@ def make_static_memory(
         `StaticMemory` or `None`: `None` where the model, its cache or its layers do not allow one.
     """
     reason = _why_not(model, options, is_user_cache) or _why_too_long(model, max_columns)
+    max_columns += num_drafting
     length = max(-(-max_columns // _LENGTH_STEP) * _LENGTH_STEP, _LENGTHS.get(model, 0), options.max_cache_len or 0)
     cache = None
     if not reason:

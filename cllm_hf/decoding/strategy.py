@@ -138,6 +138,17 @@ class DraftingStrategy(Strategy, Protocol):
     def running(self) -> AbstractContextManager[Any]:
         """Prepare the model for a call of `generate`, and put it back."""
 
+    def count_drafting(self, block_size: int) -> int:
+        """
+        Count the places that `begin` announces, at most.
+
+        Args:
+            block_size (`int`): most tokens of a branch that are verified in a forward pass.
+
+        Returns:
+            `int`.
+        """
+
     def begin(self, proposals: Sequence[Proposal]) -> int:
         """
         Prepare the next forward pass.
