@@ -1,10 +1,10 @@
 """
 Lossless decoding: an adapter drafts, and the base model verifies, in one forward pass.
 
-Each forward pass holds the anchor and a draft, which the base weights verify, and after their places blocks of masks, on
-which the adapter acts. Wherever acceptance ends, the block after that place has drafted what follows, on accepted tokens
-alone (Apple, arXiv 2507.11851). Keys and values of the masks are dropped. What is committed has only ever been said by
-the base model.
+Each forward pass holds the anchor and a draft, which the base weights verify, and after their places blocks of masks,
+on which the adapter acts. Wherever acceptance ends, the block after that place has drafted what follows, on accepted
+tokens alone (Apple, arXiv 2507.11851). Keys and values of the masks are dropped. What is committed has only ever been
+said by the base model.
 """
 
 from __future__ import annotations
