@@ -108,7 +108,7 @@ def test_a_lossless_adapter_alone(tmp_path):
     assert [result.name.split(", ")[1] for result in report.results] == ["generate()", "jacobi", "lossless"]
     assert report.results[2].responses == report.results[0].responses and report.trajectories == ""
     model = load_cllm(tmp_path / "lossless")
-    assert (model.generation_config.decoding, model.generation_config.jacobi_block_size) == ("lossless", 4)
+    assert (model.generation_config.decoding, model.generation_config.jacobi_block_size) == ("lossless", "auto")
     assert model.active_peft_config.base_model_name_or_path == str(tmp_path / "target")
     with pytest.raises(ValueError, match="`mode` must be one of both, cllm, lossless, got 'all'"):
         replace(TINY, mode="all")

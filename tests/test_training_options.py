@@ -35,6 +35,9 @@ GOOD = {
     "block_size_schedule": [None, [8], [8, 16, 32]],
     "trajectory_source": ["dataset", "online"],
     "online_iterations": [0, 8],
+    "lossless": [False, True],
+    "markov_rank": [0, 64],
+    "drafts_per_response": [1, 32],
     "export_custom_generate": [False, True],
     "num_monitored_prompts": [0, 8],
     "monitored_max_new_tokens": [None, 1, 512],
@@ -43,8 +46,9 @@ GOOD = {
 }
 OWN = [field.name for field in dataclasses.fields(CLLMConfig) if field.name not in SFTConfig.__dataclass_fields__]
 INTEGERS = ("block_size", "max_length", "states_per_block", "noise_window", "online_iterations")
-INTEGERS += ("num_monitored_prompts", "monitored_max_new_tokens")
-SWITCHES = ("export_custom_generate", "plot_run")
+INTEGERS += ("num_monitored_prompts", "monitored_max_new_tokens", "markov_rank", "drafts_per_response")
+SWITCHES = ("export_custom_generate", "plot_run", "lossless")
+OF_A_DRAFTER = ("markov_rank", "drafts_per_response")
 NUMBERS = ("ar_loss_weight", "divergence_temperature", "ar_label_smoothing", "position_decay")
 CHOICES = ("consistency", "divergence", "ar_labels", "state_sampling", "context", "trajectory_source", "on_collapse")
 
@@ -56,14 +60,15 @@ def test_every_option_is_tried_here():
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
 def test_values_that_are_taken(name, value):
-    assert getattr(make_config(**{name: value}), name) == value
+    others = {"lossless": True} if name in OF_A_DRAFTER else {}
+    assert getattr(make_config(**{name: value}, **others), name) == value
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "4", True, math.nan, [4]], ids=repr)
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers_that_are_refused(name, value):
-    if name in ("online_iterations", "num_monitored_prompts") and value == 0:
-        pytest.skip("0 iterations are the first drafts, 0 prompts are no measure")
+    if name in ("online_iterations", "num_monitored_prompts", "markov_rank") and value == 0:
+        pytest.skip("0 iterations are the first drafts, 0 prompts are no measure, rank 0 is no Markov head")
     with pytest.raises(ValueError, match=rf"`{name}` must be an integer of at least [01], got .*\. Typical"):
         make_config(**{name: value})
 
@@ -163,7 +168,7 @@ def test_reentrant_checkpointing_is_refused():
     make_config(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-# Not the default of any, and none that excludes another.
+# Not the default of any but those of lossless training, which others exclude, and none that excludes another.
 FROM_OUTSIDE = {
     "ar_loss_weight": 10.0,
     "block_size": 8,
@@ -181,6 +186,9 @@ FROM_OUTSIDE = {
     "block_size_schedule": [8, 16, 32],
     "trajectory_source": "online",
     "online_iterations": 6,
+    "lossless": False,
+    "markov_rank": 64,
+    "drafts_per_response": 12,
     "export_custom_generate": True,
     "num_monitored_prompts": 4,
     "monitored_max_new_tokens": 64,
