@@ -66,6 +66,9 @@ class CLLMTrainer(SFTTrainer):
                            D( p(. | fixed point) without gradient, q(. | state) )
         loss = consistency_loss + ar_loss_weight * ar_loss
 
+    With `CLLMConfig(lossless=True)` the model is frozen, and an adapter learns to draft for it instead: the loss is
+    then the mean divergence of what is drafted from what the model says, `drafting_loss`.
+
     [`CLLMConfig`] says what there is to choose. The means are over all positions of an optimizer step, so that
     gradient accumulation and several processes give the gradient of one large batch. Which states a step trains on is
     a function of the seed, the number of the step and the record, so that a resumed run goes on as if nothing was.
