@@ -24,15 +24,11 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.integrations import PeftAdapterMixin
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from ._host import has_own_loop, mark_as_edited, mixes_adapters
+from ._host import mark_as_edited
 from .adapters import loading_drafters
-from .blocks.drafter import find_drafter, is_lossless
+from .blocks.drafter import find_drafter
 from .blocks.gate import is_switched_off, without_adapters
-from .blocks.limits import limits_of
-from .blocks.support import why_adapter_refused
 from .decoding.lossless import warn_without_drafter
 from .decoding.registry import decodings
 from .options import (
@@ -44,19 +40,16 @@ from .options import (
     OPTION_NAMES,
     JacobiOptions,
     check_block_size,
+    first_set,
+    option_of,
 )
+from .refusals import check_supported
 
 
 _ORIGINAL = "_cllm_hf_original"
 _WRAPPED: tuple[tuple[Any, str], ...] = ((GenerationMixin, "generate"), (PeftAdapterMixin, "load_adapter"))
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _STRATEGY_OPTIONS = ("num_beams", "penalty_alpha", "prompt_lookup_num_tokens", "cache_implementation")
-# Model inputs that grow with the text, or are not handed to the model at all.
-_TEXT_INPUTS = (
-    "inputs input_ids inputs_embeds attention_mask position_ids token_type_ids negative_prompt_ids "
-    "negative_prompt_attention_mask"
-).split()
-_GREEDY = 'pass `decoding="autoregressive"`'
 
 
 def register() -> None:
@@ -130,15 +123,10 @@ def set_jacobi_defaults(model: Any, block_size: int | str = DEFAULT_BLOCK_SIZE) 
         ValueError: if `block_size` is neither an integer of at least 1 nor `"auto"`, or other defaults contradict each
             other.
     """
-    config = model.generation_config
-    config.decoding = JACOBI
-    config.jacobi_block_size = check_block_size(block_size, "block_size", allows_auto=True)
-    config.use_cache = True  # training with gradient checkpointing may have turned it off
     # A CLLM is trained on greedy responses. Options of sampling and of other strategies would make `generate` or
     # saving fail.
-    config.update(**dict.fromkeys((*_SAMPLING_OPTIONS, *_STRATEGY_OPTIONS)), do_sample=False)
-    config.validate(strict=True)
-    mark_as_edited(config)
+    others = {**dict.fromkeys((*_SAMPLING_OPTIONS, *_STRATEGY_OPTIONS)), "do_sample": False}
+    _set_defaults(model.generation_config, JACOBI, block_size, others)
 
 
 def set_lossless_defaults(model: Any, block_size: int | str = AUTO) -> None:
@@ -153,10 +141,14 @@ def set_lossless_defaults(model: Any, block_size: int | str = AUTO) -> None:
         ValueError: if `block_size` is neither an integer of at least 1 nor `"auto"`, or other defaults contradict each
             other.
     """
-    config = model.generation_config
-    config.decoding = LOSSLESS
+    _set_defaults(model.generation_config, LOSSLESS, block_size, {})
+
+
+def _set_defaults(config: Any, decoding: str, block_size: int | str, others: dict[str, Any]) -> None:
     config.jacobi_block_size = check_block_size(block_size, "block_size", allows_auto=True)
+    config.decoding = decoding
     config.use_cache = True  # training with gradient checkpointing may have turned it off
+    config.update(**others)
     config.validate(strict=True)
     mark_as_edited(config)
 
@@ -200,7 +192,7 @@ def _generate(
         with without_adapters(model) if drafts else nullcontext():
             return original(model, *args, **kwargs)
 
-    if _option(call, configs, "cache_implementation") == "static":
+    if option_of(call, configs, "cache_implementation") == "static":
         given = {**given, "jacobi_compile": True}
         call["cache_implementation"] = "dynamic"  # the host's static one has no room for a last full block
     options = _jacobi_options(given, configs)
@@ -210,14 +202,14 @@ def _generate(
         raise ValueError(
             f'`jacobi_drafts` has an effect with `decoding="lossless"` alone, got it with {requested!r}. Drop it.'
         )
-    _check_supported(model, call, configs)
-    if given["jacobi_seed"] is not None and not _option(call, configs, "do_sample"):
+    check_supported(model, call, configs, requested)
+    if given["jacobi_seed"] is not None and not option_of(call, configs, "do_sample"):
         raise ValueError(
             "`jacobi_seed` is the seed of sampling, got it without `do_sample=True`. Drop one of the two."
         )
     call.pop("custom_generate", None)  # it is `None`: ours takes its place
     call = _with_stop_strings(call, configs)
-    if model.generation_config.use_cache is False and _option(call, configs[:-1], "use_cache") is None:
+    if model.generation_config.use_cache is False and option_of(call, configs[:-1], "use_cache") is None:
         call["use_cache"] = True  # a default that training leaves behind, not a wish of the caller
     run = _custom_generate(model, call, options, requested)
     with without_adapters(model) if drafts and requested != LOSSLESS else nullcontext():
@@ -238,7 +230,7 @@ def _check_drafted(model: PreTrainedModel, given: dict[str, Any]) -> None:
 
 
 def _jacobi_options(given: dict[str, Any], configs: list[GenerationConfig]) -> JacobiOptions:
-    values = {name: value if value is not None else _first_set(configs, name) for name, value in given.items()}
+    values = {name: value if value is not None else first_set(configs, name) for name, value in given.items()}
     if values["jacobi_block_size"] is None and values["jacobi_compile"]:
         values["jacobi_block_size"] = DEFAULT_BLOCK_SIZE  # a compiled forward has one shape
     return JacobiOptions(
@@ -297,95 +289,11 @@ def _encoder_ids(model: PreTrainedModel, input_ids: torch.Tensor, prompt: Any) -
     return prompt.repeat_interleave(input_ids.shape[0] // prompt.shape[0], dim=0).to(input_ids.device)
 
 
-def _check_supported(model: PreTrainedModel, call: dict[str, Any], configs: list[GenerationConfig]) -> None:
-    """Raise a `ValueError` for options that Jacobi decoding would have to ignore."""
-
-    def option(name: str) -> Any:
-        return _option(call, configs, name)
-
-    def refuse(what: str, got: Any, remedy: str) -> None:
-        raise ValueError(f'`decoding="jacobi"` does not support {what}, got {got}. To go on, {remedy}.')
-
-    if call.get("custom_generate") is not None:
-        refuse("`custom_generate`", repr(call["custom_generate"]), "pass only one of the two")
-    if has_own_loop(model):
-        refuse("models with a decoding loop of their own", type(model).__name__, _GREEDY)
-    if (option("num_beams") or 1) > 1:
-        refuse("beam search", f"num_beams={option('num_beams')}", f"pass `num_beams=1` or {_GREEDY}")
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if option(name) is not None:
-            refuse(
-                f"`{name}`, which is another way to decode several tokens a forward", "both", f"drop it or {_GREEDY}"
-            )
-    for name in ("penalty_alpha", "dola_layers", "prefill_chunk_size", "token_healing"):
-        if option(name):
-            refuse(f"`{name}`", repr(option(name)), f"drop it or {_GREEDY}")
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if option(name):
-            refuse(f"`{name}` yet", f"True{_asked_by(model)}", f"drop it or {_GREEDY}")
-    for name, value in call.items():
-        if not model.config.is_encoder_decoder and _is_read_with_prompt(name, value, configs[-1]):
-            refuse(f"the model input `{name}` yet", "one", f"drop it or {_GREEDY}")
-    if limits_of(model).has_own_state and (option("guidance_scale") or 1) != 1:
-        refuse(
-            f"`guidance_scale` with {type(model).__name__}, whose one state two texts would share",
-            option("guidance_scale"),
-            f"drop it or {_GREEDY}",
-        )
-    if option("cache_implementation") not in (None, "dynamic", "hybrid", "static"):
-        refuse("this cache yet", f"cache_implementation={option('cache_implementation')!r}", f"drop it or {_GREEDY}")
-    if _runs_in_step(call.get("synced_gpus"), model):
-        refuse(
-            "generation that keeps several processes in step (`synced_gpus`, ZeRO-3, FSDP) yet", "such a run", _GREEDY
-        )
-    adapters = [config for config in _peft_configs(model) if not is_lossless(config)]
-    for adapter in adapters:
-        reason = why_adapter_refused(adapter)
-        if reason:
-            refuse("this adapter", f"one that cannot be run over a draft: {reason}", f"use plain LoRA or {_GREEDY}")
-    if adapters and mixes_adapters(model):
-        refuse("several adapters in a batch yet", "`adapter_names`", f"set one adapter for the batch or {_GREEDY}")
-
-
-def _asked_by(model: Any) -> str:
-    """Who may have set an option that the caller did not."""
-    if type(model).generate is GenerationMixin.generate:
-        return ""
-    return (
-        f" (`{type(model).__name__}.generate` sets it by itself for some of its own options, such as "
-        "`logprob_threshold` or `return_token_timestamps` of Whisper)"
-    )
-
-
-def _is_read_with_prompt(name: str, value: Any, config: GenerationConfig) -> bool:
-    """Whether an argument is a model input that belongs to the prompt alone, such as an image."""
-    if name in _TEXT_INPUTS or hasattr(config, name):
-        return False
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(part, torch.Tensor) and bool(part.any()) for part in parts)
-
-
-def _runs_in_step(synced_gpus: bool | None, model: PreTrainedModel) -> bool:
-    if synced_gpus is not None:
-        return synced_gpus
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
-        return False
-    return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
-
-
-def _peft_configs(model: PreTrainedModel) -> list[Any]:
-    # While a `PeftModel` generates, the base model's input preparation is a bound method of the `PeftModel`.
-    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
-    configs = getattr(owner, "peft_config", None)
-    return list(configs.values()) if isinstance(configs, dict) else []
-
-
 def _with_stop_strings(call: dict[str, Any], configs: list[GenerationConfig]) -> dict[str, Any]:
     """Turn `stop_strings` into a criterion: the host hands no tokenizer to a `custom_generate` callable."""
     call = dict(call)
     tokenizer = call.pop("tokenizer", None)
-    stop_strings = call.pop("stop_strings", None) or _first_set(configs, "stop_strings")
+    stop_strings = call.pop("stop_strings", None) or first_set(configs, "stop_strings")
     if not stop_strings:
         return call
     if tokenizer is None:
@@ -424,20 +332,10 @@ def _decoding_of(configs: list[GenerationConfig]) -> Any:
 
 def _strategy_of(configs: list[GenerationConfig]) -> Any:
     """The strategy that a `jacobi_` option is meant for where no `decoding` stands beside it."""
-    decoding = _first_set(configs, "decoding")
+    decoding = first_set(configs, "decoding")
     return JACOBI if decoding in (None, AUTOREGRESSIVE) else decoding
 
 
 def _is_wish(name: str, value: Any) -> bool:
     """Whether an option asks for something that only Jacobi decoding does."""
     return value is not None and value is not False and (name, value) != ("jacobi_candidates", 0)
-
-
-def _option(call: dict[str, Any], configs: list[GenerationConfig], name: str) -> Any:
-    """Value of an option of the host: from the call, else from the first config that has it."""
-    return call[name] if call.get(name) is not None else _first_set(configs, name)
-
-
-def _first_set(configs: list[GenerationConfig], name: str) -> Any:
-    values = (getattr(config, name, None) for config in configs)
-    return next((value for value in values if value is not None), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,3 +115,33 @@ def as_integer(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def option_of(call: dict[str, Any], configs: Sequence[Any], name: str) -> Any:
+    """
+    Look up an option of `generate`.
+
+    Args:
+        call (`dict[str, Any]`): arguments by name.
+        configs (`Sequence[transformers.GenerationConfig]`): where their defaults stand, the first ones first.
+        name (`str`): of the option.
+
+    Returns:
+        Its value, or `None`.
+    """
+    return call[name] if call.get(name) is not None else first_set(configs, name)
+
+
+def first_set(configs: Sequence[Any], name: str) -> Any:
+    """
+    Look up a default.
+
+    Args:
+        configs (`Sequence[transformers.GenerationConfig]`): where it may stand.
+        name (`str`): of the option.
+
+    Returns:
+        The value of the first config that has one, or `None`.
+    """
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)

@@ -154,7 +154,8 @@ def watch_choices(trainer):
     seen, preparer = [], trainer._preparer
 
     class Watched:
-        objective = preparer.objective
+        def __getattr__(self, name):
+            return getattr(preparer, name)
 
         def prepare(self, model, base_model, batch, update, progress):
             prepared = preparer.prepare(model, base_model, batch, update, progress)

@@ -68,8 +68,8 @@ class AdapterGate:
         Say which rows of the next forward passes are the drafter's.
 
         Args:
-            mask_numbers (`Sequence[int]`): one number for each of the last rows: of the mask embedding that is fed
-                there, from 0 on, or -1 for that of its token. Empty for no such rows.
+            mask_numbers (`Sequence[int]`): for each of the last rows, the number of the mask embedding that is fed
+                there in place of a token's. Empty for no such rows.
         """
         if self._mask_numbers is None or list(mask_numbers) != self._given:  # a compiled graph likes the same tensor
             device = self._drafter.masks.device
@@ -89,13 +89,9 @@ class AdapterGate:
     def _put_masks(self, module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
         if not self._num_rows:
             return output
-        numbers = self._mask_numbers
-        assert numbers is not None
-        masks = self._drafter.masks.to(output.dtype)[numbers.clamp(min=0)]
-        last = output[:, -self._num_rows :]
-        last = torch.where((numbers >= 0)[:, None], masks, last)
         self._shape = (output.shape[0], output.shape[1])
-        return torch.cat([output[:, : -self._num_rows], last], dim=1)
+        masks = self._drafter.masks.to(output.dtype)[self._mask_numbers].expand(len(output), -1, -1)
+        return torch.cat([output[:, : -self._num_rows], masks], dim=1)
 
     def _gated(self, layer: Any) -> Callable[..., torch.Tensor]:
         """What runs in place of a layer of PEFT: the base weights, and for the last rows the adapter's too."""

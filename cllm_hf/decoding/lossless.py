@@ -26,8 +26,8 @@ from .rows import Row, Verdict
 from .strategy import Guess, Proposal, Room
 
 
-# A CPU pays for every row, and the two likeliest places are where acceptance ends nine times out of ten; a GPU runs
-# a hundred rows in the time of one.
+# A CPU pays for every row, and with two places hardly fewer tokens are accepted than with all (docs/lossless.md); on a
+# GPU, rows of a single text cost little.
 _BLOCKS_ON_A_CPU = 2
 _LOAD_IT = "Load the adapter with `cllm_hf.load_cllm(folder)`, on a base model of your own with `base_model=`."
 # Guesses of a beam that are looked at for each distance from the text, where candidates are asked for.

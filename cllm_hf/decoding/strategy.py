@@ -174,7 +174,7 @@ class DraftingStrategy(Strategy, Protocol):
 
 def is_drafting(strategy: Strategy) -> TypeGuard[DraftingStrategy]:
     """Whether a strategy has the model itself draft."""
-    return hasattr(strategy, "draft") and hasattr(strategy, "largest_block_size")
+    return hasattr(strategy, "largest_block_size")
 
 
 def check_proposals(proposals: Sequence[Proposal], anchors: Sequence[int], room: Room, strategy: Strategy) -> None:

@@ -10,18 +10,20 @@ than one pass over both, and gives the same.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
-from ..blocks.drafter import Drafter
+from ..blocks.drafter import Drafter, find_drafter
 from ..blocks.forward import forward_clean, forward_drafts
 from ..blocks.gate import AdapterGate
 from ..blocks.layout import Packed, append_drafts
 from .batch import TrainingBatch
 from .config import CLLMConfig
 from .objective import Objective, sum_divergence
-from .preparation import draw_numbers
+from .preparation import draw_numbers, size_at
+from .states import position_weights
 
 
 @dataclass
@@ -54,12 +56,17 @@ class DraftPreparer:
     Chooses after which places of each response tokens are drafted. The fields are those of `CLLMConfig`.
 
     Attributes:
+        loss_names (`tuple[str, str]`): what `sum_losses` sums.
+        second_weight (`float`): of the second of them in what is minimised.
         objective (`Objective`): what is minimised.
         block_sizes (`tuple[int, ...]`): tokens of a block, in equal parts of the run: the one that is never drafted,
             and the drafted ones after it.
         drafts_per_response (`int`): most blocks of a response in a step.
         seed (`int`): of the places.
     """
+
+    loss_names: ClassVar[tuple[str, str]] = ("drafting_loss", "draft_accuracy")
+    second_weight: ClassVar[float] = 0.0  # what is right is counted, not minimised
 
     objective: Objective
     block_sizes: tuple[int, ...]
@@ -105,8 +112,7 @@ class DraftPreparer:
         Returns:
             `PreparedDrafts`.
         """
-        part = min(int(progress * len(self.block_sizes)), len(self.block_sizes) - 1)
-        num_masks = self.block_sizes[part] - 1
+        num_masks = size_at(self.block_sizes, progress) - 1
         lengths = batch.response_lengths
         num_places = (lengths - 1).clamp(min=1)  # the last token has none after it to draft
         num_blocks = num_places.clamp(max=self.drafts_per_response)
@@ -116,11 +122,26 @@ class DraftPreparer:
         offsets = (shares * num_places[:, None]).long().clamp(max=num_places[:, None] - 1)
         places = offsets[..., None] + 1 + torch.arange(num_masks, device=lengths.device)
         is_drafted = (places < lengths[:, None, None]) & (numbers < num_blocks[:, None])[..., None]
-        weights = is_drafted.float()
-        if self.objective.position_decay is not None:
-            distances = torch.arange(num_masks, device=lengths.device)
-            weights = weights * torch.exp(-distances / self.objective.position_decay)
+        weights = position_weights(is_drafted, self.objective.position_decay)
         return PreparedDrafts(batch, offsets, weights, weights.sum().expand(2).clone())
+
+    def sum_losses(
+        self, model: torch.nn.Module, base_model: PreTrainedModel, prepared: PreparedDrafts
+    ) -> torch.Tensor:
+        """
+        Sum the loss of a batch; see `sum_drafting_losses`.
+
+        Args:
+            model (`torch.nn.Module`): the model, possibly wrapped.
+            base_model (`transformers.PreTrainedModel`): the model in the wrappers, with a drafter.
+            prepared (`PreparedDrafts`): from `prepare`.
+
+        Returns:
+            `torch.Tensor` of shape `(2,)`.
+        """
+        drafter: Any = find_drafter(base_model)
+        gate = AdapterGate(base_model, drafter)
+        return sum_drafting_losses(model, base_model, drafter, gate, prepared, self.objective)
 
 
 def sum_drafting_losses(

@@ -147,10 +147,7 @@ def measure_decoding(
     measures = DecodingMeasures()
     with torch.no_grad(), _evaluation_mode(model):
         for batch in split_batches(records, batch_size):
-            if decoding == LOSSLESS:
-                measures += _count_forwards(model, batch, block_size, pad_id, list(stop_ids), limit)
-            else:
-                measures += _measure_batch(model, batch, block_size, pad_id, list(stop_ids), limit)
+            measures += _measure_batch(model, batch, block_size, pad_id, list(stop_ids), limit, decoding)
     return measures
 
 
@@ -220,10 +217,15 @@ def _measure_batch(
     pad_id: int,
     stop_ids: list[int],
     limit: int,
+    decoding: str,
 ) -> DecodingMeasures:
     prompts = [list(map(int, record["prompt_ids"])) for record in records]
     targets = [list(map(int, record["response_ids"])) for record in records]
-    responses, num_forwards = _decode(model, prompts, block_size, pad_id, stop_ids, limit)
+    responses, num_forwards = _decode(model, prompts, block_size, pad_id, stop_ids, limit, decoding)
+    if decoding == LOSSLESS:
+        return DecodingMeasures(
+            num_responses=len(responses), num_tokens=sum(map(len, responses)), num_forwards=num_forwards
+        )
     requests = [Request(prompt, response, (_SEED, 0)) for prompt, response in zip(prompts, responses)]
     # Blocks in which a response is not what one forward pass over all of it says, near ties apart, are not counted.
     trajectories = collect_trajectories(model, requests, block_size, pad_id, stop_ids, keep_not_greedy=True)
@@ -262,22 +264,6 @@ def _measure_batch(
     )
 
 
-def _count_forwards(
-    model: PreTrainedModel,
-    records: list[Mapping[str, Any]],
-    block_size: int,
-    pad_id: int,
-    stop_ids: list[int],
-    limit: int,
-) -> DecodingMeasures:
-    """How fast a lossless adapter is; shapes and options are those of `_measure_batch`."""
-    prompts = [list(map(int, record["prompt_ids"])) for record in records]
-    responses, num_forwards = _decode(model, prompts, block_size, pad_id, stop_ids, limit, LOSSLESS)
-    return DecodingMeasures(
-        num_responses=len(responses), num_tokens=sum(map(len, responses)), num_forwards=num_forwards
-    )
-
-
 def _decode(
     model: PreTrainedModel,
     prompts: list[list[int]],
@@ -285,7 +271,7 @@ def _decode(
     pad_id: int,
     stop_ids: list[int],
     limit: int,
-    decoding: str = JACOBI,
+    decoding: str,
 ) -> tuple[list[list[int]], int]:
     """The responses to a batch of prompts, and the forwards that they took part in."""
     longest = max(map(len, prompts))

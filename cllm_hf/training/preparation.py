@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from .batch import PreparedBatch, TrainingBatch
 from .collator import TrajectoryCollator
 from .config import CLLMConfig
-from .objective import Objective, count_positions, weigh_positions
+from .objective import Objective, count_positions, sum_losses, weigh_positions
 from .online import make_online_states
 from .states import DraftBlocks, choose_progressively, choose_uniformly, cut_blocks, take_states
 
@@ -70,12 +71,17 @@ class BatchPreparer:
     Chooses the states of every batch. The fields are those of `CLLMConfig`.
 
     Attributes:
+        loss_names (`tuple[str, str]`): what `sum_losses` sums.
         objective (`Objective`): what is minimised.
+        second_weight (`float`): of the AR loss beside the consistency loss.
         block_sizes (`tuple[int, ...]`): tokens of a block, in equal parts of the run.
         blocks_together (`int`): blocks that see each other's drafts.
     """
 
+    loss_names: ClassVar[tuple[str, str]] = ("consistency_loss", "ar_loss")
+
     objective: Objective
+    second_weight: float
     block_sizes: tuple[int, ...]
     blocks_together: int
     states_per_block: int
@@ -93,6 +99,7 @@ class BatchPreparer:
             objective=Objective(
                 config.divergence, config.divergence_temperature, config.ar_label_smoothing, config.position_decay
             ),
+            second_weight=config.ar_loss_weight,
             block_sizes=tuple(config.block_size_schedule or [block_size]),
             blocks_together=config.noise_window if config.context == "noisy" else 1,
             states_per_block=config.states_per_block,
@@ -126,14 +133,28 @@ class BatchPreparer:
         Returns:
             `PreparedBatch`.
         """
-        part = min(int(progress * len(self.block_sizes)), len(self.block_sizes) - 1)
-        block_size = self.block_sizes[part] * self.blocks_together
+        own_size = size_at(self.block_sizes, progress)
+        block_size = own_size * self.blocks_together
         if self.online:
             blocks = self._make_states(model, base_model, batch, update, block_size)
         else:
             blocks = self._choose_states(batch, update, block_size)
-        weights = weigh_positions(batch, blocks, self.objective.position_decay, self.block_sizes[part])
+        weights = weigh_positions(batch, blocks, self.objective.position_decay, own_size)
         return PreparedBatch(batch, blocks, weights, count_positions(batch, weights))
+
+    def sum_losses(self, model: torch.nn.Module, base_model: PreTrainedModel, prepared: PreparedBatch) -> torch.Tensor:
+        """
+        Sum the losses of a batch; see `objective.sum_losses`.
+
+        Args:
+            model (`torch.nn.Module`): the model, possibly wrapped.
+            base_model (`transformers.PreTrainedModel`): the model in the wrappers.
+            prepared (`PreparedBatch`): from `prepare`.
+
+        Returns:
+            `torch.Tensor` of shape `(2,)`.
+        """
+        return sum_losses(model, base_model, prepared, self.objective)
 
     def _choose_states(self, batch: TrainingBatch, update: int | None, block_size: int) -> DraftBlocks:
         if batch.candidates is None or batch.num_candidates is None:
@@ -173,6 +194,20 @@ class BatchPreparer:
 
     def _draw(self, batch: TrainingBatch, update: int | None, shape: tuple[int, ...]) -> torch.Tensor:
         return draw_numbers(self.seed, batch, update, shape)
+
+
+def size_at(block_sizes: Sequence[int], progress: float) -> int:
+    """
+    The block size of a moment of a run.
+
+    Args:
+        block_sizes (`Sequence[int]`): in equal parts of the run.
+        progress (`float`): share of the training that is done, from 0 to 1.
+
+    Returns:
+        `int`.
+    """
+    return block_sizes[min(int(progress * len(block_sizes)), len(block_sizes) - 1)]
 
 
 def draw_numbers(seed: int, batch: TrainingBatch, update: int | None, shape: tuple[int, ...]) -> torch.Tensor:

@@ -16,8 +16,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from .._host import base_model_of, count_embeddings
-from ..blocks.drafter import find_drafter
-from ..blocks.gate import AdapterGate
 from ..blocks.support import check_packable
 from ..cards import CLLM_CITATION
 from ..files import check_writable
@@ -26,9 +24,9 @@ from .batch import PreparedBatch, TrainingBatch
 from .callbacks import add_callbacks
 from .checks import check_datasets, check_leftovers, check_trainable, check_vocabulary
 from .config import CLLMConfig
-from .drafting import DraftPreparer, PreparedDrafts, sum_drafting_losses
+from .drafting import DraftPreparer, PreparedDrafts
 from .monitoring import decoding_metrics
-from .objective import LossTotals, sum_losses
+from .objective import LossTotals
 from .preparation import BatchPreparer, make_collator, prepare_dataset
 from .processes import check_processes, count_own_rows
 from .resuming import choose_checkpoint, drafter_follows, record_run
@@ -259,29 +257,12 @@ class CLLMTrainer(SFTTrainer):
         counts = prepared.counts
         denominators = self._step_counts if is_of_a_step and self._step_counts is not None else counts
         # A record that is repeated to fill a batch has losses, but no positions.
-        sums = self._sum_losses(model, prepared) * (counts > 0)
+        sums = self._preparer.sum_losses(model, base_model_of(self.model), prepared) * (counts > 0)
         # A process's share of few positions is less than one.
         means = sums / torch.where(denominators > 0, denominators, 1)
-        loss = means[0] + self._second_weight * means[1]
+        loss = means[0] + self._preparer.second_weight * means[1]
         self._loss_totals[mode].add(sums, counts)
-        return (loss, dict(zip(self._names, means))) if return_outputs else loss
-
-    @property
-    def _names(self) -> tuple[str, str]:
-        """What the two means of a batch are."""
-        return ("drafting_loss", "draft_accuracy") if self.args.lossless else ("consistency_loss", "ar_loss")
-
-    @property
-    def _second_weight(self) -> float:
-        """Weight of the second in the loss."""
-        return 0.0 if self.args.lossless else self.args.ar_loss_weight
-
-    def _sum_losses(self, model: torch.nn.Module, prepared: Any) -> torch.Tensor:
-        base_model, objective = base_model_of(self.model), self._preparer.objective
-        if not isinstance(prepared, PreparedDrafts):
-            return sum_losses(model, base_model, prepared, objective)
-        drafter: Any = find_drafter(base_model)
-        return sum_drafting_losses(model, base_model, drafter, AdapterGate(base_model, drafter), prepared, objective)
+        return (loss, dict(zip(self._preparer.loss_names, means))) if return_outputs else loss
 
     def _prepare_batch(
         self, model: torch.nn.Module, columns: dict[str, torch.Tensor], mode: str, is_last: bool = True
@@ -320,9 +301,9 @@ class CLLMTrainer(SFTTrainer):
             if mode == "eval":
                 # The loss of transformers is a mean of the means of batches.
                 loss_name = next((name for name in logs if name.endswith("_loss")), "eval_loss")
-                logs[loss_name] = means[0] + self._second_weight * means[1]
+                logs[loss_name] = means[0] + self._preparer.second_weight * means[1]
                 prefix = loss_name.removesuffix("loss")
-            for name, mean, count in zip(self._names, means, counts):
+            for name, mean, count in zip(self._preparer.loss_names, means, counts):
                 logs[f"{prefix}{name}"] = mean
                 if name.endswith("_loss"):
                     logs[f"{prefix}{name.removesuffix('loss')}tokens"] = count
