@@ -57,7 +57,6 @@ class DraftPreparer:
 
     Attributes:
         loss_names (`tuple[str, str]`): what `sum_losses` sums.
-        second_weight (`float`): of the second of them in what is minimised.
         objective (`Objective`): what is minimised.
         block_sizes (`tuple[int, ...]`): tokens of a block, in equal parts of the run: the one that is never drafted,
             and the drafted ones after it.
@@ -66,7 +65,6 @@ class DraftPreparer:
     """
 
     loss_names: ClassVar[tuple[str, str]] = ("drafting_loss", "draft_accuracy")
-    second_weight: ClassVar[float] = 0.0  # what is right is counted, not minimised
 
     objective: Objective
     block_sizes: tuple[int, ...]

@@ -73,7 +73,6 @@ class BatchPreparer:
     Attributes:
         loss_names (`tuple[str, str]`): what `sum_losses` sums.
         objective (`Objective`): what is minimised.
-        second_weight (`float`): of the AR loss beside the consistency loss.
         block_sizes (`tuple[int, ...]`): tokens of a block, in equal parts of the run.
         blocks_together (`int`): blocks that see each other's drafts.
     """
@@ -81,7 +80,6 @@ class BatchPreparer:
     loss_names: ClassVar[tuple[str, str]] = ("consistency_loss", "ar_loss")
 
     objective: Objective
-    second_weight: float
     block_sizes: tuple[int, ...]
     blocks_together: int
     states_per_block: int
@@ -99,7 +97,6 @@ class BatchPreparer:
             objective=Objective(
                 config.divergence, config.divergence_temperature, config.ar_label_smoothing, config.position_decay
             ),
-            second_weight=config.ar_loss_weight,
             block_sizes=tuple(config.block_size_schedule or [block_size]),
             blocks_together=config.noise_window if config.context == "noisy" else 1,
             states_per_block=config.states_per_block,

@@ -260,9 +260,14 @@ class CLLMTrainer(SFTTrainer):
         sums = self._preparer.sum_losses(model, base_model_of(self.model), prepared) * (counts > 0)
         # A process's share of few positions is less than one.
         means = sums / torch.where(denominators > 0, denominators, 1)
-        loss = means[0] + self._preparer.second_weight * means[1]
+        loss = means[0] + self._second_weight * means[1]
         self._loss_totals[mode].add(sums, counts)
         return (loss, dict(zip(self._preparer.loss_names, means))) if return_outputs else loss
+
+    @property
+    def _second_weight(self) -> float:
+        """Of the second loss; tokens that are drafted right are counted, not minimised."""
+        return 0.0 if self.args.lossless else self.args.ar_loss_weight
 
     def _prepare_batch(
         self, model: torch.nn.Module, columns: dict[str, torch.Tensor], mode: str, is_last: bool = True
@@ -301,7 +306,7 @@ class CLLMTrainer(SFTTrainer):
             if mode == "eval":
                 # The loss of transformers is a mean of the means of batches.
                 loss_name = next((name for name in logs if name.endswith("_loss")), "eval_loss")
-                logs[loss_name] = means[0] + self._preparer.second_weight * means[1]
+                logs[loss_name] = means[0] + self._second_weight * means[1]
                 prefix = loss_name.removesuffix("loss")
             for name, mean, count in zip(self._preparer.loss_names, means, counts):
                 logs[f"{prefix}{name}"] = mean
