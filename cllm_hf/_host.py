@@ -7,7 +7,8 @@ The private names that nothing public replaces stand here and nowhere else; `tes
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,11 +80,32 @@ def mixes_adapters(model: PreTrainedModel) -> bool:
     return any(layer._forward_pre_hooks for _, layer in adapter_layers(model))
 
 
+@contextmanager
+def without_alora_hooks(layers: Iterable[Any]) -> Iterator[None]:
+    """
+    Set aside hooks by which `PeftModel.generate` tells layers where an activated LoRA begins, until the block ends.
+
+    They have nothing to say to a lossless adapter, and modules with hooks take longer to be called.
+    """
+    set_aside = []
+    for layer in layers:
+        hooks = layer._forward_pre_hooks
+        for number in [number for number, hook in hooks.items() if "alora_offsets" in getattr(hook, "keywords", ())]:
+            set_aside.append((hooks, number, hooks.pop(number)))
+    try:
+        yield
+    finally:
+        for hooks, number, hook in set_aside:
+            hooks[number] = hook
+
+
 def adapter_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """The layers of a model, not wrapped, that PEFT has put adapters into, each with its name."""
     for name, module in model.named_modules():
-        # Every transformers model has methods of the same names, and may have hooks of its own.
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+        # Every transformers model has methods of the same names, and may have hooks of its own. Of the class, since a
+        # module takes its time to say that it does not have an attribute.
+        kind = type(module)
+        if hasattr(kind, "active_adapters") and hasattr(kind, "disable_adapters"):
             if not isinstance(module, PreTrainedModel):
                 yield name, module
 

@@ -3,10 +3,14 @@ What each option of consistency training brings: the same short training with on
 
     python examples/ablations.py --model ../shared/models/stories260k --output-dir runs/ablations/stories
     python examples/ablations.py --demo runs/demo --output-dir runs/ablations/demo --rows defaults online
+    python examples/ablations.py --demo runs/demo --output-dir runs/ablations/lossless --lossless
+    python examples/ablations.py --model MODEL --responses responses.jsonl --output-dir runs/ablations/own --lossless
 
 The first trains on stories of the model itself (see stories.py), the second on the task of `cllm demo`, whose output
-folder it takes. A row is trained from the target model anew; finished rows are kept in `results.json`, so that the
-same command goes on where it was. Prints a table and draws tokens per forward against quality.
+folder it takes, the last on responses of the model that are there already: JSON lines with `prompt_ids` and
+`response_ids`, of which the first ones are held out. With `--lossless`, rows are lossless adapters. A row is trained
+from the target model anew; finished rows are kept in `results.json`, so that the same command goes on where it was.
+Prints a table and draws tokens per forward against quality.
 """
 
 import argparse
@@ -20,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from stories import agreement, sample_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -54,8 +60,40 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+# What a row of `--lossless` changes, its LoRA under "lora". `drafts` are for decoding.
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
+LOSSLESS_ROWS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "total_variation": {"divergence": "total_variation"},
+    "hybrid": {"divergence": "acceptance_hybrid"},
+    "log_acceptance": {"divergence": "negative_log_acceptance"},
+    "no_decay": {"position_decay": None},
+    "decay_3": {"position_decay": 3.0},
+    "no_markov": {"markov_rank": 0},
+    "markov_256": {"markov_rank": 256},
+    "drafts_6": {"drafts_per_response": 6},
+    "drafts_24": {"drafts_per_response": 24},
+    "block_5": {"block_size": 5},
+    "block_13": {"block_size": 13},
+    "curriculum": {"block_size_schedule": [3, 5, 9]},
+    "rank_16": {"lora": {"r": 16, "lora_alpha": 32}},
+    "rank_128": {"lora": {"r": 128, "lora_alpha": 256}},
+    "alpha_64": {"lora": {"r": 64, "lora_alpha": 64}},
+    "attention": {"lora": {"target_modules": _ATTENTION}},
+    "feed_forward": {"lora": {"target_modules": _FEED_FORWARD}},
+    "outputs": {"lora": {"target_modules": ["o_proj", "down_proj"]}},
+    "outputs_128": {"lora": {"target_modules": ["o_proj", "down_proj"], "r": 128, "lora_alpha": 256}},
+    "q_o_down": {"lora": {"target_modules": ["q_proj", "o_proj", "down_proj"]}},
+    "q_v_o_down": {"lora": {"target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]}},
+    "o_gate_down": {"lora": {"target_modules": ["o_proj", "gate_proj", "down_proj"]}},
+}
+LOSSLESS_OPTIONS: dict[str, Any] = {"lossless": True, "block_size": 9, "position_decay": 6.0, "adam_beta2": 0.95}
+LOSSLESS_LORA: dict[str, Any] = {"r": 64, "lora_alpha": 128, "target_modules": "all-linear"}
+
+
 # What is the same for all rows of an output folder.
-SETTINGS = ("updates", "batch_size", "learning_rate", "ar_loss_weight", "seed")
+SETTINGS = ("updates", "batch_size", "learning_rate", "ar_loss_weight", "seed", "lossless")
 
 
 @dataclass
@@ -119,20 +157,47 @@ def make_word_problems(arguments: argparse.Namespace) -> Task:
     )
 
 
-def decode(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, block_size: int) -> Any:
-    """Decode by Jacobi, one prompt at a time; the tokens are the greedy ones."""
-    method = DecodingMethod("jacobi", model, {"decoding": "jacobi", "jacobi_block_size": block_size})
+def make_own(arguments: argparse.Namespace) -> Task:
+    """Responses of a model that are there already: quality is agreement with them."""
+    records = [json.loads(line) for line in arguments.responses.read_text().splitlines()]
+    held_out, others = records[: arguments.num_held_out], records[arguments.num_held_out :]
+    prompts = [record["prompt_ids"] for record in held_out]
+    longest = max(len(record["response_ids"]) for record in held_out)
+    rows = [
+        {"data_id": str(number), "prompt": "", "response": ""}
+        | {name: record[name] for name in ("prompt_ids", "response_ids")}
+        for number, record in enumerate(others)
+    ]
+    return Task(
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval(),
+        AutoTokenizer.from_pretrained(arguments.model),
+        Dataset.from_list(rows),
+        prompts,
+        longest,
+        "agreement",
+        lambda model, responses: agreement(model, prompts, [record["response_ids"] for record in held_out]),
+    )
+
+
+def decode(
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, block_size: int, decoding: str = "jacobi"
+) -> Any:
+    """Decode prompts one at a time; the tokens are the greedy ones."""
+    method = DecodingMethod(decoding, model, {"decoding": decoding, "jacobi_block_size": block_size})
     return benchmark_decoding([method], prompts, max_new_tokens, show_progress=False)[0]
 
 
 def run_row(task: Task, changes: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train a copy of the target model and measure it."""
-    model = copy.deepcopy(task.target)
-    options: dict[str, Any] = {
+    """Train a copy of the target model, or an adapter on it, and measure it."""
+    model, lora = copy.deepcopy(task.target), None
+    options: dict[str, Any] = {"ar_loss_weight": arguments.ar_loss_weight}
+    if arguments.lossless:
+        options = dict(LOSSLESS_OPTIONS)
+        lora = LoraConfig(**{**LOSSLESS_LORA, **changes.get("lora", {})}, task_type="CAUSAL_LM")
+    options |= {
         "max_steps": arguments.updates,
         "per_device_train_batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,
-        "ar_loss_weight": arguments.ar_loss_weight,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(40, arguments.updates // 10),
         "bf16": False,
@@ -144,12 +209,17 @@ def run_row(task: Task, changes: dict[str, Any], arguments: argparse.Namespace) 
         "seed": arguments.seed,
         "use_cpu": True,
     }
-    args = CLLMConfig(output_dir=str(arguments.output_dir / "unused"), **{**options, **changes})
-    trainer = CLLMTrainer(model, args=args, train_dataset=task.trajectories, processing_class=task.tokenizer)
+    options |= {name: value for name, value in changes.items() if name != "lora"}
+    args = CLLMConfig(output_dir=str(arguments.output_dir / "unused"), **options)
+    trainer = CLLMTrainer(
+        model, args=args, train_dataset=task.trajectories, processing_class=task.tokenizer, peft_config=lora
+    )
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    result = decode(model.eval(), task.held_out, task.max_new_tokens, trainer.block_size)
+    model = trainer.model.eval()
+    decoding = "lossless" if arguments.lossless else "jacobi"
+    result = decode(model, task.held_out, task.max_new_tokens, trainer.block_size, decoding)
     return {
         "options": changes,
         **{name: getattr(arguments, name) for name in SETTINGS},
@@ -164,7 +234,7 @@ def check_same_run(results: dict[str, dict[str, Any]], arguments: argparse.Names
     """Rows can be compared only if nothing but their own options differs."""
     for name, row in results.items():
         for setting in SETTINGS:
-            if row[setting] != getattr(arguments, setting):
+            if row.get(setting, False) != getattr(arguments, setting):  # `lossless` came later than the others
                 raise SystemExit(
                     f"`{setting}` must be that of the finished rows, {row[setting]} in {name}, got "
                     f"{getattr(arguments, setting)}. Choose another output folder."
@@ -203,33 +273,46 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder or Hub id of a causal language model, for stories of its own")
     source.add_argument("--demo", type=Path, help="output folder of `cllm demo`, for its word problems")
+    parser.add_argument("--responses", type=Path, help="JSON lines of responses of `--model`, instead of stories")
+    parser.add_argument("--num-held-out", type=int, default=16, help="of `--responses`, to measure on")
+    parser.add_argument("--dtype", default="float32", help="of the weights of `--model` with `--responses`")
+    parser.add_argument("--lossless", action="store_true", help="train lossless adapters")
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="which rows")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="which rows; all by default")
     parser.add_argument("--num-prompts", type=int, default=2048, help="prompts of the stories")
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--ar-loss-weight", type=float, default=1.0, help="of the rows that do not set it")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    rows = LOSSLESS_ROWS if arguments.lossless else ROWS
+    arguments.rows = arguments.rows or list(rows)
+    if unknown := [name for name in arguments.rows if name not in rows]:
+        parser.error(f"`--rows` must be among {', '.join(rows)}, got {', '.join(unknown)}")
+    if arguments.responses is not None and arguments.model is None:
+        parser.error("`--responses` must come with the `--model` whose they are")
+    return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
+    all_rows = LOSSLESS_ROWS if arguments.lossless else ROWS
     check_writable(arguments.output_dir)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     random.seed(arguments.seed)
-    task = make_stories(arguments) if arguments.model else make_word_problems(arguments)
+    make = make_own if arguments.responses else make_stories if arguments.model else make_word_problems
+    task = make(arguments)
     path = arguments.output_dir / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     check_same_run(results, arguments)
     for name in arguments.rows:
         if name not in results:
-            results[name] = run_row(task, ROWS[name], arguments)
+            results[name] = run_row(task, all_rows[name], arguments)
             write_whole(path, (json.dumps(results, indent=2) + "\n").encode())
             print(name, json.dumps(results[name]), flush=True)
-    shown = {name: results[name] for name in ROWS if name in results}
+    shown = {name: results[name] for name in all_rows if name in results}
     rows = [
         [name, str(row["block_size"]), f"{row['tokens_per_forward']:.2f}", f"{row['quality']:.3f}"]
         for name, row in shown.items()

@@ -30,13 +30,16 @@ from transformers.masking_utils import create_causal_mask
 from trl import SFTTrainer
 
 from cllm_hf._host import (
+    adapter_layers,
     attention_implementation,
     compiles_whole,
     has_own_loop,
     input_device,
     mark_as_edited,
     mixes_adapters,
+    without_alora_hooks,
 )
+from cllm_hf.blocks.drafter import NEVER_INVOKED
 from cllm_hf.blocks.forward import forward_clean, packed_attention_mask
 from cllm_hf.blocks.layout import Packed
 
@@ -139,6 +142,29 @@ def test_adapters_given_to_each_row_show_as_hooks(llama):
     for options in ({}, {"adapter_names": ["__base__", "default"]}, {}):
         model.generate(input_ids=ids, max_new_tokens=2, custom_generate=loop, **options)
     assert seen == [False, True, False]
+
+
+def test_activated_lora_shows_as_hooks_which_can_be_set_aside(llama):
+    model = get_peft_model(llama, LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=NEVER_INVOKED)).eval()
+    layers = [layer for _, layer in adapter_layers(model.get_base_model())]
+    handle = layers[0].register_forward_pre_hook(lambda module, inputs: None)
+    seen = []
+
+    def hooks():
+        return [len(layer._forward_pre_hooks) for layer in layers]
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        seen.append(hooks())
+        with without_alora_hooks(layers):
+            seen.append(hooks())
+        seen.append(hooks())
+        return input_ids
+
+    model.generate(input_ids=make_prompts(2, padding=False)[0], max_new_tokens=2, custom_generate=loop)
+    others = [0] * (len(layers) - 1)
+    assert seen == [[2, *[1] * len(others)], [1, *others], [2, *[1] * len(others)]]
+    assert hooks() == [1, *others]
+    handle.remove()
 
 
 def test_the_server_makes_its_model_manager_by_this_name():

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -79,7 +79,8 @@ class Drafter(nn.Module):
         if not self.markov_rank:
             return logits
         known = previous_ids.clamp(max=self.vocab_size - 1)  # a table of embeddings may be longer than the logits
-        return logits + linear(self.previous(known).to(logits.dtype), self.following.weight.to(logits.dtype))
+        previous = embedding(known, self.previous.weight).to(logits.dtype)
+        return logits + linear(previous, self.following.weight.to(logits.dtype))
 
     def save(self, folder: Path) -> None:
         """

@@ -131,8 +131,12 @@ def masks_by_layer_type(
         A mask, or a `dict` of them by layer type for models that mix full and sliding attention.
     """
 
+    implementation = attention_implementation(config)
+
     def build(allowed: torch.Tensor) -> Any:
-        return ALL_MASK_ATTENTION_FUNCTIONS[attention_implementation(config)](
+        if implementation == "sdpa":  # what the host's function makes of it, in less time
+            return allowed[:, None]
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
             batch_size=allowed.shape[0],
             q_length=allowed.shape[1],
             kv_length=allowed.shape[2],

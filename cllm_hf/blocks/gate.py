@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from .._host import adapter_layers, has_hooks
+from .._host import adapter_layers, has_hooks, without_alora_hooks
 from .drafter import NEVER_INVOKED, Drafter, is_lossless
 
 
@@ -55,7 +55,8 @@ class AdapterGate:
             for config in configs:
                 # Or PEFT would look for what invokes it, in vain, and leave hooks for that in a training.
                 config.alora_invocation_tokens = None
-            with _replaced_forwards({layer: self._gated(layer) for layer in self._layers.values()}):
+            layers = list(self._layers.values())
+            with without_alora_hooks(layers), _replaced_forwards({layer: self._gated(layer) for layer in layers}):
                 yield
         finally:
             self.open([])
@@ -117,15 +118,18 @@ class AdapterGate:
                 )
             # In the dtype of the model: weights in training are float32, in which a product would take twice as long.
             a, b = lora_a.weight.to(output.dtype), lora_b.weight.to(output.dtype)
-            if len(inputs) == 1 and not torch.is_grad_enabled():
-                low = linear(inputs[0, -count:].to(output.dtype), a)
-                output[0, -count:].addmm_(low, b.t(), alpha=scaling)
-                return output
             # A CPU multiplies a matrix sooner than a stack of them.
             rows = inputs[:, -count:].flatten(0, 1).to(output.dtype)
-            low = linear(dropout(rows) if dropout.training else rows, a)
-            added = linear(low * scaling, b).view(-1, count, output.shape[-1])
-            return torch.cat([output[:, :-count], output[:, -count:] + added], dim=1)
+            if torch.is_grad_enabled():
+                low = linear(dropout(rows) if dropout.training else rows, a)
+                added = linear(low * scaling, b).view(-1, count, output.shape[-1])
+                return torch.cat([output[:, :-count], output[:, -count:] + added], dim=1)
+            low = linear(rows, a)
+            if len(inputs) == 1:
+                output[0, -count:].addmm_(low, b.t(), alpha=scaling)
+            else:
+                output[:, -count:].add_(linear(low, b).view(-1, count, output.shape[-1]), alpha=scaling)
+            return output
 
         return forward
 
