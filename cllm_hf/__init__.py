@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .decoding.registry import register_strategy
     from .decoding.rows import Row
     from .decoding.strategy import Proposal, Room, Strategy
-    from .evaluation.metrics.classes import DecodingSpeed, GSM8KAccuracy, SpiderAccuracy
+    from .evaluation.metrics import DecodingSpeed
     from .export import export_custom_generate
     from .loading import load_cllm
     from .training.callbacks import CollapseCallback
@@ -40,13 +40,11 @@ __all__ = [
     "CollapseCallback",
     "DecodingSpeed",
     "FEATURES",
-    "GSM8KAccuracy",
     "JacobiOutput",
     "JacobiStats",
     "Proposal",
     "Room",
     "Row",
-    "SpiderAccuracy",
     "Strategy",
     "TrajectoryBuilder",
     "TrajectoryPicture",
@@ -67,9 +65,8 @@ _LAZY = {
     "CLLMTrainer": ".training.trainer",
     "CleaningRules": ".trajectories.cleaning",
     "CollapseCallback": ".training.callbacks",
-    "DecodingSpeed": ".evaluation.metrics.classes",
+    "DecodingSpeed": ".evaluation.metrics",
     "FEATURES": ".trajectories.schema",
-    "GSM8KAccuracy": ".evaluation.metrics.classes",
     "JacobiOutput": ".decoding.output",
     "JacobiStats": ".decoding.output",
     "Proposal": ".decoding.strategy",
@@ -77,7 +74,6 @@ _LAZY = {
     "Row": ".decoding.rows",
     "Strategy": ".decoding.strategy",
     "register_strategy": ".decoding.registry",
-    "SpiderAccuracy": ".evaluation.metrics.classes",
     "TrajectoryBuilder": ".trajectories.builder",
     "TrajectoryPicture": ".trajectories.showing",
     "TrajectoryStatistics": ".trajectories.statistics",
@@ -90,9 +86,18 @@ _LAZY = {
 }
 
 
+# Of version 0.1, in the repository beside the package now.
+_MOVED = {
+    "GSM8KAccuracy": "examples/metrics/gsm8k_accuracy",
+    "SpiderAccuracy": "examples/metrics/spider_accuracy",
+}
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    if name in _MOVED:  # an AttributeError would lose its text in `from cllm_hf import ...`
+        raise ImportError(f"`{name}` has moved out of the package. Call `evaluate.load({_MOVED[name]!r})` instead.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import load_dataset
-
-from cllm_hf.pipeline.command import main
-from cllm_hf.pipeline.data import read_json_rows
-from cllm_hf.pipeline.task import Problem, Task, task_option
+from tasks.command import main
+from tasks.data import read_json_rows
+from tasks.task import Problem, Task, task_option
 
 
 @dataclass

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import load_dataset
+from tasks.command import main
+from tasks.data import read_json_rows
+from tasks.task import Problem, Task, task_option
 
 from cllm_hf.evaluation.judgements import Judgement
-from cllm_hf.pipeline.command import main
-from cllm_hf.pipeline.data import read_json_rows
-from cllm_hf.pipeline.task import Problem, Task, task_option
 
 
 @dataclass
 class GSM8K(Task):
-    """The answer is right if its number is; see `cllm_hf.evaluation.metrics.gsm8k.judge_gsm8k`."""
+    """The answer is right if its number is; see `metrics.gsm8k_accuracy.gsm8k.judge_gsm8k`."""
 
     name = "gsm8k"
     title = "GSM8K"
@@ -42,7 +42,7 @@ class GSM8K(Task):
 
     def judge(self, responses: list[str], problems: Sequence[Problem]) -> list[Judgement]:
         """Compare the final numbers."""
-        from cllm_hf.evaluation.metrics.gsm8k import judge_gsm8k
+        from metrics.gsm8k_accuracy.gsm8k import judge_gsm8k
 
         return [judge_gsm8k(response, problem.reference) for response, problem in zip(responses, problems)]
 

@@ -17,10 +17,9 @@ from typing import Any
 
 from datasets import load_dataset
 from huggingface_hub import hf_hub_download
-
-from cllm_hf.pipeline.command import main
-from cllm_hf.pipeline.data import read_json_rows
-from cllm_hf.pipeline.task import Problem, Task, task_option
+from tasks.command import main
+from tasks.data import read_json_rows
+from tasks.task import Problem, Task, task_option
 
 
 @dataclass

@@ -26,11 +26,11 @@ from typing import Any
 
 from datasets import load_dataset
 from made_up_sql import make_problems, read_tables
+from tasks.command import main
+from tasks.data import read_json, read_json_rows
+from tasks.task import Problem, Task, task_option
 
 from cllm_hf.evaluation.judgements import Judgement
-from cllm_hf.pipeline.command import main
-from cllm_hf.pipeline.data import read_json, read_json_rows
-from cllm_hf.pipeline.task import Problem, Task, task_option
 
 
 Schema = list[tuple[str, list[str]]]  # tables and their columns
@@ -91,8 +91,8 @@ class Spider(Task):
 
     def judge(self, responses: list[str], problems: Sequence[Problem]) -> list[Judgement]:
         """Execute both queries, or compare their clauses where there is no database."""
-        from cllm_hf.evaluation.metrics.spider import judge_exact_match, judge_sql
-        from cllm_hf.evaluation.metrics.sql import QueryRunner
+        from metrics.spider_accuracy.spider import judge_exact_match, judge_sql
+        from metrics.spider_accuracy.sql import QueryRunner
 
         def judge_one(response: str, row: dict[str, str]) -> Judgement:
             database = self._database(row["db_id"])

@@ -366,7 +366,7 @@ import torch
 from accelerate import PartialState
 from conftest import make_word_model
 from cllm_hf.demo.problems import make_tokenizer
-from cllm_hf.pipeline.models import leave_others, release
+from tasks.models import leave_others, release
 from watched_runs import good_responses, make_dataset, make_trainer
 
 folder, tokenizer = sys.argv[1], make_tokenizer()

@@ -2,9 +2,10 @@
 
 import evaluate
 import pytest
+from metrics.gsm8k_accuracy.gsm8k_accuracy import GSM8KAccuracy
 
 import cllm_hf
-from cllm_hf.evaluation.metrics.speed import Speed, measure_speed
+from cllm_hf.evaluation.speed import Speed, measure_speed
 
 
 def test_speeds_are_medians_and_forwards_are_summed():
@@ -50,14 +51,14 @@ def test_metric_takes_batches_and_a_baseline():
 
 def test_metrics_combine_and_keep_no_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    both = evaluate.combine([cllm_hf.GSM8KAccuracy(cache_dir=str(tmp_path)), evaluate_exact(tmp_path)])
+    both = evaluate.combine([GSM8KAccuracy(cache_dir=str(tmp_path)), evaluate_exact(tmp_path)])
     result = both.compute(predictions=["#### 1", "#### 2"], references=["#### 1", "#### 3"])
     assert result["GSM8KAccuracy_accuracy"] == 0.5 and result["Exact_accuracy"] == 0.5
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def evaluate_exact(folder):
-    class Exact(cllm_hf.GSM8KAccuracy):
+    class Exact(GSM8KAccuracy):
         """Another metric with the same inputs."""
 
         def _compute(self, predictions, references):

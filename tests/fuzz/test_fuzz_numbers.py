@@ -9,8 +9,7 @@ from fractions import Fraction
 
 import pytest
 from fuzzing import SEED, num_cases, run_cases
-
-from cllm_hf.evaluation.metrics.gsm8k import judge_gsm8k, read_answer, read_marked_answer
+from metrics.gsm8k_accuracy.gsm8k import judge_gsm8k, read_answer, read_marked_answer
 
 
 KINDS = ("right", "wrong", "no answer", "right without ####", "wrong without ####")

@@ -8,12 +8,11 @@ import random
 
 import pytest
 from fuzzing import SEED, num_cases, run_cases
+from metrics.spider_accuracy.spider import judge_exact_match, judge_sql, read_schema
+from metrics.spider_accuracy.spider_accuracy import SpiderAccuracy
+from metrics.spider_accuracy.sql import QueryLimits, QueryRunner
+from metrics.spider_accuracy.sql_text import split_sql
 from sql_pairs import ALL_PAIRS, deep_queries, make_databases
-
-import cllm_hf
-from cllm_hf.evaluation.metrics.spider import judge_exact_match, judge_sql, read_schema
-from cllm_hf.evaluation.metrics.sql import QueryLimits, QueryRunner
-from cllm_hf.evaluation.metrics.sql_text import split_sql
 
 
 GOLD = "SELECT T1.name FROM owner AS T1 JOIN pet AS T2 ON T1.id = T2.owner_id WHERE T2.age > 3 ORDER BY T2.age LIMIT 1"
@@ -133,7 +132,7 @@ def test_mutated_queries_are_judged(pets, capfd):
 
 def test_an_evaluation_of_mutated_queries_comes_to_an_end(pets):
     predictions = [make_query(number) for number in range(300, 400)]
-    metric = cllm_hf.SpiderAccuracy(limits=QueryLimits(seconds=0.2))
+    metric = SpiderAccuracy(limits=QueryLimits(seconds=0.2))
     result = metric.compute(predictions=[*predictions, GOLD], references=[{"query": GOLD, "database": pets}] * 101)
     assert result["num_answers"] == 101 and result["num_right"] >= 1 and result["exact_match_num_right"] >= 1
 

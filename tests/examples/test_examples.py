@@ -11,8 +11,7 @@ import types
 import pytest
 import yaml
 from pipelines import ROOT, SCHEMAS, SHARED, load_example, write_gsm8k, write_spider
-
-from cllm_hf.pipeline.options import read_options
+from tasks.options import read_options
 
 
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 
-from ..judgements import Judgement
+from cllm_hf.evaluation.judgements import Judgement
+
 from .written_numbers import find_numbers, plain_numbers, read_number
 
 

@@ -10,10 +10,9 @@ import tracemalloc
 from dataclasses import asdict
 
 import pytest
+from metrics.spider_accuracy import sql, sql_worker
+from metrics.spider_accuracy.sql import QueryLimits, QueryRunner, run_query
 from sql_pairs import ENDLESS, make_databases
-
-from cllm_hf.evaluation.metrics import sql, sql_worker
-from cllm_hf.evaluation.metrics.sql import QueryLimits, QueryRunner, run_query
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..files import save_whole
-from ..process import Process
+from cllm_hf.files import save_whole
+from cllm_hf.process import Process
+
 from .model_options import ModelOptions
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from tasks.task import Problem, Task, task_option
 
 from cllm_hf.evaluation.judgements import Judgement
-from cllm_hf.pipeline.task import Problem, Task, task_option
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 
 

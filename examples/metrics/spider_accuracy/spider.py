@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from ..judgements import Judgement
+from cllm_hf.evaluation.judgements import Judgement
+
 from .row_sets import results_match
 from .sql import QueryResult, QueryRunner
+from .sql_clauses import NotParsed, describe_query
 from .sql_text import MAX_QUERY_LENGTH, has_order_by, join_operators, without_distinct, without_empty_statements
 
 
@@ -93,8 +95,6 @@ def judge_exact_match(prediction: str, gold_query: str, schema: Mapping[str, Seq
         GoldQueryError: if the gold query is not one query.
         ImportError: if `sqlglot` is not installed.
     """
-    from .sql_clauses import NotParsed, describe_query
-
     try:
         gold = describe_query(_prepare(gold_query), schema)
     except NotParsed as error:

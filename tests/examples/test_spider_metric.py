@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import random
 import sqlite3
 import subprocess
@@ -11,20 +12,21 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import evaluate
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metrics.spider_accuracy import sql
+from metrics.spider_accuracy.row_sets import results_match
+from metrics.spider_accuracy.spider import GoldQueryError, judge_exact_match, judge_sql, read_schema
+from metrics.spider_accuracy.spider_accuracy import SpiderAccuracy
+from metrics.spider_accuracy.sql import QueryLimits, QueryRunner
+from metrics.spider_accuracy.sql_text import has_order_by, join_operators, split_sql, without_distinct
 from sql_pairs import ALL_PAIRS, deep_queries, make_databases
 
-import cllm_hf
-from cllm_hf.evaluation.metrics import sql
-from cllm_hf.evaluation.metrics.row_sets import results_match
-from cllm_hf.evaluation.metrics.spider import GoldQueryError, judge_exact_match, judge_sql, read_schema
-from cllm_hf.evaluation.metrics.sql import QueryLimits, QueryRunner
-from cllm_hf.evaluation.metrics.sql_text import has_order_by, join_operators, split_sql, without_distinct
 
-
-SPIDER = Path(__file__).parents[2] / "shared" / "data" / "spider"
+METRICS = Path(__file__).parents[2] / "examples" / "metrics"
+SPIDER = Path(__file__).parents[3] / "shared" / "data" / "spider"
 SCHEMA = {"owner": ["id", "name", "city"], "pet": ["id", "owner_id", "name", "age", "kind"], "a": ["id"], "b": ["id"]}
 
 
@@ -96,9 +98,9 @@ def test_distinct_counts_only_if_asked_for(databases, runner):
     pair = "SELECT DISTINCT name FROM pet", "SELECT name FROM pet"
     assert judge_sql(*pair, pets, runner).is_right
     assert not judge_sql(*pair, pets, runner, keep_distinct=True).is_right
-    reference = {"query": pair[0], "database": str(pets)}
+    reference = {"query": pair[0], "database": str(databases[0])}
     for keep_distinct, share in ({}, 1.0), ({"keep_distinct": True}, 0.0):
-        metric = cllm_hf.SpiderAccuracy(exact_match=False, **keep_distinct)
+        metric = SpiderAccuracy(exact_match=False, **keep_distinct)
         assert metric.compute(predictions=[pair[1]], references=[reference])["accuracy"] == share
     assert without_distinct("SELECT DISTINCT 'distinct' FROM x -- distinct") == "SELECT  'distinct' FROM x -- distinct"
 
@@ -145,22 +147,22 @@ def test_what_is_broken_elsewhere_in_a_database_does_not_matter(fault, tmp_path)
     with sqlite3.connect(path) as connection:
         connection.executescript("CREATE TABLE pet (name, age); INSERT INTO pet VALUES ('Rex', 3);" + BROKEN[fault])
     gold = {"query": "SELECT name FROM pet", "database": str(path)}
-    result = cllm_hf.SpiderAccuracy().compute(predictions=[gold["query"], "SELECT * FROM v"], references=[gold] * 2)
+    result = SpiderAccuracy().compute(predictions=[gold["query"], "SELECT * FROM v"], references=[gold] * 2)
     assert (result["num_right"], result["exact_match_num_right"]) == (1, 1)
     with pytest.raises(GoldQueryError, match="Reference 0"):
-        cllm_hf.SpiderAccuracy().compute(predictions=["x"], references=[{**gold, "query": "SELECT * FROM v"}])
+        SpiderAccuracy().compute(predictions=["x"], references=[{**gold, "query": "SELECT * FROM v"}])
 
 
 def test_further_keys_of_a_reference_are_left_out(databases):
     pets, _ = databases
     query = "SELECT name FROM pet"
     reference = {"query": query, "database": pets, "db_id": "pets", "question": "Who?", "toks": [["a"], [1]]}
-    metric = cllm_hf.SpiderAccuracy()
+    metric = SpiderAccuracy()
     assert metric.compute(predictions=[query], references=[reference])["accuracy"] == 1.0
     metric.add(prediction=query, reference=reference)
     metric.add_batch(predictions=[query], references=[{**reference, "more": None}])
     assert metric.compute()["num_right"] == 2
-    by_name = cllm_hf.SpiderAccuracy(database_folder=pets.parents[1])
+    by_name = SpiderAccuracy(database_folder=pets.parents[1])
     assert by_name.compute(predictions=[query], references=[reference])["exact_match"] == 1.0
     with pytest.raises(ValueError, match=r"must have the keys \('query', 'db_id'\), got \['query'\]"):
         by_name.compute(predictions=[query], references=[{"query": query}])
@@ -170,14 +172,14 @@ def test_further_keys_of_a_reference_are_left_out(databases):
 def test_a_prediction_that_is_no_query_costs_one_judgement(prediction, databases):
     reference = {"query": "SELECT name FROM pet", "database": databases[0]}
     predictions = [reference["query"], prediction, reference["query"]]
-    result = cllm_hf.SpiderAccuracy().compute(predictions=predictions, references=[reference] * 3)
+    result = SpiderAccuracy().compute(predictions=predictions, references=[reference] * 3)
     assert (result["num_right"], result["exact_match_num_right"]) == (2, 2)
 
 
 @pytest.mark.parametrize("name", deep_queries(1))
 def test_time_to_describe_a_query_grows_with_its_length(name, monkeypatch):
     """Counted in descriptions; each level of these queries took twice as long as the one before."""
-    from cllm_hf.evaluation.metrics import sql_clauses
+    from metrics.spider_accuracy import sql_clauses
 
     def count(depth):
         calls = []
@@ -368,14 +370,14 @@ def test_metric_counts_both_and_runs_in_batches(databases, tmp_path):
     pets, odd = databases
     gold = "SELECT name FROM pet WHERE kind = 'dog'"
     predictions = [gold, "SELECT name FROM pet WHERE kind = 'cat'", "SELECT nme FROM pet", "DELETE FROM pet"]
-    metric = cllm_hf.SpiderAccuracy(database_folder=pets.parents[1])
+    metric = SpiderAccuracy(database_folder=pets.parents[1])
     for prediction in predictions:
         metric.add_batch(predictions=[prediction], references=[{"query": gold, "db_id": "pets"}])
     result = metric.compute()
     assert (result["accuracy"], result["num_right"], result["num_answers"]) == (0.25, 1, 4)
     assert result["kinds"] == {"right": 1, "other result": 1, "unknown name": 1, "forbidden": 1}
     assert result["exact_match"] == 0.5 and 0 < result["interval"][0] < 0.25 < result["interval"][1] < 1
-    by_path = cllm_hf.SpiderAccuracy(exact_match=False)
+    by_path = SpiderAccuracy(exact_match=False)
     result = by_path.compute(predictions=["SELECT 1"], references=[{"query": "SELECT a FROM t", "database": str(odd)}])
     assert result["accuracy"] == 1.0 and "exact_match" not in result
     with pytest.raises(GoldQueryError, match="Reference 0.*no database"):
@@ -383,8 +385,12 @@ def test_metric_counts_both_and_runs_in_batches(databases, tmp_path):
 
 
 def test_a_missing_parser_is_said_to_be_missing():
-    code = "import sys; sys.modules['sqlglot'] = None; import cllm_hf.evaluation.metrics.sql_clauses"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = (
+        "import sys; sys.modules['sqlglot'] = None; import metrics.spider_accuracy.sql_clauses as module; "
+        "module.describe_query('SELECT 1', {})"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(METRICS.parent)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "pip install cllm_hf[spider]" in result.stderr.splitlines()[-1]
 
 
@@ -407,3 +413,12 @@ def test_gold_queries_of_spider_are_right():
             if not (executed.is_right and matched.is_right):
                 wrong.append((row["db_id"], query, executed, matched))
     assert wrong == []
+
+
+def test_evaluate_loads_the_folder(databases, tmp_path, monkeypatch):
+    """It copies the files that are imported in the metric's own one, and no others."""
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path))
+    metric = evaluate.load(str(METRICS / "spider_accuracy"))
+    query = "SELECT name FROM sqlite_master"
+    result = metric.compute(predictions=[query], references=[{"query": query, "database": str(databases[0])}])
+    assert result["accuracy"] == result["exact_match"] == 1.0

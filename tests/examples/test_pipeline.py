@@ -10,21 +10,20 @@ import torch
 import yaml
 from filelock import FileLock
 from pipelines import SHAPE, TRAINING, Letters, letters_config, write_config
+from tasks import cllm as cllm_steps
+from tasks import parts
+from tasks import sft as sft_step
+from tasks import steps as pipeline_steps
+from tasks.command import main
+from tasks.data import read_json_rows
+from tasks.models import make_tokenizer
+from tasks.options import read_options
+from tasks.parts import PARTS, STEPS, Records
+from tasks.sections import apply_overrides
+from tasks.sft import make_sft_dataset
+from tasks.steps import Pipeline
+from tasks.task import Problem, fingerprint_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from cllm_hf.pipeline import cllm as cllm_steps
-from cllm_hf.pipeline import parts
-from cllm_hf.pipeline import sft as sft_step
-from cllm_hf.pipeline import steps as pipeline_steps
-from cllm_hf.pipeline.command import main
-from cllm_hf.pipeline.data import read_json_rows
-from cllm_hf.pipeline.models import make_tokenizer
-from cllm_hf.pipeline.options import read_options
-from cllm_hf.pipeline.parts import PARTS, STEPS, Records
-from cllm_hf.pipeline.sections import apply_overrides
-from cllm_hf.pipeline.sft import make_sft_dataset
-from cllm_hf.pipeline.steps import Pipeline
-from cllm_hf.pipeline.task import Problem, fingerprint_problems
 
 
 def read(tmp_path, overrides=(), **changes):

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..process import Process
+from cllm_hf.process import Process
+
 from .parts import STEPS
 from .task import Task
 
@@ -33,7 +34,8 @@ def main(task: type[Task], default_config: str | Path, arguments: Sequence[str] 
     given = {name: getattr(parsed, name) for name in _flags(task)}
     given = {name: value for name, value in given.items() if value is not None}
     try:
-        from ..quiet import show_notices
+        from cllm_hf.quiet import show_notices
+
         from .models import leave_others
         from .options import read_options
         from .steps import Pipeline

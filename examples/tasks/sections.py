@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 
-from ..parsing import OptionParser
+from cllm_hf.parsing import OptionParser
 
 
 _Kind = TypeVar("_Kind")

@@ -13,11 +13,11 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .sql_parsing import NotParsed, exp, parse_query  # which says how to install `sqlglot`
+from .sql_parsing import NotParsed, exp, parse_query
 
 
 _VALUE = "value"
-_NODE = getattr(exp, "Expr", exp.Expression)  # `Expr` is not in every version
+_NODE: Any = getattr(exp, "Expr", None) or getattr(exp, "Expression", None)  # `Expr` is not in every version
 _MIRRORED = {"gt": "lt", "gte": "lte"}
 
 
@@ -40,11 +40,12 @@ def describe_query(query: str, schema: Mapping[str, Sequence[str]]) -> str:
         `str`: equal for queries with the same clauses.
 
     Raises:
+        ImportError: if `sqlglot` is not installed.
         NotParsed: if it is not one query, is too long, or is nested too deeply.
     """
     try:
         return _describe(parse_query(query), dict(schema), None)[0]
-    except NotParsed:
+    except (NotParsed, ImportError):
         raise
     except Exception as error:  # a text that nobody vouches for must not end an evaluation, whatever comes of it
         raise NotParsed(f"{query!r:.200} cannot be parsed: {type(error).__name__}: {error!s:.200}") from error

@@ -5,15 +5,16 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
+import evaluate
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metrics.gsm8k_accuracy.gsm8k import judge_gsm8k, read_answer, read_marked_answer
+from metrics.gsm8k_accuracy.gsm8k_accuracy import GSM8KAccuracy
 
-import cllm_hf
-from cllm_hf.evaluation.metrics.gsm8k import judge_gsm8k, read_answer, read_marked_answer
 
-
-GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+METRICS = Path(__file__).parents[2] / "examples" / "metrics"
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
 
 @pytest.mark.parametrize(
@@ -233,10 +234,22 @@ def test_references_without_number_are_refused():
 
 
 def test_metric_counts():
-    metric = cllm_hf.GSM8KAccuracy()
+    metric = GSM8KAccuracy()
     metric.add_batch(predictions=["#### 1", "2"], references=["#### 1", "#### 2"])
     metric.add(prediction="#### 4", reference="3")
     result = metric.compute()
     assert result["accuracy"] == 2 / 3 and (result["num_right"], result["num_answers"]) == (2, 3)
     assert result["kinds"] == {"right": 1, "right without ####": 1, "wrong": 1}
     assert 0 < result["interval"][0] < 2 / 3 < result["interval"][1] < 1
+
+
+def test_evaluate_loads_the_folder(tmp_path, monkeypatch):
+    """It copies the files that are imported in the metric's own one, and no others."""
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path))
+    metric = evaluate.load(str(METRICS / "gsm8k_accuracy"))
+    assert metric.compute(predictions=["#### 1", "#### 2"], references=["#### 1", "#### 3"])["accuracy"] == 0.5
+
+
+def test_the_former_name_says_where_it_is_now():
+    with pytest.raises(ImportError, match="examples/metrics/gsm8k_accuracy"):
+        from cllm_hf import GSM8KAccuracy  # noqa: F401

@@ -12,13 +12,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..files import check_writable
-from ..loading import load_tokenizer
-from ..process import Process
-from ..quiet import quiet_hosts
-from ..reading import check_unicode
-from ..trajectories.prompts import check_prompt
-from ..trajectories.shard import count_dropped
+from cllm_hf.files import check_writable
+from cllm_hf.loading import load_tokenizer
+from cllm_hf.process import Process
+from cllm_hf.quiet import quiet_hosts
+from cllm_hf.reading import check_unicode
+from cllm_hf.trajectories.prompts import check_prompt
+from cllm_hf.trajectories.shard import count_dropped
+
 from .cllm import collect_trajectories, train_cllm
 from .models import wait_for_all
 from .options import Options

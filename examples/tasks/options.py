@@ -11,10 +11,11 @@ import yaml  # type: ignore[import-untyped]
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from ..options import JacobiOptions, check_block_size
-from ..training.config import CLLMConfig
-from ..trajectories.cleaning import CleaningRules
-from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
+from cllm_hf.options import JacobiOptions, check_block_size
+from cllm_hf.training.config import CLLMConfig
+from cllm_hf.trajectories.cleaning import CleaningRules
+from cllm_hf.trajectories.options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
+
 from .model_options import ModelOptions, describe_model, read_model
 from .sections import apply_overrides, changed_values, check_names, closest, read_section
 from .task import Task

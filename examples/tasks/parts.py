@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
+from cllm_hf.files import write_whole
 
 
 STEPS = ("sft", "collect", "train", "evaluate")

@@ -12,16 +12,17 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
-from .._host import base_model_of
-from ..loading import load_tokenizer, pick_device
-from ..process import Process
-from ..training.plotting import PLOT_NAME
-from ..training.progress import show_progress
-from ..training.resuming import newest_checkpoint
-from ..training.trainer import CLLMTrainer
-from ..trajectories.builder import TrajectoryBuilder
-from ..trajectories.command import load_model
-from ..trajectories.loading import load_trajectories
+from cllm_hf._host import base_model_of
+from cllm_hf.loading import load_tokenizer, pick_device
+from cllm_hf.process import Process
+from cllm_hf.training.plotting import PLOT_NAME
+from cllm_hf.training.progress import show_progress
+from cllm_hf.training.resuming import newest_checkpoint
+from cllm_hf.training.trainer import CLLMTrainer
+from cllm_hf.trajectories.builder import TrajectoryBuilder
+from cllm_hf.trajectories.command import load_model
+from cllm_hf.trajectories.loading import load_trajectories
+
 from .models import loading_options, make_adapter, release, save_together
 from .options import Options
 from .task import Problem

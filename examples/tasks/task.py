@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..evaluation.judgements import Judgement
+from cllm_hf.evaluation.judgements import Judgement
 
 
 @dataclass(frozen=True)

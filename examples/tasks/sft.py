@@ -10,13 +10,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer
 
-from ..files import save_whole
-from ..loading import load_tokenizer
-from ..process import Process
-from ..training.progress import show_progress
-from ..training.resuming import newest_checkpoint
-from ..trajectories.chats import render_chat
-from ..trajectories.prompts import encode_prompts
+from cllm_hf.files import save_whole
+from cllm_hf.loading import load_tokenizer
+from cllm_hf.process import Process
+from cllm_hf.training.progress import show_progress
+from cllm_hf.training.resuming import newest_checkpoint
+from cllm_hf.trajectories.chats import render_chat
+from cllm_hf.trajectories.prompts import encode_prompts
+
 from .model_options import ModelOptions
 from .models import (
     loading_options,

@@ -9,12 +9,13 @@ from typing import Any
 
 from transformers.utils import find_adapter_config_file
 
-from ..cards import code, plain
-from ..cards import table as markdown_table
-from ..evaluation.judgements import Judgement
-from ..files import write_whole
-from ..loading import load_cllm, load_tokenizer
-from ..trajectories.prompts import read_rows
+from cllm_hf.cards import code, plain
+from cllm_hf.cards import table as markdown_table
+from cllm_hf.evaluation.judgements import Judgement
+from cllm_hf.files import write_whole
+from cllm_hf.loading import load_cllm, load_tokenizer
+from cllm_hf.trajectories.prompts import read_rows
+
 from .cllm import choose, load_for_decoding
 from .options import Options
 from .task import Problem
@@ -37,7 +38,7 @@ def evaluate_models(
     Returns:
         `dict[str, Any]`: what `compare_models` says, ready for JSON.
     """
-    from ..evaluation.model_comparison import compare_models
+    from cllm_hf.evaluation.model_comparison import compare_models
 
     section, task = options.evaluate, options.task
     tokenizer = load_tokenizer(target)
@@ -88,8 +89,8 @@ def write_report(folder: Path, title: str, comparison: dict[str, Any], facts: Ma
     Returns:
         `str`: the report as Markdown.
     """
-    from ..evaluation.model_plot import plot_models
-    from ..evaluation.model_report import format_models
+    from cllm_hf.evaluation.model_plot import plot_models
+    from cllm_hf.evaluation.model_report import format_models
 
     table = format_models(comparison)
     lines = [f"# {plain(title)}", "", table.strip(), "", "## How it was made", ""]
