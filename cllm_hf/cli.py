@@ -7,12 +7,12 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .evaluation.arguments import add_benchmark_commands
+from .evaluation.arguments import MOVED, add_benchmark_commands
 from .process import Process
 from .training.arguments import TRAIN_HELP, parse_train
 from .trajectories.arguments import COLLECT_HELP, add_trajectory_commands, parse_collect
@@ -38,18 +38,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed.command_line = shlex.join(["cllm", *arguments])
     if parsed.command in ("serve", "collect", "train"):
         parsed.arguments = others  # are for the parsers of the hosts
-    elif others:
+    elif others and getattr(parsed, "kind", None) not in MOVED:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return run_safely(lambda: parsed.run(parsed), "cllm")
+
+
+def run_safely(run: Callable[[], int], name: str) -> int:
+    """
+    Run a command, and explain on stderr what went wrong.
+
+    Args:
+        run (`Callable[[], int]`): returns the exit status.
+        name (`str`): of the command, in front of what is said.
+
+    Returns:
+        `int`: exit status: that of `run`, 1 for an error, 130 after Ctrl-C.
+    """
     try:
-        return parsed.run(parsed)
+        return run()
     except KeyboardInterrupt:
-        print("\ncllm: interrupted; finished parts are kept, nothing half-written is left.", file=sys.stderr)
+        print(f"\n{name}: interrupted; finished parts are kept, nothing half-written is left.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as of `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError) as error:
-        print(f"cllm: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
 
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 import transformers
 
+from cllm_hf import set_jacobi_defaults
+from cllm_hf.evaluation import shapes
+
 
 # These models are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -107,3 +110,21 @@ def make_word_model(tokenizer, name: str = "llama"):
 @pytest.fixture
 def word_model(tokenizer):
     return make_word_model(tokenizer)
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    """The shape 4m of the benchmarks, made tiny."""
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    monkeypatch.setitem(shapes.SHAPES, "4m", {**tiny, "vocab_size": VOCAB_SIZE})
+
+
+@pytest.fixture
+def model_folder(tmp_path, tokenizer):
+    """A saved model of words, with the defaults of a CLLM."""
+    folder = tmp_path / "model"
+    model = make_word_model(tokenizer)
+    set_jacobi_defaults(model, 8)  # as a CLLM has them
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -10,9 +10,8 @@ from architectures import make_architecture
 from conftest import VOCAB_SIZE, make_model, make_word_model
 from peft import LoraConfig, get_peft_model
 
-from cllm_hf import set_jacobi_defaults
 from cllm_hf.cli import main
-from cllm_hf.evaluation import benchmark, command, comparison, overhead, shapes
+from cllm_hf.evaluation import benchmark, command, comparison, shapes
 from cllm_hf.evaluation.arguments import SHAPE_NAMES
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
 from cllm_hf.evaluation.forwards import BareForward, compare_widths, relative_cost
@@ -22,22 +21,6 @@ from cllm_hf.trajectories.responding import split_batches
 
 
 GREEDY = {"decoding": "autoregressive"}
-
-
-@pytest.fixture
-def tiny_shape(monkeypatch):
-    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    monkeypatch.setitem(shapes.SHAPES, "4m", {**tiny, "vocab_size": VOCAB_SIZE})
-
-
-@pytest.fixture
-def model_folder(tmp_path, tokenizer):
-    folder = tmp_path / "model"
-    model = make_word_model(tokenizer)
-    set_jacobi_defaults(model, 8)  # as a CLLM has them
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def random_ids(*lengths):
@@ -228,79 +211,6 @@ def test_prompt_files_that_are_refused(tmp_path, name, content, message):
         read_prompts(tmp_path / name)
 
 
-# Overhead
-
-
-class RecordingForward(overhead.BareForward):
-    """Remembers what it was asked for, in `asked`."""
-
-    asked: list
-
-    def seconds(self, cache_length):
-        self.asked.append((self.width, cache_length))
-        return super().seconds(cache_length)
-
-
-@pytest.mark.parametrize("pairs", [True, False])
-def test_overhead_compares_the_same_forwards(monkeypatch, pairs):
-    model, prompt = make_model("llama"), random_ids(9)[0]
-    RecordingForward.asked = []
-    monkeypatch.setattr(overhead, "BareForward", RecordingForward)
-    methods = overhead.overhead_methods(model, [1, 4])
-    report = overhead.measure_overhead(methods, prompt, iterations=6, rounds=2, pairs=pairs, show_progress=False)
-    # The forwards of `generate` at block size 4, as a hook sees them.
-    seen = []
-
-    def look(module, args, kwargs):
-        seen.append((kwargs["input_ids"].shape[1], kwargs["past_key_values"].get_seq_length()))
-
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
-    ids = torch.tensor([prompt])
-    model.generate(ids, jacobi_block_size=4, do_sample=False, max_new_tokens=11 if pairs else 10)
-    handle.remove()
-    full = [forward for forward in seen[1:] if forward[0] == 4][:6]
-    one_by_one = [(1, length) for length in range(9, 15)]
-    assert RecordingForward.asked == 3 * (one_by_one + one_by_one + full)  # in turns, one of them to warm up
-
-    assert [(row["method"], row["n"]) for row in report["rows"]] == [("generate()", 1), ("jacobi", 1), ("jacobi", 4)]
-    for row, num_forwards in zip(report["rows"], (6, 6, len(full))):
-        assert len(row["rounds"]) == 2
-        for turn in row["rounds"]:
-            assert len(turn["forward_seconds"]) == num_forwards
-            assert len(turn["iteration_seconds"]) == (num_forwards if pairs else 1)
-
-
-def test_bare_forwards_leave_the_text_alone(monkeypatch):
-    model, prompt, outputs = make_model("llama"), random_ids(9)[0], []
-    generate = type(model).generate
-
-    def record(self, *args, **kwargs):
-        outputs.append(generate(self, *args, **kwargs))
-        return outputs[-1]
-
-    monkeypatch.setattr(type(model), "generate", record)
-    methods = overhead.overhead_methods(model, [4])
-    overhead.measure_overhead(methods, prompt, iterations=6, rounds=1, pairs=True, show_progress=False)
-    monkeypatch.undo()
-    expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=11)
-    for output in outputs:
-        assert output.sequences.equal(expected[:, : output.sequences.shape[1]])
-
-
-def test_ratios_are_medians_of_pairs_or_of_means():
-    assert overhead._summary([2.0, 6.0, 4.0], [1.0, 2.0, 8.0]) == (4.0, 2.0, 2.0)
-    assert overhead._summary([3.0], [1.0, 2.0, 3.0]) == (3.0, 2.0, 1.5)
-
-
-def test_overhead_of_too_short_responses(monkeypatch):
-    model, prompt = make_model("llama"), random_ids(9)[0]
-    monkeypatch.setattr(overhead, "_generate", lambda method, prompt, length: (1.0, [length]))
-    methods = overhead.overhead_methods(model, [4])
-    for pairs in (True, False):
-        with pytest.raises(ValueError, match="Raise `--iterations`"):
-            overhead.measure_overhead(methods, prompt, 2, pairs=pairs, show_progress=False)
-
-
 def test_compiled_methods_are_passed_on():
     model = make_model("llama")
     methods = comparison.make_methods(model, [4, "auto"], is_compiled=True)
@@ -316,13 +226,6 @@ def test_compiled_methods_are_passed_on():
     assert methods[-1].options == expected
     assert methods[-2].options["cache_implementation"] == "static" and methods[-2].is_compiled
     assert "not compiled here" in benchmark.compile_notes(methods)[0] and benchmark.compile_notes(methods[:4]) == []
-    names = [(m.name, m.is_compiled) for m in overhead.overhead_methods(model, [8], is_compiled=True)]
-    assert names == [
-        ("generate()", False),
-        ("jacobi", False),
-        ("generate(), compiled", True),
-        ("jacobi, compiled", True),
-    ]
 
 
 # Candidates
@@ -452,21 +355,8 @@ def test_an_adapter_is_measured(model_folder, tokenizer, tmp_path, capsys):
     arguments = ["--model", str(adapter), "--block-sizes", "4", "--json", str(tmp_path / "a.json")]
     assert main(["benchmark", "decode", "--prompts", str(file), "--max-new-tokens", "10", *arguments]) == 0
     assert "1/1" in capsys.readouterr().out
-    assert main(["benchmark", "overhead", "--rounds", "1", "--iterations", "3", *arguments]) == 0
-    environment = json.loads((tmp_path / "a.json").read_text())["reports"][0]["environment"]
+    environment = json.loads((tmp_path / "a.json").read_text())["environment"]
     assert environment["architecture"] == "LlamaForCausalLM"
-
-
-def test_overhead_of_shape_and_model(tiny_shape, model_folder, tmp_path, capsys):
-    arguments = ["benchmark", "overhead", "--iterations", "3", "--rounds", "2", "--prompt-length", "5"]
-    arguments += ["--block-sizes", "1", "3", "--json", str(tmp_path / "o.json")]
-    for source in (["--shape", "4m"], ["--model", str(model_folder)]):
-        assert main([*arguments, *source]) == 0
-        printed = capsys.readouterr().out
-        report = json.loads((tmp_path / "o.json").read_text())
-        assert overhead.format_overhead(report["reports"]) + "\n" == printed
-        assert [row["n"] for row in report["reports"][0]["rows"]] == [1, 1, 3]
-        assert report["reports"][0]["name"] == source[1]
 
 
 @pytest.mark.parametrize(
@@ -474,14 +364,13 @@ def test_overhead_of_shape_and_model(tiny_shape, model_folder, tmp_path, capsys)
     [
         (["decode"], "Exactly one of `--model` and `--shape` .* got neither"),
         (["decode", "--shape", "4m", "--model", "m"], "got both"),
-        (["overhead", "--shape", "4m", "--model", "m"], "got both"),
         (["decode", "--model", "m"], "`--model` without `--prompts`"),
         (["decode", "--model", "m", "--prompts", "missing.txt"], "`--prompts` must be a file .* 'missing.txt'"),
         (
             ["decode", "--model", "/none", "--prompts", "p"],
             "`--model` must be a folder, .*'/none', which is not there",
         ),
-        (["overhead", "--model", "./none"], "'./none', which is not there"),
+        (["decode", "--model", "./none", "--prompts", "p"], "'./none', which is not there"),
         (["decode", "--shape", "4m", "--prompts", "p"], "Drop them, or pass `--model`"),
         (["decode", "--shape", "4m", "--json", "x", "--markdown", "x"], "must be two files"),
         (["decode", "--shape", "4m", "--json", "."], "must be a file, got the folder"),
@@ -498,6 +387,12 @@ def test_errors_are_explained(tmp_path, monkeypatch, capsys, arguments, message)
     with pytest.raises(ValueError, match=message):
         raise ValueError(error)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["overhead", "collect", "train"])
+def test_what_has_moved_says_where(kind, capsys):
+    assert main(["benchmark", kind, "--shape", "4m"]) == 1
+    assert f"python examples/benchmark.py {kind}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-4", "all", "1.5", ""])

@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 
 import cllm_hf
 from cllm_hf.cli import _make_parser, main
+from cllm_hf.evaluation.arguments import MOVED
 from cllm_hf.demo.run import DemoOptions, run_demo
 
 
@@ -102,6 +103,8 @@ def find_commands(parser, name):
         yield name
     for action in inner:
         for key, subparser in action.choices.items():
+            if key in MOVED and name == "cllm benchmark":  # which only say where they are now
+                continue
             yield from find_commands(subparser, f"{name} {key}")
 
 

@@ -11,27 +11,26 @@ from ..argument_types import block_size, natural, num_candidates, positive
 
 
 SHAPE_NAMES = ("4m", "30m", "125m", "0.5b")
+# Of version 0.1, in the repository beside the package now.
+MOVED = ("overhead", "collect", "train")
 
 
 def add_benchmark_commands(commands: Any, run: Callable[[argparse.Namespace], int]) -> None:
     """
-    Add `benchmark decode`, `models`, `overhead`, `collect` and `train` to a parser.
+    Add `benchmark decode` and `models` to a parser.
 
     Args:
         commands (`argparse._SubParsersAction`): the commands of the parser.
         run (`Callable[[argparse.Namespace], int]`): runs any of them; `kind` says which.
     """
-    benchmark = commands.add_parser(
-        "benchmark", help="measure how fast models decode, trajectories are collected and models trained"
-    )
+    benchmark = commands.add_parser("benchmark", help="measure how fast models decode, and how well")
     kinds = benchmark.add_subparsers(dest="kind", required=True, metavar="kind")
     _add_decode(kinds)
     _add_models(kinds)
-    _add_overhead(kinds)
-    _add_collect(kinds)
-    _add_train(kinds)
     for kind in kinds.choices.values():
         kind.set_defaults(run=run)
+    for name in MOVED:
+        kinds.add_parser(name, add_help=False).set_defaults(run=_refuse_moved)
 
 
 def _add_decode(kinds: Any) -> None:
@@ -40,7 +39,7 @@ def _add_decode(kinds: Any) -> None:
         help="compare generate(), prompt lookup, assisted and Jacobi decoding on the same prompts",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _add_source(decode, num_prompts=16)
+    add_source(decode, num_prompts=16)
     decode.add_argument("--block-sizes", type=block_size, nargs="+", default=[4, 8, 16, 32, "auto"])
     _add_candidates(decode)
     decode.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
@@ -48,7 +47,7 @@ def _add_decode(kinds: Any) -> None:
     decode.add_argument("--batch-size", type=positive, default=1, help="prompts that are decoded together")
     decode.add_argument("--repeats", type=positive, default=1, help="rounds over all prompts")
     decode.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
-    _add_common(decode)
+    add_common(decode)
 
 
 def _add_models(kinds: Any) -> None:
@@ -80,76 +79,25 @@ def _add_models(kinds: Any) -> None:
     models.add_argument("--batch-size", type=positive, default=32, help="of the prompts that are not timed")
     models.add_argument("--repeats", type=positive, default=1, help="timed rounds over the prompts")
     models.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
-    _add_common(models)
+    add_common(models)
     models.add_argument("--plot", type=Path, help="PNG file for accuracy over speed, or speed alone")
 
 
-def _add_overhead(kinds: Any) -> None:
-    overhead = kinds.add_parser(
-        "overhead",
-        help="compare an iteration of Jacobi decoding with the bare forward in it",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def _refuse_moved(parsed: argparse.Namespace) -> int:
+    raise ValueError(
+        f"`cllm benchmark {parsed.kind}` has moved out of the package. Run `python examples/benchmark.py "
+        f"{parsed.kind}` with the same options, in the repository."
     )
-    overhead.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
-    overhead.add_argument(
-        "--shape", choices=SHAPE_NAMES, nargs="+", help="models with random weights; 4m and 125m without --model"
-    )
-    overhead.add_argument("--block-sizes", type=positive, nargs="+", default=[1, 8, 16])
-    overhead.add_argument("--iterations", type=positive, default=32, help="of a round")
-    overhead.add_argument("--rounds", type=positive, default=5, help="turns of each method")
-    overhead.add_argument(
-        "--prompt-length", type=positive, default=64, help="random tokens before the first iteration"
-    )
-    overhead.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
-    _add_common(overhead)
 
 
-def _add_collect(kinds: Any) -> None:
-    collect = kinds.add_parser(
-        "collect",
-        help="compare how fast trajectories are collected with the published procedure",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _add_source(collect, num_prompts=256)
-    collect.add_argument(
-        "--num-published", type=positive, default=4, help="how many of them for the published procedure, which is slow"
-    )
-    collect.add_argument("--block-size", type=positive, default=16, help="tokens of a block")
-    collect.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
-    collect.add_argument(
-        "--response-lengths", type=positive, nargs="+", default=[], help="values of --max-new-tokens for a table"
-    )
-    collect.add_argument(
-        "--block-sizes", type=positive, nargs="+", default=[], help="values of --block-size for a table"
-    )
-    collect.add_argument("--max-tokens-per-batch", type=positive, default=16384, help="of the builder")
-    collect.add_argument("--rounds", type=positive, default=3, help="turns of each method")
-    _add_common(collect)
+def add_source(parser: argparse.ArgumentParser, num_prompts: int) -> None:
+    """
+    Add what is measured: a model with its prompts, or a shape.
 
-
-def _add_train(kinds: Any) -> None:
-    train = kinds.add_parser(
-        "train",
-        help="compare how fast CLLMTrainer trains, and in how much memory, with the published procedure",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    train.add_argument("--model", help="folder or Hub id of a model")
-    train.add_argument("--trajectories", help="folder or Hub id of trajectories that were collected from it")
-    train.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights and trajectories instead")
-    train.add_argument("--prompt-length", type=positive, help="longest prompt of a shape, 64 if not given")
-    train.add_argument("--response-length", type=positive, help="longest response of a shape, 128 if not given")
-    train.add_argument("--block-size", type=positive, help="tokens of a block of a shape, 16 if not given")
-    train.add_argument("--batch-size", type=positive, default=8, help="records of an update of CLLMTrainer")
-    train.add_argument(
-        "--steps", type=positive, default=4, help="its updates in a round; all ways train on the same records"
-    )
-    train.add_argument("--rounds", type=positive, default=3, help="turns of each way")
-    train.add_argument("--states-per-block", type=positive, default=1, help="of an update of CLLMTrainer")
-    train.add_argument("--gradient-checkpointing", action="store_true", help="in all ways")
-    _add_common(train)
-
-
-def _add_source(parser: argparse.ArgumentParser, num_prompts: int) -> None:
+    Args:
+        parser (`argparse.ArgumentParser`): of a kind of benchmark.
+        num_prompts (`int`): how many by default.
+    """
     parser.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
     parser.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights instead")
     parser.add_argument(
@@ -170,7 +118,13 @@ def _add_candidates(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """
+    Add what all benchmarks have: weights, device and files.
+
+    Args:
+        parser (`argparse.ArgumentParser`): of a kind of benchmark.
+    """
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),

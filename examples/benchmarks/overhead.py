@@ -1,4 +1,4 @@
-"""What `cllm benchmark overhead` does: the time of an iteration over the time of the bare forward in it."""
+"""What `examples/benchmark.py overhead` does: the time of an iteration over the time of the bare forward in it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .._host import base_model_of
-from ..text import format_table
-from .benchmark import DecodingMethod, compile_notes
-from .environment import describe_environment, format_environment
-from .forwards import BareForward, synchronize
+from cllm_hf._host import base_model_of
+from cllm_hf.evaluation.benchmark import DecodingMethod, compile_notes
+from cllm_hf.evaluation.environment import describe_environment, format_environment
+from cllm_hf.evaluation.forwards import BareForward, synchronize
+from cllm_hf.text import format_table
 
 
 def overhead_methods(model: Any, block_sizes: Sequence[int], is_compiled: bool = False) -> list[DecodingMethod]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..blocks.layout import num_blocks
-from ..blocks.rules import count_until_stop
+from cllm_hf.blocks.layout import num_blocks
+from cllm_hf.blocks.rules import count_until_stop
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The ways to train that `cllm benchmark train` compares, and random trajectories for models without a text."""
+"""The ways to train that `examples/benchmark.py train` compares, and random trajectories for models without a text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 from accelerate.utils import send_to_device
 from datasets import Dataset
 
-from ..training.config import CLLMConfig
-from ..training.trainer import CLLMTrainer
+from cllm_hf.training.config import CLLMConfig
+from cllm_hf.training.trainer import CLLMTrainer
+
 from .published_training import block_length, draw_example, published_step, states_before, trainable_blocks
 
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from accelerate.utils import send_to_device
 
-from ..training.trainer import CLLMTrainer
+from cllm_hf.training.trainer import CLLMTrainer
+
 from .published_training import StateExample, draw_example, published_losses, trainable_blocks
 from .training_methods import Record
 

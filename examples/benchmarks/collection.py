@@ -1,4 +1,4 @@
-"""What `cllm benchmark collect` does: how fast trajectories are collected, next to the published procedure."""
+"""What `examples/benchmark.py collect` does: how fast trajectories are collected, next to the published procedure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .._host import base_model_of
-from ..blocks.support import check_packable
-from ..text import format_table
+from cllm_hf._host import base_model_of
+from cllm_hf.blocks.support import check_packable
+from cllm_hf.evaluation.environment import describe_environment, format_environment
+from cllm_hf.evaluation.forwards import synchronize
+from cllm_hf.evaluation.memory import PeakMemory
+from cllm_hf.text import format_table
+
 from .collectors import (
     BUILDER,
     PUBLISHED,
@@ -23,9 +27,6 @@ from .collectors import (
     builder_method,
     published_method,
 )
-from .environment import describe_environment, format_environment
-from .forwards import synchronize
-from .memory import PeakMemory
 
 
 _WARM_UP_BLOCKS = 2

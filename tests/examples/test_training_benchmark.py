@@ -5,16 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, make_model, make_word_model
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-
-from cllm_hf import CleaningRules, CLLMConfig, CLLMTrainer, TrajectoryBuilder
-from cllm_hf.cli import main
-from cllm_hf.demo.problems import make_problems
-from cllm_hf.evaluation import command, loss_check, memory, shapes, training
-from cllm_hf.evaluation.loss_check import compare_losses, draw_examples
-from cllm_hf.evaluation.published_training import (
+from benchmarks import command, loss_check, training
+from benchmarks.command import main
+from benchmarks.loss_check import compare_losses, draw_examples
+from benchmarks.published_training import (
     StateExample,
     draw_example,
     published_losses,
@@ -22,8 +16,8 @@ from cllm_hf.evaluation.published_training import (
     soft_cross_entropy,
     trainable_blocks,
 )
-from cllm_hf.evaluation.training import TrainingResult, compare_training, format_training, measure_training
-from cllm_hf.evaluation.training_methods import (
+from benchmarks.training import TrainingResult, compare_training, format_training, measure_training
+from benchmarks.training_methods import (
     TrainingMethod,
     TrainingSetting,
     make_methods,
@@ -32,6 +26,13 @@ from cllm_hf.evaluation.training_methods import (
     random_trajectories,
     usable_records,
 )
+from conftest import VOCAB_SIZE, make_model, make_word_model
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from cllm_hf import CleaningRules, CLLMConfig, CLLMTrainer, TrajectoryBuilder
+from cllm_hf.demo.problems import make_problems
+from cllm_hf.evaluation import memory, shapes
 from cllm_hf.trajectories.schema import FEATURES, check_dataset, features
 
 
@@ -483,7 +484,7 @@ def test_states_per_block_are_passed_on_where_the_config_knows_them(word_model, 
 
 
 def test_train_of_a_shape(tiny_shape, tmp_path, capsys):
-    arguments = ["benchmark", "train", "--shape", "4m", "--batch-size", "2", "--steps", "1", "--rounds", "1"]
+    arguments = ["train", "--shape", "4m", "--batch-size", "2", "--steps", "1", "--rounds", "1"]
     arguments += ["--prompt-length", "6", "--response-length", "11", "--block-size", "4", "--gradient-checkpointing"]
     files = ["--json", str(tmp_path / "new" / "out.json"), "--markdown", str(tmp_path / "out.md")]
     assert main([*arguments, *files]) == 0
@@ -501,10 +502,10 @@ def test_train_of_a_model(tmp_path, tokenizer, dataset, capsys):
     tokenizer.save_pretrained(tmp_path / "model")
     dataset.save_to_disk(str(tmp_path / "data"))
     arguments = ["--model", str(tmp_path / "model"), "--trajectories", str(tmp_path / "data"), "--rounds", "1"]
-    assert main(["benchmark", "train", *arguments, "--batch-size", "2", "--steps", "1", "--dtype", "bfloat16"]) == 0
+    assert main(["train", *arguments, "--batch-size", "2", "--steps", "1", "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out
     assert "2 records, without gradient checkpointing" in printed and "bfloat16" in printed
-    assert main(["benchmark", "train", *arguments]) == 1
+    assert main(["train", *arguments]) == 1
     assert "`batch_size` times `steps` takes 32 records" in capsys.readouterr().err
 
 
@@ -524,9 +525,9 @@ def test_train_of_a_model(tmp_path, tokenizer, dataset, capsys):
 def test_errors_are_explained(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "make_random_model", None)  # nothing long has begun
-    assert main(["benchmark", "train", *arguments]) == 1
+    assert main(["train", *arguments]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("cllm: ") and error.count("\n") == 1
+    assert error.startswith("benchmark.py: ") and error.count("\n") == 1
     with pytest.raises(ValueError, match=message):
         raise ValueError(error)
     assert list(tmp_path.iterdir()) == []
@@ -535,5 +536,5 @@ def test_errors_are_explained(tmp_path, monkeypatch, capsys, arguments, message)
 @pytest.mark.parametrize("option", ["--batch-size", "--steps", "--rounds", "--states-per-block", "--response-length"])
 def test_numbers_that_are_refused(option, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["benchmark", "train", "--shape", "4m", option, "0"])
+        main(["train", "--shape", "4m", option, "0"])
     assert stop.value.code == 2 and "integer of at least 1, got '0'" in capsys.readouterr().err

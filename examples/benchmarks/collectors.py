@@ -1,4 +1,4 @@
-"""The ways to collect trajectories that `cllm benchmark collect` compares."""
+"""The ways to collect trajectories that `examples/benchmark.py collect` compares."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from .._host import base_model_of
-from ..trajectories.builder import TrajectoryBuilder
-from ..trajectories.cleaning import CleaningRules
-from ..trajectories.collector import draw_first_states
-from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH
-from ..trajectories.responding import find_stop_ids
-from ..trajectories.shard import count_dropped
+from cllm_hf._host import base_model_of
+from cllm_hf.trajectories.builder import TrajectoryBuilder
+from cllm_hf.trajectories.cleaning import CleaningRules
+from cllm_hf.trajectories.collector import draw_first_states
+from cllm_hf.trajectories.options import DEFAULT_TOKENS_PER_BATCH
+from cllm_hf.trajectories.responding import find_stop_ids
+from cllm_hf.trajectories.shard import count_dropped
+
 from .published import collect_one_by_one
 
 

@@ -7,17 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from benchmarks import collection, collectors, command
+from benchmarks.collection import CollectionResult, compare_collection, format_collection, measure_collection
+from benchmarks.collectors import CollectionMethod, CollectionSetting
+from benchmarks.command import main
+from benchmarks.published import collect_one_by_one
 from conftest import CONFIGS, VOCAB_SIZE, make_model, make_word_model
 from peft import LoraConfig, get_peft_model
 
 from cllm_hf import TrajectoryBuilder, set_jacobi_defaults
-from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.evaluation import collection, collectors, command, memory, shapes
-from cllm_hf.evaluation.collection import CollectionResult, compare_collection, format_collection, measure_collection
-from cllm_hf.evaluation.collectors import CollectionMethod, CollectionSetting
+from cllm_hf.evaluation import memory, shapes
 from cllm_hf.evaluation.memory import PeakMemory
-from cllm_hf.evaluation.published import collect_one_by_one
 from cllm_hf.trajectories.collector import draw_first_states
 
 
@@ -309,7 +310,7 @@ def test_numbers_are_the_words_of_random_prompts():
 
 
 def test_collect_of_a_shape(tiny_shape, tmp_path, capsys):
-    arguments = ["benchmark", "collect", "--shape", "4m", "--num-prompts", "4", "--num-published", "2"]
+    arguments = ["collect", "--shape", "4m", "--num-prompts", "4", "--num-published", "2"]
     arguments += ["--prompt-length", "6", "--max-new-tokens", "8", "--block-size", "4", "--rounds", "1"]
     files = ["--json", str(tmp_path / "new" / "out.json"), "--markdown", str(tmp_path / "out.md")]
     assert main([*arguments, "--block-sizes", "2", "4", "--max-tokens-per-batch", "40", *files]) == 0
@@ -332,10 +333,10 @@ def test_collect_of_a_model(tmp_path, tokenizer, texts, capsys):
     tokenizer.save_pretrained(folder)
     file.write_text("\n".join(texts))
     arguments = ["--model", str(folder), "--prompts", str(file), "--max-new-tokens", "11", "--rounds", "1"]
-    assert main(["benchmark", "collect", *arguments, "--num-published", "3"]) == 0
+    assert main(["collect", *arguments, "--num-published", "3"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("3/3") == 3 and "Prompts of 1 to" in printed
-    assert main(["benchmark", "collect", *arguments, "--response-lengths", "400"]) == 1
+    assert main(["collect", *arguments, "--response-lengths", "400"]) == 1
     assert "`--response-lengths`" in capsys.readouterr().err
 
 
@@ -354,9 +355,9 @@ def test_collect_of_a_model(tmp_path, tokenizer, texts, capsys):
 def test_errors_are_explained(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "make_random_model", None)  # nothing long has begun
-    assert main(["benchmark", "collect", *arguments]) == 1
+    assert main(["collect", *arguments]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("cllm: ") and error.count("\n") == 1
+    assert error.startswith("benchmark.py: ") and error.count("\n") == 1
     with pytest.raises(ValueError, match=message):
         raise ValueError(error)
     assert list(tmp_path.iterdir()) == []
@@ -365,5 +366,5 @@ def test_errors_are_explained(tmp_path, monkeypatch, capsys, arguments, message)
 @pytest.mark.parametrize("option", ["--block-size", "--block-sizes", "--num-published", "--rounds"])
 def test_numbers_that_are_refused(option, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["benchmark", "collect", "--shape", "4m", option, "0"])
+        main(["collect", "--shape", "4m", option, "0"])
     assert stop.value.code == 2 and "integer of at least 1, got '0'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What `cllm benchmark train` does: draft tokens trained per second and peak memory, next to the published step."""
+"""What `benchmark.py train` does: draft tokens trained per second and peak memory, next to the published step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
-from .._host import set_checkpointing
-from ..text import format_table
-from ..trajectories.schema import check_dataset
-from .environment import describe_environment, format_environment
-from .forwards import synchronize
+from cllm_hf._host import set_checkpointing
+from cllm_hf.evaluation.environment import describe_environment, format_environment
+from cllm_hf.evaluation.forwards import synchronize
+from cllm_hf.evaluation.memory import PeakMemory
+from cllm_hf.text import format_table
+from cllm_hf.trajectories.schema import check_dataset
+
 from .loss_check import compare_losses, draw_examples
-from .memory import PeakMemory
 from .training_methods import (
     PUBLISHED,
     PUBLISHED_ACCUMULATED,
