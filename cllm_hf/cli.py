@@ -18,6 +18,9 @@ from .training.arguments import TRAIN_HELP, parse_train
 from .trajectories.arguments import COLLECT_HELP, add_trajectory_commands, parse_collect
 
 
+_HOSTS = r"(accelerate|datasets|evaluate|huggingface_hub|peft|torch|transformers|trl)(\.|$)"
+# Commands whose options the parsers of the hosts read, which know both spellings where there are two.
+_OF_HOSTS = ("serve", "collect", "train")
 _SERVE_HELP = "the OpenAI-compatible server of transformers, with Jacobi decoding"
 
 
@@ -34,13 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _make_parser()
-    parsed, others = parser.parse_known_args(arguments)
+    given = arguments if arguments[:1] and arguments[0] in _OF_HOSTS else [_with_dashes(part) for part in arguments]
+    parsed, others = parser.parse_known_args(given)
     parsed.command_line = shlex.join(["cllm", *arguments])
-    if parsed.command in ("serve", "collect", "train"):
+    if parsed.command in _OF_HOSTS:
         parsed.arguments = others  # are for the parsers of the hosts
     elif others and getattr(parsed, "kind", None) not in MOVED:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     return run_safely(lambda: parsed.run(parsed), "cllm")
+
+
+def _with_dashes(argument: str) -> str:
+    """`--output_dir` is as good as `--output-dir`, as in the hosts' commands."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
 def run_safely(run: Callable[[], int], name: str) -> int:
@@ -65,6 +75,12 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     except (OSError, ValueError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+
+
+def hide_host_warnings() -> None:
+    """Hide what the host libraries warn of, such as deprecated names: it is for programmers, not for a terminal."""
+    for category in (DeprecationWarning, FutureWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=_HOSTS)
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -112,7 +128,7 @@ def _block_size(text: str) -> int | str:
 
 
 def _run_demo(parsed: argparse.Namespace) -> int:
-    warnings.filterwarnings("ignore")  # the hosts' deprecation notices are for programmers
+    hide_host_warnings()
     from .demo.run import DemoOptions, run_demo
 
     report = run_demo(DemoOptions(mode=parsed.mode, seed=parsed.seed), parsed.output_dir, color=not parsed.no_color)
@@ -129,7 +145,7 @@ def _run_demo(parsed: argparse.Namespace) -> int:
 
 
 def _run_benchmark(parsed: argparse.Namespace) -> int:
-    warnings.filterwarnings("ignore")
+    hide_host_warnings()
     from .evaluation.command import run_benchmark
 
     print(run_benchmark(parsed))
@@ -138,7 +154,7 @@ def _run_benchmark(parsed: argparse.Namespace) -> int:
 
 def _run_collect(parsed: argparse.Namespace) -> int:
     options = parse_collect(parsed.arguments)
-    warnings.filterwarnings("ignore")
+    hide_host_warnings()
     from .trajectories.command import run_collect
 
     try:
@@ -150,7 +166,7 @@ def _run_collect(parsed: argparse.Namespace) -> int:
 
 
 def _run_train(parsed: argparse.Namespace) -> int:
-    warnings.filterwarnings("ignore")
+    hide_host_warnings()
     options = parse_train(parsed.arguments)
     from .training.command import describe_interruption, run_train
 
@@ -171,7 +187,7 @@ def _run_inspect(parsed: argparse.Namespace) -> int:
 
 
 def _run_show(parsed: argparse.Namespace) -> int:
-    warnings.filterwarnings("ignore")
+    hide_host_warnings()
     from .trajectories.show_command import run_show
 
     _print(run_show(parsed, _may_color(parsed)))
@@ -183,7 +199,7 @@ def _may_color(parsed: argparse.Namespace) -> bool:
 
 
 def _run_verify(parsed: argparse.Namespace) -> int:
-    warnings.filterwarnings("ignore")
+    hide_host_warnings()
     from .trajectories.command import run_verify
 
     text, all_hold = run_verify(parsed)

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_options_that_argparse_refuses(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (REQUIRED[:4], "Exactly one of `--prompts` and `--dataset_name` says what to ask, got neither"),
+        (REQUIRED[:4], "Exactly one of `--prompts` and `--dataset-name` says what to ask, got neither"),
         ([*REQUIRED, "--dataset_name", "d"], "got both"),
         ([*REQUIRED, "--blocksize", "3"], "no such options, got --blocksize 3"),
         ([*REQUIRED, "--conf", "x.yaml"], "no such options, got --conf x.yaml"),
@@ -667,3 +668,11 @@ def test_a_finished_dataset_is_pushed(collect_arguments, tmp_path, monkeypatch, 
     monkeypatch.setenv("RANK", "1")  # the others leave that to the first
     assert main([*collect_arguments, "--push_to_hub", "user/name"]) == 0
     assert len(calls) == 3 and capsys.readouterr().out.count("Kept ") == 1
+
+
+def test_options_are_spelled_with_dashes_or_underscores(monkeypatch):
+    seen = []
+    monkeypatch.setattr("cllm_hf.cli._run_demo", lambda parsed: seen.append((parsed.output_dir, parsed.no_color)) or 0)
+    for arguments in (["--output-dir", "a_b", "--no-color"], ["--output_dir=a_b", "--no_color"]):
+        assert main(["demo", *arguments]) == 0
+    assert seen == [(Path("a_b"), True)] * 2

@@ -16,8 +16,8 @@ from transformers import GenerationMixin
 
 import cllm_hf
 from cllm_hf.cli import _make_parser, main
-from cllm_hf.evaluation.arguments import MOVED
 from cllm_hf.demo.run import DemoOptions, run_demo
+from cllm_hf.evaluation.arguments import MOVED
 
 
 ROOT = Path(__file__).parent.parent

@@ -102,7 +102,7 @@ def test_tables_are_refused_with_what_reads_them(tmp_path, suffix):
         next((tmp_path / "disk").glob("*.arrow")).rename(path)
     else:
         table.to_csv(str(path), sep="\t" if suffix == "tsv" else ",")
-    with pytest.raises(ValueError, match=f"got the table .*--dataset_name .*table.{suffix}`"):
+    with pytest.raises(ValueError, match=f"got the table .*--dataset-name .*table.{suffix}`"):
         read_prompts(path)
     assert read_source(dataset=str(path), response_column="response")[0] == EXPECTED[0]
 
@@ -128,7 +128,7 @@ def test_files_that_are_no_text_are_refused(tmp_path, content, message):
 
 def test_folders_and_missing_files_are_refused(tmp_path):
     with pytest.raises(
-        OSError, match="got the folder .* Name a file in it, or read it as a dataset by .*--dataset_name"
+        OSError, match="got the folder .* Name a file in it, or read it as a dataset by .*--dataset-name"
     ):
         read_prompts(tmp_path)
     for name in ("none.txt", "none.csv"):

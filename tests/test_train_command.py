@@ -453,12 +453,12 @@ def test_an_interrupted_training_goes_on(arguments, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(UpdateLines, "on_log", interrupt)
     interrupted_at = 1
     assert main(options) == 130
-    assert "interrupted before there was a checkpoint (see `--save_steps`)" in capsys.readouterr().err
+    assert "interrupted before there was a checkpoint (see `--save-steps`)" in capsys.readouterr().err
     interrupted_at = 3
     assert main(options) == 130
     newest = tmp_path / "out" / "checkpoint-2"
     error = capsys.readouterr().err
-    assert f"the same command with `--resume_from_checkpoint last` goes on at {newest}" in error
+    assert f"the same command with `--resume-from-checkpoint last` goes on at {newest}" in error
     assert not (tmp_path / "out" / "config.json").exists()
     interrupted_at = None
     assert main([*options, "--resume_from_checkpoint", "last"]) == 0
@@ -488,7 +488,7 @@ def test_ctrl_c_in_a_real_process(arguments, tmp_path):
     assert process.returncode == 130 and not output and "Traceback" not in error
     newest = newest_checkpoint(tmp_path / "out")
     updates = TrainerState.load_from_json(f"{newest}/trainer_state.json").global_step
-    assert error.rstrip().endswith(f"`--resume_from_checkpoint last` goes on at {newest}.")
+    assert error.rstrip().endswith(f"`--resume-from-checkpoint last` goes on at {newest}.")
     options += [f"--max_steps={updates + 2}", "--resume_from_checkpoint=last"]
     run = subprocess.run([sys.executable, "-m", "cllm_hf", *options], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0 and run.stdout.startswith(f"Trained for {updates + 2} updates."), run.stderr

@@ -75,7 +75,7 @@ def parse_train(arguments: Sequence[str]) -> TrainOptions:
         [TrainArguments, ModelConfig, CLLMConfig],
         "cllm train",
         f"{TRAIN_HELP}. The options of `trl sft` for models, LoRA and training, and those of the consistency loss.",
-        usage="cllm train --trajectories DATASET --output_dir FOLDER [--model MODEL] [--config FILE] [options]",
+        usage="cllm train --trajectories DATASET --output-dir FOLDER [--model MODEL] [--config FILE] [options]",
         other_names={"model": "model_name_or_path"},
         convert={"resume_from_checkpoint": _read_checkpoint},
         adapt=_fit_machine,

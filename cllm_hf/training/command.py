@@ -90,8 +90,8 @@ def run_train(options: TrainOptions) -> str:
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"The memory of the device is full ({str(error).splitlines()[0]}). Lower "
-                "`--per_device_train_batch_size` and raise `--gradient_accumulation_steps` as much, or lower "
-                "`--max_length`."
+                "`--per-device-train-batch-size` and raise `--gradient-accumulation-steps` as much, or lower "
+                "`--max-length`."
             ) from error
         _end(trainer)
     return format_training(trainer.state, training, published) if process.is_first else ""
@@ -145,8 +145,8 @@ def describe_interruption(training: CLLMConfig) -> str:
         # One that an earlier run has left is no way to go on with this one.
         checkpoint = checkpoint if (Path(checkpoint) / "trainer_state.json").stat().st_mtime >= _STARTED else None
     if checkpoint is None or training.save_only_model:
-        return "interrupted before there was a checkpoint (see `--save_steps`); the same command begins anew."
-    return f"interrupted; the same command with `--resume_from_checkpoint {NEWEST}` goes on at {checkpoint}."
+        return "interrupted before there was a checkpoint (see `--save-steps`); the same command begins anew."
+    return f"interrupted; the same command with `--resume-from-checkpoint {NEWEST}` goes on at {checkpoint}."
 
 
 def _find_checkpoint(training: CLLMConfig) -> str | None:
@@ -156,7 +156,7 @@ def _find_checkpoint(training: CLLMConfig) -> str | None:
     if chosen is None:
         if newest is not None:
             logger.warning(
-                "%s is of an earlier run, and this one begins anew. `--resume_from_checkpoint %s` goes on there.",
+                "%s is of an earlier run, and this one begins anew. `--resume-from-checkpoint %s` goes on there.",
                 newest,
                 NEWEST,
             )
@@ -164,14 +164,14 @@ def _find_checkpoint(training: CLLMConfig) -> str | None:
     if chosen == NEWEST:
         if newest is None:
             raise OSError(
-                f"`--resume_from_checkpoint {NEWEST}` takes a checkpoint in the output folder, got none in "
+                f"`--resume-from-checkpoint {NEWEST}` takes a checkpoint in the output folder, got none in "
                 f"{folder!r}. Drop the option to begin anew."
             )
         return newest
     flaw = find_flaw(chosen)
     if flaw is not None:
         raise OSError(
-            f"`--resume_from_checkpoint` must be the folder of a whole checkpoint, or `{NEWEST}` for the newest in "
+            f"`--resume-from-checkpoint` must be the folder of a whole checkpoint, or `{NEWEST}` for the newest in "
             f"the output folder, got {chosen!r}, which {flaw}."
         )
     return chosen
@@ -252,7 +252,7 @@ def _load_datasets(data: TrainArguments, training: CLLMConfig) -> tuple[Dataset,
             raise
         raise ValueError(
             f"Evaluation takes a split `test`, which {data.trajectories} does not have ({error}). Name one as "
-            "`--eval_split`, collect with `--test_fraction`, or drop `--eval_strategy`."
+            "`--eval-split`, collect with `--test-fraction`, or drop `--eval-strategy`."
         ) from error
 
 

@@ -95,7 +95,7 @@ class CollectArguments:
             raise ValueError(f"`limit` must be at least 1, got {self.limit}.")
         if (self.prompts is None) == (self.dataset_name is None):
             got = "neither" if self.prompts is None else "both"
-            raise ValueError(f"Exactly one of `--prompts` and `--dataset_name` says what to ask, got {got}.")
+            raise ValueError(f"Exactly one of `--prompts` and `--dataset-name` says what to ask, got {got}.")
         if "{prompt}" not in self.prompt_template:
             raise ValueError(
                 "`prompt_template` must have {prompt} where the prompt goes, got " + repr(self.prompt_template) + "."

@@ -180,7 +180,7 @@ def _read(path: Path, limit: int | None) -> list[_Line]:
 
 
 def _read_text(path: Path) -> str:
-    hint = f"`cllm collect --dataset_name {path}`"
+    hint = f"`cllm collect --dataset-name {path}`"
     if path.is_dir():
         raise OSError(
             f"`--prompts` must be a file that can be read, got the folder {str(path)!r}. Name a file in it, or read "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from cllm_hf._host import base_model_of
 from cllm_hf.argument_types import positive
-from cllm_hf.cli import run_safely
+from cllm_hf.cli import hide_host_warnings, run_safely
 from cllm_hf.evaluation.arguments import SHAPE_NAMES, add_common, add_source
 from cllm_hf.evaluation.command import check_prompts, check_source, shape_dtype
 from cllm_hf.evaluation.preparing import check_outputs, finish, load_model, prepare_device, tokenize
@@ -57,7 +56,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    warnings.filterwarnings("ignore")
+    hide_host_warnings()
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
         runs = {"overhead": run_overhead, "collect": run_collect, "train": run_train}
         print(runs[options.kind](options))

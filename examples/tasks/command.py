@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cllm_hf.cli import hide_host_warnings
 from cllm_hf.process import Process
 
 from .parts import STEPS
@@ -29,7 +29,7 @@ def main(task: type[Task], default_config: str | Path, arguments: Sequence[str] 
         `int`: exit status: 0, 1 for an error that is explained on stderr, 130 after Ctrl-C.
     """
     parsed = _make_parser(task, default_config).parse_args(arguments)
-    warnings.filterwarnings("ignore")  # the hosts' deprecation notices are for programmers
+    hide_host_warnings()
     program = task.name
     given = {name: getattr(parsed, name) for name in _flags(task)}
     given = {name: value for name, value in given.items() if value is not None}
