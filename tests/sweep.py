@@ -3,7 +3,7 @@ Jacobi decoding against greedy decoding on a tiny model of every causal architec
 
     python tests/sweep.py docs/compatibility.md
 
-writes that page; `tests/test_architectures.py` checks what stands there.
+writes that page; `tests/decoding/test_architectures.py` checks what stands there.
 """
 
 import sys

@@ -294,7 +294,7 @@ def test_show_says_what_it_consists_of(folders, capsys):
     assert out.startswith("adapter is a lossless adapter: it drafts, and its base model verifies")
     for line in (
         f"Base model: {folders['base']}",
-        "LoRA: rank 64, alpha 64, on 21 layers (down_proj, gate_proj, ",
+        "LoRA: rank 64, alpha 128, on 21 layers (down_proj, gate_proj, ",
         f"Drafter: 6 masks, for a block size of at most 7; Markov head of rank {model.config.vocab_size}",
         f"Weights: {num_weights:,}, ",
     ):

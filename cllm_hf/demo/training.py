@@ -145,7 +145,8 @@ def make_lossless_trainer(
         plot_run=False,
         **_training_options(options.seed, learning_rate=2e-3, warmup_steps=0),
     )
-    config = LoraConfig(r=options.lossless_rank, lora_alpha=options.lossless_rank, target_modules="all-linear")
+    rank = options.lossless_rank
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     trainer = CLLMTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=config)
     show_progress(trainer, "drafting_loss", "draft_accuracy")
     return trainer

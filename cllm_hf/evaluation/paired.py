@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from scipy.stats import binomtest
 
 from .judgements import Judgement
 
@@ -37,8 +38,12 @@ class PairedComparison:
 
     @property
     def p_value(self) -> float:
-        """`float`: of the exact two-sided sign test; see `sign_test`."""
-        return sign_test(self.num_only_first, self.num_only_second)
+        """
+        `float`: of the exact two-sided sign test on the prompts that exactly one of the models solves, which is
+        McNemar's test in its exact form; 1 without such prompts.
+        """
+        num_one = self.num_only_first + self.num_only_second
+        return float(binomtest(self.num_only_first, num_one).pvalue) if num_one else 1.0
 
 
 def compare_judgements(first: Sequence[Judgement], second: Sequence[Judgement]) -> PairedComparison:
@@ -62,27 +67,3 @@ def compare_judgements(first: Sequence[Judgement], second: Sequence[Judgement]) 
     pairs = [(ours.is_right, theirs.is_right) for ours, theirs in zip(first, second)]
     outcomes = ((True, True), (True, False), (False, True), (False, False))
     return PairedComparison(*(pairs.count(outcome) for outcome in outcomes))
-
-
-def sign_test(num_first: int, num_second: int) -> float:
-    """
-    How often a fair coin would split a number of prompts at least as unevenly: the exact two-sided sign test.
-
-    With the prompts that exactly one of two models solves it is McNemar's test in its exact form: if both models were
-    equally good, each such prompt would fall to either with the same probability.
-
-    Args:
-        num_first (`int`): prompts that fell to the first.
-        num_second (`int`): prompts that fell to the second.
-
-    Returns:
-        `float`: p-value, above 0 and at most 1; 1 without prompts.
-
-    Raises:
-        ValueError: for negative numbers.
-    """
-    if min(num_first, num_second) < 0:
-        raise ValueError(f"Numbers of prompts must be at least 0, got {num_first} and {num_second}.")
-    total, fewer = num_first + num_second, min(num_first, num_second)
-    tail = sum(math.comb(total, count) for count in range(fewer + 1))
-    return min(2 * tail / 2**total, 1.0)

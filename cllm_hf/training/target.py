@@ -17,8 +17,8 @@ from ..loading import load_adapter
 from .config import CLLMConfig
 
 
-# Of a lossless adapter where no `peft_config` says otherwise.
-_RANK = 64
+# Of a lossless adapter where no `peft_config` says otherwise; `docs/lossless.md` has what others bring.
+_RANK, _ALPHA = 64, 128
 
 
 def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_config: Any = None) -> Any:
@@ -80,8 +80,8 @@ def make_lossless_config(peft_config: Any) -> Any:
     The config of an adapter that drafts.
 
     Args:
-        peft_config (`peft.LoraConfig`, *optional*): what `CLLMTrainer` is given; by default rank 64 on all linear
-            layers. It is left as it was.
+        peft_config (`peft.LoraConfig`, *optional*): what `CLLMTrainer` is given; by default rank 64 and
+            alpha 128 on all linear layers. It is left as it was.
 
     Returns:
         `peft.LoraConfig`: to PEFT, an activated LoRA that nothing activates.
@@ -91,7 +91,7 @@ def make_lossless_config(peft_config: Any) -> Any:
     """
     from peft import LoraConfig
 
-    config = LoraConfig(r=_RANK, lora_alpha=_RANK) if peft_config is None else copy.deepcopy(peft_config)
+    config = LoraConfig(r=_RANK, lora_alpha=_ALPHA) if peft_config is None else copy.deepcopy(peft_config)
     check_lossless_adapter(config)
     config.task_type = config.task_type or "CAUSAL_LM"
     config.target_modules = config.target_modules or "all-linear"

@@ -22,7 +22,7 @@ from cllm_hf.training.monitoring import DecodingMeasures, count_repeated, decodi
 from cllm_hf.trajectories.collector import draw_first_states
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = (
     "tokens_per_forward",
     "fast_forwarded",

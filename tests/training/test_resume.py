@@ -64,7 +64,7 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
     options = {**RUN, "max_steps": 20}
     program = "import sys; sys.path.insert(0, sys.argv[1]); from training_runs import train; "
     program += f"train({str(tmp_path / 'killed')!r}, **{options!r})"
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     killed = subprocess.Popen(
         [sys.executable, "-c", program, str(tests)],
         env={**os.environ, "PYTHONPATH": str(tests.parent), "OMP_NUM_THREADS": "1"},

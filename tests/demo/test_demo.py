@@ -91,7 +91,7 @@ def test_all_steps_and_the_readme(tmp_path, monkeypatch, capsys):
     assert all(ours <= theirs for ours, theirs in zip(jacobi.num_forwards, greedy.num_forwards))
     assert report.table.count("\n") == 6 and " to converge, " in report.trajectories
 
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     # A model that has hardly been trained repeats itself.
     monkeypatch.setattr(CleaningRules, "reason_to_drop", lambda *_: None)
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)

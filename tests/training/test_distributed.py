@@ -18,7 +18,7 @@ from cllm_hf import CLLMConfig
 from cllm_hf.training.processes import check_processes, count_own_rows
 
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 # 10 records in batches of 2 on 2 processes: the last batch of an epoch, update 3, has 2 records for 4 places, so that
 # the second process has only repeated ones.
 RUN = {"num_records": 10, "per_device_train_batch_size": 2, "max_steps": 5, "optim": "sgd", "learning_rate": 0.1}

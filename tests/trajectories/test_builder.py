@@ -372,7 +372,7 @@ _FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/trajectories"]
 import torch
 from conftest import make_model, make_word_model
 from test_builder import make_builder
@@ -393,7 +393,7 @@ builder.build([problem.prompt for problem in make_problems(28, seed=3)], output_
 def test_a_system_that_writes_no_more_loses_nothing(word_model, tokenizer, prompts, finished, tmp_path, limit):
     """No stand-in: the limit on file sizes stops the manifest, a journal or a shard in the middle."""
     run = subprocess.run(
-        [sys.executable, "-c", _FULL_DISK, str(Path(__file__).parent), str(tmp_path), str(limit)],
+        [sys.executable, "-c", _FULL_DISK, str(Path(__file__).parents[1]), str(tmp_path), str(limit)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,7 +12,7 @@ from cllm_hf.demo.problems import make_problems
 from cllm_hf.trajectories.cleaning import longest_run, most_repeats
 
 
-GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 STOP = [1, 2]
 RULES = CleaningRules()
 

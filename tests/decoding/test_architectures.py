@@ -11,7 +11,7 @@ from image_text import MODEL_TYPES as IMAGE_TEXT_TYPES
 from image_text import make_image_text_model
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 # One of each kind, for the default run: convolutions, recurrent states with and without attention, several tokens
 # after a state, no cache, positions with an offset, an indexer, an attention that the host cannot batch.
 KINDS = ["lfm2", "qwen3_next", "mamba", "mamba2", "falcon_h1", "openai-gpt", "roberta", "glm_moe_dsa", "rwkv", "xlm"]

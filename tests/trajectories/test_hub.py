@@ -25,7 +25,7 @@ class Client:
     def __init__(self, hub, home):
         self.hub = hub
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).parent / "hub_client.py"],
+            [sys.executable, Path(__file__).parents[1] / "hub_client.py"],
             env={**os.environ, **hub.environment(home, token=None)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

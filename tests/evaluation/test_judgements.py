@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cllm_hf.evaluation.judgements import Judgement, count_right, wilson_interval
+from cllm_hf.evaluation.judgements import Accuracy, Judgement, count_right
 
 
 def test_answers_are_counted_by_kind():
@@ -21,14 +21,8 @@ def test_bounds_are_where_the_sample_would_be_just_as_unlikely(num_answers):
     """The share p at each bound is z standard deviations, as they are at p, from the sample's share."""
     for num_right in {0, 1, num_answers // 3, num_answers}:
         share = num_right / num_answers
-        for bound in wilson_interval(num_right, num_answers):
+        for bound in Accuracy(num_right, num_answers, {}).interval:
             distance = 1.959964 * math.sqrt(bound * (1 - bound) / num_answers)
             assert abs(abs(share - bound) - distance) < 1e-7
-        low, high = wilson_interval(num_right, num_answers)
+        low, high = Accuracy(num_right, num_answers, {}).interval
         assert 0 <= low < high <= 1 and low - 1e-12 <= share <= high + 1e-12
-
-
-@pytest.mark.parametrize(("num_right", "num_answers"), [(-1, 3), (4, 3), (0, 0)])
-def test_what_is_no_sample_is_refused(num_right, num_answers):
-    with pytest.raises(ValueError, match=f"got {num_right} of {num_answers}"):
-        wilson_interval(num_right, num_answers)

@@ -148,7 +148,7 @@ def test_samples_and_processors_are_those_of_decoding_one_at_a_time(register, ll
 
 
 def test_the_example_decodes_exactly_and_in_fewer_forward_passes(monkeypatch, register, llama):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     import own_strategy
 
     source = Path(own_strategy.__file__).read_text()
