@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import evaluate
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -413,12 +412,3 @@ def test_gold_queries_of_spider_are_right():
             if not (executed.is_right and matched.is_right):
                 wrong.append((row["db_id"], query, executed, matched))
     assert wrong == []
-
-
-def test_evaluate_loads_the_folder(databases, tmp_path, monkeypatch):
-    """It copies the files that are imported in the metric's own one, and no others."""
-    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path))
-    metric = evaluate.load(str(METRICS / "spider_accuracy"))
-    query = "SELECT name FROM sqlite_master"
-    result = metric.compute(predictions=[query], references=[{"query": query, "database": str(databases[0])}])
-    assert result["accuracy"] == result["exact_match"] == 1.0
