@@ -1,8 +1,10 @@
 """A saved lossless adapter drafts wherever it is loaded, and its text is the base model's."""
 
+import copy
 import functools
 import inspect
 import logging
+import pickle
 import re
 import shutil
 import subprocess
@@ -20,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import cllm_hf
 from cllm_hf import load_cllm
 from cllm_hf.adapters import add_drafter
-from cllm_hf.blocks.drafter import find_drafter
+from cllm_hf.blocks.drafter import Drafter, find_drafter
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_tokenizer
 
@@ -84,6 +86,29 @@ def test_it_drafts_by_default_however_it_is_loaded(way, folders, text):
 
 def find(model):
     return find_drafter(model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_saved_with_its_drafter(way, folders, text, tmp_path):
+    """By `save_pretrained` of the host whose model it is, also of a copy that the drafter was changed in."""
+    model = copy.deepcopy(WAYS[way](folders))
+    with torch.no_grad():
+        find(model).masks.mul_(1 + 1e-6)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(Drafter.load(str(tmp_path / "saved")).masks, find(model).masks)
+    assert_drafts(load_cllm(tmp_path / "saved"), text)
+    again = pickle.loads(pickle.dumps(model))
+    again.save_pretrained(tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {
+        path.name for path in (tmp_path / "saved").iterdir()
+    }
+
+
+def test_several_adapters_are_saved_each_with_its_own(folders, tmp_path):
+    model = load_cllm(folders["adapter"])
+    model.add_adapter("plain", LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "drafter.safetensors").exists() and not (tmp_path / "plain" / "drafter.safetensors").exists()
 
 
 @pytest.mark.parametrize("way", ["load_cllm", "AutoModelForCausalLM"])
@@ -268,7 +293,7 @@ for name in ("trl", "datasets", "evaluate"):
     sys.modules[name] = None
 import torch, cllm_hf
 from transformers import AutoModelForCausalLM
-from cllm_hf.blocks.drafter import find_drafter
+from cllm_hf.blocks.drafter import Drafter, find_drafter
 for model in (cllm_hf.load_cllm(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[1])):
     output = model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=24, do_sample=False,
                             jacobi_block_size=7, return_dict_in_generate=True)

@@ -7,6 +7,7 @@ distance; and since no such place has seen the token before it, a low-rank term 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -115,7 +116,8 @@ class Drafter(nn.Module):
             reason = str(error).strip().splitlines()[0]
             raise OSError(
                 f"A lossless adapter must have its drafter beside it, got {name} without {DRAFTER_FILE} ({reason}). "
-                "Save the adapter with `CLLMTrainer.save_model`, or copy that file from where it was saved."
+                "Save the adapter by `CLLMTrainer.save_model`, or by `save_pretrained` of a model that drafts, or copy "
+                "that file from where it was saved."
             ) from error
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -164,7 +166,8 @@ def attach_drafter(
     model: PreTrainedModel, drafter: Drafter, is_trainable: bool = True, adapter_name: str | None = None
 ) -> None:
     """
-    Make a drafter a part of its model. It takes the place of an earlier one of the same adapter.
+    Make a drafter a part of its model. It takes the place of an earlier one of the same adapter, and is saved wherever
+    the adapter is.
 
     Args:
         model (`transformers.PreTrainedModel`): the model, not wrapped, with the adapter's layers in it.
@@ -176,6 +179,14 @@ def attach_drafter(
     drafter.requires_grad_(is_trainable).to(input_device(model), None if is_trainable else model.dtype)
     others = _drafters_of_others(model, drafter.adapter_name)
     setattr(model, _DRAFTERS, nn.ModuleList([*others, drafter.train(is_trainable)]))
+    config: Any = model.peft_config[drafter.adapter_name]
+    # PEFT and transformers save the weights of an adapter where its config saves itself.
+    config.save_pretrained = functools.partial(_save_together, config, drafter)
+
+
+def _save_together(config: Any, drafter: Drafter, save_directory: Any, **kwargs: Any) -> None:
+    type(config).save_pretrained(config, save_directory, **kwargs)
+    drafter.save(Path(save_directory))
 
 
 def detach_drafter(model: PreTrainedModel, adapter_name: str) -> None:

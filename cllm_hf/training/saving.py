@@ -181,9 +181,6 @@ def save_beside(trainer: Any, card: RunCard, folder: Path, is_checkpoint: bool) 
     earlier = read_card(folder)
     # An adapter is saved without one; `cllm_hf.load_cllm` applies it.
     trainer.model.generation_config.save_pretrained(folder)
-    drafter = find_drafter(base_model_of(trainer.model))
-    if drafter is not None:
-        drafter.save(folder)
     if trainer.args.export_custom_generate and not is_checkpoint:
         export_custom_generate(folder)
         if earlier is not None:
