@@ -116,8 +116,8 @@ class Drafter(nn.Module):
             reason = str(error).strip().splitlines()[0]
             raise OSError(
                 f"A lossless adapter must have its drafter beside it, got {name} without {DRAFTER_FILE} ({reason}). "
-                "Save the adapter by `CLLMTrainer.save_model`, or by `save_pretrained` of a model that drafts, or copy "
-                "that file from where it was saved."
+                "Save the adapter by `CLLMTrainer.save_model`, or by `save_pretrained` of a model that drafts, or "
+                "copy that file from where it was saved."
             ) from error
         try:
             with safe_open(str(path), framework="pt") as file:
