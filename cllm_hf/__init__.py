@@ -1,5 +1,5 @@
 """
-Consistency LLMs for transformers: decode several tokens a forward, and train models for it.
+Consistency LLMs for transformers: decode several tokens per forward pass, and train models for it.
 
 Importing this package adds `decoding="jacobi"` to `generate` of every transformers model; `unregister` takes it back.
 What needs `datasets`, `evaluate`, `trl` or `peft` is loaded when it is first used.

@@ -54,7 +54,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     device = embeddings.weight.device
     if device.type != "meta":
         return device
-    # Offloaded by accelerate, which brings the weights where its hook says for the time of a forward.
+    # Offloaded by accelerate, which brings the weights where its hook says for the time of a forward pass.
     return torch.device(embeddings._hf_hook.execution_device)
 
 

@@ -293,7 +293,7 @@ def _text_lines(node: ast.stmt, lines: list[str], edits: Mapping[int, str | None
     left_out = False
     for number in range(first, (node.end_lineno or node.lineno) + 1):
         line = edits.get(number, lines[number - 1])
-        if line is not None and not (left_out and not line):  # nor the empty line behind what is left out
+        if line is not None and not (left_out and not line):  # nor the empty line after what is left out
             yield line
         left_out = line is None
 

@@ -259,5 +259,5 @@ def _report_model(model: Any) -> None:
     elif "generate" in vars(model):
         how = "as the `custom_generate` of its repository says"
     else:
-        how = "one token a forward: it has no Jacobi defaults, and no `--block-size` was given"
+        how = "one token a forward pass: it has no Jacobi defaults, and no `--block-size` was given"
     print(f"cllm: {model.name_or_path} decodes {how}.", file=sys.stderr, flush=True)

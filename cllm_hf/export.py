@@ -253,12 +253,12 @@ print(tokenizer.decode(output.sequences[0]))
 print(output.jacobi_stats.tokens_per_forward)"""
 
 
-_WHAT = """This {kind} comes with Jacobi decoding: it writes several tokens a forward, and
+_WHAT = """This {kind} comes with Jacobi decoding: it writes several tokens per forward pass, and
 exactly the text of decoding one at a time."""
 _WHAT_LOSSLESS = """This lossless adapter comes with its decoding: the adapter drafts, and the base model verifies, in
 the same forward pass. The text is exactly that of the base model, several tokens a forward pass."""
 _DECODING = """- `decoding`: `"jacobi"` by default; `"autoregressive"` is the decoding of transformers.
-- `jacobi_block_size`: tokens checked in a forward, or `"auto"`."""
+- `jacobi_block_size`: tokens checked in a forward pass, or `"auto"`."""
 _DECODING_LOSSLESS = """- `decoding`: `"lossless"` by default; `"autoregressive"` is the base model and the decoding of
   transformers.
 - `lossless_adapter`: folder or Hub id of this adapter, whose drafter is loaded from there; by default what
@@ -291,5 +291,5 @@ out.
 
 ## Output changes
 
-With `return_dict_in_generate=True` the output has `jacobi_stats`: forwards, and the tokens that each one brought.
+With `return_dict_in_generate=True` the output has `jacobi_stats`: forward passes, and the tokens that each brought.
 """

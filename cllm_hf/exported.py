@@ -36,7 +36,7 @@ EXPORTED_DECODING = {decoding!r}
 
 def generate(*args: Any, model: Any, **kwargs: Any) -> Any:
     """
-    `generate` with Jacobi decoding: several tokens a forward, and exactly those of decoding one at a time.
+    `generate` with Jacobi decoding: several tokens per forward pass, and exactly those of decoding one at a time.
 
     Args:
         args: as for `GenerationMixin.generate`, without the model.
@@ -132,7 +132,7 @@ def render_generate(block_size: int | str | None = None, decoding: str = JACOBI)
         marked("put together from the modules of the package; change those and export again"),
         "# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0",
         '"""',
-        "Jacobi decoding for `generate`: several tokens a forward, and exactly those of decoding one at a time.",
+        "Jacobi decoding for `generate`: several tokens per forward pass, those of decoding one at a time.",
         "",
         "transformers calls `generate`, at the end of this file. Nothing outside this file is changed.",
         '"""',

@@ -22,7 +22,7 @@ class JacobiOptions:
     Options of one call of `generate(decoding="jacobi")`.
 
     Attributes:
-        block_size (`int` or `"auto"`): positions checked in a forward; `"auto"` measures what pays.
+        block_size (`int` or `"auto"`): positions checked in a forward pass; `"auto"` measures what pays.
         candidates (`int`): further guesses from a pool of n-grams, verified in the same forward pass.
         seed (`int`, *optional*): of the noise of sampling; by default drawn from torch's own generator.
         compile (`bool`): whether iterations run as one compiled graph of fixed shape, on a static cache.
@@ -70,7 +70,7 @@ class JacobiOptions:
             )
         if self.compile and self.block_size == AUTO:
             raise ValueError(
-                'A compiled forward has one shape, got `jacobi_block_size="auto"` with `jacobi_compile=True` or '
+                'A compiled forward pass has one shape, got `jacobi_block_size="auto"` with `jacobi_compile=True` or '
                 '`cache_implementation="static"`. Pass an integer as `jacobi_block_size`.'
             )
 

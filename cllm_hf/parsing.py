@@ -58,14 +58,14 @@ class OptionParser(TrlParser):
         Read the options.
 
         Args:
-            arguments (`Sequence[str]`): what stands behind the command. Options win over the file of `--config`.
+            arguments (`Sequence[str]`): what stands after the command. Options win over the file of `--config`.
 
         Returns:
             `tuple`: an object of each of the dataclasses.
 
         Raises:
             OSError: if the YAML file cannot be read.
-            ValueError: for options that there are not, values that a dataclass refuses, or a file that is not YAML.
+            ValueError: for unknown options, values that a dataclass refuses, or a file that is not YAML.
             SystemExit: after `--help`, and with status 2 for missing options and values that cannot be read.
         """
         arguments = [part for argument in arguments for part in _split_config(argument)]
@@ -102,7 +102,7 @@ class OptionParser(TrlParser):
             values: options by name.
 
         Returns:
-            `list[str]`: options that there are not.
+            `list[str]`: unknown options.
 
         Raises:
             ValueError: for a value that is not of the type of its option, or an option under two names.

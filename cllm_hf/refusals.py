@@ -55,7 +55,9 @@ def check_supported(
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if option(name) is not None:
             refuse(
-                f"`{name}`, which is another way to decode several tokens a forward", "both", f"drop it or {_GREEDY}"
+                f"`{name}`, which is another way to decode several tokens per forward pass",
+                "both",
+                f"drop it or {_GREEDY}",
             )
     for name in ("penalty_alpha", "dola_layers", "prefill_chunk_size", "token_healing"):
         if option(name):

@@ -10,7 +10,7 @@ The first trains on stories of the model itself (see stories.py), the second on 
 folder it takes, the last on responses of the model that are there already: JSON lines with `prompt_ids` and
 `response_ids`, of which the first ones are held out. With `--lossless`, rows are lossless adapters. A row is trained
 from the target model anew; finished rows are kept in `results.json`, so that the same command goes on where it was.
-Prints a table and draws tokens per forward against quality.
+Prints a table and draws tokens per forward pass against quality.
 """
 
 import argparse
@@ -242,7 +242,7 @@ def check_same_run(results: dict[str, dict[str, Any]], arguments: argparse.Names
 
 
 def draw(results: dict[str, dict[str, Any]], quality: str, path: Path) -> None:
-    """Quality over tokens per forward, a point a row."""
+    """Quality over tokens per forward pass, a point a row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
 """
 Made-up questions about made-up databases, from which a small model learns to read a schema.
 
-A model from nothing that only sees the 140 training databases of Spider remembers their names, and writes them
+A model from scratch that only sees the 140 training databases of Spider remembers their names, and writes them
 whatever schema stands in its prompt. Here every problem has a schema of its own, put together from tables of the
 training databases, with columns mixed in from others, and some names replaced by new ones of known and made-up words;
 a name can only be had from the prompt. Questions and queries are from templates, in the words of Spider.

@@ -65,7 +65,7 @@ class Spider(Task):
     )
     made_up: int = task_option(
         0,
-        "made-up problems beside the training data, each with a schema of its own, for a model from nothing; takes "
+        "made-up problems beside the training data, each with a schema of its own, for a model from scratch; takes "
         "`tables.json`",
     )
     max_prompt_chars: int | None = task_option(

@@ -4,8 +4,8 @@ Make a real pretrained story model a CLLM, with nothing but the model itself as 
     python examples/stories.py --model ../shared/models/stories260k
 
 Prompts are sampled from the model, its greedy continuations are the responses, and the states that it is trained on
-are those of its own Jacobi decoding while it learns. Prints tokens per forward before and after, on held-out prompts,
-and checks that Jacobi decoding returns the greedy tokens for every one of them.
+are those of its own Jacobi decoding while it learns. Prints tokens per forward pass before and after, on held-out
+prompts, and checks that Jacobi decoding returns the greedy tokens for every one of them.
 """
 
 import argparse

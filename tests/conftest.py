@@ -47,7 +47,7 @@ CONFIGS = {
 def make_model(name: str, scale: float = 4.0, seed: int = 0, attention: str = "sdpa", **config_changes):
     """
     A tiny model with layers scaled up from their initial values, so that its greedy text depends on the context and
-    yet repeats itself now and then: some drafts are accepted (1.05 to 3.3 tokens per forward), some rejected.
+    yet repeats itself now and then: some drafts are accepted (1.05 to 3.3 tokens per forward pass), some rejected.
     """
     torch.manual_seed(seed)
     config = CONFIGS[name]()

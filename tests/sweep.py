@@ -63,7 +63,7 @@ def compare(model, batch_size, is_padded, seeds=(0, 1), block_sizes=BLOCK_SIZES)
             if decoded.sequences.tolist() != greedy.tolist():
                 return Finding(WRONG, f"block size {block_size}, seed {seed}")
             if decoded.jacobi_stats.num_forwards > NUM_TOKENS:
-                return Finding(WRONG, f"{decoded.jacobi_stats.num_forwards} forwards for {NUM_TOKENS} tokens")
+                return Finding(WRONG, f"{decoded.jacobi_stats.num_forwards} forward passes for {NUM_TOKENS} tokens")
     return Finding(EXACT)
 
 

@@ -163,7 +163,7 @@ def runs_here(demo, monkeypatch):
 
 @pytest.mark.slow
 def test_the_tour_runs(runs_here, capsys):
-    """From its first line to its last, with few prompts and few updates."""
+    """From its first line to its last, with few prompts and few optimizer steps."""
     text = (ROOT / "docs" / "tour.md").read_text()
     smaller = {
         "make_problems(600": "make_problems(16",

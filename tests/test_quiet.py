@@ -1,4 +1,4 @@
-"""The hosts' notices and bars are off within the context, and as they were behind it."""
+"""The hosts' notices and bars are off within the context, and as they were after it."""
 
 import datasets
 import pytest

@@ -1,4 +1,4 @@
-"""Records made by hand, batches of them, and the training losses by plain, unpacked forwards."""
+"""Records made by hand, batches of them, and the training losses by plain, unpacked forward passes."""
 
 import math
 
@@ -14,7 +14,7 @@ BLOCK_SIZE = 5
 
 
 def make_record(prompt_length, response_length, seed=0, num_states=4, block_size=BLOCK_SIZE, pad=0):
-    """A trajectory in which a draft of random tokens gets right from the front, with chance hits behind."""
+    """A trajectory in which a draft of random tokens gets right from the front, with chance hits after."""
     rng = np.random.default_rng([seed, prompt_length, response_length])
 
     def tokens(length):
@@ -103,7 +103,7 @@ def torch_divergence(name, target_logits, logits, temperature):
 
 def reference_losses(model, prepared, objective):
     """
-    One plain forward for every sequence, answer and block, batch size 1, and Python loops over positions.
+    One plain forward pass for every sequence, answer and block, batch size 1, and Python loops over positions.
 
     Returns sums of both losses, the sum of the consistency weights and the number of AR positions.
     """

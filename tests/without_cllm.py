@@ -30,7 +30,7 @@ results = {"generate_of_the_host": GenerationMixin.generate.__module__}
 
 
 def counted(model, *args, **kwargs):
-    """What a call of `generate` returns, and its forwards."""
+    """What a call of `generate` returns, and its forward passes."""
     forwards = []
     hook = model.register_forward_hook(lambda *_: forwards.append(1))
     try:

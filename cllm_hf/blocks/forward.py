@@ -171,7 +171,7 @@ def packed_forward(
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Run one forward over a packed batch.
+    Run one forward pass over a packed batch.
 
     Args:
         model (`torch.nn.Module`): a causal language model, possibly wrapped (PEFT, DDP, FSDP).
@@ -201,7 +201,7 @@ def _logits_at(
     """
     Logits of some places only: what goes into the output embeddings is cut to them on the way.
 
-    The hosts have `logits_to_keep`, which keeps the same columns of every row. What models do to logits behind their
+    The hosts have `logits_to_keep`, which keeps the same columns of every row. What models do to logits after their
     output embeddings (scaling, capping) is done to each element, so it does not matter that there are fewer of them.
     """
     was_cut = False
@@ -231,7 +231,7 @@ def forward_clean(
     places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, DynamicCache]:
     """
-    Run clean sequences once, for several forwards over drafts behind them.
+    Run clean sequences once, for several forward passes over drafts after them.
 
     Args:
         model (`torch.nn.Module`): a causal language model, possibly wrapped.
@@ -292,7 +292,7 @@ def forward_drafts(
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Run one forward over the drafts of a packed batch, behind its cached clean sequences.
+    Run one forward pass over the drafts of a packed batch, after its cached clean sequences.
 
     Args:
         model (`torch.nn.Module`): a causal language model, possibly wrapped.

@@ -1,10 +1,10 @@
 """
-One layout for a clean sequence and many draft blocks, run in one forward: `[clean sequence | block 0 | block 1 | ..]`.
+One layout for a clean sequence and many draft blocks, in one forward pass: `[clean sequence | block 0 | ..]`.
 
 Each block repeats its anchor, has the positions it would have in the sequence, and sees the clean tokens before its
-anchor and itself causally, and no other block. One forward thus gives the autoregressive logits of the clean sequence
-and the logits of every draft state. The trajectory collector and the trainer share it; the forwards are in
-`forward`.
+anchor and itself causally, and no other block. One forward pass thus gives the autoregressive logits of the clean
+sequence and the logits of every draft state. The trajectory collector and the trainer share it; the forward passes are
+in `forward`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def num_blocks(response_length: Any, block_size: int) -> Any:
 @dataclass
 class Packed:
     """
-    Clean sequences and draft tokens behind them, `packed_length` columns in all.
+    Clean sequences and draft tokens after them, `packed_length` columns in all.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): clean tokens, then draft tokens.
@@ -60,14 +60,14 @@ class Packed:
 @dataclass
 class Drafts:
     """
-    Draft states of equally many tokens, each behind an anchor in its clean sequence.
+    Draft states of equally many tokens, each after an anchor in its clean sequence.
 
     Attributes:
         states (`torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`): a draft state of each block.
         anchors (`torch.LongTensor` of shape `(batch_size, num_blocks)`): position of the token before each block.
         mask (`torch.Tensor` of shape `(batch_size, num_blocks)`): non-zero where there is a block.
         last_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*): where a sequence ends. What of its
-            blocks lies behind means nothing, and is put there, so that no position is needed that the sequence itself
+            blocks lies beyond means nothing, and is put there, so that no position is needed that the sequence itself
             does not have. By default blocks go on as far as they go.
     """
 
@@ -109,7 +109,7 @@ class PackedBatch(Packed):
 
 def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> PackedBatch:
     """
-    Lay out clean sequences and draft blocks behind them.
+    Lay out clean sequences and draft blocks after them.
 
     Args:
         clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
@@ -206,7 +206,7 @@ def _check_shapes(clean_ids: torch.Tensor, clean_mask: torch.Tensor, drafts: Dra
 
 def fill_rows(packed: Packed) -> tuple[Packed, torch.Tensor]:
     """
-    Lay short sequences and their drafts behind others in the same row, so that there is little padding.
+    Lay short sequences and their drafts after others in the same row, so that there is little padding.
 
     Rows are as long as the longest sequence with its drafts, and filled by first fit, the longest first.
 

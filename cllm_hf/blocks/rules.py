@@ -131,10 +131,10 @@ def count_until_stop(tokens: list[int], stop_ids: Collection[int]) -> int:
 
 def next_draft(rest: list[int], filler: list[int]) -> list[int]:
     """
-    Slide the window: the predictions behind the committed tokens lead the next draft, fresh tokens fill its end.
+    Slide the window: the predictions after the committed tokens lead the next draft, fresh tokens fill its end.
 
     Args:
-        rest (`list[int]`): what the model predicted behind the committed tokens.
+        rest (`list[int]`): what the model predicted after the committed tokens.
         filler (`list[int]`): tokens for positions with no prediction, as many as the draft shall have.
 
     Returns:

@@ -24,7 +24,7 @@ _REMEDY = 'Pass `decoding="autoregressive"` for it.'
 
 def check_model(model: PreTrainedModel, batch_size: int, is_padded: bool) -> None:
     """
-    Refuse models that cannot decode several tokens a forward.
+    Refuse models that cannot decode several tokens per forward pass.
 
     Args:
         model (`transformers.PreTrainedModel`): the model to decode.
@@ -73,7 +73,7 @@ def check_model_inputs(model: PreTrainedModel, others: dict[str, Any]) -> None:
 
 def check_embeds(model: PreTrainedModel, embeds: torch.Tensor | None, is_remembered: bool) -> None:
     """
-    Refuse a prompt of embeddings that would have to be fed again in every forward.
+    Refuse a prompt of embeddings that would have to be fed again in every forward pass.
 
     Args:
         model (`transformers.PreTrainedModel`): the model to decode.
@@ -85,16 +85,16 @@ def check_embeds(model: PreTrainedModel, embeds: torch.Tensor | None, is_remembe
     """
     if embeds is not None and not is_remembered:
         raise ValueError(
-            f'`decoding="jacobi"` feeds the whole text to {type(model).__name__} in every forward, got a prompt of '
-            f"`inputs_embeds`. Pass `input_ids`. {_REMEDY}"
+            f'`decoding="jacobi"` feeds the whole text to {type(model).__name__} in every forward pass, got a prompt '
+            f"of `inputs_embeds`. Pass `input_ids`. {_REMEDY}"
         )
 
 
 def check_positions(model: PreTrainedModel, num_positions: int) -> None:
     """
-    Refuse positions at which a forward over several tokens says something else than a step over one.
+    Refuse positions at which a forward pass over several tokens says something else than a step over one.
 
-    Some rotations depend on how far a forward reaches, and so on the draft.
+    Some rotations depend on how far a forward pass reaches, and so on the draft.
 
     Args:
         model (`transformers.PreTrainedModel`): the model to decode.
@@ -173,7 +173,7 @@ def check_packable(model: PreTrainedModel) -> None:
         )
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
         raise ValueError(
-            f"{name} finds positions by itself, so that blocks cannot be packed behind their sequence. Use a model "
+            f"{name} finds positions by itself, so that blocks cannot be packed after their sequence. Use a model "
             "whose `forward` takes `position_ids`, such as Llama, Qwen, Gemma, GPT-2 or GPT-NeoX."
         )
     check_adapters(getattr(model, "peft_config", {}).values())
@@ -182,12 +182,12 @@ def check_packable(model: PreTrainedModel) -> None:
         others.add("local")  # GPT-Neo's windows count columns
     if model.config.is_encoder_decoder or others:
         kind = "an encoder-decoder model" if model.config.is_encoder_decoder else f"layers of type {sorted(others)}"
-        raise ValueError(f"Packed forwards need a decoder with full or sliding attention, got {kind} in {name}.")
+        raise ValueError(f"Packed forward passes need a decoder with full or sliding attention, got {kind} in {name}.")
     implementation = attention_implementation(config) or ""
     if implementation not in ("sdpa", "eager", "flex_attention"):
         raise ValueError(
-            f"Packed forwards need attention that takes a mask, got `attn_implementation={implementation!r}`. Call "
-            '`model.set_attn_implementation("sdpa")` first.'
+            f"Packed forward passes need attention that takes a mask, got `attn_implementation={implementation!r}`. "
+            'Call `model.set_attn_implementation("sdpa")` first.'
         )
 
 

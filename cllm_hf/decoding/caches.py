@@ -8,7 +8,7 @@ and end in the last column, and rows that are behind get more padding on the lef
 count columns, thus stay exact. Columns that are padding in all rows are dropped, so that the cache never grows beyond
 the longest row.
 
-A recurrent state cannot be rolled back. It is saved before a forward, and put back if anything was rejected.
+A recurrent state cannot be rolled back. It is saved before a forward pass, and put back if anything was rejected.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def stop_recording(cache: Cache) -> None:
     """
     Undo `cache.activate_past_recording()`.
 
-    Without a rollback after every forward, a layer that records what leaves its window would grow without bound, in
-    later uses of the cache too.
+    Without a rollback after every forward pass, a layer that records what leaves its window would grow without bound,
+    in later uses of the cache too.
 
     Args:
         cache (`transformers.Cache`): a croppable cache.
@@ -113,7 +113,7 @@ def roll_back(cache: Cache, num_rejected: list[int]) -> None:
     """
     Remove each row's rejected tokens and align the rows on the right again.
 
-    The cache must record its past (`activate_past_recording`). Must be called after every forward, also when
+    The cache must record its past (`activate_past_recording`). Must be called after every forward pass, also when
     nothing was rejected: sliding-window layers only then let go of the tokens that left the window.
 
     Args:

@@ -6,7 +6,7 @@ There are three ways, and `choose_memory` picks one for a model and its cache:
 - `CroppedMemory`: a key/value cache, from which rejected tokens are cut out.
 - `ReplayedMemory`: a recurrent state, which is put back when a token was rejected; the tokens since then are fed again
   together with the next draft.
-- `NoMemory`: nothing; every forward is over the whole sequence.
+- `NoMemory`: nothing; every forward pass is over the whole sequence.
 
 `StaticMemory` (`static.py`) is the first of them in tensors of fixed shape, for a compiled model.
 """
@@ -35,9 +35,9 @@ class Memory(ABC):
     Attributes:
         cache (`transformers.Cache` or `None`): handed to the model.
         same_length (`bool`): whether all rows must commit equally many tokens.
-        drafts_in_prefill (`bool`): whether a draft may follow the prompt in the first forward.
-        fixed_shape (`bool`): whether every forward after the prefill must be over as many tokens as any other.
-        replays (`bool`): whether a rejected token has others fed again, so that now and then a forward without a
+        drafts_in_prefill (`bool`): whether a draft may follow the prompt in the first forward pass.
+        fixed_shape (`bool`): whether every forward pass after the prefill must be over as many tokens as any other.
+        replays (`bool`): whether a rejected token has others fed again, so that now and then a forward pass without a
             draft is worth its while, after which all are remembered.
     """
 
@@ -55,10 +55,10 @@ class Memory(ABC):
     @property
     @abstractmethod
     def model_inputs(self) -> dict[str, Any]:
-        """`dict`: arguments of the forward."""
+        """`dict`: arguments of the forward pass."""
 
     def begin(self, draft_length: int) -> None:
-        """Prepare for a forward that ends in a draft of this length."""
+        """Prepare for a forward pass that ends in a draft of this length."""
 
     def call(self, model: Any, **inputs: Any) -> Any:
         """Run the model."""
@@ -105,7 +105,7 @@ class Memory(ABC):
 
 
 class NoMemory(Memory):
-    """Nothing is remembered: every forward is over the whole sequence."""
+    """Nothing is remembered: every forward pass is over the whole sequence."""
 
     @property
     def model_inputs(self) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class ReplayedMemory(Memory):
         batch_size (`int`): number of rows.
     """
 
-    # A draft behind the prompt would have the whole prompt fed again.
+    # A draft after the prompt would have the whole prompt fed again.
     drafts_in_prefill = False
     replays = True
 
@@ -253,7 +253,7 @@ def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_
     if not use_cache or cache is None or forgets_between_steps(model):
         if is_user_cache:
             raise ValueError(
-                f'`decoding="jacobi"` feeds the whole sequence to {type(model).__name__} in every forward, got '
+                f'`decoding="jacobi"` feeds the whole sequence to {type(model).__name__} in every forward pass, got '
                 '`past_key_values`. Drop them and pass the whole prompt, or pass `decoding="autoregressive"`.'
             )
         return NoMemory()
@@ -271,7 +271,7 @@ def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in own.layers):
         if is_user_cache:
             raise ValueError(
-                '`decoding="jacobi"` leaves recurrent and convolutional states behind the end of the text, got such '
+                '`decoding="jacobi"` leaves recurrent and convolutional states after the end of the text, got such '
                 "`past_key_values`, to be extended. Drop them and pass the whole prompt, or pass "
                 '`decoding="autoregressive"`.'
             )

@@ -15,8 +15,8 @@ class JacobiStats:
 
     Attributes:
         num_forwards (`int`): calls of the model, prefill included.
-        num_committed (`list[list[int]]`): for each row, the tokens it gained in each forward it took part in, prefill
-            first. One token of each is the bonus token, the others are accepted draft tokens.
+        num_committed (`list[list[int]]`): for each row, the tokens it gained in each forward pass it took part in,
+            prefill first. One token of each is the bonus token, the others are accepted draft tokens.
     """
 
     num_forwards: int = 0
@@ -24,12 +24,12 @@ class JacobiStats:
 
     @property
     def num_iterations(self) -> int:
-        """`int`: forwards after the prefill."""
+        """`int`: forward passes after the prefill."""
         return max(self.num_forwards - 1, 0)
 
     @property
     def num_accepted(self) -> list[list[int]]:
-        """`list[list[int]]`: for each row, the draft tokens accepted in each forward it took part in."""
+        """`list[list[int]]`: for each row, the draft tokens accepted in each forward pass it took part in."""
         return [[count - 1 for count in row] for row in self.num_committed]
 
     @property
@@ -39,7 +39,7 @@ class JacobiStats:
 
     @property
     def tokens_per_forward(self) -> float:
-        """`float`: tokens a row gains in a forward that it takes part in, prefill included; 0.0 for an empty batch."""
+        """`float`: tokens that a row gains in a forward pass in which it takes part; 0.0 for an empty batch."""
         forwards = sum(len(row) for row in self.num_committed)
         return sum(self.num_generated) / forwards if forwards else 0.0
 
@@ -54,8 +54,8 @@ class JacobiOutput(GenerateDecoderOnlyOutput):
         past_key_values (`transformers.Cache` or `None`): for one row, the cache of all tokens but the last, as the
             host returns it. `None` for a batch, whose rows leave the cache as they finish, and for recurrent states,
             which may lag behind the text.
-        jacobi_stats (`JacobiStats`): forwards and accepted tokens of this call. An attribute alone, not among the
-            items: models that decode a recording piece by piece (Whisper) split every item by rows.
+        jacobi_stats (`JacobiStats`): forward passes and accepted tokens of this call. An attribute alone, not among
+            the items: models that decode a recording piece by piece (Whisper) split every item by rows.
     """
 
     def __init__(self, *args: Any, jacobi_stats: JacobiStats | None = None, **kwargs: Any):

@@ -1,7 +1,7 @@
 """
 Iterations of fixed shape on a static cache, run as one compiled graph.
 
-Tokens behind the end of what is remembered stay in the tensors of a static cache, hidden by the mask, until others are
+Tokens after the end of what is remembered stay in the tensors of a static cache, hidden by the mask, until others are
 written over them. So rejected tokens are taken out by setting back the position at which the cache goes on.
 """
 

@@ -17,11 +17,11 @@ class DemoOptions:
         mode (`str`): what is made of the target model: a `"cllm"`, an adapter for `"lossless"` decoding, or `"both"`.
         seed (`int`): of the problems, the weights and the order of the data.
         hidden_size (`int`): width of the model; it has four layers.
-        target_updates (`int`): updates of the target model, on `target_batch_size` new problems each.
-        target_batch_size (`int`): problems in an update of the target model.
+        target_updates (`int`): optimizer steps of the target model, on `target_batch_size` new problems each.
+        target_batch_size (`int`): problems in an optimizer step of the target model.
         num_trajectories (`int`): problems whose trajectories are collected.
-        cllm_updates (`int`): updates of the CLLM, on `cllm_batch_size` trajectories each.
-        cllm_batch_size (`int`): trajectories in an update of the CLLM.
+        cllm_updates (`int`): optimizer steps of the CLLM, on `cllm_batch_size` trajectories each.
+        cllm_batch_size (`int`): trajectories in an optimizer step of the CLLM.
         cllm_learning_rate (`float`): highest learning rate of the CLLM.
         ar_loss_weight (`float`): weight of the CLLM's AR loss.
         position_decay (`float`, *optional*): see `CLLMConfig`.

@@ -67,7 +67,7 @@ def _add_models(kinds: Any) -> None:
     )
     models.add_argument("--num-prompts", type=positive, default=64, help="how many, the first ones of the file")
     models.add_argument(
-        "--num-more-prompts", type=natural, default=0, help="how many behind them are judged too, but not timed"
+        "--num-more-prompts", type=natural, default=0, help="how many after them are judged too, but not timed"
     )
     models.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
     models.add_argument("--block-size", type=positive, default=16, help="tokens of a block")

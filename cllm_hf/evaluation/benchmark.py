@@ -1,4 +1,4 @@
-"""Tokens per second and per forward of several ways to decode, in one run, on the same prompts, in turns."""
+"""Tokens per second and per forward pass of several ways to decode, in one run, on the same prompts, in turns."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class DecodingMethod:
         name (`str`): how tables call it.
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
         options (`dict`): arguments of its `generate`, such as `{"decoding": "jacobi"}`.
-        is_compiled (`bool`): whether the model's forward may be compiled. A hook would then become part of the
-            compiled code, so that forwards are taken from `jacobi_stats`, or else are one a token.
+        is_compiled (`bool`): whether the model's forward pass may be compiled. A hook would then become part of the
+            compiled code, so that forward passes are taken from `jacobi_stats`, or else are one a token.
     """
 
     name: str
@@ -51,8 +51,8 @@ class DecodingResult:
         seconds (`list[float]`): time of the whole `generate`, prefill included, for each run: all batches of the first
             round, then those of the second, and so on.
         batch_size (`int`): prompts of a batch; the last batch may have fewer.
-        widths (`collections.Counter`): how many forwards after the prefill fed how many tokens a row; empty for a
-            compiled method.
+        widths (`collections.Counter`): how many forward passes after the prefill fed how many tokens a row; empty for
+            a compiled method.
         peak_memory (`int`, *optional*): most bytes that tensors took on a CUDA device in a run, weights included.
     """
 
@@ -71,7 +71,7 @@ class DecodingResult:
 
     @property
     def tokens_per_forward(self) -> float:
-        """`float`: tokens that a row gains in a forward of its batch; in batches of 1, tokens over forwards."""
+        """`float`: tokens a row gains in a forward pass of its batch; in batches of 1, tokens over forward passes."""
         rows = (len(batch) for batch in self._batches())
         return self.num_tokens / sum(forwards * size for forwards, size in zip(self.num_forwards, rows))
 
@@ -272,7 +272,7 @@ def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pa
 
 def compile_notes(methods: Sequence[DecodingMethod]) -> list[str]:
     """
-    Say where a method with a compiled forward has none.
+    Say where a method with a compiled forward pass has none.
 
     Args:
         methods (`Sequence[DecodingMethod]`): what is measured.

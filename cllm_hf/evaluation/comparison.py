@@ -45,7 +45,7 @@ def make_methods(
             are cut to what it does.
         assistant (`transformers.PreTrainedModel`, *optional*): draft model of assisted decoding.
         prompt_lookup (`bool`): whether to have prompt lookup too.
-        is_compiled (`bool`): whether to have `generate()` and Jacobi decoding with a compiled forward too.
+        is_compiled (`bool`): whether to have `generate()` and Jacobi decoding with a compiled forward pass too.
         candidates (`Sequence[int]`): values of `jacobi_candidates`, each for a further method with every block size;
             0 adds none.
 
@@ -105,7 +105,7 @@ def compare_decoding(
     candidates: Sequence[int] = (),
 ) -> dict[str, Any]:
     """
-    Measure all ways to decode on the same prompts, and the cost of the forwards that they make.
+    Measure all ways to decode on the same prompts, and the cost of the forward passes that they make.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
@@ -115,7 +115,7 @@ def compare_decoding(
         batch_size (`int`): prompts that are decoded together. Prompt lookup takes part for 1 only.
         repeats (`int`): rounds over all prompts.
         assistant (`transformers.PreTrainedModel`, *optional*): draft model of assisted decoding.
-        is_compiled (`bool`): whether to have compiled forwards too.
+        is_compiled (`bool`): whether to have compiled forward passes too.
         pad_token_id (`int`): what pads prompts; it is masked.
         show_progress (`bool`): whether to draw a progress bar.
         candidates (`Sequence[int]`): values of `jacobi_candidates`, each for a further row with every block size. A
@@ -278,7 +278,7 @@ def _row(
     elif changes_width and result.widths:
         total = sum(count * relative_cost(forwards, width) for width, count in result.widths.items())
         cost = total / sum(result.widths.values())
-    # `generate()` makes a forward a token, but in a batch its ended rows stay until the last one has.
+    # `generate()` makes a forward pass a token, but in a batch its ended rows stay until the last one has.
     gain = result.tokens_per_forward / baseline.tokens_per_forward
     return {
         "name": result.name,

@@ -33,7 +33,7 @@ def measure_convergence(
         prompts (`Sequence[list[int]]`): token ids of each prompt, at least one.
         responses (`Sequence[list[int]]`): its response to each; empty ones are left out.
         block_size (`int`): tokens of a block.
-        pad_token_id (`int`): stands behind the end of a response.
+        pad_token_id (`int`): stands after the end of a response.
         stop_ids (`Collection[int]`): the model's stop tokens.
         seed (`int`): of the first drafts; the same for two models gives both the same draws.
 

@@ -1,4 +1,4 @@
-"""The time of a bare forward of the model, which no way to decode can fall below."""
+"""The time of a bare forward pass of the model, which no way to decode can fall below."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def synchronize(device: torch.device) -> None:
 
 class BareForward:
     """
-    A model with a cache of its own, to be timed on `width` tokens with nothing around the forward.
+    A model with a cache of its own, to be timed on `width` tokens with nothing around the forward pass.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
-        width (`int`): tokens a row of a forward; they are random.
+        width (`int`): tokens a row of a forward pass; they are random.
         batch_size (`int`): rows.
     """
 
@@ -51,10 +51,10 @@ class BareForward:
     @torch.no_grad()
     def seconds(self, cache_length: int) -> float:
         """
-        Time one forward. The cache is filled and cut outside the clocks, which are read after a device sync.
+        Time one forward pass. The cache is filled and cut outside the clocks, which are read after a device sync.
 
         Args:
-            cache_length (`int`): tokens in the cache before the forward; no fewer than in the call before, since
+            cache_length (`int`): tokens in the cache before the forward pass; no fewer than in the call before, since
                 layers that see a window cannot go back further.
 
         Returns:
@@ -82,17 +82,17 @@ def compare_widths(
     model: Any, widths: Sequence[int], cache_length: int, batch_size: int = 1, iterations: int = 32
 ) -> dict[int, list[float]]:
     """
-    Time forwards of several widths, one of each in turn; the first few turns are left out.
+    Time forward passes of several widths, one of each in turn; the first few turns are left out.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
-        widths (`Sequence[int]`): tokens a row of a forward.
-        cache_length (`int`): tokens in the cache before each forward.
+        widths (`Sequence[int]`): tokens a row of a forward pass.
+        cache_length (`int`): tokens in the cache before each forward pass.
         batch_size (`int`): rows.
-        iterations (`int`): forwards of each width.
+        iterations (`int`): forward passes of each width.
 
     Returns:
-        `dict[int, list[float]]`: for each width the seconds of each forward.
+        `dict[int, list[float]]`: for each width the seconds of each forward pass.
     """
     forwards = [BareForward(model, width, batch_size) for width in sorted(set(widths))]
     seconds: dict[int, list[float]] = {forward.width: [] for forward in forwards}
@@ -104,7 +104,7 @@ def compare_widths(
 
 def relative_cost(seconds: dict[int, list[float]], width: float) -> float:
     """
-    Cost of a forward of some width in forwards of one token: the median of the ratios to a neighbor.
+    Cost of a forward pass of some width in forward passes of one token: the median of the ratios to a neighbor.
 
     Args:
         seconds (`dict[int, list[float]]`): result of `compare_widths`, with width 1.

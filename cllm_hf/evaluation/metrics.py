@@ -82,8 +82,8 @@ class DecodingSpeed(LocalMetric):
     prefill included) are numbers of each prompt. `compute` also takes `baseline_seconds`, and `baseline_tokens` if
     these differ, of another way to decode the same prompts.
 
-    Returns a dict: `tokens_per_second` (median over the prompts), `tokens_per_forward` (all tokens over all forwards)
-    and `speedup` (median of the ratio to the baseline, or `None`).
+    Returns a dict: `tokens_per_second` (median over the prompts), `tokens_per_forward` (all tokens over all forward
+    passes) and `speedup` (median of the ratio to the baseline, or `None`).
 
     Args:
         **kwargs: arguments of `evaluate.Metric`; `keep_in_memory` is `True` here by default.

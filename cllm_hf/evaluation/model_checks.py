@@ -48,8 +48,8 @@ def check_models(target: Any, cllm: Any, assistant: Any) -> None:
         )
     if assistant is not None and base_model_of(assistant) in (base_model_of(target), base_model_of(cllm)):
         raise ValueError(
-            "The assistant must be a model of its own, got one of the two that are compared, whose forwards could not "
-            "be told apart. Load it a second time."
+            "The assistant must be a model of its own, got one of the two that are compared, whose forward passes "
+            "could not be told apart. Load it a second time."
         )
     if assistant is not None and _vocab_size(assistant) != sizes["target"]:
         raise ValueError(

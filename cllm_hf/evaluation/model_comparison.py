@@ -85,7 +85,7 @@ def compare_models(
             the response has one, and is called once for each distinct list of responses.
         more_prompts (`Sequence[list[int]]`): prompts whose responses are judged too, but not timed.
         assistant (`transformers.PreTrainedModel`, *optional*): draft model of assisted decoding.
-        is_compiled (`bool`): whether to have `generate()` and Jacobi with a compiled forward too.
+        is_compiled (`bool`): whether to have `generate()` and Jacobi with a compiled forward pass too.
         batch_size (`int`): of `more_prompts`.
         repeats (`int`): timed rounds over `prompts`.
         pad_token_id (`int`): what pads prompts and blocks; it is masked.
@@ -316,7 +316,7 @@ def _count_cut_off(run: _Run, max_new_tokens: int) -> int:
 
 
 def _collapse_notes(compared: dict[str, Any], cllm_runs: Sequence[_Run], max_new_tokens: int) -> list[str]:
-    """Repetition is easy to decode in parallel: many tokens per forward, which are worth nothing."""
+    """Repetition is easy to decode in parallel: many tokens per forward pass, which are worth nothing."""
     cut_off, total = compared["num_cut_off"], compared["num_responses"]
     if cut_off["cllm"] - cut_off["target"] <= max(_FEW_CUT_OFF, _MANY_CUT_OFF * total):
         return []
@@ -330,7 +330,7 @@ def _collapse_notes(compared: dict[str, Any], cllm_runs: Sequence[_Run], max_new
 
 
 def _describe_ended(cllm_runs: Sequence[_Run], max_new_tokens: int) -> str:
-    """Tokens per forward of the timed responses that are not cut off, behind a space; empty if there are none."""
+    """Tokens per forward pass of the timed responses that are not cut off, after a space; empty if there are none."""
     figures, count, total = [], 0, 0
     for run in cllm_runs:
         responses, forwards = run.result.responses, run.result.num_forwards
@@ -340,7 +340,9 @@ def _describe_ended(cllm_runs: Sequence[_Run], max_new_tokens: int) -> str:
             figures.append(f"{sum(len(responses[n]) for n in ended) / num_forwards:.2f} for {run.result.name}")
             count, total = len(ended), len(responses)
     return (
-        f" Tokens per forward of the {count} of {total} timed ones that end: {', '.join(figures)}." if figures else ""
+        f" Tokens per forward pass of the {count} of {total} timed ones that end: {', '.join(figures)}."
+        if figures
+        else ""
     )
 
 

@@ -94,7 +94,7 @@ def _explain_columns(report: dict[str, Any]) -> str:
         )
     if any(row["num_assistant_parameters"] is not None for row in rows):
         sentences.append(
-            "The assistant's parameters stand behind the +; its forwards do not count in tokens per forward."
+            "The assistant's parameters stand after the +; its forward passes do not count in tokens per forward pass."
         )
     return " ".join(sentences)
 

@@ -1,4 +1,4 @@
-"""Models with random weights in the sizes of real ones: their forwards cost the same, and nothing is downloaded."""
+"""Random weights in the sizes of real models: their forward passes cost the same, and nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ class Speed:
 
     Attributes:
         tokens_per_second (`float`): median over the prompts.
-        tokens_per_forward (`float`): all tokens over all forwards.
+        tokens_per_forward (`float`): all tokens over all forward passes.
         speedup (`float`, *optional*): median over the prompts of the tokens per second over those of the baseline.
     """
 
@@ -45,7 +45,7 @@ def measure_speed(
         `Speed`.
 
     Raises:
-        ValueError: if the sequences differ in length, hold times or forwards that are not positive or numbers of
+        ValueError: if the sequences differ in length, hold times or forward passes that are not positive or numbers of
             tokens below 0, or if there is no prompt with tokens.
     """
     baseline_tokens = tokens if baseline_tokens is None else baseline_tokens

@@ -56,14 +56,14 @@ def parse_train(arguments: Sequence[str]) -> TrainOptions:
     Read the options of `cllm train` from the command line and a YAML file, by TRL's parser.
 
     Args:
-        arguments (`Sequence[str]`): what stands behind `train`. Options win over the file of `--config`.
+        arguments (`Sequence[str]`): what stands after `train`. Options win over the file of `--config`.
 
     Returns:
         `TrainOptions`.
 
     Raises:
         OSError: if the YAML file cannot be read.
-        ValueError: for options that there are not, values that a class refuses, or a file that is not YAML.
+        ValueError: for unknown options, values that a class refuses, or a file that is not YAML.
         SystemExit: after `--help`, and with status 2 for missing options and values that cannot be read.
     """
     from trl import ModelConfig

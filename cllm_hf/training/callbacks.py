@@ -100,7 +100,7 @@ class CollapseCallback(TrainerCallback):
 
 class PlotCallback(TrainerCallback):
     """
-    Draws the losses and what evaluation decoded over updates into `training.png` in `output_dir`.
+    Draws the losses and what evaluation decoded over optimizer steps into `training.png` in `output_dir`.
 
     It is drawn anew after each evaluation, unless the last one is just being pushed to the Hub, and at the end. A plot
     that cannot be written gets a warning; the training goes on. [`CLLMTrainer`] adds this callback by itself unless

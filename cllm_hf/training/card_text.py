@@ -110,9 +110,9 @@ def introduction_text(facts: ModelFacts) -> str:
     what = "An adapter that makes" if facts.adapter else "A Consistency LLM (CLLM):"
     how = f"{base} a Consistency LLM (CLLM), trained" if facts.adapter else f"{base}, trained"
     return (
-        f"{what} {how} to guess several tokens at once. Jacobi decoding checks the guesses in one forward, and writes "
-        "exactly the text of decoding one token at a time (in 16 bits, up to near ties of two tokens). Made with "
-        "`cllm_hf`."
+        f"{what} {how} to guess several tokens at once. Jacobi decoding checks the guesses in one forward pass, and "
+        "writes exactly the text of decoding one token at a time (in 16 bits, up to near ties of two tokens). "
+        "Made with `cllm_hf`."
     )
 
 

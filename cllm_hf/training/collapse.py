@@ -197,7 +197,7 @@ def find_bad_data(
         for state, fixed_point in _drafts(record, response) if has_states else ():
             num_states += 1
             num_padding += set(state) == {pad_id} != set(fixed_point)
-            # Positions behind a wrong token are what the consistency loss is on.
+            # Positions after a wrong token are what the consistency loss is on.
             num_useful += state[:-1] != fixed_point[:-1]
     signs = []
     if num_short > num_records / 2:
@@ -229,7 +229,7 @@ def find_bad_data(
         signs.append(
             Sign(
                 "data_no_positions",
-                "No state of the training data has a token behind a wrong one, so that the consistency loss is over "
+                "No state of the training data has a token after a wrong one, so that the consistency loss is over "
                 "nothing and the model gains no speed. Build the dataset with longer responses or a larger "
                 "`block_size`.",
             )
@@ -238,7 +238,7 @@ def find_bad_data(
 
 
 def _drafts(record: Mapping[str, Any], response: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """The states of all blocks that are trained on, each with its fixed point, without what stands behind the end."""
+    """The states of all blocks that are trained on, each with its fixed point, without what stands after the end."""
     augmented: Sequence[Any] = record.get("augmented_states") or [[]] * len(record["states"])
     start = 0
     for trajectory, extra in zip(record["states"], augmented):

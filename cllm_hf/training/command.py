@@ -304,7 +304,7 @@ def _has_commit(model: ModelConfig, made_by: Mapping[str, Any]) -> bool:
 
 
 def _is_evaluated(state: Any) -> bool:
-    """Whether the last update was evaluated."""
+    """Whether the last optimizer step was evaluated."""
     return any("eval_loss" in log and log.get("step") == state.global_step for log in state.log_history)
 
 

@@ -107,7 +107,7 @@ class CLLMConfig(SFTConfig):
             Tokens over which the weight of a position falls to 1/e, counted from the first trained one of its block.
             By default all weigh the same.
         states_per_block (`int`, *optional*, defaults to `1`):
-            States that each block contributes to an update; they share the forward of the clean sequence.
+            States that each block contributes to an optimizer step; they share the forward pass of the clean sequence.
         state_sampling (`str`, *optional*, defaults to `"uniform"`):
             How they are chosen: `"uniform"`, or `"progressive"` for a noise that rises from block to block, in cycles
             of `noise_window` blocks (Jacobi Forcing, arXiv 2512.14681).
@@ -122,7 +122,8 @@ class CLLMConfig(SFTConfig):
             Where states are from: `"dataset"`, or `"online"` for those that the model, as it is, would hold while it
             decodes the responses. The dataset then needs no states.
         online_iterations (`int`, *optional*, defaults to `4`):
-            Most iterations that the states of an update are from their first drafts; each update draws a number.
+            Most iterations that the states of an optimizer step are from their first drafts; each optimizer step draws
+            a number.
         lossless (`bool`, *optional*, defaults to `False`):
             Whether to train an adapter that drafts for the model instead of one that changes it. The model itself is
             frozen, and decoding with the adapter gives the model's own text. The dataset needs no states.
@@ -141,15 +142,16 @@ class CLLMConfig(SFTConfig):
         on_collapse (`str`, *optional*, defaults to `"warn"`):
             What to do at signs that the model loses its quality: `"warn"`, `"stop"` the training too, or `"ignore"`.
         plot_run (`bool`, *optional*, defaults to `True`):
-            Whether to draw losses and tokens per forward over updates into `training.png` in `output_dir`.
+            Whether to draw losses and tokens per forward pass over optimizer steps into `training.png` in
+            `output_dir`.
 
     Raises:
         ValueError: for a value out of its range, options that exclude each other, or an option of `SFTConfig` that has
             no effect here.
     """
 
-    # What the losses were before the first update is what later ones are compared with.
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first update too."})
+    # What the losses were before the first optimizer step is what later ones are compared with.
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first optimizer step too."})
     ar_loss_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the AR loss: loss = consistency_loss + ar_loss_weight * ar_loss."},
@@ -180,7 +182,9 @@ class CLLMConfig(SFTConfig):
         default=None,
         metadata={"help": "Tokens over which the weight of a position falls to 1/e. By default it does not fall."},
     )
-    states_per_block: int = field(default=1, metadata={"help": "States that each block contributes to an update."})
+    states_per_block: int = field(
+        default=1, metadata={"help": "States that each block contributes to an optimizer step."}
+    )
     state_sampling: str = field(
         default="uniform",
         metadata={"help": "How states are chosen.", "choices": list(_CHOICES["state_sampling"])},
@@ -200,7 +204,8 @@ class CLLMConfig(SFTConfig):
         metadata={"help": "Where states are from.", "choices": list(_CHOICES["trajectory_source"])},
     )
     online_iterations: int = field(
-        default=4, metadata={"help": "Most iterations that the states of an update are from their first drafts."}
+        default=4,
+        metadata={"help": "Most iterations that the states of an optimizer step are from their first drafts."},
     )
     lossless: bool = field(
         default=False,
@@ -235,7 +240,9 @@ class CLLMConfig(SFTConfig):
     )
     plot_run: bool = field(
         default=True,
-        metadata={"help": "Draw losses and tokens per forward over updates into training.png in the output folder."},
+        metadata={
+            "help": "Draw losses and tokens per forward pass over optimizer steps, into training.png beside the model."
+        },
     )
 
     def __post_init__(self) -> None:

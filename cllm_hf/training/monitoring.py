@@ -39,7 +39,7 @@ class DecodingMeasures:
     Attributes:
         num_responses (`int`): decoded responses.
         num_tokens (`int`): their tokens.
-        num_forwards (`int`): forwards that each response took part in, prefill included, summed.
+        num_forwards (`int`): forward passes that each response took part in, prefill included, summed.
         num_blocks (`int`): blocks of the decoded responses that have a trajectory of their own.
         num_fast_forwarded (`int`): fast-forwarded tokens of those blocks.
         num_stationary (`int`): stationary tokens of those blocks.
@@ -183,7 +183,7 @@ def decoding_metrics(trainer: Any, dataloader: DataLoader, prefix: str) -> dict[
     if not args.num_monitored_prompts:
         return {}
     if _is_spread(trainer):
-        # Processes with different texts would wait for each other's forwards for ever.
+        # Processes with different texts would wait for each other's forward passes for ever.
         logger.warning_once(
             "Prompts are not decoded in evaluation: the weights of the model are spread over processes (FSDP, "
             "DeepSpeed ZeRO-3 or tensor parallelism). Measure the saved model with `cllm benchmark decode`, or set "
@@ -273,12 +273,12 @@ def _decode(
     limit: int,
     decoding: str,
 ) -> tuple[list[list[int]], int]:
-    """The responses to a batch of prompts, and the forwards that they took part in."""
+    """The responses to a batch of prompts, and the forward passes that they took part in."""
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    # Drafts of a batch get shorter when its foremost row comes near the limit. With room behind the limit each row
-    # takes as many forwards as it would alone.
+    # Drafts of a batch get shorter when its foremost row comes near the limit. With room after the limit each row
+    # takes as many forward passes as it would alone.
     last: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = block_size if last is None else max(min(block_size, last - longest - limit), 0)
     options = GenerationConfig(

@@ -1,4 +1,4 @@
-"""A picture of a training run: its losses, tokens per forward and quality, over updates."""
+"""A picture of a training run: its losses, tokens per forward pass and quality, over optimizer steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WIDEST_RATIO = 20  # of the values of an axis; beyond, a logarithmic one shows 
 @dataclass
 class Curve:
     """
-    Values over updates.
+    Values over optimizer steps.
 
     Attributes:
         updates (`list[int]`): where there is a value.
@@ -52,14 +52,14 @@ class Curve:
 
 def plot_run(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """
-    Plot the losses of a run and, if prompts were decoded in evaluation, tokens per forward and quality.
+    Plot the losses of a run and, if prompts were decoded in evaluation, tokens per forward pass and quality.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`): as `trainer.state.log_history` has it.
         path (`pathlib.Path`): PNG file to write; the same log gives the same bytes.
 
     Returns:
-        `bool`: whether it was written. It is not if nothing was logged at two updates or more.
+        `bool`: whether it was written. It is not if nothing was logged at two optimizer steps or more.
 
     Raises:
         ImportError: if there is no matplotlib.
@@ -91,10 +91,11 @@ def read_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     Sort a log by name.
 
     Args:
-        log_history (`Sequence[Mapping[str, Any]]`): entries with their `step`, the number of the update.
+        log_history (`Sequence[Mapping[str, Any]]`): entries with their `step`, the number of the optimizer step.
 
     Returns:
-        `dict[str, Curve]`: by name. An update that was logged twice, as by a run that was resumed, has its last value.
+        `dict[str, Curve]`: by name. An optimizer step that was logged twice, as by a run that was resumed, has its
+            last value.
     """
     found: dict[str, dict[int, float]] = {}
     for entry in log_history:

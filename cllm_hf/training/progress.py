@@ -17,7 +17,7 @@ _INCIDENTAL = ("runtime", "_per_second", "total_flos", "epoch", "num_tokens")
 
 class UpdateBar(TrainerCallback):
     """
-    A progress bar over updates that shows logged values, and a line for each evaluation.
+    A progress bar over optimizer steps that shows logged values, and a line for each evaluation.
 
     Args:
         values (`str`): their names.
@@ -62,7 +62,7 @@ class UpdateLines(TrainerCallback):
 
 def format_log(update: int, num_updates: int, logs: Mapping[str, Any]) -> str:
     """
-    Write what was logged after an update as a line.
+    Write what was logged after an optimizer step as a line.
 
     Args:
         update (`int`): how many there were.

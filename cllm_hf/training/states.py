@@ -1,5 +1,5 @@
 """
-Which states are trained on: pure functions from the candidates of each block to the draft blocks of an update.
+Which states are trained on: pure functions from the candidates of each block to the draft blocks of an optimizer step.
 
 All randomness is a number that the caller draws for each record. The choice for a record thus depends neither on the
 batch nor on the process that it is in, and a resumed run makes the same one.

@@ -111,14 +111,14 @@ def parse_collect(arguments: Sequence[str]) -> CollectArguments:
     Read the options of `cllm collect` from the command line and a YAML file, by TRL's parser.
 
     Args:
-        arguments (`Sequence[str]`): what stands behind `collect`. Options win over the file of `--config`.
+        arguments (`Sequence[str]`): what stands after `collect`. Options win over the file of `--config`.
 
     Returns:
         `CollectArguments`.
 
     Raises:
         OSError: if the YAML file cannot be read.
-        ValueError: for options that there are not, values that the class refuses, or a file that is not YAML.
+        ValueError: for unknown options, values that the class refuses, or a file that is not YAML.
         SystemExit: after `--help`, and with status 2 for missing options and values that cannot be read.
     """
     from ..parsing import OptionParser

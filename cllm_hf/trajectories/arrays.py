@@ -205,7 +205,7 @@ def count_by_block(
         states (`numpy.ndarray` of shape `(total_states, block_size)`): states of all blocks, one after another.
         num_states (`numpy.ndarray` of shape `(num_blocks,)`): states of each block, at least one.
         block_lengths (`numpy.ndarray` of shape `(num_blocks,)`): tokens of each block that lie in its response; what
-            stands behind is padding and counts as right.
+            stands after is padding and counts as right.
 
     Returns:
         three `numpy.ndarray` of shape `(num_blocks,)`.
@@ -222,7 +222,7 @@ def count_by_block(
     leading = count_leading(torch.from_numpy(~wrong)).numpy().clip(max=block_lengths[block])
 
     gained = np.diff(leading, append=0) - 1
-    gained[ends] = 0  # behind a fixed point stands another block
+    gained[ends] = 0  # after a fixed point stands another block
     fast_forwarded = np.add.reduceat(np.maximum(gained, 0), starts)
 
     # From the state after the last in which it is wrong, a token is right for good. It is stationary if something

@@ -7,7 +7,7 @@ import numpy as np
 
 def augment_states(trajectory: list[list[int]], length: int, rng: np.random.Generator) -> list[list[int]]:
     """
-    Make states with more right tokens behind wrong ones than the target model's own states have.
+    Make states with more right tokens after wrong ones than the target model's own states have.
 
     Let `w_1 < .. < w_m` be the positions where a state differs from the fixed point. Of `w_2 .. w_m`, `floor(m / 2)`
     are drawn, each time from all of them, and get the fixed point's tokens; `w_1` stays wrong, so that no more leading
@@ -18,7 +18,7 @@ def augment_states(trajectory: list[list[int]], length: int, rng: np.random.Gene
     Args:
         trajectory (`list[list[int]]`): states of a block from the first draft to the fixed point, each of shape
             `(block_size,)`.
-        length (`int`): tokens of the block that lie in the response; those behind are padding and stay as they are.
+        length (`int`): tokens of the block that lie in the response; those after are padding and stay as they are.
         rng (`numpy.random.Generator`): of the draws; the same state of it gives the same result.
 
     Returns:

@@ -15,7 +15,7 @@ class BlockTrajectory:
     The states of a block, from the first draft to the fixed point.
 
     Attributes:
-        states (`list[list[int]]`): each as long as the block is in its response; padding behind that is left out.
+        states (`list[list[int]]`): each as long as the block is in its response; padding after that is left out.
         number (`int`): of the block in its response, from 0.
         start (`int`): place of its first token in the response, from 0.
         is_trajectory (`bool`): `False` for the single state of a block in which the response is not greedy: those are

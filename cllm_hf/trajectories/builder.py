@@ -36,8 +36,8 @@ class TrajectoryBuilder:
     Records how blocks of a model's greedy responses converge under Jacobi iteration (CLLM, arXiv 2403.00835).
 
     The responses are decoded first, in batches, unless they are given. Then all blocks of a batch of responses iterate
-    together in one packed forward an iteration, from first drafts drawn at random from the prompt's tokens; what has
-    converged leaves the forward.
+    together in one packed forward pass an iteration, from first drafts drawn at random from the prompt's tokens; what
+    has converged leaves the forward pass.
 
     With an `output_dir` every finished batch is kept on disk. A run that is interrupted or killed goes on where it was
     when it is started again, and ends with the same bytes. Several processes (`torchrun`, `accelerate launch`) share

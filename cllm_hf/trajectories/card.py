@@ -209,7 +209,7 @@ def _introduction(manifests: Mapping[str, Mapping[str, Any]], names: list[str]) 
     return (
         f"How blocks of responses of {', '.join(models)} converge under Jacobi iteration: {records:,} responses, each "
         "with the trajectories of its blocks. A language model trained on them learns to guess several tokens at once "
-        "(a Consistency LLM, CLLM), and writes the same kind of text in fewer forwards. Made with `cllm_hf`."
+        "(a Consistency LLM, CLLM), and writes the same kind of text in fewer forward passes. Made with `cllm_hf`."
     )
 
 
@@ -224,9 +224,9 @@ def _columns_text(manifests: Collection[Mapping[str, Any]]) -> str:
     sizes = sorted({manifest["options"]["block_size"] for manifest in manifests})
     return (
         f"A row is one response. It is cut into blocks of {' or '.join(map(str, sizes))} tokens. A block starts as a "
-        "draft, drawn at random from the prompt's tokens; in each iteration one forward of the model over the draft "
-        "gives the next state, until nothing changes: the fixed point, which is the response's own text. Behind the "
-        "end of a response states are padding and mean nothing.\n\n" + table(("column", "content"), rows)
+        "draft, drawn at random from the prompt's tokens; in each iteration one forward pass of the model over the "
+        "draft gives the next state, until nothing changes: the fixed point, which is the response's own text. After "
+        "the end of a response states are padding and mean nothing.\n\n" + table(("column", "content"), rows)
     )
 
 

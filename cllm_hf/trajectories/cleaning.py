@@ -12,9 +12,9 @@ from typing import Any
 from ..options import as_integer
 
 
-# A period within a number, a name or an address ends no sentence. Behind one that does, a space may be missing.
+# A period within a number, a name or an address ends no sentence. After one that does, a space may be missing.
 _SENTENCE_END = re.compile(r"[!?！？。｡।؟…\n]|\.(?!\w)|(?<=[a-z])\.(?=[A-Z])|．(?!\d)")
-# Nor does one behind a title, or behind what is written short in the middle of a sentence.
+# Nor does one after a title, or after what is written short in the middle of a sentence.
 _ABBREVIATION = re.compile(r"\b(?:(?:Mr|Mrs|Ms|Dr|Prof|St)\.(?=\s+[A-Z])|(?:vs|approx|e\.g|i\.e)\.)")
 _WORDS = re.compile(r"\w(?:.*\w)?")
 _SHORTEST_SENTENCE = 10
@@ -35,7 +35,7 @@ class CleaningRules:
         max_sentence_repeats (`int`, *optional*, defaults to 3): a response is dropped in which one sentence stands
             more than this many times, anywhere in it: with 3, the fourth time is too much. A sentence goes to the next
             `.`, `!`, `?`, line end or their like in other scripts; a period within a number or a name (`3.5`,
-            `example.com`) or behind a title (`Mr.`) ends none. Case, spaces, and signs around it make no difference,
+            `example.com`) or after a title (`Mr.`) ends none. Case, spaces, and signs around it make no difference,
             and those of less than 10 characters do not count. Lines of program code are sentences too: for code take a
             larger number or `None`.
         drop_empty (`bool`, defaults to `True`): whether a response is dropped that has no tokens but stop tokens, or

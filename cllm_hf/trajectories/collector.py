@@ -19,7 +19,7 @@ from ..blocks.ties import judge_greedy
 from .arrays import piece_starts
 
 
-# Draft tokens that keep a device busy; more are split so that each forward reads fewer columns.
+# Draft tokens that keep a device busy; more are split so that each forward pass reads fewer columns.
 _LEAST_TOKENS = 2048
 
 
@@ -32,7 +32,7 @@ class Request:
         prompt_ids (`list[int]`): tokens of the prompt, at least one.
         response_ids (`list[int]`): tokens of the response, at least one.
         seed (`tuple[int, int]`): of its first drafts: seed of the run and number of the prompt.
-        may_stop (`bool`): whether the model's stop token may be missing behind the response, as in text from a serving
+        may_stop (`bool`): whether the model's stop token may be missing after the response, as in text from a serving
             engine. It is added if that is the model's next token.
     """
 
@@ -72,7 +72,7 @@ def draw_first_states(
         prompt_ids (`list[int]`): tokens to draw from, with replacement.
         response_length (`int`): tokens of the response.
         block_size (`int`): tokens of a block.
-        pad_id (`int`): stands behind the end of the response.
+        pad_id (`int`): stands after the end of the response.
         seed (`tuple[int, int]`): seed of the run and number of the prompt, so that a draw does not depend on batches.
 
     Returns:
@@ -100,13 +100,13 @@ def collect_trajectories(
     most `block_size` iterations: an iteration makes at least one more leading token right. At a near tie the token of
     the response is right, so that the response is the fixed point. Only what is not settled is computed: the response
     is read once into a cache, the leading tokens of a block that are right already are read from there, and blocks and
-    responses that are done leave the forward.
+    responses that are done leave the forward pass.
 
     Args:
         model (`transformers.PreTrainedModel`): the target model, in evaluation mode.
         requests (`list[Request]`): the responses.
         block_size (`int`): tokens of a block.
-        pad_id (`int`): stands behind the end of a response.
+        pad_id (`int`): stands after the end of a response.
         stop_ids (`Collection[int]`): the model's stop tokens.
         keep_not_greedy (`bool`): whether responses that are not the model's own get states too.
 
@@ -125,7 +125,8 @@ def collect_trajectories(
 
 def _bands(blocks: _Blocks) -> list[np.ndarray]:
     """
-    Group blocks that stand equally far behind their prompts, so that a forward reads no more columns than they need.
+    Group blocks that stand equally far after their prompts, so that a forward pass reads no more columns than they
+    need.
 
     A band has enough tokens to keep the device busy, so few responses are one band.
     """
@@ -157,7 +158,7 @@ def _converge(model: PreTrainedModel, clean: _Clean, blocks: _Blocks) -> list[li
 @dataclass
 class _Clean:
     """
-    The responses behind their prompts, read once.
+    The responses after their prompts, read once.
 
     Attributes:
         ids (`torch.LongTensor` of shape `(num_rows, clean_length)`): prompts and responses, padded on the right.
@@ -319,9 +320,9 @@ def _judge(
 
 def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np.ndarray) -> np.ndarray:
     """
-    One forward over what is not settled of some blocks.
+    One forward pass over what is not settled of some blocks.
 
-    Behind its leading right tokens a block has a wrong one. What the model says there is known: all before it is as in
+    After its leading right tokens a block has a wrong one. What the model says there is known: all before it is as in
     the response, so it is the response's token, also at a near tie. The block is fed from that wrong token on. What
     stands before it, the block would read from its own columns in an unpacked forward; it equals the clean sequence
     and is read from there.

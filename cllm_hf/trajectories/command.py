@@ -309,7 +309,7 @@ def _make_builder(options: CollectArguments, collection: CollectionOptions, show
 
 
 def _load_all(name: str, options: argparse.Namespace) -> Dataset:
-    """All splits, one behind the other, if none is named; of an unfinished collection what there is."""
+    """All splits, one after the other, if none is named; of an unfinished collection what there is."""
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
         loaded: Any = load_trajectories(name, split=options.split, name=options.config_name, allow_incomplete=True)
     return concatenate_datasets(list(loaded.values())) if isinstance(loaded, DatasetDict) else loaded

@@ -52,7 +52,7 @@ def push_trajectories(
     Everything goes into one commit, so that nobody ever sees half of it. Shards of an earlier push of the same
     configuration that are no longer there are deleted in it; other files and other configurations stay. The card tells
     of all configurations in the repository. What others have written into it stays too: a card without our marks keeps
-    all its text and metadata and gets ours behind it, and of one with marks only what stands between them is replaced,
+    all its text and metadata and gets ours after it, and of one with marks only what stands between them is replaced,
     because the text of a card is its author's work and ours can be made anew at any time.
 
     Files of the configuration `"default"` lie at the top of the repository, those of others in a folder of their name,

@@ -28,7 +28,7 @@ def format_record(
     """
     Draw a trajectory record: its prompt, its response, and the states of its blocks, a line each.
 
-    Tokens that are right are blue, wrong ones red; without color wrong ones stand in brackets. Padding behind the end
+    Tokens that are right are blue, wrong ones red; without color wrong ones stand in brackets. Padding after the end
     of the response is left out. Blocks that are too wide are drawn in several parts, one below the other.
 
     Args:
@@ -181,7 +181,7 @@ def indented(text: str) -> str:
         text (`str`): the text.
 
     Returns:
-        `str`: printable, with its own lines, each behind four spaces.
+        `str`: printable, with its own lines, each after four spaces.
     """
     lines = ("".join(c if c.isprintable() else _escaped(c) for c in line) for line in text.split("\n"))
     return "\n".join(f"    {line}".rstrip() for line in lines)

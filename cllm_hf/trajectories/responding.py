@@ -13,7 +13,7 @@ from .._host import input_device
 from ..blocks.rules import count_until_stop
 
 
-# Logits of a forward at most, so that a large vocabulary does not fill the memory: a gigabyte in float32.
+# Logits of a forward pass at most, so that a large vocabulary does not fill the memory: a gigabyte in float32.
 _MOST_LOGITS = 2**28
 
 
@@ -58,7 +58,7 @@ def split_batches(rows: Sequence[Any], batch_size: int) -> list[list[Any]]:
 
 def limit_tokens(model: PreTrainedModel, budget: int) -> int:
     """
-    Lower a budget of tokens to what a forward with logits for half of them may hold.
+    Lower a budget of tokens to what a forward pass with logits for half of them may hold.
 
     Args:
         model (`transformers.PreTrainedModel`): the model.

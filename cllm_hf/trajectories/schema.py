@@ -2,7 +2,7 @@
 The trajectory record: one row a response, and the checks that a dataset holds such rows.
 
 `states[b][j]` is state `j` of block `b`: `states[b][0]` is its first draft and `states[b][-1]` its fixed point, which
-is stored once. Every state has `block_size` tokens; behind the end of the response they are padding and mean nothing.
+is stored once. Every state has `block_size` tokens; after the end of the response they are padding and mean nothing.
 `is_greedy` is whether the response is the target model's own greedy output, where either token of a near tie counts as
 greedy (`blocks.ties`); where it is not, the blocks in which it departs from that hold one state, the response's own
 tokens. `augmented_states[b]`, where a dataset has that column, are further states of block `b`: for training, and no
@@ -59,7 +59,7 @@ def end_points(states: list[list[list[int]]], response_length: int) -> list[int]
 
     Args:
         states (`list[list[list[int]]]`): the states of each block.
-        response_length (`int`): tokens of the response; what stands behind is padding.
+        response_length (`int`): tokens of the response; what stands after is padding.
 
     Returns:
         `list[int]`: the tokens.

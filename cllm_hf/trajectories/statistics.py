@@ -48,7 +48,7 @@ class TrajectoryStatistics:
     These are sums and counts only, so that those of two shards can be added. Let `s_0 .. s_k` be a block's states,
     `s_k` its fixed point, and `p_j` the number of leading right tokens of `s_j`, all within the response. Then the
     block takes `k` iterations, its iteration `j` fast-forwards `max(p_{j+1} - p_j - 1, 0)` tokens, and a position is a
-    stationary token if some state has it right behind a wrong token, and all later states have it right too.
+    stationary token if some state has it right after a wrong token, and all later states have it right too.
 
     Attributes:
         block_size (`int`): tokens of a block.
@@ -136,7 +136,7 @@ class TrajectoryStatistics:
         Tokens of all trajectories over the iterations that they take; `nan` without iterations.
 
         Tokens that the first draft had right count, as they do in decoding. The prefill and confirming iterations are
-        left out, so that tokens per forward in decoding is another figure.
+        left out, so that tokens per forward pass in decoding is another figure.
         """
         total = sum(value * number for value, number in self.iterations.items())
         return (self.num_tokens - self.num_left_out_tokens) / total if total else math.nan

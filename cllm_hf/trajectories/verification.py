@@ -1,4 +1,4 @@
-"""Recomputing transitions of a dataset by plain forwards, to see that they are what the model does."""
+"""Recomputing transitions of a dataset by plain forward passes, to see that they are what the model does."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ def verify_transitions(
     model: PreTrainedModel, dataset: Dataset, count: int = 1000, seed: int = 0, show_progress: bool = False
 ) -> VerificationReport:
     """
-    Recompute transitions of a dataset, drawn at random without replacement, each by one plain forward.
+    Recompute transitions of a dataset, drawn at random without replacement, each by one plain forward pass.
 
     A transition leads from a state of a block to the next one, and from the fixed point to itself. Its forward sees
     the prompt, the response before the block and the state, in a batch of one, without a cache or a mask: nothing is
-    shared with the packed forwards that built the dataset. Positions behind the end of the response mean nothing and
-    are not compared. At a near tie a token holds that is not the best one. Blocks of a single state in records whose
-    `is_greedy` is false are no trajectories and are left out.
+    shared with the packed forward passes that built the dataset. Positions after the end of the response mean nothing
+    and are not compared. At a near tie a token holds that is not the best one. Blocks of a single state in records
+    whose `is_greedy` is false are no trajectories and are left out.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the target model, as the dataset was built with it.

@@ -58,7 +58,7 @@ class CollectionResult:
 
     @property
     def num_state_tokens(self) -> int:
-        """`int`: tokens of all their states, without what stands behind the end of a response."""
+        """`int`: tokens of all their states, without what stands after the end of a response."""
         total = 0
         for response, states in self.trajectories.values():
             block_size = len(states[0][0])

@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
 def _add_overhead(kinds: Any) -> None:
     overhead = kinds.add_parser(
         "overhead",
-        help="compare an iteration of Jacobi decoding with the bare forward in it",
+        help="compare an iteration of Jacobi decoding with the bare forward pass in it",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     overhead.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
@@ -121,12 +121,12 @@ def _add_train(kinds: Any) -> None:
     train.add_argument("--prompt-length", type=positive, help="longest prompt of a shape, 64 if not given")
     train.add_argument("--response-length", type=positive, help="longest response of a shape, 128 if not given")
     train.add_argument("--block-size", type=positive, help="tokens of a block of a shape, 16 if not given")
-    train.add_argument("--batch-size", type=positive, default=8, help="records of an update of CLLMTrainer")
+    train.add_argument("--batch-size", type=positive, default=8, help="records of an optimizer step of CLLMTrainer")
     train.add_argument(
-        "--steps", type=positive, default=4, help="its updates in a round; all ways train on the same records"
+        "--steps", type=positive, default=4, help="its optimizer steps in a round; all ways train on the same records"
     )
     train.add_argument("--rounds", type=positive, default=3, help="turns of each way")
-    train.add_argument("--states-per-block", type=positive, default=1, help="of an update of CLLMTrainer")
+    train.add_argument("--states-per-block", type=positive, default=1, help="of an optimizer step of CLLMTrainer")
     train.add_argument("--gradient-checkpointing", action="store_true", help="in all ways")
     add_common(train)
 
@@ -156,7 +156,7 @@ def run_overhead(options: argparse.Namespace) -> str:
             model = make_random_model(name, options.seed, shape_dtype(options, device), device)
         else:
             model = load_model(name, options, device)
-            # Every iteration counts, also behind the end of the text, and none of the model's own processors.
+            # Every iteration counts, also after the end of the text, and none of the model's own processors.
             base_model_of(model).generation_config = model.generation_config = GenerationConfig(pad_token_id=0)
         vocab_size = model.config.get_text_config().vocab_size
         prompt = random_prompts(vocab_size, 1, options.prompt_length, options.seed)[0]

@@ -1,4 +1,4 @@
-"""What `examples/benchmark.py overhead` does: the time of an iteration over the time of the bare forward in it."""
+"""What `benchmark.py overhead` does: the time of an iteration over the time of the bare forward pass in it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def overhead_methods(model: Any, block_sizes: Sequence[int], is_compiled: bool =
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
         block_sizes (`Sequence[int]`): values of `jacobi_block_size`.
-        is_compiled (`bool`): whether to have each with a compiled forward too.
+        is_compiled (`bool`): whether to have each with a compiled forward pass too.
 
     Returns:
         `list[DecodingMethod]`.
@@ -49,15 +49,15 @@ def measure_overhead(
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """
-    Measure iterations inside `generate` and bare forwards of the same widths and cache lengths, in turns.
+    Measure iterations inside `generate` and bare forward passes of the same widths and cache lengths, in turns.
 
     Args:
         methods (`Sequence[DecodingMethod]`): of one model whose text does not end by itself.
         prompt (`list[int]`): token ids.
         iterations (`int`): iterations of a round.
         rounds (`int`): how often each method has its turn, after one turn that is left out.
-        pairs (`bool`, *optional*): whether iterations are clocked one by one, each beside a bare forward; otherwise a
-            long `generate` less a short one is. By default so on CPU only; compiled methods never.
+        pairs (`bool`, *optional*): whether iterations are clocked one by one, each beside a bare forward pass;
+            otherwise a long `generate` less a short one is. By default so on CPU only; compiled methods never.
         show_progress (`bool`): whether to draw a progress bar.
 
     Returns:
@@ -111,7 +111,7 @@ def format_overhead(reports: Sequence[dict[str, Any]]) -> str:
     ]
     settings = reports[0]["settings"]
     setting = (
-        f"{settings['rounds']} rounds of {settings['iterations']} iterations behind a prompt of "
+        f"{settings['rounds']} rounds of {settings['iterations']} iterations after a prompt of "
         f"{settings['prompt_length']} tokens."
     )
     machines = [f"{report['name']}: {format_environment(report['environment'])}" for report in reports]
@@ -123,7 +123,7 @@ def _width(method: DecodingMethod) -> int:
 
 
 def _generate(method: DecodingMethod, prompt: list[int], max_new_tokens: int) -> tuple[float, list[int]]:
-    """Seconds of a `generate`, and the tokens gained in each of its forwards."""
+    """Seconds of a `generate`, and the tokens gained in each of its forward passes."""
     input_ids = torch.tensor([prompt], device=method.model.device)
     synchronize(input_ids.device)
     start = time.perf_counter()
@@ -144,13 +144,14 @@ def _generate(method: DecodingMethod, prompt: list[int], max_new_tokens: int) ->
 
 def _full_iterations(prompt_length: int, width: int, max_new_tokens: int, committed: list[int]) -> list[int]:
     """
-    Find the forwards after the prefill that are as wide as they can be: near the end there is less left to guess.
+    Find the forward passes after the prefill that are as wide as they can be: near the end there is less left to
+    guess.
 
     Args:
         prompt_length (`int`): tokens of the prompt.
-        width (`int`): tokens that a forward feeds when it is not near the end.
+        width (`int`): tokens that a forward pass feeds when it is not near the end.
         max_new_tokens (`int`): longest response.
-        committed (`list[int]`): tokens gained in each forward, prefill first.
+        committed (`list[int]`): tokens gained in each forward pass, prefill first.
 
     Returns:
         `list[int]`: tokens in the cache before each.
@@ -162,9 +163,9 @@ def _full_iterations(prompt_length: int, width: int, max_new_tokens: int, commit
 
 def _paired_iterations(method: DecodingMethod, prompt: list[int], iterations: int) -> dict[str, list[float]]:
     """
-    Clock each iteration from one call of the model to the next, and a bare forward like it just before.
+    Clock each iteration from one call of the model to the next, and a bare forward pass like it just before.
 
-    Neighbors meet the machine at the same speed. The hook that runs the bare forward stops the iteration's clock.
+    Neighbors meet the machine at the same speed. The hook that runs the bare forward pass stops the iteration's clock.
     """
     model, width = method.model, _width(method)
     bare = BareForward(model, width)
@@ -179,7 +180,7 @@ def _paired_iterations(method: DecodingMethod, prompt: list[int], iterations: in
         if start is not None:
             pairs["iteration_seconds"].append(time.perf_counter() - start)
             start = None
-        # Near the end there is less left to guess, and forwards are narrower.
+        # Near the end there is less left to guess, and forward passes are narrower.
         if not is_prefill and kwargs["input_ids"].shape[1] == width and len(pairs["forward_seconds"]) < iterations:
             is_bare = True
             pairs["forward_seconds"].append(bare.seconds(kwargs["past_key_values"].get_seq_length()))
@@ -199,7 +200,7 @@ def _paired_iterations(method: DecodingMethod, prompt: list[int], iterations: in
 
 
 def _mean_iteration(method: DecodingMethod, prompt: list[int], iterations: int) -> dict[str, list[float]]:
-    """Clock a long `generate` less a short one, which share prefill and end, then bare forwards like those between."""
+    """Clock a long `generate` less a short one, which share prefill and end, then bare forward passes as between."""
     short_seconds, short = _generate(method, prompt, _width(method))
     max_new_tokens = iterations + _width(method)
     long_seconds, long = _generate(method, prompt, max_new_tokens)

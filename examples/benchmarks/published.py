@@ -24,19 +24,19 @@ def collect_one_by_one(
     """
     Decode a response to one prompt by Jacobi iteration, one block after the other, and record the states.
 
-    Written from the description, for any causal language model. An iteration is one forward over prompt, earlier
+    Written from the description, for any causal language model. An iteration is one forward pass over prompt, earlier
     blocks and the block's state, without a cache, and the argmax at all places of the block. A block ends when two
-    states in a row are equal, and the next one continues from its fixed point. The forward is the model's plain one,
-    which computes the logits of all positions, also those that nobody looks at.
+    states in a row are equal, and the next one continues from its fixed point. The forward pass is the model's plain
+    one, which computes the logits of all positions, also those that nobody looks at.
 
     Args:
         model (`transformers.PreTrainedModel`): the target model, in evaluation mode.
         prompt_ids (`list[int]`): token ids of the prompt.
         first_states (`numpy.ndarray` of shape `(num_blocks, block_size)`): first drafts of the blocks of a response
-            of `max_new_tokens` tokens; those behind its end are not looked at.
+            of `max_new_tokens` tokens; those after its end are not looked at.
         max_new_tokens (`int`): longest response, in tokens; the last block is cut there.
         stop_ids (`Collection[int]`): tokens that end a response.
-        pad_id (`int`): stands behind the end of the response.
+        pad_id (`int`): stands after the end of the response.
 
     Returns:
         `tuple[list[int], list[list[list[int]]]]`: token ids of the response, and for each of its blocks the states
@@ -82,6 +82,6 @@ def _iterate(model: Any, context: list[int], first_state: list[int]) -> list[lis
 
 
 def _in_response(trajectory: list[list[int]], length: int, block_size: int, pad_id: int) -> list[list[int]]:
-    """The states with padding behind the end of the response; some then are the one before once more."""
+    """The states with padding after the end of the response; some then are the one before once more."""
     padded = [state[:length] + [pad_id] * (block_size - length) for state in trajectory]
     return padded[:1] + [state for before, state in zip(padded, padded[1:]) if state != before]

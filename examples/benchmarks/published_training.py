@@ -19,7 +19,7 @@ class StateExample:
         prompt_ids (`list[int]`): token ids of the prompt.
         response_ids (`list[int]`): token ids of the whole response.
         block (`int`): number of the block.
-        state (`list[int]`): a state of it, without what stands behind the end of the response.
+        state (`list[int]`): a state of it, without what stands after the end of the response.
         start (`int`): position of the first token of the block in prompt and response.
     """
 
@@ -36,7 +36,7 @@ class StateExample:
 
     @property
     def end(self) -> int:
-        """`int`: position behind the last token of the block."""
+        """`int`: position after the last token of the block."""
         return self.start + len(self.state)
 
     @property
@@ -48,7 +48,7 @@ class StateExample:
 
     @property
     def num_loss_positions(self) -> int:
-        """`int`: positions behind the first wrong token: at that one itself both distributions are still the same."""
+        """`int`: positions after the first wrong token: at that one itself both distributions are still the same."""
         return max(len(self.state) - self.first_wrong - 1, 0)
 
 
@@ -82,7 +82,7 @@ def trainable_blocks(record: Mapping[str, Any]) -> list[int]:
 
 def block_length(record: Mapping[str, Any], block: int) -> int:
     """
-    Tokens of a block, without padding behind the end of the response.
+    Tokens of a block, without padding after the end of the response.
 
     Args:
         record (`Mapping[str, Any]`): a trajectory record.
@@ -128,24 +128,26 @@ def published_step(
     model: Any, example: StateExample, ar_loss_weight: float, scale: float = 1.0, keeps_target_graph: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Three forwards and two backwards over one state of one block; the gradients are added to those that are there.
+    Three forward passes and two backwards over one state of one block; the gradients are added to those that are
+    there.
 
     Written from the description, for any causal language model. The AR loss is the cross entropy of the response, in
-    a forward over prompt and whole response, and has a backward of its own. The consistency loss is the soft cross
-    entropy, the forward Kullback-Leibler divergence but for a constant,
+    a forward pass over prompt and whole response, and has a backward of its own. The consistency loss is the soft
+    cross entropy, the forward pass Kullback-Leibler divergence but for a constant,
 
         mean over positions from the first wrong token on of - sum_v p(v | fixed point) log q(v | state)
 
-    with `p` from a second forward over prompt, earlier blocks and fixed point, which takes no gradient, and `q` from a
-    third over the same with the state. The forwards are the model's plain ones, which compute the logits of all
-    positions. The losses look at no more logits than they need: the published code turns all of them to float32.
+    with `p` from a second forward pass over prompt, earlier blocks and fixed point, which takes no gradient, and `q`
+    from a third over the same with the state. The forward passes are the model's plain ones, which compute the logits
+    of all positions. The losses look at no more logits than they need: the published code turns all of them to
+    float32.
 
     Args:
         model (`transformers.PreTrainedModel`): the model, in training mode.
         example (`StateExample`): the state.
         ar_loss_weight (`float`): weight of the AR loss.
         scale (`float`): of both losses before their backwards, to accumulate gradients.
-        keeps_target_graph (`bool`): whether the second forward builds a graph, which lives until the step is done
+        keeps_target_graph (`bool`): whether the second forward pass builds a graph, which lives until the step is done
             and is never gone back through, as in the published code.
 
     Returns:
@@ -161,7 +163,7 @@ def published_step(
             # A copy, since a part of them would hold the logits of all positions.
             targets = _target_logits(model, example).clone()
     cross_entropies = soft_cross_entropy(_state_logits(model, example), targets)
-    # A state that differs from the fixed point behind the end of the response only has nothing to learn from.
+    # A state that differs from the fixed point after the end of the response only has nothing to learn from.
     consistency = cross_entropies.sum() / max(len(cross_entropies), 1)
     (scale * consistency).backward()
     return consistency.detach(), ar
@@ -202,7 +204,7 @@ def soft_cross_entropy(logits: torch.Tensor, target_logits: torch.Tensor) -> tor
 
 def published_ar_loss(model: Any, example: StateExample) -> torch.Tensor:
     """
-    Mean cross entropy of the tokens of the response, in a forward over prompt and response.
+    Mean cross entropy of the tokens of the response, in a forward pass over prompt and response.
 
     Args:
         model (`transformers.PreTrainedModel`): the model.

@@ -162,9 +162,9 @@ def measure_training(
     """
     Train in several ways, in turns, so that a change of the machine's speed meets all of them.
 
-    Before the clocks start, each method makes one update, which also makes the state of the optimizer. A clock is
-    around whole updates: from records to tensors, forwards, backwards, optimizer. Memory is measured in updates of its
-    own, off the clock, on the longest records.
+    Before the clocks start, each method makes one optimizer step, which also makes the state of the optimizer. A clock
+    is around whole updates: from records to tensors, forward passes, backwards, optimizer. Memory is measured in
+    optimizer steps of its own, off the clock, on the longest records.
 
     Args:
         methods (`Sequence[TrainingMethod]`): what to compare.
@@ -202,7 +202,7 @@ def _measure_memory(result: TrainingResult, device: torch.device) -> None:
         result.method.update_largest()
         synchronize(device)
     if result.method.count_loss_positions is not None:
-        result.method.count_loss_positions()  # those of this update are not of the next round
+        result.method.count_loss_positions()  # those of this optimizer step are not of the next round
     if memory.num_bytes is not None:
         result.peak_memory = max(memory.num_bytes, result.peak_memory or 0)
 
@@ -218,7 +218,13 @@ def format_training(report: dict[str, Any]) -> str:
         `str`: table, setting, machine and notes.
     """
     settings = report["settings"]
-    header = ["method", "records an update", "draft tokens an update", "with a loss", "draft tokens/s"]
+    header = [
+        "method",
+        "records an optimizer step",
+        "draft tokens per optimizer step",
+        "with a loss",
+        "draft tokens/s",
+    ]
     header += ["speed-up", "over accumulated", "peak MiB"]
     rows = [
         [
@@ -240,12 +246,13 @@ def format_training(report: dict[str, Any]) -> str:
     checkpointing = "with" if settings["gradient_checkpointing"] else "without"
     setting = (
         f"{lengths} tokens, blocks of {settings['block_size']}, {settings['states_per_block']} of the states of a "
-        f"block an update of {TRAINER}; {settings['num_records']} records, {checkpointing} gradient checkpointing, "
-        f"{settings['optimizer']}. Rounds: {settings['rounds']}. The published procedure, written anew from its "
-        "description, has one state of one block of one record an update, three forwards and two backwards; "
-        "accumulated, an update has a state of every block of a record, one after the other. Peak memory is beside "
-        "weights and state of the optimizer, and that of an update with every block of the longest record, "
-        f"accumulated by the published procedure, or of as many of the longest as an update of {TRAINER} has."
+        f"block an optimizer step of {TRAINER}; {settings['num_records']} records, {checkpointing} gradient "
+        f"checkpointing, {settings['optimizer']}. Rounds: {settings['rounds']}. The published procedure, written anew "
+        "from its description, has one state of one block of one record an optimizer step, three forward passes and "
+        "two backward ones; accumulated, an optimizer step has a state of every block of a record, one after the "
+        "other. Peak memory is beside weights and state of the optimizer, and that of an optimizer step with every "
+        "block of the longest record, accumulated by the published procedure, or of as many of the longest as an "
+        f"optimizer step of {TRAINER} has."
     )
     differences = report["loss_differences"]
     same = (

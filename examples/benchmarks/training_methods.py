@@ -22,7 +22,7 @@ from .published_training import block_length, draw_example, published_step, stat
 PUBLISHED, TRAINER = "published procedure", "CLLMTrainer"
 PUBLISHED_WITH_GRAPH = f"{PUBLISHED}, target graph kept"
 PUBLISHED_ACCUMULATED = f"{PUBLISHED}, accumulated"
-# So small that the model stays what it is; what an update costs does not depend on it.
+# So small that the model stays what it is; what an optimizer step costs does not depend on it.
 _LEARNING_RATE = 1e-6
 # States of a block of random trajectories, before the fixed point.
 _NUM_RANDOM_STATES = 4
@@ -35,10 +35,10 @@ class TrainingSetting:
     What is trained.
 
     Attributes:
-        batch_size (`int`): records of an update of `CLLMTrainer`.
-        steps (`int`): its updates in a round; all methods train on these `batch_size * steps` records.
-        rounds (`int`): turns of each method, after a first update that is left out.
-        states_per_block (`int`): states that each block of a record gives an update of `CLLMTrainer`.
+        batch_size (`int`): records of an optimizer step of `CLLMTrainer`.
+        steps (`int`): its optimizer steps in a round; all methods train on these `batch_size * steps` records.
+        rounds (`int`): turns of each method, after a first optimizer step that is left out.
+        states_per_block (`int`): states that each block of a record gives an optimizer step of `CLLMTrainer`.
         gradient_checkpointing (`bool`): whether activations are computed anew in the backward, in all methods.
         seed (`int`): of the states that are drawn.
     """
@@ -58,11 +58,12 @@ class TrainingMethod:
 
     Attributes:
         name (`str`): how tables call it.
-        updates (`list[list[dict]]`): the records of each update of a round.
+        updates (`list[list[dict]]`): the records of each optimizer step of a round.
         update (`Callable[[list[dict]], tuple[int, int]]`): makes one, from records to weights, which is what is
             clocked; gives the draft tokens that it trained, and the positions with a consistency loss or 0.
         update_largest (`Callable[[], object]`): makes one with the most memory that it can take, on the longest
-            records: all blocks of one for the published procedure, as many records as an update has for the trainer.
+            records: all blocks of one for the published procedure, as many records as an optimizer step has for the
+            trainer.
         count_loss_positions (`Callable[[], int]`, *optional*): positions with a consistency loss since its last
             call, where `update` cannot tell.
     """
@@ -127,8 +128,9 @@ def make_methods(trainer: CLLMTrainer, records: Sequence[Record], setting: Train
         setting (`TrainingSetting`): what is trained.
 
     Returns:
-        `list[TrainingMethod]`: the published procedure, an update a block; the same with the graph of the targets; the
-        same accumulated over all blocks of a record; `CLLMTrainer` with one record and with a batch an update.
+        `list[TrainingMethod]`: the published procedure, an optimizer step a block; the same with the graph of the
+            targets; the
+        same accumulated over all blocks of a record; `CLLMTrainer` with one record and with a batch an optimizer step.
     """
     one_by_one = [[record] for record in records]
     few = one_by_one[:: setting.batch_size]  # all their blocks one by one take as long as it does
@@ -203,7 +205,7 @@ def num_draft_tokens(record: Mapping[str, Any], states_per_block: int = 1) -> in
     """
     Count the draft tokens of all blocks of a record that have something to learn.
 
-    Padding behind the end of the response does not count, nor do blocks whose first draft was the fixed point, nor
+    Padding after the end of the response does not count, nor do blocks whose first draft was the fixed point, nor
     more states than a block has.
 
     Args:

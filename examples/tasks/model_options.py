@@ -1,4 +1,4 @@
-"""The options of a model: by name, or made from nothing."""
+"""The options of a model: by name, or made from scratch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _DTYPE = Literal["float32", "bfloat16", "float16"]
 @dataclasses.dataclass
 class ModelOptions:
     """
-    A model, by name or made from nothing.
+    A model, by name or made from scratch.
 
     Attributes:
         name (`str`, *optional*): folder or Hub id.
         dtype (`str`): of the weights that are loaded for training, and by default elsewhere.
         attn_implementation (`str`, *optional*): such as `"sdpa"`.
         lora (`dict`, *optional*): options of `peft.LoraConfig`; adapters are trained instead of the whole model.
-        architecture (`str`, *optional*): model type of a model from nothing, such as `"llama"`.
+        architecture (`str`, *optional*): model type of a model from scratch, such as `"llama"`.
         vocab_size (`int`): tokens of its tokenizer, which is trained on the training texts.
-        split_spaces (`bool`): whether a space is a token of its own in that tokenizer, and not part of the word behind
+        split_spaces (`bool`): whether a space is a token of its own in that tokenizer, and not part of the word after
             it. Texts have more tokens, but a word has the same ones wherever it stands, which makes it easier to copy.
         shape (`dict`): further options of its config, such as `hidden_size`; in YAML they stand in the section itself.
         sft (`dict`): of a draft model: options that differ from those of the section `sft`.
@@ -55,7 +55,7 @@ def read_model(values: Any, section: str) -> ModelOptions:
         `ModelOptions`.
 
     Raises:
-        ValueError: for an option that there is not, or that would change nothing; or a value that is not usable.
+        ValueError: for an unknown option, or that would change nothing; or a value that is not usable.
     """
     if values is None:
         raise ValueError(f"There must be a section `{section}` with a `name` or an `architecture`, got none.")
@@ -72,7 +72,7 @@ def read_model(values: Any, section: str) -> ModelOptions:
         got = "neither" if made.name is None else "both"
         raise ValueError(f"Section `{section}` must have either a `name` or an `architecture`, got {got}.")
     if made.architecture is not None and made.lora is not None:
-        raise ValueError(f"An adapter goes on a trained model, got `{section}.lora` for one from nothing. Drop it.")
+        raise ValueError(f"An adapter goes on a trained model, got `{section}.lora` for one from scratch. Drop it.")
     for name in ("vocab_size", "split_spaces"):
         if name in values and (made.name is not None or section == "draft"):
             whose = "of the target model" if section == "draft" else "that it comes with"

@@ -1,4 +1,4 @@
-"""Models from nothing and their tokenizers; adapters; saving by several processes."""
+"""Models from scratch and their tokenizers; adapters; saving by several processes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _PAD, _BOS, _EOS = "<pad>", "<s>", "</s>"
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int, split_spaces: bool = False) -> PreTrainedTokenizerFast:
     """
-    Make a tokenizer for a model from nothing: byte-level BPE in which each digit is a token of its own.
+    Make a tokenizer for a model from scratch: byte-level BPE in which each digit is a token of its own.
 
     Args:
         texts (`Iterable[str]`): what to train it on.
         vocab_size (`int`): tokens, of which 259 are the bytes and `<pad>`, `<s>` and `</s>`.
         split_spaces (`bool`): whether each space is a token of its own, so that a word has the same tokens whatever
-            stands before it; otherwise it is part of the word behind it.
+            stands before it; otherwise it is part of the word after it.
 
     Returns:
         `transformers.PreTrainedTokenizerFast`: adds no special tokens to a text.
@@ -69,7 +69,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int, split_spaces: bool = F
 
 def make_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """
-    Make a model from nothing.
+    Make a model from scratch.
 
     Args:
         options (`ModelOptions`): its architecture and shape.

@@ -264,7 +264,7 @@ def read_options(
     model = read_model(values.get("model"), "model")
     draft = None if values.get("draft") is None else read_model(values["draft"], "draft")
     if values.get("sft") is None and model.name is None:
-        raise ValueError("A model from nothing must be trained, got no section `sft`. Add one, or name a model.")
+        raise ValueError("A model from scratch must be trained, got no section `sft`. Add one, or name a model.")
     options = Options(
         task=read_section(task, given_task, "task"),
         output_dir=Path(output_dir or shared.output_dir or f"runs/{task.name}"),

@@ -34,7 +34,7 @@ def read_section(kind: type[_Kind], values: Any, section: str) -> _Kind:
         The dataclass.
 
     Raises:
-        ValueError: for an option that there is not, a value of another type, or one that the dataclass refuses.
+        ValueError: for an unknown option, a value of another type, or one that the dataclass refuses.
     """
     check_names(values, {field.name for field in dataclasses.fields(kind) if field.init}, section)  # type: ignore[arg-type]
     try:
@@ -74,7 +74,7 @@ def closest(name: str, known: Collection[str], section: str = "") -> str:
         section (`str`): where, if in a section.
 
     Returns:
-        `str`: a sentence behind a space.
+        `str`: a sentence after a space.
     """
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     prefix = f"{section}." if section else ""

@@ -37,7 +37,7 @@ _TOKENIZER = "tokenizer"
 
 def find_tokenizer(model: ModelOptions, problems: Sequence[Problem], checkpoints: Path) -> PreTrainedTokenizerBase:
     """
-    Load the tokenizer of a model; for a model from nothing train one, once.
+    Load the tokenizer of a model; for a model from scratch train one, once.
 
     Args:
         model (`ModelOptions`): the model.
@@ -49,7 +49,7 @@ def find_tokenizer(model: ModelOptions, problems: Sequence[Problem], checkpoints
 
     Raises:
         OSError: if it cannot be loaded.
-        ValueError: for chat messages and a model from nothing.
+        ValueError: for chat messages and a model from scratch.
     """
     if model.name is not None:
         return load_tokenizer(model.name)
@@ -58,7 +58,7 @@ def find_tokenizer(model: ModelOptions, problems: Sequence[Problem], checkpoints
         texts = []
         for problem in problems:
             if not isinstance(problem.prompt, str):
-                raise ValueError("A model from nothing has no chat template, got chat messages. Use prompts of text.")
+                raise ValueError("A model from scratch has no chat template, got chat messages. Use prompts of text.")
             texts.append(problem.prompt + problem.response)
         checkpoints.mkdir(parents=True, exist_ok=True)
         save_whole(kept, make_tokenizer(texts, model.vocab_size, model.split_spaces).save_pretrained)

@@ -216,7 +216,7 @@ class Pipeline:
         if options.sft is None:
             self._say(f"{title} left out, the target model is {self.target}")
         else:
-            origin = options.model.name or f"a {options.model.architecture} from nothing"
+            origin = options.model.name or f"a {options.model.architecture} from scratch"
             what = f"the target model, {origin}, on {len(self.train_problems)} answers"
             self._make(PARTS["target"], title, what, self._train_target)
         if self._trains_draft:

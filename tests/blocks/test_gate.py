@@ -139,7 +139,7 @@ class Interrupted:
 
 
 def state_of(model):
-    """What a call may leave behind: functions of modules' own, and hooks."""
+    """What a call may leave after: functions of modules' own, and hooks."""
     return {
         name: (vars(module).get("forward"), len(module._forward_hooks), len(module._forward_pre_hooks))
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""The packed forward says what plain, unpacked forwards say."""
+"""The packed forward pass says what plain, unpacked forward passes say."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def make_batch(seed=0):
 
 @torch.no_grad()
 def unpacked_logits(model, clean_ids, clean_mask, states, anchors, block_mask):
-    """One plain forward for every sequence and for every block, batch size 1, no mask, no cache."""
+    """One plain forward pass for every sequence and for every block, batch size 1, no mask, no cache."""
     clean, blocks = [], {}
 
     def logits_of(ids):
@@ -76,7 +76,7 @@ def test_clean_cache_is_left_as_it_was(llama):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_blocks_of_any_length_behind_the_beginning_of_some_sequences(name):
-    """What the collector does: a few tokens of a few blocks, behind no more of the clean sequence than they see."""
+    """What the collector does: a few tokens of a few blocks, after no more of the clean sequence than they see."""
     model = make_model(name)
     clean_ids, clean_mask = make_batch()[:2]
     states = torch.tensor([[7, 8, 9, 10, 11, 12]])

@@ -125,7 +125,7 @@ def test_verifying_goes_by_the_same_rule(dtype, gap, is_near):
     record = {"data_id": "0", "prompt_ids": [1], "response_ids": RESPONSE, "states": found.states}
     report = verify_transitions(model, Dataset.from_list([record]))
     assert report.num_checked == sum(map(len, found.states))
-    # What leads to a token that skips another, behind what is right already: those alone differ.
+    # What leads to a token that skips another, after what is right already: those alone differ.
     differing = {
         (place // BLOCK_SIZE, number)
         for place in SKIPS

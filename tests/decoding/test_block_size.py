@@ -15,7 +15,7 @@ from cllm_hf.decoding.block_size import Measurements, make_pace
 
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-# Chance that a draft token behind right ones is right, by the number of iterations that it was in the block.
+# Chance that a draft token after right ones is right, by the number of iterations that it was in the block.
 UNTRAINED, WEAK, GOOD = (0.01, 0.03, 0.04, 0.05), (0.02, 0.2, 0.3, 0.35), (0.02, 0.55, 0.75, 0.85, 0.9)
 
 

@@ -10,7 +10,7 @@ from cllm_hf.decoding.caches import restore_states, save_states
 
 
 def watch(model):
-    """Shapes of `input_ids` and lengths of the cache after each forward."""
+    """Shapes of `input_ids` and lengths of the cache after each forward pass."""
     widths, cached = [], []
 
     def note(module, args, kwargs, output):
@@ -49,7 +49,7 @@ def test_a_recurrent_state_is_replayed_within_a_block(name):
     model.generate(input_ids, max_new_tokens=60, jacobi_block_size=6)
     assert widths[0] == (1, 12)  # the prompt, without a draft
     assert max(width for _, width in widths[1:]) <= 6 + 6 + 5  # what a block at most has left open, and a block
-    # Never far behind: within a few forwards the state holds all of the text again.
+    # Never far after: within a few forward passes the state holds all of the text again.
     assert sum(width <= 6 for _, width in widths[1:]) >= len(widths) / 8
 
 

@@ -162,7 +162,7 @@ def test_processors_and_criteria_of_the_user(llama, batch_size, block_size, num_
 
 
 def test_allowed_tokens_are_asked_for_true_contexts_only(llama):
-    """Rows of a batch are at different lengths; the user's function must not see what stands behind a row's end."""
+    """Rows of a batch are at different lengths; the user's function must not see what stands after a row's end."""
     input_ids, mask = make_prompts(4)
     contexts = []
     for extra in ({}, {"jacobi_block_size": 8}):

@@ -21,7 +21,7 @@ OPTIONS = [
 
 
 def one_at_a_time(model, input_ids, mask, seed, num_tokens, **options):
-    """Slow reference: plain forwards over the whole text, and the host's own processors of these options."""
+    """Slow reference: plain forward passes over the whole text, and the host's own processors of these options."""
     from transformers import GenerationConfig
 
     processors = model._get_logits_processor(
@@ -115,7 +115,7 @@ def test_saved_defaults_allow_sampling(llama):
 
 
 def exact_distribution(model, prompt, vocab_size, **options):
-    """Probability of every pair of next tokens, from plain forwards."""
+    """Probability of every pair of next tokens, from plain forward passes."""
     from transformers import GenerationConfig
 
     processors = model._get_logits_processor(

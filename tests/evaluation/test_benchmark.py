@@ -102,7 +102,7 @@ def test_benchmark_refuses_empty_runs(llama, changes):
         benchmark_decoding([], [[1]], 3, **changes)
 
 
-# Forwards
+# Forward passes
 
 
 def test_forwards_see_the_cache_lengths_asked_for():

@@ -292,7 +292,7 @@ def test_models_that_cannot_be_packed_are_compared_all_the_same(llama):
         0,
     )
     assert found["target"] is not None and found["cllm"] is None
-    assert any("trajectories of the CLLM are not measured: Packed forwards need" in note for note in notes)
+    assert any("trajectories of the CLLM are not measured: Packed forward passes need" in note for note in notes)
 
 
 def test_candidates_that_one_model_refuses_are_noted(llama):
@@ -347,7 +347,7 @@ def test_the_note_has_the_tokens_per_forward_of_what_ends(models):
         assert raw["responses"][0][-1] == stop and len(raw["responses"][0]) < 12 == len(raw["responses"][1])
         expected.append(f"{len(raw['responses'][0]) / raw['num_forwards'][0]:.2f} for CLLM, jacobi {size}")
     (note,) = report["notes"]
-    assert note.endswith(f"Tokens per forward of the 1 of 3 timed ones that end: {', '.join(expected)}.")
+    assert note.endswith(f"Tokens per forward pass of the 1 of 3 timed ones that end: {', '.join(expected)}.")
 
 
 @pytest.mark.parametrize(

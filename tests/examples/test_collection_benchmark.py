@@ -52,7 +52,7 @@ def draw(prompt, length=23, block_size=5, seed=(3, 0)):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_published_procedure_records_what_the_builder_records(name, tokenizer, texts):
-    """The builder packs blocks behind a cache and keeps what ends in `generate`; here nothing of that is used."""
+    """The builder packs blocks after a cache and keeps what ends in `generate`; here nothing of that is used."""
     model = make_word_model(tokenizer, name)
     builder = collectors._make_builder(model, tokenizer, SETTING)
     records = {row["data_id"]: row for row in builder.build(texts)}
@@ -88,12 +88,12 @@ def test_every_iteration_is_a_forward_over_everything_without_a_cache(llama, max
         seen
     )
     ends = [min(5 * number, max_new_tokens) for number in range(1, len(states) + 1)]
-    # As many forwards as states: the last one finds no more than the fixed point once more.
+    # As many forward passes as states: the last one finds no more than the fixed point once more.
     assert seen == [3 + end for end, block in zip(ends, states) for _ in block]
 
 
 def test_what_changes_behind_the_stop_token_is_not_a_state(llama):
-    """The model counts up, so that every iteration makes one more token right, also behind the stop token 7."""
+    """The model counts up, so that every iteration makes one more token right, also after the stop token 7."""
 
     def count_up(module, args, kwargs, output):
         output.logits = torch.nn.functional.one_hot((args[0] + 1) % VOCAB_SIZE, VOCAB_SIZE).float()
@@ -294,7 +294,7 @@ def test_comparisons_that_are_refused(word_model, tokenizer, monkeypatch, texts,
 def test_models_that_cannot_be_packed_are_refused_first(word_model, tokenizer, monkeypatch):
     monkeypatch.setattr(collection, "measure_collection", None)
     word_model.config.layer_types = ["linear_attention"] * 3
-    with pytest.raises(ValueError, match="Packed forwards need a decoder with full or sliding attention"):
+    with pytest.raises(ValueError, match="Packed forward passes need a decoder with full or sliding attention"):
         compare(word_model, tokenizer, ["Mia"])
 
 

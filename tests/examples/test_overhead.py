@@ -34,7 +34,7 @@ def test_overhead_compares_the_same_forwards(monkeypatch, pairs):
     monkeypatch.setattr(overhead, "BareForward", RecordingForward)
     methods = overhead.overhead_methods(model, [1, 4])
     report = overhead.measure_overhead(methods, prompt, iterations=6, rounds=2, pairs=pairs, show_progress=False)
-    # The forwards of `generate` at block size 4, as a hook sees them.
+    # The forward passes of `generate` at block size 4, as a hook sees them.
     seen = []
 
     def look(module, args, kwargs):

@@ -89,7 +89,7 @@ def same(ours, theirs):
         (["sft.output_dir=x"], "`sft.output_dir` cannot be set, got 'x'.*top-level"),
         (["train.push_to_hub=true"], "`train.push_to_hub` cannot be set"),
         (["block_size=0"], "`block_size` must be"),
-        (["sft=null"], "A model from nothing must be trained"),
+        (["sft=null"], "A model from scratch must be trained"),
         (["model.name=a"], "either a `name` or an `architecture`, got both"),
         (["model=null"], "must be a section `model`"),
         (["model.lora={r: 2}"], "An adapter goes on a trained model"),

@@ -37,7 +37,7 @@ from cllm_hf.trajectories.schema import FEATURES, check_dataset, features
 
 
 BLOCK_SIZE = 5
-# Blocks of 5, 5 and 1 tokens; the second has nothing to learn, the third no position behind its first wrong token.
+# Blocks of 5, 5 and 1 tokens; the second has nothing to learn, the third no position after its first wrong token.
 RECORD = {
     "data_id": "seven",
     "prompt_ids": [11, 12, 13],
@@ -96,7 +96,7 @@ def wrong_contexts(state, fixed_point):
 
 
 def slow_losses(model, record, block, state):
-    """Sum of divergences behind the first wrong token, sum of entropies of the targets from there on, mean AR loss."""
+    """Sum of divergences after the first wrong token, sum of entropies of the targets from there on, mean AR loss."""
     prompt, response = record["prompt_ids"], record["response_ids"]
     fixed_point = response[BLOCK_SIZE * block :][:BLOCK_SIZE]
     context = prompt + response[: BLOCK_SIZE * block]
@@ -173,7 +173,7 @@ def test_a_step_is_three_forwards_and_two_backwards(llama, keeps_target_graph):
 
 
 def test_a_state_that_is_right_gives_no_consistency_loss(llama):
-    """As where the states differ behind the end of the response only."""
+    """As where the states differ after the end of the response only."""
     example = example_of(RECORD, 0, [21, 22, 23, 24, 25])
     assert example.first_wrong == 5 and example.num_loss_positions == 0
     consistency, ar = published_step(llama, example, 0.0)

@@ -70,7 +70,7 @@ def make_client(port):
 
 
 def greedy_text(folder, prompt, **options):
-    """What plain greedy decoding says, and how many forwards it takes."""
+    """What plain greedy decoding says, and how many forward passes it takes."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -80,7 +80,7 @@ def greedy_text(folder, prompt, **options):
 
 
 class Server:
-    """The host's server in a thread, the models that it has loaded, and their forwards."""
+    """The host's server in a thread, the models that it has loaded, and their forward passes."""
 
     def __init__(self, folder, block_size=None, limits=None, **options):
         self.folder, self.models, self.num_forwards = folder, [], 0
@@ -104,7 +104,7 @@ class Server:
         self.serve.kill_server()
 
     def answers(self, **options):
-        """The text of each way to ask, and its forwards."""
+        """The text of each way to ask, and its forward passes."""
         asked = {"model": self.folder, "max_tokens": LENGTH, **options}
         chat, completions = self.client.chat.completions, self.client.completions
         ways = {

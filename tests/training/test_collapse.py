@@ -213,7 +213,7 @@ def test_online_states_need_none_in_the_data(word_model, tokenizer, tmp_path, ca
 
 
 def destroy(word_model, tokenizer, folder, **options):
-    """A learning rate at which nothing of the model is left after a few updates."""
+    """A learning rate at which nothing of the model is left after a few optimizer steps."""
     return train(
         word_model, tokenizer, folder, make_dataset(good_responses()), learning_rate=1.0, max_steps=9, **options
     )
@@ -238,7 +238,7 @@ def test_a_collapsing_run_is_stopped_and_saved(word_model, tokenizer, tmp_path):
 
 
 class Poison(TrainerCallback):
-    """Makes a weight no number after an update."""
+    """Makes a weight no number after an optimizer step."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2:

@@ -116,7 +116,7 @@ def test_what_it_tells():
     assert "# cllm\n" in text and "[user/base](https://huggingface.co/user/base)" in text
     assert "1,234 responses in [user/trajectories](https://huggingface.co/datasets/user/trajectories)" in text
     assert "`ar_loss_weight=2.0`, `divergence='forward_kl'`, `block_sizes=[8, 16]`" in text and "unset" not in text
-    assert "200 updates (1.5 epochs)" in text and "`learning_rate=1e-05`, `seed=7`" in text
+    assert "200 optimizer steps (1.5 epochs)" in text and "`learning_rate=1e-05`, `seed=7`" in text
     assert "blocks of 16 tokens" in text and "torch 2.13" in text
     assert "2403.00835" in text and "@software{cllm_hf" in text and "version = {0.1.0}" in text
     assert make_model_card(FACTS) == text and "None" not in text and "nan" not in text
@@ -126,7 +126,7 @@ def test_figures_are_the_first_and_the_last():
     text = make_model_card(FACTS)
     assert "| consistency loss | 2 (update 10) | 0.5 (update 20) |" in text
     assert "| AR loss | 1 (update 10) | 1 (update 20) |" in text
-    assert "| tokens per forward, evaluation | 1.25 (update 10) | 2.5 (update 20) |" in text
+    assert "| tokens per forward pass, evaluation | 1.25 (update 10) | 2.5 (update 20) |" in text
     assert "| agreement with the target model, evaluation on `test` | 0.5 (update 10) |  |" in text
 
 
@@ -179,7 +179,9 @@ def test_no_figure_that_was_not_measured():
     assert "has not been trained yet" in make_model_card(changed(num_updates=0))
     measured = {"speed-up over generate()": 3.25, "tokens per forward": "5.65 on 200 problems"}
     text = make_model_card(changed(measured=measured))
-    assert "| speed-up over generate() | 3.25 |" in text and "| tokens per forward | 5.65 on 200 problems |" in text
+    assert (
+        "| speed-up over generate() | 3.25 |" in text and "| tokens per forward pass | 5.65 on 200 problems |" in text
+    )
 
 
 @pytest.mark.parametrize("name", ["/home/me/models/base", "./base", "runs/demo/base"])

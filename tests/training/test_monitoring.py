@@ -52,7 +52,7 @@ def records():
 
 
 def slow_block(model, context, target, draft):
-    """Fast-forwarded and stationary tokens of a block, by plain forwards and by their definitions."""
+    """Fast-forwarded and stationary tokens of a block, by plain forward passes and by their definitions."""
     states, length = [draft[: len(target)]], len(target)
     while states[-1] != target:
         logits = model(torch.tensor([context + states[-1]])).logits[0]
@@ -68,7 +68,7 @@ def slow_block(model, context, target, draft):
 
 @torch.no_grad()
 def slow_measures(model, records, limit, stop_ids):
-    """One prompt at a time, by public `generate` and plain forwards."""
+    """One prompt at a time, by public `generate` and plain forward passes."""
     counts = dict.fromkeys(DecodingMeasures.__dataclass_fields__, 0)
     for record in records:
         prompt, target = record["prompt_ids"], record["response_ids"]

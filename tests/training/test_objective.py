@@ -1,4 +1,4 @@
-"""The loss of an update: equal to plain forwards, computed only where it is, chosen by seed, update and record."""
+"""The loss of a step: equal to plain forward passes, computed only where it is, chosen by seed, update and record."""
 
 import copy
 
@@ -61,7 +61,7 @@ def check_against_plain_forwards(model, records, **options):
     assert weight_sum > 4 and num_ar > 4
     torch.testing.assert_close(prepared.counts, torch.tensor([weight_sum, float(num_ar)]))
     torch.testing.assert_close(sums, torch.stack([consistency, ar]), rtol=1e-4, atol=1e-3)
-    # The gradient of each loss alone, so that neither hides behind the other.
+    # The gradient of each loss alone, so that neither hides after the other.
     for loss, reference in zip(sums, (consistency, ar)):
         gradients, expected = (gradients_of(value / 10, model) for value in (loss, reference))
         for name, gradient in expected.items():
@@ -170,7 +170,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(setting):
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(data=st.data())
 def test_random_cases(data):
-    """Records, architecture and options of every kind at once, against plain forwards."""
+    """Records, architecture and options of every kind at once, against plain forward passes."""
     draw = data.draw
     block_size = draw(st.integers(2, 6))
     lengths = draw(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 20)), min_size=1, max_size=4))
@@ -330,7 +330,7 @@ def test_progressive_states_do_not_depend_on_the_padding_of_the_last_block(llama
 
 @pytest.mark.parametrize("setting", ["global", "online", "noisy", "ground truth"])
 def test_a_response_may_reach_the_last_position_of_the_model(setting):
-    """The block at its end goes on behind that."""
+    """The block at its end goes on after that."""
     records = [make_record(4, 18, num_states=7), make_record(3, 6)]
     model, larger = make_model("gpt2", n_positions=22), make_model("gpt2", n_positions=40)
     weights = larger.state_dict()
@@ -348,7 +348,7 @@ def test_a_response_may_reach_the_last_position_of_the_model(setting):
 @pytest.mark.parametrize("setting", ["global", "online", "ground truth"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_sequences_beyond_the_positions_of_the_config(name, setting):
-    """Rotary positions go on behind those that the config tells."""
+    """Rotary positions go on after those that the config tells."""
     model = make_model(name, max_position_embeddings=8)
     check_against_plain_forwards(model, make_records(), **SETTINGS[setting])
 

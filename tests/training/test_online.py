@@ -1,4 +1,4 @@
-"""States made while training: what the decoder's own window holds, by plain forwards and lists."""
+"""States made while training: what the decoder's own window holds, by plain forward passes and lists."""
 
 import pytest
 import torch
@@ -25,14 +25,15 @@ def make_draws(num_rows=3, num_windows=6, block_size=BLOCK_SIZE, seed=0):
 
 
 def predict(model, context, draft):
-    """The model's token behind the context and behind each token of the draft but the last."""
+    """The model's token after the context and after each token of the draft but the last."""
     with torch.no_grad():
         return model(torch.tensor([context + draft[:-1]])).logits[0, len(context) - 1 :].argmax(-1).tolist()
 
 
 def slow_window(model, prompt, response, draw, num_iterations, decodes=False):
     """
-    One window, one plain forward an iteration. With `decodes` it commits the model's own tokens, as decoding does.
+    One window, one plain forward pass an iteration. With `decodes` it commits the model's own tokens, as decoding
+    does.
 
     Returns the state, its offset, the next state, and how often the window began again.
     """
@@ -111,7 +112,7 @@ def test_windows_do_not_depend_on_their_batch(llama):
 
 @pytest.mark.parametrize("with_successors", [False, True])
 def test_a_window_longer_than_the_responses_holds_the_same_tokens(llama, with_successors):
-    """So that noisy context, whose windows are many blocks long, need not run what lies behind every response."""
+    """So that noisy context, whose windows are many blocks long, need not run what lies after every response."""
     records, draws = make_records(), make_draws(block_size=40)
     batch = collate(records)
     longest = int(batch.response_lengths.max())
@@ -169,7 +170,7 @@ def test_an_adapter_makes_the_states(llama):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_autocast(attention):
-    """In bfloat16 near ties fall one way or the other, so only nearly all windows are those of plain forwards."""
+    """In bfloat16 near ties fall one way or the other, so nearly all windows are those of plain forward passes."""
     model, records, draws = make_model("llama", attention=attention), make_records(), make_draws(num_windows=10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         blocks = make_online_states(model, model, collate(records), draws, BLOCK_SIZE, 1)

@@ -18,7 +18,7 @@ from cllm_hf.training.checkpoints import find_flaw
 from cllm_hf.training.resuming import choose_checkpoint, describe_run, newest_checkpoint
 
 
-# 10 records: updates 1 to 3 are the first epoch, 4 to 6 the second, and so on.
+# 10 records: optimizer steps 1 to 3 are the first epoch, 4 to 6 the second, and so on.
 RUN = {"num_records": 10, "max_steps": 7, "save_strategy": "steps", "save_steps": 1, "dropout": 0.2}
 RUNS = {
     "full": {},

@@ -264,7 +264,7 @@ def test_the_command_trains_what_the_trainer_trains(arguments, trajectories, mod
     lines = output.err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["update 1 of 2", "update 2 of 2"] and "ar_loss" in lines[0]
     losses = [log["consistency_loss"] for log in trainer.state.log_history if "consistency_loss" in log]
-    assert output.out.startswith("Trained for 2 updates.\n")
+    assert output.out.startswith("Trained for 2 optimizer steps.\n")
     assert f"consistency_loss: {losses[0]:.4g} -> {losses[1]:.4g}\n" in output.out
     assert f"Written: {tmp_path / 'out'}\n" in output.out
     assert f"`cllm benchmark decode --model {tmp_path / 'out'} --prompts FILE`" in output.out
@@ -276,7 +276,7 @@ def test_a_file_of_options_trains_an_adapter(arguments, model_folder, tmp_path, 
     lines = [f"model: {model_folder}", "use_peft: true", "lora_r: 4", "lora_target_modules: all-linear"]
     file.write_text("\n".join([*lines, "learning_rate: 1e-2", "max_steps: 50", "save_strategy: no", "dtype: auto"]))
     assert main([*arguments, "--config", str(file)]) == 0
-    assert capsys.readouterr().out.startswith("Trained for 2 updates.\n")  # the command line wins
+    assert capsys.readouterr().out.startswith("Trained for 2 optimizer steps.\n")  # the command line wins
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     model = load_cllm(tmp_path / "out")
@@ -467,7 +467,7 @@ def test_an_interrupted_training_goes_on(arguments, tmp_path, monkeypatch, capsy
     assert_equal_weights(weights_of(tmp_path / "undisturbed"), weights_of(tmp_path / "out"))
     state = TrainerState.load_from_json(str(tmp_path / "out" / "checkpoint-4" / "trainer_state.json"))
     assert [log["step"] for log in state.log_history if "loss" in log] == [1, 2, 3, 4]
-    assert output.out.startswith("Trained for 4 updates.\n")
+    assert output.out.startswith("Trained for 4 optimizer steps.\n")
     assert main([*arguments, "--model", "./none"]) == 1
     newest = tmp_path / "out" / "checkpoint-4"
     assert f"cllm: {newest} is of an earlier run, and this one begins anew" in capsys.readouterr().err
@@ -491,7 +491,7 @@ def test_ctrl_c_in_a_real_process(arguments, tmp_path):
     assert error.rstrip().endswith(f"`--resume-from-checkpoint last` goes on at {newest}.")
     options += [f"--max_steps={updates + 2}", "--resume_from_checkpoint=last"]
     run = subprocess.run([sys.executable, "-m", "cllm_hf", *options], capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0 and run.stdout.startswith(f"Trained for {updates + 2} updates."), run.stderr
+    assert run.returncode == 0 and run.stdout.startswith(f"Trained for {updates + 2} optimizer steps."), run.stderr
 
 
 @pytest.mark.slow
@@ -499,7 +499,7 @@ def test_torchrun_trains_and_one_process_speaks(arguments, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "cllm_hf"]
     run = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("Trained for 2 updates.") == 1 and run.stderr.count("update 2 of 2") == 1
+    assert run.stdout.count("Trained for 2 optimizer steps.") == 1 and run.stderr.count("update 2 of 2") == 1
     assert load_cllm(tmp_path / "out").generation_config.decoding == "jacobi"
 
 

@@ -70,7 +70,7 @@ def test_the_same_log_gives_the_same_bytes(tmp_path):
         [{"consistency_loss": 1.0}, {"consistency_loss": 1.0}],
         [losses(step, math.nan, math.inf) for step in (1, 2, 3)],
     ],
-    ids=["empty", "one update", "other names", "no updates", "no numbers"],
+    ids=["empty", "one optimizer step", "other names", "no updates", "no numbers"],
 )
 def test_nothing_to_draw_gives_no_file(tmp_path, log):
     assert not plot_run(log, tmp_path / "run.png")

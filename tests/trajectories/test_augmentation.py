@@ -1,4 +1,4 @@
-"""Augmented states: only wrong tokens behind the first are put right, so many of them, and none twice."""
+"""Augmented states: only wrong tokens after the first are put right, so many of them, and none twice."""
 
 import numpy as np
 import pytest

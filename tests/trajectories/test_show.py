@@ -1,4 +1,4 @@
-"""`cllm show` draws what plain forwards give, for one model or two, in a terminal and as PNG."""
+"""`cllm show` draws what plain forward passes give, for one model or two, in a terminal and as PNG."""
 
 import io
 import re
@@ -47,7 +47,7 @@ def folders(models, tokenizer, tmp_path_factory):
 
 @torch.no_grad()
 def say_next(model, ids):
-    """The model's token behind every position, by one plain forward without a cache."""
+    """The model's token after every position, by one plain forward pass without a cache."""
     return model(torch.tensor([ids]), use_cache=False).logits[0].argmax(-1).tolist()
 
 

@@ -95,7 +95,7 @@ def test_a_block_by_hand():
     statistics = measure_trajectories([{"response_ids": [1, 2, 3, 4, 5], "states": [states]}])
     assert (statistics.mean_iterations, statistics.mean_fast_forwarded, statistics.mean_stationary) == (3, 2, 2)
     assert statistics.tokens_per_iteration == 5 / 3
-    # The same with a response that ends in the block: nothing behind its end counts.
+    # The same with a response that ends in the block: nothing after its end counts.
     statistics = measure_trajectories([{"response_ids": [1, 2, 3], "states": [states]}])
     assert (statistics.mean_iterations, statistics.mean_fast_forwarded, statistics.mean_stationary) == (3, 1, 1)
 

@@ -55,7 +55,7 @@ def test_every_transition_is_the_argmax_of_a_plain_forward(name, tokenizer, prom
         before = record["prompt_ids"] + record["response_ids"][:start]
         logits = model(torch.tensor([before + trajectory[step][:-1]])).logits[0, len(before) - 1 :]
         length = min(BLOCK_SIZE, len(record["response_ids"]) - start)
-        # The fixed point is stored once: the transition behind it leads to itself.
+        # The fixed point is stored once: the transition after it leads to itself.
         following = trajectory[min(step + 1, len(trajectory) - 1)]
         assert logits.argmax(-1)[:length].tolist() == following[:length]
         assert following[length:] == [tokenizer.pad_token_id] * (BLOCK_SIZE - length)
