@@ -258,7 +258,7 @@ def draw(results: dict[str, dict[str, Any]], quality: str, path: Path) -> None:
         offset = (0, 6) if by_speed.index(name) % 2 else (0, -14)
         axes.annotate(str(number), point, xytext=offset, textcoords="offset points", ha="center", fontsize=9)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9, markerscale=0.6)
-    axes.set_xlabel("tokens per forward")
+    axes.set_xlabel("tokens per forward pass")
     axes.set_ylabel(quality)
     axes.margins(0.12)
     axes.grid(alpha=0.3)
@@ -317,7 +317,7 @@ def main() -> None:
         [name, str(row["block_size"]), f"{row['tokens_per_forward']:.2f}", f"{row['quality']:.3f}"]
         for name, row in shown.items()
     ]
-    print(format_table(("row", "n", "tokens per forward", task.quality), rows))
+    print(format_table(("row", "n", "tokens per forward pass", task.quality), rows))
     draw(shown, task.quality, arguments.output_dir / "ablations.png")
 
 

@@ -129,7 +129,7 @@ def main() -> None:
         {
             "method": f"{name}, {result.name}",
             "tokens/s": round(result.tokens_per_second),
-            "tokens per forward": round(result.tokens_per_forward, 2),
+            "tokens per forward pass": round(result.tokens_per_forward, 2),
             "speed-up": round(result.speedup_over(results[0]), 2),
         }
         for name, results in (("before", before), ("after", after))

@@ -498,7 +498,7 @@ def test_inspect_of_what_is_not_there(tmp_path, capsys):
 def test_verify_recomputes_with_the_model_of_the_dataset(saved, capsys):
     assert main(["verify", str(saved), "--transitions", "60"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("60 of ") and "seed 0, were recomputed by plain forwards: 60 hold, 0 do not." in text
+    assert text.startswith("60 of ") and "seed 0, were recomputed by plain forward passes: 60 hold, 0 do not." in text
 
 
 def test_verify_finds_what_does_not_hold(saved, tmp_path, tokenizer, capsys):

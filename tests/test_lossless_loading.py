@@ -240,7 +240,7 @@ def test_options_of_the_hub_go_for_an_adapter_s_files_too(folders, monkeypatch, 
 def test_a_missing_drafter_is_named(base, folders, text, tmp_path, monkeypatch):
     folder = shutil.copytree(folders["adapter"], tmp_path / "adapter")
     (folder / "drafter.safetensors").unlink()
-    message = "must have its drafter beside it, got .* without drafter.safetensors .*Save the adapter with"
+    message = "must have its drafter beside it, got .* without drafter.safetensors .*Save the adapter by"
     with pytest.raises(OSError, match=message):
         load_cllm(folder)
     warned = []

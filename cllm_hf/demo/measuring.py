@@ -94,7 +94,9 @@ def report_table(results: list[DecodingResult], accuracies: list[float]) -> str:
         ]
         for result, share in zip(results, accuracies)
     ]
-    return format_table(("method", "tokens/s", "tokens per forward", "speed-up over generate()", "accuracy"), rows)
+    return format_table(
+        ("method", "tokens/s", "tokens per forward pass", "speed-up over generate()", "accuracy"), rows
+    )
 
 
 def draw_block(

@@ -222,7 +222,15 @@ def format_comparison(report: dict[str, Any]) -> str:
         `str`: table, machine and notes.
     """
     with_memory = any(row["peak_memory"] is not None for row in report["rows"])
-    header = ["method", "tokens/s", "tokens per forward", "t(n)/t(1)", "limit", "speed-up over generate()", "equal"]
+    header = [
+        "method",
+        "tokens/s",
+        "tokens per forward pass",
+        "t(n)/t(1)",
+        "limit",
+        "speed-up over generate()",
+        "equal",
+    ]
     rows = []
     for row in report["rows"]:
         cells = [

@@ -47,7 +47,7 @@ def _format_methods(report: dict[str, Any]) -> str:
         "tokens/s",
         "over target's generate()",
         "over own generate()",
-        "tokens per forward",
+        "tokens per forward pass",
         "equal to own generate()",
         *["accuracy"] * with_accuracy,
         "parameters, M",

@@ -17,7 +17,7 @@ from ..names import Name
 _FIGURES = {
     "consistency_loss": "consistency loss",
     "ar_loss": "AR loss",
-    "tokens_per_forward": "tokens per forward",
+    "tokens_per_forward": "tokens per forward pass",
     "agreement": "agreement with the target model",
     "fast_forwarded": "fast-forwarded tokens a block",
     "stationary": "stationary tokens a block",
@@ -200,8 +200,7 @@ def training_text(facts: ModelFacts) -> str:
         )
         if part
     )
-    unit = "optimizer step" if facts.is_lossless else "update"
-    length = f"{facts.num_updates:,} {unit}{'s' * (facts.num_updates != 1)}"
+    length = f"{facts.num_updates:,} optimizer step{'s' * (facts.num_updates != 1)}"
     if facts.num_epochs is not None:
         length += f" ({facts.num_epochs:.4g} epochs)"
     text = (
@@ -264,10 +263,10 @@ def figures_text(facts: ModelFacts) -> str:
             match = _FIGURE.fullmatch(name)
             if match and match["figure"] in labels and isinstance(value, (int, float)):
                 found.setdefault(name, []).append((int(log.get("step", 0)), float(value)))
-    order, unit = list(labels), "step" if facts.is_lossless else "update"
+    order = list(labels)
     rows = []
     for name in sorted(found, key=lambda name: (order.index(_figure_of(name)["figure"]), name)):
-        first, *others = (f"{value:.4g} ({unit} {step})" for step, value in found[name])
+        first, *others = (f"{value:.4g} (step {step})" for step, value in found[name])
         rows.append((_figure_name(name, labels), first, others[-1] if others else ""))
     return table(("figure", "first", "last"), rows) if rows else ""
 

@@ -109,7 +109,7 @@ def format_training(state: Any, training: CLLMConfig, published: str | None = No
     Returns:
         `str`.
     """
-    parts = [f"Trained for {state.global_step} {'update' if state.global_step == 1 else 'updates'}."]
+    parts = [f"Trained for {state.global_step} optimizer step{'s' * (state.global_step != 1)}."]
     losses = [log for log in state.log_history if any(name in log for name in _LOSSES)]
     for name in _LOSSES:
         values = [log[name] for log in losses if name in log]

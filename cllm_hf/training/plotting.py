@@ -132,7 +132,7 @@ def _panels(curves: Mapping[str, Curve]) -> list[tuple[str, list[_Line]]]:
     ending = "_tokens_per_forward"
     prefixes = sorted({name.removesuffix(ending) for name in curves if name.endswith(ending)})
     speed = [
-        _Line(_label("tokens per forward", prefix, prefixes), curves[prefix + ending], color, is_measured=True)
+        _Line(_label("tokens per forward pass", prefix, prefixes), curves[prefix + ending], color, is_measured=True)
         for prefix, color in zip(prefixes, itertools.cycle(_COLORS))
     ]
     quality = [
@@ -142,7 +142,7 @@ def _panels(curves: Mapping[str, Curve]) -> list[tuple[str, list[_Line]]]:
         for name, label, color, style in _QUALITY
         if (curve := curves.get(f"{prefix}_{name}")) is not None
     ]
-    panels = [("loss, in nats a token", losses), ("tokens per forward", speed), ("share of tokens", quality)]
+    panels = [("loss, in nats a token", losses), ("tokens per forward pass", speed), ("share of tokens", quality)]
     shown = [(title, [line for line in lines if line.curve.finite]) for title, lines in panels]
     if not any(len(line.curve.updates) > 1 for _, lines in shown for line in lines):
         return []
@@ -184,7 +184,7 @@ def _draw_panel(axes: Any, title: str, lines: list[_Line], most: int) -> None:
         note = {"textcoords": "offset points", "ha": "right", "color": "0.45", "fontsize": 9}
         axes.annotate("one token at a time", (most, 1), (0, 3), **note)
     axes.set_xlim(0, most * 1.02)
-    axes.set_xlabel("updates")
+    axes.set_xlabel("optimizer steps")
     axes.set_ylabel(title)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(color="0.92", linewidth=0.8)

@@ -28,7 +28,7 @@ class UpdateBar(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="update")
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -74,7 +74,7 @@ def format_log(update: int, num_updates: int, logs: Mapping[str, Any]) -> str:
     """
     shown = {name: value for name, value in logs.items() if not name.endswith(_INCIDENTAL)}
     texts = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
-    return f"update {update} of {num_updates}: {', '.join(texts)}"
+    return f"step {update} of {num_updates}: {', '.join(texts)}"
 
 
 def show_progress(trainer: Trainer, *values: str, bar: bool = True, show: bool = True) -> None:

@@ -195,7 +195,7 @@ def _add_show(commands: Any) -> argparse.ArgumentParser:
 
 
 def _add_verify(commands: Any) -> argparse.ArgumentParser:
-    parser = _add(commands, "verify", "recompute transitions of a dataset of trajectories by plain forwards")
+    parser = _add(commands, "verify", "recompute transitions of a dataset of trajectories by plain forward passes")
     parser.add_argument("dataset", help="folder or Hub id of the dataset")
     parser.add_argument("--model", help="folder or Hub id of the target model; by default that of the dataset")
     parser.add_argument("--transitions", type=positive, default=1000, help="how many, drawn at random")

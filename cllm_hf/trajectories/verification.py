@@ -179,7 +179,7 @@ def format_verification(report: VerificationReport) -> str:
         drawn = f"All {report.num_transitions} transitions"
         if report.num_checked < report.num_requested:
             drawn += f" (there are fewer than the {report.num_requested} asked for)"
-    text = f"{drawn} were recomputed by plain forwards: {report.num_held} hold, {len(report.failures)} do not."
+    text = f"{drawn} were recomputed by plain forward passes: {report.num_held} hold, {len(report.failures)} do not."
     if report.near_ties:
         held = "One of those that hold does" if report.num_near_ties == 1 else f"{report.num_near_ties} that hold do"
         text += f" {held} so up to near ties, which the rounding of this dtype can turn over."

@@ -244,7 +244,7 @@ def read_options(
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: for a section or option that there is not, or a value that is not usable.
+        ValueError: for an unknown section or option, or a value that is not usable.
     """
     values = _read_yaml(config)
     apply_overrides(values, overrides)

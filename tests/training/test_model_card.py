@@ -124,10 +124,10 @@ def test_what_it_tells():
 
 def test_figures_are_the_first_and_the_last():
     text = make_model_card(FACTS)
-    assert "| consistency loss | 2 (update 10) | 0.5 (update 20) |" in text
-    assert "| AR loss | 1 (update 10) | 1 (update 20) |" in text
-    assert "| tokens per forward pass, evaluation | 1.25 (update 10) | 2.5 (update 20) |" in text
-    assert "| agreement with the target model, evaluation on `test` | 0.5 (update 10) |  |" in text
+    assert "| consistency loss | 2 (step 10) | 0.5 (step 20) |" in text
+    assert "| AR loss | 1 (step 10) | 1 (step 20) |" in text
+    assert "| tokens per forward pass, evaluation | 1.25 (step 10) | 2.5 (step 20) |" in text
+    assert "| agreement with the target model, evaluation on `test` | 0.5 (step 10) |  |" in text
 
 
 def test_the_card_of_a_lossless_adapter_says_so_and_nothing_of_a_cllm():
@@ -177,7 +177,7 @@ def test_no_figure_that_was_not_measured():
     assert "## Measured" not in make_model_card(FACTS) and "speed-up" not in make_model_card(FACTS)
     assert "## What training changed" not in make_model_card(changed(log_history=[]))
     assert "has not been trained yet" in make_model_card(changed(num_updates=0))
-    measured = {"speed-up over generate()": 3.25, "tokens per forward": "5.65 on 200 problems"}
+    measured = {"speed-up over generate()": 3.25, "tokens per forward pass": "5.65 on 200 problems"}
     text = make_model_card(changed(measured=measured))
     assert (
         "| speed-up over generate() | 3.25 |" in text and "| tokens per forward pass | 5.65 on 200 problems |" in text
@@ -217,7 +217,7 @@ def test_our_own_card_is_renewed_and_what_others_wrote_stays():
     new = renew_model_card(old, make_model_card(changed(base_model="./local")))
     card = ModelCard(new)
     assert card.text.strip().startswith("Above.") and card.text.strip().endswith("Below.")
-    assert "200 updates" in new and "3 updates" not in new and new.count(BEGIN) == new.count(END) == 1
+    assert "200 optimizer steps" in new and "3 optimizer steps" not in new and new.count(BEGIN) == new.count(END) == 1
     data = card.data.to_dict()
     assert data["tags"] == ["mine", "cllm"] and data["language"] == ["fr"]
     assert data["license"] == "apache-2.0", "somebody may have chosen it"
@@ -294,10 +294,12 @@ def test_a_saved_folder_has_a_card_whose_code_runs(places, tmp_path, adapter):
     card = ModelCard(text)
     assert str(places.base.parent) not in text and "# cllm\n" in text and "`path/to/base`" in text
     assert card.data.license == "cc-by-4.0" and card.data.library_name == ("peft" if adapter else "transformers")
-    assert "`ar_loss_weight=1.0`" in text and "2 updates" in text and "8 responses" in text and "| 1.5 |" in text
+    assert (
+        "`ar_loss_weight=1.0`" in text and "2 optimizer steps" in text and "8 responses" in text and "| 1.5 |" in text
+    )
     assert "export_custom_generate" not in text and not (tmp_path / "cllm" / "custom_generate").exists()
     first, last = (log["ar_loss"] for log in trainer.state.log_history if "ar_loss" in log)
-    assert f"| AR loss | {first:.4g} (update 1) | {last:.4g} (update 2) |" in text
+    assert f"| AR loss | {first:.4g} (step 1) | {last:.4g} (step 2) |" in text
     (code,) = code_of(text)
     names = {}
     code = code.replace("path/to/this/folder", str(tmp_path / "cllm")).replace("path/to/base", str(places.base))

@@ -262,7 +262,7 @@ def test_the_command_trains_what_the_trainer_trains(arguments, trajectories, mod
 
     # All that is said.
     lines = output.err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["update 1 of 2", "update 2 of 2"] and "ar_loss" in lines[0]
+    assert [line.split(":")[0] for line in lines] == ["step 1 of 2", "step 2 of 2"] and "ar_loss" in lines[0]
     losses = [log["consistency_loss"] for log in trainer.state.log_history if "consistency_loss" in log]
     assert output.out.startswith("Trained for 2 optimizer steps.\n")
     assert f"consistency_loss: {losses[0]:.4g} -> {losses[1]:.4g}\n" in output.out
@@ -463,7 +463,7 @@ def test_an_interrupted_training_goes_on(arguments, tmp_path, monkeypatch, capsy
     interrupted_at = None
     assert main([*options, "--resume_from_checkpoint", "last"]) == 0
     output = capsys.readouterr()
-    assert [line.split(":")[0] for line in output.err.splitlines()] == ["update 3 of 4", "update 4 of 4"]
+    assert [line.split(":")[0] for line in output.err.splitlines()] == ["step 3 of 4", "step 4 of 4"]
     assert_equal_weights(weights_of(tmp_path / "undisturbed"), weights_of(tmp_path / "out"))
     state = TrainerState.load_from_json(str(tmp_path / "out" / "checkpoint-4" / "trainer_state.json"))
     assert [log["step"] for log in state.log_history if "loss" in log] == [1, 2, 3, 4]
@@ -499,7 +499,7 @@ def test_torchrun_trains_and_one_process_speaks(arguments, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "cllm_hf"]
     run = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("Trained for 2 optimizer steps.") == 1 and run.stderr.count("update 2 of 2") == 1
+    assert run.stdout.count("Trained for 2 optimizer steps.") == 1 and run.stderr.count("step 2 of 2") == 1
     assert load_cllm(tmp_path / "out").generation_config.decoding == "jacobi"
 
 
@@ -508,7 +508,7 @@ def test_torchrun_trains_and_one_process_speaks(arguments, tmp_path):
 
 def test_a_line_of_a_log():
     logs = {"loss": 1.23456, "ar_tokens": 7, "epoch": 0.1, "eval_runtime": 3.0, "eval_samples_per_second": 2.0}
-    assert format_log(3, 10, logs) == "update 3 of 10: loss 1.235, ar_tokens 7"
+    assert format_log(3, 10, logs) == "step 3 of 10: loss 1.235, ar_tokens 7"
 
 
 def test_a_bar_for_a_terminal(capsys):
@@ -524,7 +524,7 @@ def test_a_bar_for_a_terminal(capsys):
     bar.on_train_end(None, state, None)
     shown = capsys.readouterr().err
     assert "3/4" in shown and "ar_loss=0.500" in shown and "0.25" not in shown and "Evaluating" in shown
-    assert "update 3 of 4: eval_loss 0.75\n" in shown
+    assert "step 3 of 4: eval_loss 0.75\n" in shown
     bar.on_prediction_step(None, state, None)  # an evaluation after the training
     bar.on_evaluate(None, state, None, metrics={"eval_loss": 0.75})
 
