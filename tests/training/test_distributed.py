@@ -19,7 +19,7 @@ from cllm_hf.training.processes import check_processes, count_own_rows
 
 
 TESTS = Path(__file__).parents[1]
-# 10 records in batches of 2 on 2 processes: the last batch of an epoch, update 3, has 2 records for 4 places, so that
+# 10 records in batches of 2 on 2 processes: the last batch of an epoch, step 3, has 2 records for 4 places, so that
 # the second process has only repeated ones.
 RUN = {"num_records": 10, "per_device_train_batch_size": 2, "max_steps": 5, "optim": "sgd", "learning_rate": 0.1}
 EVALUATION = {"num_evaluated": 7, "per_device_eval_batch_size": 2, "eval_strategy": "steps", "eval_steps": 2}
