@@ -185,7 +185,9 @@ result = decode(trainer.model, decoding="autoregressive")
     code = "loaded = cllm_hf.load_cllm(name)\nresult = [decode(loaded), loaded.generation_config.decoding]"
     assert client.run(f"{PRELUDE}\n{code}", name=f"user/{name}") == [trained, "jacobi"]
     card = card_of(client, name)
-    assert BEGIN in card.text and "Training took 2 optimizer steps" in card.text and card.data.base_model == "user/base"
+    assert (
+        BEGIN in card.text and "Training took 2 optimizer steps" in card.text and card.data.base_model == "user/base"
+    )
     folders = {path.split("/")[0] for path in files if "/" in path}
     expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-1", "checkpoint-2"}}
     assert folders == expected.get(strategy, set())

@@ -396,7 +396,7 @@ leave_others()
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does_and_stop_together(tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for launcher in ([sys.executable], torchrun):
         command = [*launcher, str(tmp_path / "run.py"), str(tmp_path)]
