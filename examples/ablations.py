@@ -60,7 +60,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-# What a row of `--lossless` changes, its LoRA under "lora". `drafts` are for decoding.
+# What a row of `--lossless` changes; options of its LoRA stand under "lora".
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 LOSSLESS_ROWS: dict[str, dict[str, Any]] = {

@@ -46,7 +46,7 @@ def _add_decode(kinds: Any) -> None:
     decode.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     decode.add_argument("--batch-size", type=positive, default=1, help="prompts that are decoded together")
     decode.add_argument("--repeats", type=positive, default=1, help="rounds over all prompts")
-    decode.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
+    decode.add_argument("--compile", action="store_true", help="add rows with a compiled forward pass")
     add_common(decode)
 
 
@@ -78,7 +78,7 @@ def _add_models(kinds: Any) -> None:
     models.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     models.add_argument("--batch-size", type=positive, default=32, help="of the prompts that are not timed")
     models.add_argument("--repeats", type=positive, default=1, help="timed rounds over the prompts")
-    models.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
+    models.add_argument("--compile", action="store_true", help="add rows with a compiled forward pass")
     add_common(models)
     models.add_argument("--plot", type=Path, help="PNG file for accuracy over speed, or speed alone")
 

@@ -95,7 +95,7 @@ def read_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
 
     Returns:
         `dict[str, Curve]`: by name. An optimizer step that was logged twice, as by a run that was resumed, has its
-            last value.
+        last value.
     """
     found: dict[str, dict[int, float]] = {}
     for entry in log_history:

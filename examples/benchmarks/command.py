@@ -82,7 +82,7 @@ def _add_overhead(kinds: Any) -> None:
     overhead.add_argument(
         "--prompt-length", type=positive, default=64, help="random tokens before the first iteration"
     )
-    overhead.add_argument("--compile", action="store_true", help="add rows with a compiled forward")
+    overhead.add_argument("--compile", action="store_true", help="add rows with a compiled forward pass")
     add_common(overhead)
 
 

@@ -70,6 +70,20 @@ def test_base_rows_of_experts_are_equal_up_to_rounding(name):
     torch.testing.assert_close(found[:, :-COUNT], expected[:, :-COUNT], atol=1e-5, rtol=1e-5)
 
 
+def test_layers_are_called_without_hooks_of_peft_while_it_decodes():
+    """`PeftModel.generate` puts one on each layer for an activated LoRA, which costs time in each forward pass."""
+    model = add_random_adapter(make_model("llama"))
+    layers = [layer for _, layer in adapter_layers(model.get_base_model())]
+    embeddings, seen = model.get_base_model().get_input_embeddings(), []
+    embeddings.register_forward_pre_hook(lambda *_: seen.append(sum(len(one._forward_pre_hooks) for one in layers)))
+    found = {}
+    for decoding in ("autoregressive", "lossless"):
+        model.generate(input_ids=make_prompts(1)[0], decoding=decoding, do_sample=False, max_new_tokens=4)
+        found[decoding] = set(seen)
+        seen.clear()
+    assert found == {"autoregressive": {len(layers)}, "lossless": {0}}
+
+
 @torch.no_grad()
 def test_a_closed_gate_and_no_adapters_are_the_base_model():
     base, model, gate = make_pair("llama")
