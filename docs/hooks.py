@@ -1,5 +1,6 @@
 """
-What `mkdocs` is told beside `mkdocs.yml`: files outside of `docs/` that pages link to belong to the site.
+What `mkdocs` is told beside `mkdocs.yml`: files outside of `docs/` that pages link to belong to the site, and types in
+docstrings of transformers' format, which have backticks of their own, are shown without them.
 
 A link such as `../examples/stories.py` leads to the file where the repository is read as it is. In the site the file
 lies at the same path below the pages, so that `../` is taken out of the link. Markdown files become pages.
@@ -14,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).parent.parent
 _OUTSIDE = re.compile(r"(?<=\]\()\.\./(?=[^)\s]+\))")
+_TYPE = re.compile(r"(?<=\(<code>)[^<]*(?=</code>)")
 _TARGET = re.compile(r"\]\(\.\./([^)#\s]+)[^)]*\)")
 
 
@@ -31,3 +33,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Lead links to files outside to where they lie in the site."""
     return _OUTSIDE.sub("", markdown)
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """Show types of parameters without the backticks and asterisks of their docstrings."""
+    return _TYPE.sub(lambda type_: re.sub(r"[`*]", "", type_[0]), html)
