@@ -132,14 +132,6 @@ def set_jacobi_defaults(model: Any, block_size: int | str = DEFAULT_BLOCK_SIZE) 
 def set_lossless_defaults(model: Any, block_size: int | str = AUTO) -> None:
     """
     Make `model.generate(...)` draft by a lossless adapter by default; other options stay those of the base model.
-
-    Args:
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`): its `generation_config` is changed in place.
-        block_size (`int` or `"auto"`): default of `jacobi_block_size`.
-
-    Raises:
-        ValueError: if `block_size` is neither an integer of at least 1 nor `"auto"`, or other defaults contradict each
-            other.
     """
     _set_defaults(model.generation_config, LOSSLESS, block_size, {})
 

@@ -76,20 +76,7 @@ class JacobiOptions:
 
 
 def check_block_size(value: object, name: str = "jacobi_block_size", allows_auto: bool = False) -> Any:
-    """
-    Validate a block size.
-
-    Args:
-        value (`object`): what the user passed.
-        name (`str`): name of the option, for the message.
-        allows_auto (`bool`): whether `"auto"` will do.
-
-    Returns:
-        `int` or `"auto"`: the value, as an integer of Python.
-
-    Raises:
-        ValueError: if it is not an integer of at least 1, nor `"auto"` where that is allowed.
-    """
+    """Validate a block size."""
     if allows_auto and isinstance(value, str) and value == AUTO:
         return value
     size = as_integer(value)
@@ -100,15 +87,7 @@ def check_block_size(value: object, name: str = "jacobi_block_size", allows_auto
 
 
 def as_integer(value: Any) -> int | None:
-    """
-    Read an integer of any kind, such as numpy's.
-
-    Args:
-        value (`Any`): what the user passed.
-
-    Returns:
-        `int` or `None`: `None` for anything else, truth values among them.
-    """
+    """Read an integer of any kind, such as numpy's."""
     if isinstance(value, bool):
         return None
     try:
@@ -118,30 +97,11 @@ def as_integer(value: Any) -> int | None:
 
 
 def option_of(call: dict[str, Any], configs: Sequence[Any], name: str) -> Any:
-    """
-    Look up an option of `generate`.
-
-    Args:
-        call (`dict[str, Any]`): arguments by name.
-        configs (`Sequence[transformers.GenerationConfig]`): where their defaults stand, the first ones first.
-        name (`str`): of the option.
-
-    Returns:
-        Its value, or `None`.
-    """
+    """Look up an option of `generate`."""
     return call[name] if call.get(name) is not None else first_set(configs, name)
 
 
 def first_set(configs: Sequence[Any], name: str) -> Any:
-    """
-    Look up a default.
-
-    Args:
-        configs (`Sequence[transformers.GenerationConfig]`): where it may stand.
-        name (`str`): of the option.
-
-    Returns:
-        The value of the first config that has one, or `None`.
-    """
+    """Look up a default."""
     values = (getattr(config, name, None) for config in configs)
     return next((value for value in values if value is not None), None)

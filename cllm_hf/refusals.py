@@ -27,18 +27,7 @@ _GREEDY = 'pass `decoding="autoregressive"`'
 def check_supported(
     model: PreTrainedModel, call: dict[str, Any], configs: list[GenerationConfig], decoding: str = JACOBI
 ) -> None:
-    """
-    Check that nothing is asked for that decoding several tokens a forward pass would have to ignore.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-        call (`dict[str, Any]`): arguments of `generate` by name.
-        configs (`list[transformers.GenerationConfig]`): where their defaults stand, the first ones first.
-        decoding (`str`): what decodes.
-
-    Raises:
-        ValueError: for an option, a model or an adapter that is not supported.
-    """
+    """Check that nothing is asked for that decoding several tokens a forward pass would have to ignore."""
 
     def option(name: str) -> Any:
         return option_of(call, configs, name)

@@ -38,20 +38,7 @@ _SAMPLED_EMBEDDINGS = 1024
 
 
 class Drafter(nn.Module):
-    """
-    The weights by which a lossless adapter drafts, beside those of LoRA.
-
-    Args:
-        vocab_size (`int`): tokens that the model has logits for.
-        hidden_size (`int`): length of an embedding.
-        num_masks (`int`): most tokens that are drafted after one text.
-        markov_rank (`int`): rank of the Markov head; 0 for none.
-
-    Attributes:
-        masks (`torch.nn.Parameter` of shape `(num_masks, hidden_size)`): what is fed for the first, second, ... token
-            after the text, before anything is known of it.
-        adapter_name (`str`): the adapter of the model that it belongs to.
-    """
+    """The weights by which a lossless adapter drafts, beside those of LoRA."""
 
     adapter_name = "default"
 
@@ -67,16 +54,7 @@ class Drafter(nn.Module):
             nn.init.zeros_(self.following.weight)  # a new head changes nothing
 
     def correct(self, logits: torch.Tensor, previous_ids: torch.Tensor) -> torch.Tensor:
-        """
-        Tell logits which token stands before theirs: `logits + W2 W1[previous]`.
-
-        Args:
-            logits (`torch.Tensor` of shape `(..., vocab_size)`): of tokens that were drafted side by side.
-            previous_ids (`torch.LongTensor` of shape `(...)`): the token before each.
-
-        Returns:
-            `torch.Tensor` of shape `(..., vocab_size)`.
-        """
+        """Tell logits which token stands before theirs: `logits + W2 W1[previous]`."""
         if not self.markov_rank:
             return logits
         known = previous_ids.clamp(max=self.vocab_size - 1)  # a table of embeddings may be longer than the logits
@@ -84,32 +62,14 @@ class Drafter(nn.Module):
         return logits + linear(previous, self.following.weight.to(logits.dtype))
 
     def save(self, folder: Path) -> None:
-        """
-        Save it beside an adapter.
-
-        Args:
-            folder (`pathlib.Path`): of the adapter.
-        """
+        """Save it beside an adapter."""
         shape = {"num_masks": self.num_masks, "markov_rank": self.markov_rank}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_whole(folder / DRAFTER_FILE, save(tensors, {"format": _FORMAT, "drafter": json.dumps(shape)}))
 
     @classmethod
     def load(cls, name: str, **options: Any) -> Drafter:
-        """
-        Load what `save` has written.
-
-        Args:
-            name (`str`): folder or Hub id of the adapter.
-            options: passed to `transformers.utils.cached_file`, such as `revision` and `token`.
-
-        Returns:
-            `Drafter`.
-
-        Raises:
-            OSError: if there is none.
-            ValueError: if the file is damaged, or of a later format.
-        """
+        """Load what `save` has written."""
         try:
             path = cached_file(name, DRAFTER_FILE, **options)
         except OSError as error:
@@ -137,17 +97,7 @@ class Drafter(nn.Module):
 
 
 def make_drafter(model: PreTrainedModel, num_masks: int, markov_rank: int) -> Drafter:
-    """
-    Make a new drafter for a model.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the base model.
-        num_masks (`int`): most tokens that are drafted after one text.
-        markov_rank (`int`): rank of the Markov head; 0 for none.
-
-    Returns:
-        `Drafter`: its masks begin at the mean of the model's embeddings, in float32.
-    """
+    """Make a new drafter for a model."""
     embeddings: Any = model.get_input_embeddings()
     weight = embeddings.weight
     output_embeddings: Any = model.get_output_embeddings()
@@ -168,12 +118,6 @@ def attach_drafter(
     """
     Make a drafter a part of its model. It takes the place of an earlier one of the same adapter, and is saved wherever
     the adapter is.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped, with the adapter's layers in it.
-        drafter (`Drafter`): moved to where the inputs of the model go.
-        is_trainable (`bool`): whether it takes a gradient; otherwise it gets the dtype of the model.
-        adapter_name (`str`, *optional*): the adapter that it belongs to; by default the active one.
     """
     drafter.adapter_name = adapter_name or active_lossless_adapter(model) or "default"
     drafter.requires_grad_(is_trainable).to(input_device(model), None if is_trainable else model.dtype)
@@ -190,13 +134,7 @@ def _save_together(config: Any, drafter: Drafter, save_directory: Any, **kwargs:
 
 
 def detach_drafter(model: PreTrainedModel, adapter_name: str) -> None:
-    """
-    Take the drafter of an adapter out of its model, if there is one.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-        adapter_name (`str`): the adapter.
-    """
+    """Take the drafter of an adapter out of its model, if there is one."""
     if hasattr(model, _DRAFTERS):
         setattr(model, _DRAFTERS, nn.ModuleList(_drafters_of_others(model, adapter_name)))
 
@@ -205,9 +143,6 @@ def detach_drafter(model: PreTrainedModel, adapter_name: str) -> None:
 def drafters_aside(model: PreTrainedModel) -> Iterator[None]:
     """
     Take the drafters out of a model until the block ends, such as while transformers looks for weights by their names.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
     """
     drafters = getattr(model, _DRAFTERS, None)
     if drafters is not None:
@@ -224,30 +159,14 @@ def _drafters_of_others(model: PreTrainedModel, adapter_name: str) -> list[Draft
 
 
 def find_drafter(model: Any) -> Drafter | None:
-    """
-    The drafter of the active adapter of a model.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-
-    Returns:
-        `Drafter` or `None`: `None` also where another adapter is active, beside a lossless one or alone.
-    """
+    """The drafter of the active adapter of a model."""
     drafters = getattr(model, _DRAFTERS, ())
     name = active_lossless_adapter(model) if len(drafters) else None
     return next((drafter for drafter in drafters if drafter.adapter_name == name), None)
 
 
 def active_lossless_adapter(model: Any) -> str | None:
-    """
-    The name of the active adapter of a model, if it is a lossless one, and alone.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-
-    Returns:
-        `str` or `None`.
-    """
+    """The name of the active adapter of a model, if it is a lossless one, and alone."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         return None
@@ -257,13 +176,5 @@ def active_lossless_adapter(model: Any) -> str | None:
 
 
 def is_lossless(config: Any) -> bool:
-    """
-    Whether an adapter drafts for its base model, whose text stays what it is.
-
-    Args:
-        config (`peft.PeftConfig`): of the adapter.
-
-    Returns:
-        `bool`.
-    """
+    """Whether an adapter drafts for its base model, whose text stays what it is."""
     return getattr(config, "alora_invocation_tokens", None) == NEVER_INVOKED

@@ -21,19 +21,7 @@ def packed_attention_mask(
     dtype: torch.dtype = torch.float32,
     clean_cache: DynamicCache | None = None,
 ) -> Any:
-    """
-    Build the mask of a packed batch, by the host's own mask functions, for the attention that the model runs.
-
-    Args:
-        config (`transformers.PreTrainedConfig`): config of the model.
-        packed (`Packed`): the batch.
-        dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
-        clean_cache (`transformers.DynamicCache`, *optional*): from `forward_clean`; the mask then has only the rows
-            of the drafts.
-
-    Returns:
-        What to pass as `attention_mask`: a mask, or a `dict` of them for models that mix full and sliding attention.
-    """
+    """Build the mask of a packed batch, by the host's own mask functions, for the attention that the model runs."""
     config = config.get_text_config()
     first = 0 if clean_cache is None else packed.clean_length
     queries, keys = slice(first, None), packed.segment_ids[:, None]
@@ -57,21 +45,7 @@ def tree_attention_mask(
     cache: Any,
     num_cached: int | None = None,
 ) -> Any:
-    """
-    Build the mask of trees of tokens after texts: each token sees its text and the tokens it follows.
-
-    Args:
-        config (`transformers.PreTrainedConfig`): config of the model.
-        text_mask (`torch.Tensor` of shape `(batch_size, num_columns)`): non-zero on columns before the trees that are
-            text: those that are cached, and those that are fed with the trees.
-        parents (`list[list[int]]`): for each row and place of its tree, the place of the token before; -1 for none.
-        dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
-        cache (`transformers.Cache`): what is cached, without the trees.
-        num_cached (`int`, *optional*): columns of `text_mask` that are cached; by default all.
-
-    Returns:
-        What to pass as `attention_mask`: a mask, or a `dict` of them for models that mix full and sliding attention.
-    """
+    """Build the mask of trees of tokens after texts: each token sees its text and the tokens it follows."""
     config, device = config.get_text_config(), text_mask.device
     num_rows, num_columns = text_mask.shape
     num_cached, num_places = num_columns if num_cached is None else num_cached, len(parents[0])
@@ -115,21 +89,7 @@ def masks_by_layer_type(
     dtype: torch.dtype,
     num_sliding_columns: int | None = None,
 ) -> Any:
-    """
-    Make masks by transformers' own mask functions, for the attention that the model runs.
-
-    Args:
-        config (`transformers.PreTrainedConfig`): config of the decoder.
-        visible (`torch.BoolTensor` of shape `(batch_size, num_queries, num_keys)`): which pairs may see each other
-            where attention is full.
-        distances (`torch.LongTensor` of the same shape, *optional*): how far a key stands before its query, for models
-            with sliding windows.
-        dtype (`torch.dtype`): dtype of the model, for attention that adds its mask.
-        num_sliding_columns (`int`, *optional*): last keys that layers of sliding windows have; by default all.
-
-    Returns:
-        A mask, or a `dict` of them by layer type for models that mix full and sliding attention.
-    """
+    """Make masks by transformers' own mask functions, for the attention that the model runs."""
 
     implementation = attention_implementation(config)
 
@@ -170,20 +130,7 @@ def packed_forward(
     base_model: PreTrainedModel,
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """
-    Run one forward pass over a packed batch.
-
-    Args:
-        model (`torch.nn.Module`): a causal language model, possibly wrapped (PEFT, DDP, FSDP).
-        packed (`Packed`): the batch, on the model's device.
-        base_model (`transformers.PreTrainedModel`): the model in the wrappers.
-        places (`torch.LongTensor` of shape `(num_places,)`, *optional*): `row * packed_length + column` of the places
-            whose logits are wanted. Logits of no other place are computed.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, packed_length, vocab_size)`, or `(num_places, vocab_size)` with `places`:
-        logits; see `PackedBatch.columns`.
-    """
+    """Run one forward pass over a packed batch."""
     inputs = {
         "input_ids": packed.input_ids,
         "attention_mask": packed_attention_mask(base_model.config, packed, base_model.dtype),
@@ -230,22 +177,7 @@ def forward_clean(
     base_model: PreTrainedModel | None = None,
     places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, DynamicCache]:
-    """
-    Run clean sequences once, for several forward passes over drafts after them.
-
-    Args:
-        model (`torch.nn.Module`): a causal language model, possibly wrapped.
-        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
-        clean_mask (`torch.LongTensor` of shape `(batch_size, clean_length)`): 1 on tokens, 0 on padding.
-        num_logits (`int`): last columns whose logits are wanted.
-        base_model (`transformers.PreTrainedModel`, *optional*): the model in the wrappers, if there are any.
-        places (`torch.LongTensor` of shape `(num_places,)`, *optional*): `row * clean_length + column` of the places
-            whose logits are wanted instead.
-
-    Returns:
-        `tuple[torch.Tensor, transformers.DynamicCache]`: logits of shape `(batch_size, num_logits, vocab_size)`, or
-        `(num_places, vocab_size)` with `places`, and keys and values of the clean sequences.
-    """
+    """Run clean sequences once, for several forward passes over drafts after them."""
     # Without the config, sliding layers keep everything: early blocks stand far before the end of the sequence.
     cache = DynamicCache()
     inner: Any = base_model or model
@@ -265,17 +197,7 @@ def forward_clean(
 
 
 def copy_clean(clean_cache: DynamicCache, rows: torch.Tensor, num_columns: int) -> DynamicCache:
-    """
-    Copy the beginning of some cached clean sequences.
-
-    Args:
-        clean_cache (`transformers.DynamicCache`): from `forward_clean`; it is left as it was.
-        rows (`torch.LongTensor` of shape `(num_rows,)`): which sequences.
-        num_columns (`int`): leading tokens of each.
-
-    Returns:
-        `transformers.DynamicCache`.
-    """
+    """Copy the beginning of some cached clean sequences."""
     copied = DynamicCache()
     layers: Any = clean_cache.layers
     for index, layer in enumerate(layers):
@@ -291,22 +213,7 @@ def forward_drafts(
     base_model: PreTrainedModel | None = None,
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """
-    Run one forward pass over the drafts of a packed batch, after its cached clean sequences.
-
-    Args:
-        model (`torch.nn.Module`): a causal language model, possibly wrapped.
-        packed (`Packed`): the batch.
-        clean_cache (`transformers.DynamicCache`): from `forward_clean`; it is left as it was.
-        base_model (`transformers.PreTrainedModel`, *optional*): the model in the wrappers, if there are any.
-
-        places (`torch.LongTensor` of shape `(num_places,)`, *optional*): `row * num_columns + column` of the places
-            among the drafts whose logits are wanted. Logits of no other place are computed.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, packed_length - clean_length, vocab_size)`, or `(num_places, vocab_size)`
-        with `places`: logits.
-    """
+    """Run one forward pass over the drafts of a packed batch, after its cached clean sequences."""
     drafts = slice(packed.clean_length, None)
     inner: Any = base_model or model
     inputs = {

@@ -23,16 +23,7 @@ from .drafter import NEVER_INVOKED, Drafter, is_lossless
 
 
 class AdapterGate:
-    """
-    Lets the active adapter of a model act on the drafter's rows, while it is `installed`.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped, with the adapter's layers in it.
-        drafter (`Drafter`): its mask embeddings are fed in the drafter's rows.
-
-    Raises:
-        ValueError: for an adapter of another kind than plain LoRA, several active adapters, or a merged one.
-    """
+    """Lets the active adapter of a model act on the drafter's rows, while it is `installed`."""
 
     def __init__(self, model: PreTrainedModel, drafter: Drafter):
         self._model = model
@@ -65,25 +56,14 @@ class AdapterGate:
                 config.alora_invocation_tokens = list(NEVER_INVOKED)
 
     def open(self, mask_numbers: Sequence[int]) -> None:
-        """
-        Say which rows of the next forward passes are the drafter's.
-
-        Args:
-            mask_numbers (`Sequence[int]`): for each of the last rows, the number of the mask embedding that is fed
-                there in place of a token's. Empty for no such rows.
-        """
+        """Say which rows of the next forward passes are the drafter's."""
         if self._mask_numbers is None or list(mask_numbers) != self._given:  # a compiled graph likes the same tensor
             device = self._drafter.masks.device
             self._mask_numbers = torch.tensor(mask_numbers, dtype=torch.long).to(device, non_blocking=True)
         self._num_rows, self._given = len(mask_numbers), list(mask_numbers)
 
     def train_dropout(self, is_training: bool) -> None:
-        """
-        Whether the adapter's own dropout is on, whatever the mode of the model.
-
-        Args:
-            is_training (`bool`): whether it is.
-        """
+        """Whether the adapter's own dropout is on, whatever the mode of the model."""
         for layer in self._layers.values():
             layer.lora_dropout.train(is_training)
 
@@ -152,12 +132,7 @@ def _replaced_forwards(forwards: dict[Any, Callable[..., torch.Tensor]]) -> Iter
 
 @contextmanager
 def without_adapters(model: PreTrainedModel) -> Iterator[None]:
-    """
-    Run the base weights alone until the block ends, without touching what takes a gradient.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-    """
+    """Run the base weights alone until the block ends, without touching what takes a gradient."""
 
     def base_alone(layer: Any) -> Callable[..., torch.Tensor]:
         base = layer.get_base_layer()
@@ -168,15 +143,7 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
 
 
 def is_switched_off(model: PreTrainedModel) -> bool:
-    """
-    Whether the adapters of a model are disabled, as within `disable_adapter()`.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-
-    Returns:
-        `bool`: `False` also for a model without adapters.
-    """
+    """Whether the adapters of a model are disabled, as within `disable_adapter()`."""
     layer = next((layer for _, layer in adapter_layers(model)), None)
     return layer is not None and layer.disable_adapters
 

@@ -19,61 +19,36 @@ CLEAN_SEGMENT, PADDING_SEGMENT = 0, -1
 
 
 def num_blocks(response_length: Any, block_size: int) -> Any:
-    """
-    Number of blocks that cover a response.
-
-    Args:
-        response_length (`int`, or an array or tensor of integers): tokens of the response, stop token included.
-        block_size (`int`): tokens of a block.
-
-    Returns:
-        The same kind.
-    """
+    """Number of blocks that cover a response."""
     return -(-response_length // block_size)
 
 
 @dataclass
 class Packed:
-    """
-    Clean sequences and draft tokens after them, `packed_length` columns in all.
+    """Clean sequences and draft tokens after them, `packed_length` columns in all."""
 
-    Attributes:
-        input_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): clean tokens, then draft tokens.
-        position_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): positions in the clean sequence.
-        segment_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): 0 for clean tokens, a number from 1 on
-            for tokens of the same block, -1 for padding.
-        anchor_positions (`torch.LongTensor` of shape `(batch_size, packed_length)`): for a token of a block the
-            position of its anchor, from which on it sees the block instead of the clean sequence; 0 elsewhere.
-        clean_length (`int`): columns of the clean sequence.
-        sequence_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`, *optional*): for rows that hold
-            several clean sequences with their drafts, which of them a token belongs to. By default a row holds one.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    input_ids: torch.Tensor  # (batch_size, packed_length): clean tokens, then draft tokens
+    position_ids: torch.Tensor  # (batch_size, packed_length): positions in the clean sequence
+    # (batch_size, packed_length): 0 for clean tokens, a number from 1 on for tokens of the same block, -1 for padding
     segment_ids: torch.Tensor
+    # (batch_size, packed_length): for a token of a block the position of its anchor, from which on it sees the block
+    # instead of the clean sequence; 0 elsewhere
     anchor_positions: torch.Tensor
-    clean_length: int
+    clean_length: int  # columns of the clean sequence
+    # (batch_size, packed_length): for rows that hold several clean sequences with their drafts, which of them a token
+    # belongs to. By default a row holds one
     sequence_ids: torch.Tensor | None = None
 
 
 @dataclass
 class Drafts:
-    """
-    Draft states of equally many tokens, each after an anchor in its clean sequence.
+    """Draft states of equally many tokens, each after an anchor in its clean sequence."""
 
-    Attributes:
-        states (`torch.LongTensor` of shape `(batch_size, num_blocks, block_size)`): a draft state of each block.
-        anchors (`torch.LongTensor` of shape `(batch_size, num_blocks)`): position of the token before each block.
-        mask (`torch.Tensor` of shape `(batch_size, num_blocks)`): non-zero where there is a block.
-        last_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*): where a sequence ends. What of its
-            blocks lies beyond means nothing, and is put there, so that no position is needed that the sequence itself
-            does not have. By default blocks go on as far as they go.
-    """
-
-    states: torch.Tensor
-    anchors: torch.Tensor
-    mask: torch.Tensor
+    states: torch.Tensor  # (batch_size, num_blocks, block_size): a draft state of each block
+    anchors: torch.Tensor  # (batch_size, num_blocks): position of the token before each block
+    mask: torch.Tensor  # (batch_size, num_blocks): non-zero where there is a block
+    # (batch_size,): where a sequence ends. What of its blocks lies beyond means nothing, and is put there, so that no
+    # position is needed that the sequence itself does not have. By default blocks go on as far as they go
     last_positions: torch.Tensor | None = None
 
 
@@ -84,44 +59,19 @@ class PackedBatch(Packed):
 
     A block takes `block_size` columns: its anchor and all but the last token of its state. Blocks are segments 1, 2
     and so on, through all groups. The other attributes are those of `Packed`.
-
-    Attributes:
-        group_shapes (`list[tuple[int, int]]`): number of blocks and block size of each group.
     """
 
-    group_shapes: list[tuple[int, int]]
+    group_shapes: list[tuple[int, int]]  # number of blocks and block size of each group
 
     def columns(self, group: int = 0) -> torch.Tensor:
-        """
-        Find the columns of a group's blocks.
-
-        Args:
-            group (`int`): which of the `Drafts` that were packed.
-
-        Returns:
-            `torch.LongTensor` of shape `(num_blocks, block_size)`. Column `i` of a block predicts token `i` of its
-            state.
-        """
+        """Find the columns of a group's blocks."""
         start = self.clean_length + sum(blocks * size for blocks, size in self.group_shapes[:group])
         blocks, size = self.group_shapes[group]
         return torch.arange(start, start + blocks * size, device=self.input_ids.device).view(blocks, size)
 
 
 def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> PackedBatch:
-    """
-    Lay out clean sequences and draft blocks after them.
-
-    Args:
-        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
-        clean_mask (`torch.Tensor` of shape `(batch_size, clean_length)`): non-zero on tokens, zero on padding.
-        groups (`Drafts`): draft blocks; those of a group have the same size.
-
-    Returns:
-        `PackedBatch`.
-
-    Raises:
-        ValueError: if the shapes do not fit.
-    """
+    """Lay out clean sequences and draft blocks after them."""
     for drafts in groups:
         _check_shapes(clean_ids, clean_mask, drafts)
     device, clean_length = clean_ids.device, clean_ids.shape[1]
@@ -168,17 +118,6 @@ def append_drafts(
     Lay out clean sequences and draft tokens of any number of blocks, and of any number of each, in columns after them.
 
     The clean columns are there for the mask: they are meant to be read from a cache.
-
-    Args:
-        clean_ids (`torch.LongTensor` of shape `(batch_size, clean_length)`): sequences, padded on the right.
-        clean_mask (`torch.Tensor` of shape `(batch_size, clean_length)`): non-zero on tokens, zero on padding.
-        input_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`): draft tokens; those of a block in order.
-        position_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`): as in `Packed`.
-        segment_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`): as in `Packed`.
-        anchor_positions (`torch.LongTensor` of shape `(batch_size, num_columns)`): as in `Packed`.
-
-    Returns:
-        `Packed`.
     """
     clean_positions = torch.arange(clean_ids.shape[1], device=clean_ids.device).expand_as(clean_ids)
     return Packed(
@@ -209,14 +148,6 @@ def fill_rows(packed: Packed) -> tuple[Packed, torch.Tensor]:
     Lay short sequences and their drafts after others in the same row, so that there is little padding.
 
     Rows are as long as the longest sequence with its drafts, and filled by first fit, the longest first.
-
-    Args:
-        packed (`Packed`): a sequence and its drafts a row.
-
-    Returns:
-        `tuple[Packed, torch.LongTensor]`: fewer rows, and a tensor of shape `(batch_size * packed_length,)`: the new
-        `row * packed_length + column` of each old one. Where nothing can be saved, the same batch, and all places as
-        they were.
     """
     is_token = packed.segment_ids != PADDING_SEGMENT
     counts = is_token.sum(-1).tolist()

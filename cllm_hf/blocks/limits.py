@@ -24,31 +24,22 @@ _BOTH_WAYS = "it reads the text in both directions, so that a later token change
 
 @dataclass(frozen=True)
 class Limits:
-    """
-    What an architecture cannot do.
+    """What an architecture cannot do."""
 
-    Attributes:
-        refused (`str`): why several tokens cannot be verified, nor packed, in one forward pass; empty if they can.
-        unpacked (`str`): why blocks cannot be packed after their sequence, where nothing else tells.
-        no_later_steps (`bool`): whether several tokens after a cached prefix do not see all of it, or not at the right
-            places. One at a time they do.
-        counts_padding (`bool`): whether layers group tokens by where they stand in a row, padding included.
-        no_padding (`bool`): whether transformers itself decodes padded rows differently with a cache and without, or
-            in one step and in several.
-        no_batches (`bool`): the same with any batch.
-        has_own_state (`bool`): whether its modules hold the recurrent state themselves, so that a second text that is
-            decoded in between takes it away.
-        is_causal_as_decoder (`bool`): whether it is causal only with `is_decoder=True` in its config.
-    """
-
-    refused: str = ""
-    unpacked: str = ""
+    refused: str = ""  # why several tokens cannot be verified, nor packed, in one forward pass; empty if they can
+    unpacked: str = ""  # why blocks cannot be packed after their sequence, where nothing else tells
+    # whether several tokens after a cached prefix do not see all of it, or not at the right places. One at a time they
+    # do
     no_later_steps: bool = False
-    counts_padding: bool = False
+    counts_padding: bool = False  # whether layers group tokens by where they stand in a row, padding included
+    # whether transformers itself decodes padded rows differently with a cache and without, or in one step and in
+    # several
     no_padding: bool = False
-    no_batches: bool = False
+    no_batches: bool = False  # the same with any batch
+    # whether its modules hold the recurrent state themselves, so that a second text that is decoded in between takes
+    # it away
     has_own_state: bool = False
-    is_causal_as_decoder: bool = False
+    is_causal_as_decoder: bool = False  # whether it is causal only with `is_decoder=True` in its config
 
 
 _BERT_LIKE = (
@@ -94,15 +85,7 @@ _DYNAMICALLY_QUANTIZED = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsi
 
 
 def limits_of(model: PreTrainedModel) -> Limits:
-    """
-    What a model cannot do, and the decoder inside of it.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model.
-
-    Returns:
-        `Limits`.
-    """
+    """What a model cannot do, and the decoder inside of it."""
     merged = Limits()
     for config in _configs_of(model.config):
         own = _LIMITS.get(config.model_type, merged)
@@ -111,15 +94,7 @@ def limits_of(model: PreTrainedModel) -> Limits:
 
 
 def why_refused(model: PreTrainedModel) -> str:
-    """
-    Why a model cannot verify several tokens, nor run a packed batch, in one forward pass.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model.
-
-    Returns:
-        `str`: empty if it can.
-    """
+    """Why a model cannot verify several tokens, nor run a packed batch, in one forward pass."""
     limits, decoder = limits_of(model), model.config.get_text_config(decoder=True)
     if limits.refused:
         return limits.refused
@@ -136,15 +111,7 @@ def why_refused(model: PreTrainedModel) -> str:
 
 
 def forgets_between_steps(model: PreTrainedModel) -> bool:
-    """
-    Whether a forward pass over several tokens loses sight of what an earlier one has cached.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-
-    Returns:
-        `bool`.
-    """
+    """Whether a forward pass over several tokens loses sight of what an earlier one has cached."""
     return limits_of(model).no_later_steps
 
 
@@ -153,12 +120,6 @@ def needs_same_length(model: PreTrainedModel) -> bool:
     Whether the rows of a batch must stay at equal lengths.
 
     A model that takes no positions counts cached tokens to find them, and padding on the left would shift its count.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-
-    Returns:
-        `bool`.
     """
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     limits = limits_of(model)
@@ -167,15 +128,7 @@ def needs_same_length(model: PreTrainedModel) -> bool:
 
 
 def count_positions(model: PreTrainedModel) -> int | None:
-    """
-    How many positions a model has, where it has a table of them, learned or fixed.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model.
-
-    Returns:
-        `int` or `None`: `None` for rotary embeddings, which are computed for any position, and where nothing is said.
-    """
+    """How many positions a model has, where it has a table of them, learned or fixed."""
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
         return None

@@ -23,18 +23,7 @@ _REMEDY = 'Pass `decoding="autoregressive"` for it.'
 
 
 def check_model(model: PreTrainedModel, batch_size: int, is_padded: bool) -> None:
-    """
-    Refuse models that cannot decode several tokens per forward pass.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-        batch_size (`int`): number of rows.
-        is_padded (`bool`): whether some row has padding.
-
-    Raises:
-        ValueError: for an architecture whose output at a position depends on more than the tokens before it, and for
-            a batch where the model, or the host with this model, cannot do with one.
-    """
+    """Refuse models that cannot decode several tokens per forward pass."""
     reason = why_refused(model)
     if reason:
         raise ValueError(f'`decoding="jacobi"` does not support {type(model).__name__}: {reason}. {_REMEDY}')
@@ -54,16 +43,7 @@ def check_model(model: PreTrainedModel, batch_size: int, is_padded: bool) -> Non
 
 
 def check_model_inputs(model: PreTrainedModel, others: dict[str, Any]) -> None:
-    """
-    Refuse inputs that would be misaligned after the prefill.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-        others (`dict`): inputs that do not grow with the text, from the caller or as transformers prepared them.
-
-    Raises:
-        ValueError: for what belongs to the prompt alone (images and the like).
-    """
+    """Refuse inputs that would be misaligned after the prefill."""
     unknown = [
         name for name, value in others.items() if isinstance(value, (torch.Tensor, dict, list, tuple)) and len(value)
     ]
@@ -72,17 +52,7 @@ def check_model_inputs(model: PreTrainedModel, others: dict[str, Any]) -> None:
 
 
 def check_embeds(model: PreTrainedModel, embeds: torch.Tensor | None, is_remembered: bool) -> None:
-    """
-    Refuse a prompt of embeddings that would have to be fed again in every forward pass.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-        embeds (`torch.Tensor`, *optional*): the prompt, if it comes as embeddings.
-        is_remembered (`bool`): whether the model has a cache that holds it.
-
-    Raises:
-        ValueError: if it has none.
-    """
+    """Refuse a prompt of embeddings that would have to be fed again in every forward pass."""
     if embeds is not None and not is_remembered:
         raise ValueError(
             f'`decoding="jacobi"` feeds the whole text to {type(model).__name__} in every forward pass, got a prompt '
@@ -95,14 +65,6 @@ def check_positions(model: PreTrainedModel, num_positions: int) -> None:
     Refuse positions at which a forward pass over several tokens says something else than a step over one.
 
     Some rotations depend on how far a forward pass reaches, and so on the draft.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-        num_positions (`int`): positions that prompt and response may take.
-
-    Raises:
-        ValueError: for dynamic and long rotary embeddings beyond the length that the model was first trained for, and
-            for Moshi beyond its window.
     """
     config = model.config.get_text_config(decoder=True)
     if config.model_type == "moshi" and num_positions > config.sliding_window:
@@ -125,17 +87,7 @@ def check_positions(model: PreTrainedModel, num_positions: int) -> None:
 
 
 def check_trees(model: PreTrainedModel, counts_columns: bool) -> None:
-    """
-    Check that a model can verify a tree of tokens in one forward pass.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-        counts_columns (`bool`): whether it finds positions by counting columns.
-
-    Raises:
-        ValueError: for models that take no mask of pairs or no positions, see `check_packable`, and for those that
-            keep something else than keys and values of each token.
-    """
+    """Check that a model can verify a tree of tokens in one forward pass."""
     reason = ""
     try:
         check_packable(model)
@@ -153,16 +105,7 @@ def check_trees(model: PreTrainedModel, counts_columns: bool) -> None:
 
 
 def check_packable(model: PreTrainedModel) -> None:
-    """
-    Check that a model can run packed batches.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-
-    Raises:
-        ValueError: for models that take no positions, that find positions by the column (ALiBi), whose layers are not
-            full or sliding attention, or whose attention implementation takes no mask (flash attention).
-    """
+    """Check that a model can run packed batches."""
     config = model.config.get_text_config()
     name = type(model).__name__
     reason = why_refused(model) or limits_of(model).unpacked
@@ -199,15 +142,7 @@ _ADAPTERS = {
 
 
 def why_adapter_refused(config: Any) -> str:
-    """
-    Why several tokens after a text, or packed blocks, cannot be run with an adapter in one forward pass.
-
-    Args:
-        config (`peft.PeftConfig`): of the adapter.
-
-    Returns:
-        `str`: empty if they can.
-    """
+    """Why several tokens after a text, or packed blocks, cannot be run with an adapter in one forward pass."""
     if is_lossless(config):
         return ""  # acts on the rows of a drafter alone
     if getattr(config, "is_prompt_learning", False):
@@ -218,15 +153,7 @@ def why_adapter_refused(config: Any) -> str:
 
 
 def check_adapters(configs: Iterable[Any]) -> None:
-    """
-    Check that packed forward passes can run adapters.
-
-    Args:
-        configs (`Iterable[peft.PeftConfig]`): of the adapters.
-
-    Raises:
-        ValueError: for prompt-learning adapters, activated LoRA, and what is not a function of each token alone.
-    """
+    """Check that packed forward passes can run adapters."""
     for config in configs:
         reason = why_adapter_refused(config)
         if reason:
@@ -247,15 +174,7 @@ _BESIDE_LORA = (
 
 
 def check_lossless_adapter(config: Any) -> None:
-    """
-    Check that an adapter can be gated by rows.
-
-    Args:
-        config (`peft.PeftConfig`): of an adapter that is to draft.
-
-    Raises:
-        ValueError: for any adapter but plain LoRA on linear layers.
-    """
+    """Check that an adapter can be gated by rows."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     extras = [name for name in _BESIDE_LORA if getattr(config, name, None)]
     if kind == "LORA" and getattr(config, "bias", "none") != "none":

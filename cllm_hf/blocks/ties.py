@@ -28,21 +28,7 @@ _ROWS_AT_ONCE = 128
 def judge_greedy(
     logits: torch.Tensor, token_ids: torch.Tensor, dtype: torch.dtype, asked: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Judge given tokens by the logits of a forward pass over them.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(..., vocab_size)`): what the model says at each place.
-        token_ids (`torch.LongTensor` of shape `(...)`): the token that stands there.
-        dtype (`torch.dtype`): of the model.
-        asked (`torch.BoolTensor` of shape `(...)`, *optional*): the places of interest; nowhere else is a near tie
-            looked for. By default all are.
-
-    Returns:
-        `tuple[torch.LongTensor, torch.BoolTensor]`, of shape `(...)`: the best token of each place, and where the
-        given token is another one that counts as greedy too, as its logit lies within `near_tie_bound` of the best
-        one.
-    """
+    """Judge given tokens by the logits of a forward pass over them."""
     best_ids = logits.argmax(-1)
     differs = best_ids != token_ids
     if asked is not None:
@@ -56,16 +42,7 @@ def judge_greedy(
 
 
 def gap_to_best(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """
-    Measure how far the logits of given tokens lie below the best ones.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(..., vocab_size)`): what the model says at each place.
-        token_ids (`torch.LongTensor` of shape `(...)`): a token at each place.
-
-    Returns:
-        `torch.FloatTensor` of shape `(...)`: 0 for the best token, and for one with the same logit.
-    """
+    """Measure how far the logits of given tokens lie below the best ones."""
     return _exact(logits.amax(-1)) - _exact(logits.gather(-1, token_ids[..., None])[..., 0])
 
 
@@ -77,14 +54,6 @@ def near_tie_bound(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     that is small, as after training with a z-loss, how far it stands above the mean: an error of the hidden state
     moves logits by a part of their spread. More than `log(vocab_size)`, by which a logit must stand out to be likely
     at all, is not taken for spread, so that masked logits do not widen the bound.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(..., vocab_size)`): what the model says at each place, in the dtype in
-            which it says so.
-        dtype (`torch.dtype`): of the model. Of this and the logits' own the coarser one is what was rounded to.
-
-    Returns:
-        `torch.FloatTensor` of shape `(...)`.
     """
     epsilon = max(torch.finfo(dtype).eps, torch.finfo(logits.dtype).eps)
     scores = _exact(logits)

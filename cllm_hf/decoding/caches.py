@@ -38,15 +38,7 @@ def decoder_cache(cache: Cache) -> Cache:
 
 
 def rolls_back_rows(cache: Cache) -> bool:
-    """
-    Whether `roll_back` can remove a different number of tokens from each row.
-
-    Args:
-        cache (`transformers.Cache`): a croppable cache; layers that are yet to be made are the plain ones.
-
-    Returns:
-        `bool`.
-    """
+    """Whether `roll_back` can remove a different number of tokens from each row."""
     return type(cache) is DynamicCache and all(type(layer) in _ROW_WISE_LAYERS for layer in cache.layers)
 
 
@@ -56,9 +48,6 @@ def stop_recording(cache: Cache) -> None:
 
     Without a rollback after every forward pass, a layer that records what leaves its window would grow without bound,
     in later uses of the cache too.
-
-    Args:
-        cache (`transformers.Cache`): a croppable cache.
     """
     for layer in decoder_cache(cache).layers:
         if hasattr(layer, "record_past"):
@@ -66,44 +55,20 @@ def stop_recording(cache: Cache) -> None:
 
 
 def copy_cache(cache: Cache) -> Cache:
-    """
-    Copy a cache, sharing its tensors: layers that grow by concatenation replace them and never write into them.
-
-    Args:
-        cache (`transformers.Cache`): a croppable dynamic cache.
-
-    Returns:
-        `transformers.Cache`: what happens to it leaves the original as it is.
-    """
+    """Copy a cache, sharing its tensors: layers that grow by concatenation replace them and never write into them."""
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     return copied
 
 
 def keeps_places(cache: Cache) -> bool:
-    """
-    Whether `keep_places` can keep other places than the first ones.
-
-    Args:
-        cache (`transformers.Cache`): any cache; layers that are yet to be made are the plain ones.
-
-    Returns:
-        `bool`.
-    """
+    """Whether `keep_places` can keep other places than the first ones."""
     movable = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
     return type(cache) is DynamicCache and all(type(layer) in movable for layer in cache.layers)
 
 
 def keep_places(cache: Cache, paths: list[list[int]], num_fed: int) -> None:
-    """
-    Keep some of the tokens of the last forward pass in each row, and align the rows on the right again.
-
-    Args:
-        cache (`transformers.Cache`): a croppable cache that records its past, see `roll_back`.
-        paths (`list[list[int]]`): for each row, places among the last `num_fed` tokens, in rising order. Other places
-            than the first ones need a cache that `keeps_places`; different numbers one that `rolls_back_rows`.
-        num_fed (`int`): tokens of the last forward pass that the places count.
-    """
+    """Keep some of the tokens of the last forward pass in each row, and align the rows on the right again."""
     if any(path[-1] >= len(path) for path in paths):
         _move_to_front(cache, paths, num_fed)
     roll_back(cache, [num_fed - len(path) for path in paths])
@@ -115,11 +80,6 @@ def roll_back(cache: Cache, num_rejected: list[int]) -> None:
 
     The cache must record its past (`activate_past_recording`). Must be called after every forward pass, also when
     nothing was rejected: sliding-window layers only then let go of the tokens that left the window.
-
-    Args:
-        cache (`transformers.Cache`): a croppable cache.
-        num_rejected (`list[int]`): for each row, how many of its last tokens to remove; all the same unless the cache
-            `rolls_back_rows`.
     """
     fewest = min(num_rejected)
     if max(num_rejected) > fewest:
@@ -132,25 +92,13 @@ def roll_back(cache: Cache, num_rejected: list[int]) -> None:
 
 
 def select_rows(cache: Cache, indices: torch.Tensor) -> None:
-    """
-    Keep some rows of a cache only.
-
-    Args:
-        cache (`transformers.Cache`): any cache.
-        indices (`torch.LongTensor` of shape `(num_rows,)`): the rows.
-    """
+    """Keep some rows of a cache only."""
     # Recurrent layers have no method to select rows, but one to reorder them, for beams.
     cache.reorder_cache(cast(torch.LongTensor, indices))
 
 
 def drop_leading_columns(cache: Cache, count: int) -> None:
-    """
-    Remove columns that are padding in every row.
-
-    Args:
-        cache (`transformers.Cache`): a cache that `rolls_back_rows`.
-        count (`int`): how many columns to remove.
-    """
+    """Remove columns that are padding in every row."""
     layers: Any = cache.layers
     for layer in layers:
         if not layer.is_initialized or isinstance(layer, DummyLayer):
@@ -168,16 +116,7 @@ def drop_leading_columns(cache: Cache, count: int) -> None:
 
 
 def save_states(cache: Cache) -> list[dict[str, Any]]:
-    """
-    Save what a cache holds, so that `restore_states` can put it back.
-
-    Args:
-        cache (`transformers.Cache`): any cache; keys and values that grow by concatenation are shared, recurrent and
-            convolutional states, which layers write into, are copied.
-
-    Returns:
-        `list[dict]`: attributes of each layer.
-    """
+    """Save what a cache holds, so that `restore_states` can put it back."""
     return [
         {name: _saved(value, isinstance(layer, _REPLACING_LAYERS)) for name, value in vars(layer).items()}
         for layer in cache.layers
@@ -185,40 +124,19 @@ def save_states(cache: Cache) -> list[dict[str, Any]]:
 
 
 def restore_states(cache: Cache, states: list[dict[str, Any]]) -> None:
-    """
-    Put back what `save_states` has saved; the saved values are used up.
-
-    Args:
-        cache (`transformers.Cache`): the cache they were taken from.
-        states (`list[dict]`): the return value of `save_states`.
-    """
+    """Put back what `save_states` has saved; the saved values are used up."""
     for layer, saved in zip(cache.layers, states):
         vars(layer).update(saved)
 
 
 def save_start(cache: Cache) -> list[Any]:
-    """
-    Save what `restore_start` needs to take a call of `generate` back.
-
-    Args:
-        cache (`transformers.Cache`): a croppable dynamic cache, before the first forward pass of the call.
-
-    Returns:
-        `list`: for each layer, how many columns it holds, where nothing else changes while it grows; for others, such
-        as sliding windows, their attributes.
-    """
+    """Save what `restore_start` needs to take a call of `generate` back."""
     layers: Any = cache.layers
     return [layer.get_seq_length() if _only_grows(layer) else dict(vars(layer)) for layer in layers]
 
 
 def restore_start(cache: Cache, start: list[Any]) -> None:
-    """
-    Take everything back that a call has done to a cache, whichever of its layers a forward pass had reached.
-
-    Args:
-        cache (`transformers.Cache`): the cache.
-        start (`list`): what `save_start` returned.
-    """
+    """Take everything back that a call has done to a cache, whichever of its layers a forward pass had reached."""
     layers: Any = cache.layers
     del layers[len(start) :]  # layers are made as they are reached
     for layer, saved in zip(layers, start):
@@ -245,17 +163,7 @@ def _saved(value: Any, is_replaced: bool) -> Any:
 
 
 def roll_back_columns(columns: torch.Tensor, num_rejected: list[int], fill: int) -> torch.Tensor:
-    """
-    Do to a tensor of per-column values (an attention mask) what `roll_back` does to the cache.
-
-    Args:
-        columns (`torch.Tensor` of shape `(batch_size, length)`): one value for each column of the cache.
-        num_rejected (`list[int]`): for each row, how many of its last columns to remove.
-        fill (`int`): value of the columns that become padding.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, length - min(num_rejected))`.
-    """
+    """Do to a tensor of per-column values (an attention mask) what `roll_back` does to the cache."""
     fewest = min(num_rejected)
     if max(num_rejected) == fewest:
         return columns[:, : columns.shape[1] - fewest]

@@ -41,16 +41,7 @@ class NgramIndex:
         self._length = len(text)
 
     def continuations(self, text: list[int], length: int) -> Iterator[list[int]]:
-        """
-        What followed the last tokens of a text before.
-
-        Args:
-            text (`list[int]`): the text that was taken note of.
-            length (`int`): tokens of each continuation.
-
-        Returns:
-            `Iterator[list[int]]`: after the longest matches first, of those the latest first.
-        """
+        """What followed the last tokens of a text before."""
         for match in range(min(_LONGEST_MATCH, len(text)), _SHORTEST_MATCH - 1, -1):
             for place in reversed(self._places.get(tuple(text[-match:]), ())):
                 following = text[place : place + length]
@@ -60,27 +51,16 @@ class NgramIndex:
 
 @dataclass
 class CandidateNotes(JacobiNotes):
-    """
-    What is kept of a row.
+    """What is kept of a row."""
 
-    Attributes:
-        index (`NgramIndex`): of its text.
-        rejected (`deque[list[int]]`): guesses that were rejected, from the first wrong token on; the latest first.
-        proposal (`Proposal`, *optional*): the last one.
-    """
-
-    index: NgramIndex = field(default_factory=NgramIndex)
+    index: NgramIndex = field(default_factory=NgramIndex)  # of its text
+    # guesses that were rejected, from the first wrong token on; the latest first
     rejected: deque[list[int]] = field(default_factory=lambda: deque(maxlen=_REJECTED_KEPT))
-    proposal: Proposal | None = None
+    proposal: Proposal | None = None  # the last one
 
 
 class CandidateStrategy(JacobiStrategy):
-    """
-    Jacobi decoding with further branches from a pool of n-grams.
-
-    Args:
-        num_candidates (`int`): most branches beside the draft.
-    """
+    """Jacobi decoding with further branches from a pool of n-grams."""
 
     needs_tree = True
 
@@ -127,16 +107,7 @@ class CandidateStrategy(JacobiStrategy):
 
 
 def merge_branches(anchor: int, branches: list[list[int]]) -> Proposal:
-    """
-    Make a tree of guesses, in which those that begin alike share their beginning.
-
-    Args:
-        anchor (`int`): what all of them follow.
-        branches (`list[list[int]]`): guesses; the places of the first one come first.
-
-    Returns:
-        `Proposal`.
-    """
+    """Make a tree of guesses, in which those that begin alike share their beginning."""
     token_ids, parents = [anchor], [-1]
     children: dict[tuple[int, int], int] = {}
     for branch in branches:
@@ -152,16 +123,7 @@ def merge_branches(anchor: int, branches: list[list[int]]) -> Proposal:
 
 
 def places_after(proposal: Proposal, place: int) -> list[int]:
-    """
-    Follow a branch of a tree to its end, by the first of several.
-
-    Args:
-        proposal (`Proposal`): the tree.
-        place (`int`): where to begin.
-
-    Returns:
-        `list[int]`: places after that one.
-    """
+    """Follow a branch of a tree to its end, by the first of several."""
     places: list[int] = []
     parents = proposal.parents or []
     for child in range(place + 1, len(parents)):

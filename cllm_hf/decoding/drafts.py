@@ -9,31 +9,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Draft:
-    """
-    A tree of guesses of what follows a text. Place 0 is the anchor; the first guess has place 1.
+    """A tree of guesses of what follows a text. Place 0 is the anchor; the first guess has place 1."""
 
-    Attributes:
-        token_ids (`list[int]`): the guesses.
-        parents (`list[int]`): the place before each; smaller than its own. Siblings differ.
-        reached (`list[float]`): how likely each is accepted, with all before it.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    reached: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)  # the guesses
+    parents: list[int] = field(default_factory=list)  # the place before each; smaller than its own. Siblings differ
+    reached: list[float] = field(default_factory=list)  # how likely each is accepted, with all before it
 
     @classmethod
     def chain(cls, token_ids: Sequence[int], probabilities: Sequence[float]) -> Draft:
-        """
-        Make a draft of one guess a token.
-
-        Args:
-            token_ids (`Sequence[int]`): the guesses.
-            probabilities (`Sequence[float]`): of each to be accepted once those before it are.
-
-        Returns:
-            `Draft`.
-        """
+        """Make a draft of one guess a token."""
         reached, share = [], 1.0
         for probability in probabilities:
             share *= probability
@@ -42,18 +26,7 @@ class Draft:
 
     @classmethod
     def best_of(cls, levels: Sequence[Sequence[tuple[int, int, float]]], num_others: int) -> Draft:
-        """
-        Make a draft of the best path through a beam, and the best other guesses by their summed log-probability.
-
-        Args:
-            levels (`Sequence[Sequence[tuple[int, int, float]]]`): for each distance from the text the guesses, best
-                first: token, number of the guess before it in the level before, and log-probability of both and all
-                before.
-            num_others (`int`): guesses to take beside the best path, at most.
-
-        Returns:
-            `Draft`: the best path first; of no guess without the one before it.
-        """
+        """Make a draft of the best path through a beam, and the best other guesses by their summed log-probability."""
         number, path = 0, []
         for depth in reversed(range(len(levels))):
             path.append((depth, number))
@@ -74,16 +47,7 @@ class Draft:
         return draft
 
     def fitted(self, num_tokens: int, filler: int) -> Draft:
-        """
-        Cut or fill a chain.
-
-        Args:
-            num_tokens (`int`): guesses that it shall have.
-            filler (`int`): a token that is as good a guess as any.
-
-        Returns:
-            `Draft`.
-        """
+        """Cut or fill a chain."""
         missing = max(num_tokens - len(self.token_ids), 0)
         last = range(len(self.token_ids), len(self.token_ids) + missing)  # each after the one before it
         return Draft(
@@ -93,15 +57,7 @@ class Draft:
         )
 
     def widened(self, num_tokens: int) -> Draft:
-        """
-        Fill a tree with guesses that nobody has made, side by side after the anchor: no branch gets any longer.
-
-        Args:
-            num_tokens (`int`): guesses that it shall have, at least as many as it has.
-
-        Returns:
-            `Draft`.
-        """
+        """Fill a tree with guesses that nobody has made, side by side after the anchor: no branch gets any longer."""
         missing = num_tokens - len(self.token_ids)
         unused = [token for token in range(num_tokens) if token not in self.token_ids]  # siblings differ
         return Draft(
@@ -111,15 +67,7 @@ class Draft:
         )
 
     def within(self, depth: int) -> Draft:
-        """
-        Cut the branches of a draft.
-
-        Args:
-            depth (`int`): most tokens of a branch.
-
-        Returns:
-            `Draft`.
-        """
+        """Cut the branches of a draft."""
         kept = Draft()
         places, depths = {0: 0}, {0: 0}
         for place, guess in enumerate(zip(self.token_ids, self.parents, self.reached), start=1):
@@ -134,15 +82,7 @@ class Draft:
         return kept
 
     def likeliest_ends(self, most: int | None = None) -> list[int]:
-        """
-        Find the places where acceptance most likely ends.
-
-        Args:
-            most (`int`, *optional*): how many; by default all.
-
-        Returns:
-            `list[int]`: places in order.
-        """
+        """Find the places where acceptance most likely ends."""
         places = list(range(len(self.token_ids) + 1))
         if most is None or most >= len(places):
             return places
@@ -153,17 +93,7 @@ class Draft:
 
 
 def lay_out_masks(parents: Sequence[int], places: Sequence[int], num_masks: int) -> tuple[list[int], list[bool]]:
-    """
-    Lay out a draft and a block of masks after some of its places.
-
-    Args:
-        parents (`Sequence[int]`): of a `Draft`.
-        places (`Sequence[int]`): where a block stands.
-        num_masks (`int`): of each block.
-
-    Returns:
-        `tuple[list[int], list[bool]]`: parents and flags of a `Proposal`: the anchor, the draft, then the blocks.
-    """
+    """Lay out a draft and a block of masks after some of its places."""
     laid_out = [-1, *parents]
     num_verified = len(laid_out)
     for place in places:

@@ -32,36 +32,7 @@ _LARGEST_PREFILL_MASK = 2**24
 
 
 class Feed:
-    """
-    Feeds the model what it does not remember of each row, and a proposal after it.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to call.
-        input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
-        model_kwargs (`dict`): model inputs as transformers prepared them.
-        max_block_size (`int`): most positions of a branch that are checked in a forward pass.
-        num_new_tokens (`int`): longest response.
-        needs_tree (`bool`): whether proposals may be trees.
-        keeps_branches (`bool`, *optional*): whether what is accepted may be other than their first places; by default
-            wherever they are trees.
-        drafts_in_prefill (`bool`): whether a tree may follow the prompt in the first forward pass.
-        num_drafting (`int`): most places of a proposal that are fed for the drafter alone.
-        compile_options (`transformers.GenerationConfig`, *optional*): has forward passes run as a compiled graph of
-            fixed shape, where the model can.
-        context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`, *optional*): what an encoder has read.
-        num_given (`int`, *optional*): length of the prompt with its cached part, where `input_ids` holds only the
-            part that is new.
-        is_user_cache (`bool`): whether `past_key_values` comes from the user.
-
-    Attributes:
-        rows (`list[Row]`): rows of the batch that are still decoded.
-        memory (`Memory`): what the model remembers; another one may show in the prefill.
-        same_length (`bool`): whether all rows must commit equally many tokens.
-
-    Raises:
-        ValueError: for a model, a cache or a model input that Jacobi decoding cannot take, or `past_key_values` that
-            already hold the whole prompt.
-    """
+    """Feeds the model what it does not remember of each row, and a proposal after it."""
 
     def __init__(
         self,
@@ -121,15 +92,7 @@ class Feed:
         self._num_positions = count_positions(model)
 
     def room(self, block_size: int) -> Room:
-        """
-        How much can be proposed for the next forward pass.
-
-        Args:
-            block_size (`int`): most positions that shall be checked.
-
-        Returns:
-            `Room`: with a depth of 0 where a draft would cost more than it brings.
-        """
+        """How much can be proposed for the next forward pass."""
         depth = block_size - 1
         # Token ids cannot follow a prompt of embeddings.
         if self._is_prefill and (self._embeds is not None or not self.memory.drafts_in_prefill):
@@ -151,15 +114,7 @@ class Feed:
         return self._drafts_in_prefill and is_short and not self._ends_in_padding
 
     def forward(self, proposals: list[Proposal]) -> torch.Tensor:
-        """
-        Run the model over what it does not remember and the proposals.
-
-        Args:
-            proposals (`list[Proposal]`): for each row, equally long.
-
-        Returns:
-            `torch.Tensor` of shape `(num_rows, num_places, vocab_size)`: logits from the anchor on.
-        """
+        """Run the model over what it does not remember and the proposals."""
         num_fed = self._num_fed = len(proposals[0].token_ids)
         last_position = self._last_position
         if self._num_positions is not None:
@@ -209,13 +164,7 @@ class Feed:
         return self.memory.num_cached + len(row.pending.ids) - 1
 
     def advance(self, verdicts: list[Verdict], finished: list[bool]) -> None:
-        """
-        Let go of rejected tokens and of finished rows; what was committed comes next.
-
-        Args:
-            verdicts (`list[Verdict]`): what came of each row.
-            finished (`list[bool]`): which of the rows take no more tokens.
-        """
+        """Let go of rejected tokens and of finished rows; what was committed comes next."""
         if self._is_prefill:
             self.memory = self.memory.after_prefill()
             check_embeds(self.model, self._embeds, self.memory.cache is not None)

@@ -15,44 +15,21 @@ _MODAL_TYPES = ("mm_token_type_ids", "moe_mm_token_type_ids")
 
 @dataclass(frozen=True)
 class GrowingInputs:
-    """
-    Inputs of a call that grow with the text, as transformers prepared them.
+    """Inputs of a call that grow with the text, as transformers prepared them."""
 
-    Attributes:
-        prefix (`str`): stands before the names of mask and positions.
-        mask (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): attention mask.
-        positions (`torch.LongTensor` of shape `(batch_size or 1, length)`, *optional*): positions.
-        num_axes (`int`): how many axes the model counts positions along (time, height and width of an image); 0 where
-            positions have no such dimension. Along all of them text has the same ones.
-        token_types (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): types of tokens.
-        zeros (`tuple[str]`): inputs that are 0 at every token of a text.
-        embeds (`torch.FloatTensor` of shape `(batch_size, length, hidden_size)`, *optional*): the prompt, where it
-            comes as embeddings.
-    """
-
-    prefix: str
-    mask: torch.Tensor | None
-    positions: torch.Tensor | None
+    prefix: str  # stands before the names of mask and positions
+    mask: torch.Tensor | None  # (batch_size, length): attention mask
+    positions: torch.Tensor | None  # (batch_size or 1, length): positions
+    # how many axes the model counts positions along (time, height and width of an image); 0 where positions have no
+    # such dimension. Along all of them text has the same ones
     num_axes: int
-    token_types: torch.Tensor | None
-    zeros: tuple[str, ...]
-    embeds: torch.Tensor | None
+    token_types: torch.Tensor | None  # (batch_size, length): types of tokens
+    zeros: tuple[str, ...]  # inputs that are 0 at every token of a text
+    embeds: torch.Tensor | None  # (batch_size, length, hidden_size): the prompt, where it comes as embeddings
 
     @classmethod
     def taken_from(cls, model: PreTrainedModel, model_kwargs: dict[str, Any]) -> GrowingInputs:
-        """
-        Take them out of the inputs of a call.
-
-        Args:
-            model (`transformers.PreTrainedModel`): the model to decode.
-            model_kwargs (`dict`): inputs as transformers prepared them; those that grow are removed.
-
-        Returns:
-            `GrowingInputs`.
-
-        Raises:
-            ValueError: for positions that are not those of text alone.
-        """
+        """Take them out of the inputs of a call."""
         prefix = "decoder_" if model.config.is_encoder_decoder else ""
         names = (prefix + "attention_mask", prefix + "position_ids", "token_type_ids", "inputs_embeds")
         mask, positions, token_types, embeds = (model_kwargs.pop(name, None) for name in names)
@@ -65,15 +42,7 @@ class GrowingInputs:
         return cls(prefix, mask, positions, num_axes, token_types, zeros, embeds)
 
     def on_all_axes(self, positions: torch.Tensor) -> torch.Tensor:
-        """
-        Positions in the form that the model takes.
-
-        Args:
-            positions (`torch.LongTensor` of shape `(batch_size, length)`): positions of text.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch_size, length)`, or `(num_axes, batch_size, length)`.
-        """
+        """Positions in the form that the model takes."""
         return positions.expand(self.num_axes, -1, -1) if self.num_axes else positions
 
 

@@ -17,16 +17,11 @@ _SEED = 0
 
 @dataclass
 class JacobiNotes:
-    """
-    What is kept of a row.
+    """What is kept of a row."""
 
-    Attributes:
-        rest (`list[int]`): what was predicted after the committed tokens.
-        filler (`list[int]`): tokens for positions that nothing was predicted for, drawn at random from the row's own
-            context (CLLM, arXiv 2403.00835, section 3.1).
-    """
-
-    rest: list[int] = field(default_factory=list)
+    rest: list[int] = field(default_factory=list)  # what was predicted after the committed tokens
+    # tokens for positions that nothing was predicted for, drawn at random from the row's own context (CLLM, arXiv
+    # 2403.00835, section 3.1)
     filler: list[int] = field(default_factory=list)
 
 

@@ -54,32 +54,7 @@ def decode(
     is_user_cache: bool = False,
     **model_kwargs: Any,
 ) -> JacobiOutput | torch.Tensor:
-    """
-    Decode several tokens a forward pass, and return exactly the tokens of decoding one at a time.
-
-    Args:
-        model (`transformers.PreTrainedModel`): a causal or an encoder-decoder model.
-        input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left; of length 0
-            when the prompt comes as `inputs_embeds`.
-        logits_processor (`transformers.LogitsProcessorList`): applied at every position before its argmax.
-        stopping_criteria (`transformers.StoppingCriteriaList`): asked after every committed token.
-        generation_config (`transformers.GenerationConfig`): the merged options of this call.
-        options (`JacobiOptions`): block size and the like.
-        strategy_name (`str`): the registered strategy that proposes tokens.
-        context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`, *optional*): tokens to draw the first
-            draft from; by default the prompts.
-        streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): receives every committed token.
-        num_given (`int`, *optional*): length of the attention mask that the user passed, cached tokens included.
-        is_user_cache (`bool`): whether `past_key_values` comes from the user.
-        model_kwargs: model inputs as transformers prepared them, `past_key_values` among them.
-
-    Returns:
-        `JacobiOutput` if `return_dict_in_generate`, else `torch.LongTensor` of shape `(batch_size, sequence_length)`.
-
-    Raises:
-        ValueError: for a cache that cannot be rolled back, a model input that cannot be extended, a model that does
-            not take the trees of the strategy, or a strategy that proposes what there is no room for.
-    """
+    """Decode several tokens a forward pass, and return exactly the tokens of decoding one at a time."""
     batch_size, prompt_length = input_ids.shape
     strategy = make_strategy(strategy_name, options, model)
     largest = strategy.largest_block_size if is_drafting(strategy) else None
@@ -186,23 +161,7 @@ def make_verifier(
     has_fixed_shape: bool,
     noise: GumbelNoise | None,
 ) -> Verifier:
-    """
-    Choose how forward passes are verified: all places at once, or one position after the other.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
-        logits_processor (`transformers.LogitsProcessorList`): all processors.
-        stopping_criteria (`transformers.StoppingCriteriaList`): all criteria.
-        pad_id (`int` or `None`): fills rows that end early; by default the first stop token.
-        max_length (`int`): length at which every row ends.
-        streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): receives every committed token.
-        same_length (`bool`): whether the model needs all rows at the same length.
-        has_fixed_shape (`bool`): whether no row may leave the batch.
-        noise (`GumbelNoise`, *optional*): for samples.
-
-    Returns:
-        `Verifier`.
-    """
+    """Choose how forward passes are verified: all places at once, or one position after the other."""
     batch_size, stop_ids = len(input_ids), find_stop_ids(stopping_criteria)
     has_other_rules = {type(criterion) for criterion in stopping_criteria} != {MaxLengthCriteria}
     # Rows that have ended stay in the batch, as in transformers, where a processor or criterion may notice, and where
@@ -228,17 +187,7 @@ def make_verifier(
 
 
 def lay_out_sequences(input_ids: torch.Tensor, rows: list[Row], pad_id: int) -> torch.Tensor:
-    """
-    Lay out prompts and committed tokens as transformers does.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
-        rows (`list[Row]`): all rows of the batch.
-        pad_id (`int`): stands after rows that ended early.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, longest)`.
-    """
+    """Lay out prompts and committed tokens as transformers does."""
     prompt_length = input_ids.shape[1]
     sequences = input_ids.new_full((len(rows), max(row.length for row in rows)), pad_id)
     sequences[:, :prompt_length] = input_ids
@@ -250,16 +199,7 @@ def lay_out_sequences(input_ids: torch.Tensor, rows: list[Row], pad_id: int) -> 
 
 
 def length_limit(stopping_criteria: StoppingCriteriaList, prompt_length: int) -> int:
-    """
-    Length at which every row ends.
-
-    Args:
-        stopping_criteria (`transformers.StoppingCriteriaList`): one of them must be a `MaxLengthCriteria`.
-        prompt_length (`int`): length of the prompts.
-
-    Returns:
-        `int`: at least one more than the prompt has, since criteria are first asked after one token.
-    """
+    """Length at which every row ends."""
     limits = [criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
     return max(math.ceil(min(limits)), prompt_length + 1)  # the limit may be no integer
 

@@ -36,29 +36,14 @@ _WIDEST_BEAM = 8
 
 @dataclass
 class Notes:
-    """
-    What is kept of a row.
+    """What is kept of a row."""
 
-    Attributes:
-        draft (`Draft`): of what follows its text.
-        places (`list[int]`): places of the last proposal that have a block after them.
-    """
-
-    draft: Draft
-    places: list[int] = field(default_factory=list)
+    draft: Draft  # of what follows its text
+    places: list[int] = field(default_factory=list)  # places of the last proposal that have a block after them
 
 
 class LosslessStrategy:
-    """
-    Drafts by the gated adapter of a model.
-
-    Args:
-        gate (`AdapterGate`): of the model.
-        drafter (`Drafter`): of the model.
-        num_blocks (`int`, *optional*): most places of a draft after which a forward pass drafts on: those where
-            acceptance most likely ends. By default all.
-        num_candidates (`int`): tokens of a draft beside as many as a chain has: the drafter's further choices.
-    """
+    """Drafts by the gated adapter of a model."""
 
     needs_tree = True
 
@@ -181,19 +166,7 @@ def _check_finite(is_finite: bool) -> None:
 
 
 def make_lossless(model: Any, options: JacobiOptions) -> LosslessStrategy:
-    """
-    Make the strategy of `decoding="lossless"`.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode, not wrapped.
-        options (`JacobiOptions`): of this call.
-
-    Returns:
-        `LosslessStrategy`.
-
-    Raises:
-        ValueError: if the model has no adapter that drafts.
-    """
+    """Make the strategy of `decoding="lossless"`."""
     drafter = find_drafter(model)
     if drafter is None:
         reason = _why_not_drafting(model) or (
@@ -222,12 +195,7 @@ def _why_not_drafting(model: Any) -> str:
 
 
 def warn_without_drafter(model: Any) -> None:
-    """
-    Say once of a model whose lossless adapter is active without its drafter that it decodes no faster for it.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped.
-    """
+    """Say once of a model whose lossless adapter is active without its drafter that it decodes no faster for it."""
     if active_lossless_adapter(model) is not None and find_drafter(model) is None:
         logging.get_logger(__name__).warning_once(
             f"This {type(model).__name__} decodes as its base model does, one token after the other: it has a "

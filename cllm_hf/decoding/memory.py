@@ -29,17 +29,7 @@ CACHE_NAMES = ("past_key_values", "cache_params")
 
 
 class Memory(ABC):
-    """
-    What the loop asks of a memory.
-
-    Attributes:
-        cache (`transformers.Cache` or `None`): handed to the model.
-        same_length (`bool`): whether all rows must commit equally many tokens.
-        drafts_in_prefill (`bool`): whether a draft may follow the prompt in the first forward pass.
-        fixed_shape (`bool`): whether every forward pass after the prefill must be over as many tokens as any other.
-        replays (`bool`): whether a rejected token has others fed again, so that now and then a forward pass without a
-            draft is worth its while, after which all are remembered.
-    """
+    """What the loop asks of a memory."""
 
     cache: Cache | None = None
     same_length = False
@@ -76,16 +66,7 @@ class Memory(ABC):
 
     @abstractmethod
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
-        """
-        Forget the rejected tokens of the last forward pass.
-
-        Args:
-            paths (`list[list[int]]`): for each row, the places that are kept of its last `num_fed` tokens, from 0 on.
-            num_fed (`int`): the anchor and the draft, or the tree.
-
-        Returns:
-            `bool`: whether the other tokens of that forward pass are remembered, so that they need not be fed again.
-        """
+        """Forget the rejected tokens of the last forward pass."""
 
     def after_prefill(self) -> Memory:
         """The memory to go on with, now that the model has shown what its cache holds."""
@@ -116,14 +97,7 @@ class NoMemory(Memory):
 
 
 class CroppedMemory(Memory):
-    """
-    A key/value cache, from which rejected tokens are cut out.
-
-    Args:
-        cache (`transformers.Cache`): a croppable cache.
-        batch_size (`int`): number of rows.
-        is_user_cache (`bool`): whether the user holds it too, and must find it as it was if the call fails.
-    """
+    """A key/value cache, from which rejected tokens are cut out."""
 
     def __init__(self, cache: Cache, batch_size: int, is_user_cache: bool = False):
         self.cache: Cache = cache
@@ -177,14 +151,7 @@ class CroppedMemory(Memory):
 
 
 class ReplayedMemory(Memory):
-    """
-    A recurrent state, which is put back when a token was rejected.
-
-    Args:
-        name (`str`): the model's name for its cache.
-        cache (`transformers.Cache`): a cache with recurrent states.
-        batch_size (`int`): number of rows.
-    """
+    """A recurrent state, which is put back when a token was rejected."""
 
     # A draft after the prompt would have the whole prompt fed again.
     drafts_in_prefill = False
@@ -230,23 +197,7 @@ class ReplayedMemory(Memory):
 
 
 def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_user_cache: bool) -> Memory:
-    """
-    Choose how a model's rejected tokens are forgotten.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-        model_kwargs (`dict`): model inputs as the host prepared them; the cache and `use_cache` are taken out.
-        batch_size (`int`): number of rows.
-        is_user_cache (`bool`): whether the cache comes from the user. A batch then works on a copy, since its rows
-            leave the cache as they finish.
-
-    Returns:
-        `Memory`.
-
-    Raises:
-        ValueError: for static, quantized and other caches that cannot be rolled back, and for a cache of the user in
-            a model that has to be fed everything anew.
-    """
+    """Choose how a model's rejected tokens are forgotten."""
     found = [(name, model_kwargs.pop(name, None)) for name in CACHE_NAMES]
     name, cache = next(((name, cache) for name, cache in found if cache is not None), ("", None))
     use_cache = model_kwargs.pop("use_cache", True)

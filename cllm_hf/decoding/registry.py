@@ -13,15 +13,7 @@ from .strategy import Strategy
 
 
 def make_jacobi(options: JacobiOptions) -> Strategy:
-    """
-    Make the strategy of `decoding="jacobi"`.
-
-    Args:
-        options (`JacobiOptions`): with `candidates` or without.
-
-    Returns:
-        `Strategy`.
-    """
+    """Make the strategy of `decoding="jacobi"`."""
     return CandidateStrategy(options.candidates) if options.candidates else JacobiStrategy()
 
 
@@ -46,30 +38,12 @@ def register_strategy(name: str, factory: Callable[[JacobiOptions], Strategy]) -
 
 
 def decodings() -> tuple[str, ...]:
-    """
-    List the values of `decoding`.
-
-    Returns:
-        `tuple[str, ...]`.
-    """
+    """List the values of `decoding`."""
     return (JACOBI, LOSSLESS, *(name for name in _FACTORIES if name != JACOBI), AUTOREGRESSIVE)
 
 
 def make_strategy(name: str, options: JacobiOptions, model: Any) -> Strategy:
-    """
-    Make a registered strategy.
-
-    Args:
-        name (`str`): one of `decodings()` but the autoregressive one.
-        options (`JacobiOptions`): of this call.
-        model (`transformers.PreTrainedModel`): the model to decode, not wrapped.
-
-    Returns:
-        `Strategy`.
-
-    Raises:
-        ValueError: for lossless decoding with a model that has no adapter for it.
-    """
+    """Make a registered strategy."""
     if name == LOSSLESS:
         return make_lossless(model, options)
     return _FACTORIES[name](options)

@@ -9,18 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Pending:
-    """
-    Tokens to feed, with what the model wants to know of each.
+    """Tokens to feed, with what the model wants to know of each."""
 
-    Attributes:
-        ids (`list[int]`): token ids; 0 where a column is padding.
-        positions (`list[int]` or `None`): position of each, for models that take positions.
-        token_types (`list[int]` or `None`): type of each, for models that take types.
-    """
-
-    ids: list[int]
-    positions: list[int] | None = None
-    token_types: list[int] | None = None
+    ids: list[int]  # token ids; 0 where a column is padding
+    positions: list[int] | None = None  # position of each, for models that take positions
+    token_types: list[int] | None = None  # type of each, for models that take types
 
     def map(self, change: Callable[[list[int]], list[int]]) -> Pending:
         """Change all three alike."""
@@ -31,17 +24,7 @@ class Pending:
         )
 
     def then(self, ids: list[int], offsets: list[int], last_position: int) -> Pending:
-        """
-        Add tokens.
-
-        Args:
-            ids (`list[int]`): the tokens.
-            offsets (`list[int]`): how far each stands after the last one here.
-            last_position (`int`): no position goes beyond it.
-
-        Returns:
-            `Pending`.
-        """
+        """Add tokens."""
         positions, types = self.positions, self.token_types
         if positions is not None:
             last = positions[-1]
@@ -51,22 +34,13 @@ class Pending:
 
 @dataclass(frozen=True)
 class Verdict:
-    """
-    What came of a row in a forward pass.
+    """What came of a row in a forward pass."""
 
-    Attributes:
-        token_ids (`list[int]`): tokens that were committed, at least one; with padding after the end of its text.
-        num_own (`int`): how many of them are not such padding.
-        path (`list[int]`): as many places: the anchor and the accepted tokens.
-        predictions (`list[int]`): the model's next token after each place that was fed.
-        is_stopped (`bool`): whether the text has ended.
-    """
-
-    token_ids: list[int]
-    num_own: int
-    path: list[int]
-    predictions: list[int]
-    is_stopped: bool
+    token_ids: list[int]  # tokens that were committed, at least one; with padding after the end of its text
+    num_own: int  # how many of them are not such padding
+    path: list[int]  # as many places: the anchor and the accepted tokens
+    predictions: list[int]  # the model's next token after each place that was fed
+    is_stopped: bool  # whether the text has ended
 
 
 @dataclass

@@ -17,13 +17,7 @@ _KEPT_BYTES = 2**28
 
 
 class GumbelNoise:
-    """
-    One noise vector for each row and each position of the text.
-
-    Args:
-        seed (`int`): the same noise comes from the same seed, number of rows, vocabulary and kind of device.
-        batch_size (`int`): number of rows.
-    """
+    """One noise vector for each row and each position of the text."""
 
     def __init__(self, seed: int, batch_size: int):
         self._seed = seed
@@ -32,16 +26,7 @@ class GumbelNoise:
         self._kept: dict[int, torch.Tensor] = {}
 
     def at(self, position: int, like: torch.Tensor) -> torch.Tensor:
-        """
-        The noise of a position.
-
-        Args:
-            position (`int`): of the text.
-            like (`torch.FloatTensor` of shape `(..., vocab_size)`): scores that the noise will be added to.
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch_size, vocab_size)`.
-        """
+        """The noise of a position."""
         if position not in self._kept:
             noise = self._exponential(position, like)
             self._kept[position] = -noise.clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -50,17 +35,7 @@ class GumbelNoise:
         return self._kept[position]
 
     def at_places(self, rows: list[int], positions: list[list[int]], like: torch.Tensor) -> torch.Tensor:
-        """
-        The noise of several positions in each row.
-
-        Args:
-            rows (`list[int]`): rows of the batch.
-            positions (`list[list[int]]`): of the text, equally many for each row; one may stand there several times.
-            like (`torch.FloatTensor` of shape `(num_rows, num_places, vocab_size)`): scores that it will be added to.
-
-        Returns:
-            `torch.FloatTensor` of shape `(num_rows, num_places, vocab_size)`.
-        """
+        """The noise of several positions in each row."""
         return torch.stack(
             [
                 torch.stack([self.at(position, like)[row] for position in row_positions])

@@ -27,15 +27,7 @@ _LENGTHS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 class StaticMemory(Memory):
-    """
-    A static key/value cache.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to compile.
-        cache (`transformers.StaticCache`): with layers of full attention alone.
-        batch_size (`int`): number of rows; they must commit equally many tokens, and none leaves the batch.
-        compile_config (`transformers.CompileConfig`, *optional*): options of the compiler.
-    """
+    """A static key/value cache."""
 
     fixed_shape = True
 
@@ -89,22 +81,7 @@ def make_static_memory(
     is_user_cache: bool,
     options: GenerationConfig,
 ) -> StaticMemory | None:
-    """
-    Make a static memory, or say once why this model has to go without one.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model to decode.
-        model_kwargs (`dict`): model inputs as the host prepared them; the host's cache is taken out if ours replaces
-            it.
-        batch_size (`int`): number of rows.
-        max_columns (`int`): most columns that the cache will hold, without those of a drafter.
-        num_drafting (`int`): most columns of a drafter, at positions that others have too.
-        is_user_cache (`bool`): whether the cache comes from the user.
-        options (`transformers.GenerationConfig`): of which those of compiling and of static caches are used.
-
-    Returns:
-        `StaticMemory` or `None`: `None` where the model, its cache or its layers do not allow one.
-    """
+    """Make a static memory, or say once why this model has to go without one."""
     reason = _why_not(model, options, is_user_cache) or _why_too_long(model, max_columns)
     max_columns += num_drafting
     length = max(-(-max_columns // _LENGTH_STEP) * _LENGTH_STEP, _LENGTHS.get(model, 0), options.max_cache_len or 0)

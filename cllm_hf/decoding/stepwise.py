@@ -34,13 +34,7 @@ _STATELESS_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, Sto
 
 
 class Canvas:
-    """
-    The sequences of all rows as transformers lays them out, in a tensor that grows with the text.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
-        pad_id (`int`): stands where nothing is written.
-    """
+    """The sequences of all rows as transformers lays them out, in a tensor that grows with the text."""
 
     def __init__(self, input_ids: torch.Tensor, pad_id: int):
         self._ids, self._pad_id = input_ids, pad_id
@@ -95,14 +89,7 @@ class _Walk:
 
 
 class StepwiseVerifier(Verifier):
-    """
-    Verifies one position after the other.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts, padded on the left.
-        stopping_criteria (`transformers.StoppingCriteriaList`): asked after every token.
-        options: as for `Verifier`.
-    """
+    """Verifies one position after the other."""
 
     def __init__(self, input_ids: torch.Tensor, stopping_criteria: StoppingCriteriaList, **options: Any):
         super().__init__(**options)
@@ -164,13 +151,6 @@ def depends_on_call_order(logits_processor: LogitsProcessorList, stopping_criter
 
     Those of transformers are functions of their arguments, but for some that keep a state. A user's may do anything,
     so they are called just as transformers would: once a length, with all rows at that length.
-
-    Args:
-        logits_processor (`transformers.LogitsProcessorList`): all processors.
-        stopping_criteria (`transformers.StoppingCriteriaList`): all criteria.
-
-    Returns:
-        `bool`.
     """
     return any(
         isinstance(processor, _ORDERED_PROCESSORS) or type(processor).__module__ != logits_process.__name__

@@ -124,13 +124,7 @@ class Strategy(Protocol):
 
 
 class DraftingStrategy(Strategy, Protocol):
-    """
-    A strategy that has the model itself draft, in rows of the same forward pass after those that are verified.
-
-    Attributes:
-        largest_block_size (`int`): most tokens that it can have verified in a forward pass.
-        keeps_branches (`bool`): whether what is accepted may be other than the first places of a proposal.
-    """
+    """A strategy that has the model itself draft, in rows of the same forward pass after those that are verified."""
 
     largest_block_size: int
     keeps_branches: bool
@@ -139,37 +133,13 @@ class DraftingStrategy(Strategy, Protocol):
         """Prepare the model for a call of `generate`, and put it back."""
 
     def count_drafting(self, block_size: int) -> int:
-        """
-        Count the places that `begin` announces, at most.
-
-        Args:
-            block_size (`int`): most tokens of a branch that are verified in a forward pass.
-
-        Returns:
-            `int`.
-        """
+        """Count the places that `begin` announces, at most."""
 
     def begin(self, proposals: Sequence[Proposal]) -> int:
-        """
-        Prepare the next forward pass.
-
-        Args:
-            proposals (`Sequence[Proposal]`): of all rows, equally long, with equally many places for the drafter.
-
-        Returns:
-            `int`: the last places, whose logits `draft` gets and nobody else.
-        """
+        """Prepare the next forward pass."""
 
     def draft(self, rows: Sequence[Row], verdicts: Sequence[Verdict], logits: Any, guess: Guess) -> None:
-        """
-        Draft what follows the text, now that it is known how far it goes.
-
-        Args:
-            rows (`Sequence[Row]`): rows that took part; those that have ended need no draft.
-            verdicts (`Sequence[Verdict]`): what came of each, committed already.
-            logits (`torch.Tensor` of shape `(num_rows, num_places, vocab_size)`): of the drafter's places.
-            guess (`Guess`): makes scores of logits, as they are verified by.
-        """
+        """Draft what follows the text, now that it is known how far it goes."""
 
 
 def is_drafting(strategy: Strategy) -> TypeGuard[DraftingStrategy]:
@@ -178,18 +148,7 @@ def is_drafting(strategy: Strategy) -> TypeGuard[DraftingStrategy]:
 
 
 def check_proposals(proposals: Sequence[Proposal], anchors: Sequence[int], room: Room, strategy: Strategy) -> None:
-    """
-    Check what a strategy proposes.
-
-    Args:
-        proposals (`Sequence[Proposal]`): of all rows.
-        anchors (`Sequence[int]`): of all rows.
-        room (`Room`): what they may hold.
-        strategy (`Strategy`): where they come from.
-
-    Raises:
-        ValueError: for a proposal that is no tree of tokens after the anchor, or one that there is no room for.
-    """
+    """Check what a strategy proposes."""
     if len(proposals) != len(anchors):
         raise ValueError(f"{type(strategy).__name__} must make {len(anchors)} proposals here, got {len(proposals)}.")
     for proposal, anchor in zip(proposals, anchors):
@@ -223,13 +182,6 @@ def _problem(proposal: Proposal, anchor: int, room: Room, needs_tree: bool) -> s
 def level(proposals: Sequence[Proposal], length: int = 0) -> list[Proposal]:
     """
     Fill shorter proposals up to the longest, so that they make a batch. Any guess will do: it is verified like others.
-
-    Args:
-        proposals (`Sequence[Proposal]`): of all rows.
-        length (`int`): tokens that each shall have at least.
-
-    Returns:
-        `list[Proposal]`: equally long; trees if one of them is.
     """
     length = max(length, max(len(proposal.token_ids) for proposal in proposals))
     if all(proposal.is_chain for proposal in proposals):

@@ -38,19 +38,7 @@ _SCORE_PROCESSORS = {
 
 
 class Verifier:
-    """
-    Verifies all places of a forward pass at once.
-
-    Args:
-        max_length (`int`): length at which every row ends.
-        stop_ids (`list[int]`): tokens that end a row.
-        pad_id (`int`): fills rows that end early.
-        logits_processor (`transformers.LogitsProcessorList`): applied before a token is chosen.
-        streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): receives every committed token.
-        same_length (`bool`): whether all rows must always have the same length.
-        leave_together (`bool`): whether rows that have ended must stay in the batch until all have.
-        noise (`GumbelNoise`, *optional*): makes the choice a sample; without it the best token is chosen.
-    """
+    """Verifies all places of a forward pass at once."""
 
     def __init__(
         self,
@@ -73,18 +61,7 @@ class Verifier:
         self.noise = noise
 
     def verify(self, rows: list[Row], proposals: list[Proposal], logits: torch.Tensor) -> list[Verdict]:
-        """
-        Find the longest accepted path of each row, and the bonus token after it.
-
-        Args:
-            rows (`list[Row]`): rows that took part in the forward pass.
-            proposals (`list[Proposal]`): what was fed of each.
-            logits (`torch.Tensor` of shape `(num_rows, num_places, vocab_size)`): what the model said, without the
-                last places where these are for the drafter alone.
-
-        Returns:
-            `list[Verdict]`.
-        """
+        """Find the longest accepted path of each row, and the bonus token after it."""
         predictions = self.predict(
             rows, proposals, self._process(logits)
         ).tolist()  # the only host sync of an iteration
@@ -96,15 +73,7 @@ class Verifier:
         return verdicts
 
     def finished(self, rows: list[Row]) -> list[bool]:
-        """
-        Find the rows that take no more tokens.
-
-        Args:
-            rows (`list[Row]`): rows that are still in the batch.
-
-        Returns:
-            `list[bool]`.
-        """
+        """Find the rows that take no more tokens."""
         stopped = [row.is_stopped for row in rows]
         return [all(stopped)] * len(rows) if self.leave_together else stopped
 
@@ -113,17 +82,7 @@ class Verifier:
         return row.is_stopped and bool(self.stop_ids)
 
     def predict(self, rows: list[Row], proposals: list[Proposal], scores: torch.Tensor) -> torch.Tensor:
-        """
-        Choose the model's token after each place, a sample where there is noise.
-
-        Args:
-            rows (`list[Row]`): rows that took part in the forward pass.
-            proposals (`list[Proposal]`): what was fed of each.
-            scores (`torch.FloatTensor` of shape `(num_rows, num_places, vocab_size)`): after all processors.
-
-        Returns:
-            `torch.LongTensor` of shape `(num_rows, num_places)`.
-        """
+        """Choose the model's token after each place, a sample where there is noise."""
         if self.noise is not None:
             count = scores.shape[1]
             positions = [[row.length + depth for depth in one.depths()[:count]] for row, one in zip(rows, proposals)]
@@ -131,17 +90,7 @@ class Verifier:
         return scores.argmax(-1)
 
     def guess(self, rows: Sequence[Row], distance: int, logits: torch.Tensor) -> torch.Tensor:
-        """
-        What a token of a draft is chosen by, as far as it is known before it is verified.
-
-        Args:
-            rows (`Sequence[Row]`): rows to draft for.
-            distance (`int`): tokens between the text of each and the one to choose.
-            logits (`torch.Tensor` of shape `(num_rows, num_guesses, vocab_size)`): of the drafter.
-
-        Returns:
-            `torch.FloatTensor` of the same shape: the best is the one to choose, a sample where there is noise.
-        """
+        """What a token of a draft is chosen by, as far as it is known before it is verified."""
         scores = self._known_scores(logits)
         if self.noise is None:
             return scores
@@ -201,18 +150,7 @@ def takes_all_at_once(
     streamer: BaseStreamer | None,
     batch_size: int,
 ) -> bool:
-    """
-    Whether all places of a forward pass can be verified at once.
-
-    Args:
-        logits_processor (`transformers.LogitsProcessorList`): all processors.
-        stopping_criteria (`transformers.StoppingCriteriaList`): all criteria.
-        streamer (`transformers.generation.streamers.BaseStreamer`, *optional*): takes a batch one position at a time.
-        batch_size (`int`): number of rows.
-
-    Returns:
-        `bool`.
-    """
+    """Whether all places of a forward pass can be verified at once."""
     return (
         {type(processor) for processor in logits_processor} <= _SCORE_PROCESSORS
         and {type(criterion) for criterion in stopping_criteria} <= {EosTokenCriteria, MaxLengthCriteria}
