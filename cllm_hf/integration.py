@@ -59,9 +59,17 @@ def register() -> None:
 
     Calling it again changes nothing.
     """
-    original = GenerationMixin.generate
-    if hasattr(original, _ORIGINAL):
+    if hasattr(GenerationMixin.generate, _ORIGINAL):
         return
+    wrappers = (with_decoding(GenerationMixin.generate), loading_drafters(PeftAdapterMixin.load_adapter))
+    for (owner, name), wrapper in zip(_WRAPPED, wrappers):
+        setattr(wrapper, _ORIGINAL, getattr(owner, name))
+        setattr(owner, name, wrapper)
+
+
+def with_decoding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a `generate` that takes `decoding=` and the `jacobi_` options from the one of transformers."""
+    original = getattr(original, _ORIGINAL, original)
 
     @functools.wraps(original)
     def generate(
@@ -84,9 +92,7 @@ def register() -> None:
         }
         return _generate(original, self, args, kwargs, decoding, given)
 
-    for (owner, name), wrapper in zip(_WRAPPED, (generate, loading_drafters(PeftAdapterMixin.load_adapter))):
-        setattr(wrapper, _ORIGINAL, getattr(owner, name))
-        setattr(owner, name, wrapper)
+    return generate
 
 
 def unregister() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm_hf.cards import code, plain, quoted, table
-from cllm_hf.export import _card_text, usage_code
+from cllm_hf.export import _new_card, usage_code
 from cllm_hf.training.card import BEGIN, make_model_card, renew_model_card
 from cllm_hf.training.card_text import ModelFacts
 from cllm_hf.trajectories import card as dataset_card
@@ -157,5 +157,5 @@ def test_names_in_code_that_decodes_an_exported_model(bad, is_adapter):
     (assignment,) = [one for one in ast.parse(usage_code(bad, is_adapter)).body if isinstance(one, ast.Assign)][:1]
     assert ast.literal_eval(assignment.value) == bad
     for is_lossless in {False, is_adapter}:
-        text, plain = (_card_text(name, is_adapter, is_lossless) for name in (bad, "name"))
-        assert text.startswith("# ") and len(text.splitlines()) == len(plain.splitlines())
+        text, plain = (split_card(_new_card(name, is_adapter, is_lossless))[1] for name in (bad, "name"))
+        assert text.startswith("\n# ") and len(text.splitlines()) == len(plain.splitlines())

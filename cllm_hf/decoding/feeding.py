@@ -17,7 +17,7 @@ from ..blocks.support import (
     check_positions,
     check_trees,
 )
-from . import caches
+from .caches import roll_back_columns
 from .inputs import GrowingInputs
 from .memory import choose_memory
 from .rows import Pending, Row, Verdict
@@ -219,7 +219,7 @@ class Feed:
                 num_columns = self.memory.num_cached
             self._mask = torch.ones((len(paths), num_columns), dtype=torch.long, device=self._device)
         if self._mask is not None:
-            self._mask = caches.roll_back_columns(self._mask, num_rejected, fill=0)
+            self._mask = roll_back_columns(self._mask, num_rejected, fill=0)
         for row, count in zip(self.rows, num_rejected):
             row.num_padding += count - fewest
         return self.memory.settle(paths, self._num_fed)

@@ -21,7 +21,20 @@ from transformers import DynamicCache
 from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from ..blocks.limits import forgets_between_steps
-from . import caches
+from .caches import (
+    copy_cache,
+    decoder_cache,
+    drop_leading_columns,
+    keep_places,
+    keeps_places,
+    restore_start,
+    restore_states,
+    rolls_back_rows,
+    save_start,
+    save_states,
+    select_rows,
+    stop_recording,
+)
 
 
 # The host gives the caches of some models another name.
@@ -102,8 +115,8 @@ class CroppedMemory(Memory):
     def __init__(self, cache: Cache, batch_size: int, is_user_cache: bool = False):
         self.cache: Cache = cache
         self._is_recording = False
-        self._start = caches.save_start(cache) if is_user_cache else None
-        self.same_length = batch_size > 1 and not caches.rolls_back_rows(cache)
+        self._start = save_start(cache) if is_user_cache else None
+        self.same_length = batch_size > 1 and not rolls_back_rows(cache)
 
     @property
     def num_cached(self) -> int:
@@ -120,10 +133,10 @@ class CroppedMemory(Memory):
 
     @property
     def keeps_places(self) -> bool:
-        return caches.keeps_places(self.cache)
+        return keeps_places(self.cache)
 
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
-        caches.keep_places(self.cache, paths, num_fed)
+        keep_places(self.cache, paths, num_fed)
         return True
 
     def after_prefill(self) -> Memory:
@@ -137,17 +150,17 @@ class CroppedMemory(Memory):
         return self
 
     def select(self, indices: torch.Tensor) -> None:
-        caches.select_rows(self.cache, indices)
+        select_rows(self.cache, indices)
 
     def drop_leading(self, count: int) -> None:
-        caches.drop_leading_columns(self.cache, count)
+        drop_leading_columns(self.cache, count)
 
     def close(self) -> None:
-        caches.stop_recording(self.cache)
+        stop_recording(self.cache)
 
     def abandon(self) -> None:
         if self._start is not None:
-            caches.restore_start(self.cache, self._start)
+            restore_start(self.cache, self._start)
 
 
 class ReplayedMemory(Memory):
@@ -175,13 +188,13 @@ class ReplayedMemory(Memory):
         return {self._name: self.cache, "use_cache": True}
 
     def begin(self, draft_length: int) -> None:
-        self._saved = caches.save_states(self.cache) if draft_length else None
+        self._saved = save_states(self.cache) if draft_length else None
 
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
         if all(len(path) == num_fed for path in paths):
             return True
         assert self._saved is not None  # nothing can be rejected where nothing was drafted
-        caches.restore_states(self.cache, self._saved)
+        restore_states(self.cache, self._saved)
         return False
 
     def after_prefill(self) -> Memory:
@@ -193,7 +206,7 @@ class ReplayedMemory(Memory):
         return cropped
 
     def select(self, indices: torch.Tensor) -> None:
-        caches.select_rows(self.cache, indices)
+        select_rows(self.cache, indices)
 
 
 def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_user_cache: bool) -> Memory:
@@ -208,7 +221,7 @@ def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_
                 '`past_key_values`. Drop them and pass the whole prompt, or pass `decoding="autoregressive"`.'
             )
         return NoMemory()
-    own = caches.decoder_cache(cache)
+    own = decoder_cache(cache)
     if not isinstance(own, DynamicCache) or any(isinstance(layer, BaseQuantizedLayer) for layer in own.layers):
         raise ValueError(
             f'`decoding="jacobi"` needs a dynamic key/value cache, got {type(own).__name__}. Drop '
@@ -228,5 +241,5 @@ def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_
             )
         return ReplayedMemory(name, cache, batch_size)
     if is_user_cache and batch_size > 1:
-        cache = caches.copy_cache(cache)
+        cache = copy_cache(cache)
     return CroppedMemory(cache, batch_size, is_user_cache and batch_size == 1)
