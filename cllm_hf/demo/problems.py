@@ -27,14 +27,7 @@ _PAD, _EOS, _UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 @dataclass(frozen=True)
 class Problem:
-    """
-    A word problem.
-
-    Attributes:
-        prompt (`str`): the question.
-        response (`str`): the worked answer.
-        answer (`int`): its result, from 0 to 20.
-    """
+    """A word problem: the question, the worked answer, and its result, from 0 to 20."""
 
     prompt: str
     response: str
@@ -42,15 +35,6 @@ class Problem:
 
 
 def make_problem(rng: random.Random) -> Problem:
-    """
-    Make one problem.
-
-    Args:
-        rng (`random.Random`): source of randomness.
-
-    Returns:
-        `Problem`.
-    """
     name, friend = rng.sample(NAMES, 2)
     items = rng.choice(ITEMS)
     total = rng.randint(1, LARGEST)
@@ -71,16 +55,7 @@ def make_problem(rng: random.Random) -> Problem:
 
 
 def make_problems(count: int, seed: int) -> list[Problem]:
-    """
-    Make distinct problems.
-
-    Args:
-        count (`int`): how many.
-        seed (`int`): of the generator; the same seed gives the same problems.
-
-    Returns:
-        `list[Problem]`: no two with the same question.
-    """
+    """Make problems of which no two have the same question; the same seed gives the same problems."""
     rng = random.Random(seed)
     problems: dict[str, Problem] = {}
     while len(problems) < count:
@@ -90,26 +65,13 @@ def make_problems(count: int, seed: int) -> list[Problem]:
 
 
 def read_answer(response: str) -> int | None:
-    """
-    Read the result off a worked answer.
-
-    Args:
-        response (`str`): text that a model wrote.
-
-    Returns:
-        `int` or `None`: the number after "The answer is", `None` if there is none.
-    """
+    """The number after "The answer is"; `None` if there is none."""
     words = response.rpartition("The answer is")[2].split() if "The answer is" in response else []
     return int(words[0]) if words and words[0].isdecimal() else None
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """
-    Make a tokenizer whose tokens are the words, numbers and signs of the problems.
-
-    Returns:
-        `transformers.PreTrainedTokenizerFast`.
-    """
+    """Make a tokenizer whose tokens are the words, numbers and signs of the problems."""
     templates = " ".join((*GAINS, *LOSSES)).replace("{n}", "").replace("{friend}", "")
     fixed = "has starts with Then so now there are The answer is How many does have . , ? + - ="
     words = [*NAMES, *ITEMS, *templates.split(), *fixed.split(), *map(str, range(LARGEST + 1))]

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..evaluation.benchmark import DecodingResult
+from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
 from ..files import check_writable, save_whole
 from ..quiet import quiet_hosts
+from ..text import format_table
+from ..trajectories.block import BlockTrajectory
+from ..trajectories.builder import TrajectoryBuilder
+from ..trajectories.inspection import format_blocks
 from ..trajectories.loading import load_trajectories
-from .clock import Clock
-from .measuring import accuracy, draw_block, measure, report_table
-from .options import DemoOptions
-from .problems import Problem, make_problems, make_tokenizer
-from .training import (
-    copy_model,
-    make_builder,
-    make_cllm_trainer,
-    make_lossless_trainer,
-    make_model,
-    train_target,
-)
+from ..trajectories.showing import KEEP_ALL, token_decoder
+from .problems import Problem, make_problems, make_tokenizer, read_answer
+from .training import DemoOptions, make_cllm_trainer, make_lossless_trainer, make_model, train_target
 
 
 # What is kept, in this order, and a file that each part always holds.
@@ -36,48 +33,28 @@ _PARTS = {
     "cllm": "config.json",
     "lossless": "adapter_config.json",
 }
+_COLUMNS = ("method", "tokens/s", "tokens per forward pass", "speed-up over generate()", "accuracy")
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """
-    What the demo measured.
-
-    Attributes:
-        results (`list[DecodingResult]`): see `measuring.measure`.
-        accuracies (`list[float]`): share of held-out problems that each solves, from 0 to 1.
-        table (`str`): both as a table.
-        trajectories (`str`): one block of the target model and the CLLM, state by state; empty without a CLLM.
-        seconds (`dict[str, float]`): time of each step.
-    """
+    """What the demo measured: of each way to decode a result and the share of held-out problems that it solves."""
 
     results: list[DecodingResult]
     accuracies: list[float]
-    table: str
-    trajectories: str
-    seconds: dict[str, float]
+    table: str  # of both
+    trajectories: str  # one block of the target model and the CLLM, state by state; empty without a CLLM
+    seconds: dict[str, float]  # of each step
 
 
 def run_demo(
     options: DemoOptions, output_dir: Path | None = None, say: Callable[[str], None] = print, color: bool = True
 ) -> DemoReport:
     """
-    Run all steps.
+    Run all steps, and say with `say` what each does.
 
-    Args:
-        options (`DemoOptions`): sizes.
-        output_dir (`pathlib.Path`, *optional*): where to keep `target`, `trajectories`, `cllm` and `lossless`; each
-            appears there when it is complete. They take the place of those of an earlier run. By default nothing is
-            kept.
-        say (`Callable[[str], None]`): prints a line.
-        color (`bool`): whether the picture of the trajectories may use colors.
-
-    Returns:
-        `DemoReport`.
-
-    Raises:
-        OSError: if `output_dir` is not writable.
-        ValueError: if it holds something else under a name that the demo uses.
+    With an `output_dir`, `target`, `trajectories`, `cllm` and `lossless` are kept there, in place of those of an
+    earlier run; each appears when it is complete. `color` is for the picture of the trajectories.
     """
     if output_dir is not None:
         check_writable(output_dir)
@@ -86,87 +63,78 @@ def run_demo(
     tokenizer = make_tokenizer()
     needed = options.num_held_out + options.num_trajectories + options.target_updates * options.target_batch_size
     problems = make_problems(needed, options.seed)
-    held_out = problems[: options.num_held_out]
-    say(f"{len(problems)} distinct problems, {len(held_out)} of them held out. One of them:")
+    held_out, problems = problems[: options.num_held_out], problems[options.num_held_out :]
+    say(f"{needed} distinct problems, {len(held_out)} of them held out. One of them:")
     say(f"  {held_out[0].prompt}\n  {held_out[0].response}")
     steps = _Steps(options, output_dir, say, tokenizer)
     with quiet_hosts():
-        target = steps.train_target(problems[options.num_held_out :])
-        dataset = steps.collect(target, problems[options.num_held_out :])
-        cllm = steps.train_cllm(target, dataset) if options.has_cllm else None
-        lossless = steps.train_lossless(target, dataset) if options.has_lossless else None
-        steps.begin("Decoding the held-out problems, one at a time, in turns")
-        results = measure(target, cllm, lossless, tokenizer, held_out, options)
-        steps.clock.lap("measurement")
-    accuracies = [accuracy(result, tokenizer, held_out) for result in results]
-    return DemoReport(
-        results,
-        accuracies,
-        report_table(results, accuracies),
-        "" if cllm is None else draw_block(target, cllm, tokenizer, held_out[:4], options, color),
-        steps.clock.laps,
-    )
+        target = steps.train_target(problems)
+        dataset = steps.collect(target, problems)
+        cllm = steps.train_cllm(target, dataset) if options.mode != "lossless" else None
+        lossless = steps.train_lossless(target, dataset) if options.mode != "cllm" else None
+        with steps.step("measurement", "Decoding the held-out problems, one at a time, in turns"):
+            results = _measure(target, cllm, lossless, tokenizer, held_out, options)
+    accuracies = [_accuracy(result, tokenizer, held_out) for result in results]
+    drawn = "" if cllm is None else _draw_block(target, cllm, tokenizer, held_out[:4], options, color)
+    return DemoReport(results, accuracies, _format_results(results, accuracies), drawn, steps.seconds)
 
 
+@dataclass
 class _Steps:
     """The steps that leave something: each says what it does, keeps what it has made, and takes its time."""
 
-    def __init__(
-        self,
-        options: DemoOptions,
-        output_dir: Path | None,
-        say: Callable[[str], None],
-        tokenizer: PreTrainedTokenizerBase,
-    ):
-        self.options, self.output_dir, self.say, self.tokenizer = options, output_dir, say, tokenizer
-        self.clock = Clock()
-        self._number, self._count = 0, 3 + options.has_cllm + options.has_lossless
+    options: DemoOptions
+    output_dir: Path | None
+    say: Callable[[str], None]
+    tokenizer: PreTrainedTokenizerBase
+    seconds: dict[str, float] = field(default_factory=dict)
+    _start: float = field(default_factory=time.perf_counter)
 
-    def begin(self, title: str) -> None:
-        self._number += 1
-        self.say(f"\n[{self._number}/{self._count}] {title}")
+    @contextmanager
+    def step(self, name: str, title: str) -> Iterator[None]:
+        count = 5 if self.options.mode == "both" else 4
+        self.say(f"\n[{len(self.seconds) + 1}/{count}] {title}")
+        yield
+        now = time.perf_counter()
+        self.seconds[name] = now - self._start
+        self._start = now
 
     def train_target(self, problems: list[Problem]) -> PreTrainedModel:
         target = make_model(self.tokenizer, self.options.hidden_size)
-        self.begin(f"Training a target model of {target.num_parameters():,} parameters from scratch")
-        train_target(target, self.tokenizer, problems, self.options)
-        self._keep("target", lambda folder: _save(target, self.tokenizer, folder))
-        if self.output_dir is not None:
-            for name in list(_PARTS)[1:]:  # of an earlier run, whose target model is gone
-                shutil.rmtree(self.output_dir / name, ignore_errors=True)
-            # Trajectories and adapters say by whom they are.
-            target.name_or_path = self.tokenizer.name_or_path = str(self.output_dir / "target")
-        self.clock.lap("target model")
+        size = f"{target.num_parameters():,}"
+        with self.step("target model", f"Training a target model of {size} parameters from scratch"):
+            train_target(target, self.tokenizer, problems, self.options)
+            self._keep("target", lambda folder: _save(target, self.tokenizer, folder))
+            if self.output_dir is not None:
+                for name in list(_PARTS)[1:]:  # of an earlier run, whose target model is gone
+                    shutil.rmtree(self.output_dir / name, ignore_errors=True)
+                # Trajectories and adapters say by whom they are.
+                target.name_or_path = self.tokenizer.name_or_path = str(self.output_dir / "target")
         return target
 
     def collect(self, target: PreTrainedModel, problems: list[Problem]) -> Dataset:
-        self.begin("Collecting the Jacobi trajectories of its responses")
-        builder = make_builder(target, self.tokenizer, self.options)
-        prompts = [problem.prompt for problem in problems[: self.options.num_trajectories]]
-        if self.output_dir is None:
-            dataset: Any = builder.build(prompts)
-        else:
-            self._keep("trajectories", lambda folder: builder.collect(prompts, folder))
-            dataset = load_trajectories(self.output_dir / "trajectories")
-        self.clock.lap("trajectories")
+        with self.step("trajectories", "Collecting the Jacobi trajectories of its responses"):
+            builder = _make_builder(target, self.tokenizer, self.options)
+            prompts = [problem.prompt for problem in problems[: self.options.num_trajectories]]
+            if self.output_dir is None:
+                dataset: Any = builder.build(prompts)
+            else:
+                self._keep("trajectories", lambda folder: builder.collect(prompts, folder))
+                dataset = load_trajectories(self.output_dir / "trajectories")
         return dataset
 
-    def train_cllm(self, target: PreTrainedModel, dataset: Dataset) -> PreTrainedModel:
-        self.begin("Training the CLLM on them")
-        cllm = copy_model(target, self.tokenizer, self.options)
-        trainer = make_cllm_trainer(cllm, self.tokenizer, dataset, self.options)
-        trainer.train()
-        self._keep("cllm", lambda folder: trainer.save_model(str(folder)))
-        self.clock.lap("CLLM")
-        return cllm.eval()
+    def train_cllm(self, target: PreTrainedModel, dataset: Dataset) -> Any:
+        with self.step("CLLM", "Training the CLLM on them"):
+            return self._train("cllm", make_cllm_trainer(target, self.tokenizer, dataset, self.options))
 
     def train_lossless(self, target: PreTrainedModel, dataset: Dataset) -> Any:
-        self.begin("Training an adapter that drafts for the target model, which stays as it is")
-        model = copy_model(target, self.tokenizer, self.options)
-        trainer = make_lossless_trainer(model, self.tokenizer, dataset, self.options)
+        title = "Training an adapter that drafts for the target model, which stays as it is"
+        with self.step("lossless adapter", title):
+            return self._train("lossless", make_lossless_trainer(target, self.tokenizer, dataset, self.options))
+
+    def _train(self, part: str, trainer: Any) -> Any:
         trainer.train()
-        self._keep("lossless", lambda folder: trainer.save_model(str(folder)))
-        self.clock.lap("lossless adapter")
+        self._keep(part, lambda folder: trainer.save_model(str(folder)))
         return trainer.model.eval()
 
     def _keep(self, name: str, save: Callable[[Path], object]) -> None:
@@ -188,3 +156,92 @@ def _check_parts(output_dir: Path) -> None:
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _make_builder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: DemoOptions, show_progress: bool = True
+) -> TrajectoryBuilder:
+    return TrajectoryBuilder(
+        model,
+        tokenizer,
+        options.block_size,
+        options.max_new_tokens,
+        options.seed,
+        # Whatever the target model says: if it was trained for too short, the demo shows that.
+        cleaning=KEEP_ALL,
+        show_progress=show_progress,
+    )
+
+
+def _measure(
+    target: PreTrainedModel,
+    cllm: PreTrainedModel | None,
+    lossless: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    options: DemoOptions,
+) -> list[DecodingResult]:
+    """Decode problems with all models that there are, in every way that makes sense."""
+    greedy: dict[str, Any] = {"decoding": "autoregressive"}
+    jacobi = {"decoding": "jacobi", "jacobi_block_size": options.block_size}
+    drafting = {"decoding": "lossless", "jacobi_block_size": options.lossless_block_size}
+    methods = [
+        DecodingMethod(name, model, generate_options)
+        for name, model, generate_options in (
+            ("target model, generate()", target, greedy),
+            ("target model, jacobi", target, jacobi),
+            ("target model, lossless", lossless, drafting),
+            ("CLLM, generate()", cllm, greedy),
+            ("CLLM, jacobi", cllm, jacobi),
+        )
+        if model is not None
+    ]
+    prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
+    return benchmark_decoding(methods, prompts, options.max_new_tokens)
+
+
+def _accuracy(result: DecodingResult, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> float:
+    answers = [read_answer(str(tokenizer.decode(ids, skip_special_tokens=True))) for ids in result.responses]
+    return sum(answer == problem.answer for answer, problem in zip(answers, problems)) / len(problems)
+
+
+def _format_results(results: list[DecodingResult], accuracies: list[float]) -> str:
+    rows = [
+        [
+            result.name,
+            f"{result.tokens_per_second:.0f}",
+            f"{result.tokens_per_forward:.2f}",
+            f"{result.speedup_over(results[0]):.2f}x",
+            f"{100 * share:.1f}%",
+        ]
+        for result, share in zip(results, accuracies)
+    ]
+    return format_table(_COLUMNS, rows)
+
+
+def _draw_block(
+    target: PreTrainedModel,
+    cllm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    options: DemoOptions,
+    color: bool,
+) -> str:
+    """
+    Draw how both models solve the second block of a response, from the same first draft.
+
+    A trajectory that does not end in its response is not kept, so the first problem that both models keep is drawn.
+    """
+    prompts = [problem.prompt for problem in problems]
+    records = []
+    for model in (target, cllm):
+        builder = _make_builder(model, tokenizer, options, show_progress=False)
+        records.append({record["prompt"]: record for record in builder.build(prompts)})
+    shown = next((prompt for prompt in prompts if all(prompt in kept for kept in records)), None)
+    if shown is None:
+        return ""
+    blocks = []
+    for name, kept in zip(("Target model", "CLLM"), records):
+        last = len(kept[shown]["states"]) - 1
+        blocks.append(BlockTrajectory.of(kept[shown], min(1, last), name))
+    return format_blocks(blocks, token_decoder(tokenizer), color)

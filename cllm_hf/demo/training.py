@@ -1,8 +1,9 @@
-"""How the demo trains: a target model from scratch, a CLLM from it, and a lossless adapter on it."""
+"""The sizes of the demo, and how it trains: a target model from scratch, a CLLM from it, a lossless adapter on it."""
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -13,23 +14,43 @@ from trl import SFTConfig, SFTTrainer
 from ..training.config import CLLMConfig
 from ..training.progress import show_progress
 from ..training.trainer import CLLMTrainer
-from ..trajectories.builder import TrajectoryBuilder
-from ..trajectories.showing import KEEP_ALL
-from .options import DemoOptions
 from .problems import Problem
 
 
+MODES = ("both", "cllm", "lossless")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Sizes of the demo. An optimizer step of the target model takes new problems each time."""
+
+    mode: str = "both"  # what is made of the target model
+    seed: int = 0  # of the problems, the weights and the order of the data
+    hidden_size: int = 128  # of the model, which has four layers
+    target_updates: int = 650  # optimizer steps
+    target_batch_size: int = 32
+    num_trajectories: int = 2400  # problems whose trajectories are collected
+    cllm_updates: int = 300
+    cllm_batch_size: int = 32
+    cllm_learning_rate: float = 1.5e-3
+    ar_loss_weight: float = 10.0  # this and the next two as in `CLLMConfig`
+    position_decay: float | None = 4.0
+    trajectory_source: str = "online"
+    lossless_updates: int = 100
+    lossless_batch_size: int = 32
+    lossless_rank: int = 64
+    lossless_markov_rank: int = 16
+    lossless_block_size: int = 9
+    num_held_out: int = 200  # problems for the measurement, in no training data
+    block_size: int = 16
+    max_new_tokens: int = 96  # a worked answer has at most 68
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
+
+
 def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int) -> LlamaForCausalLM:
-    """
-    Make a new model of four layers.
-
-    Args:
-        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
-        hidden_size (`int`): its width.
-
-    Returns:
-        `transformers.LlamaForCausalLM`.
-    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -46,17 +67,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int) -> LlamaFor
 
 
 def copy_model(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: DemoOptions) -> LlamaForCausalLM:
-    """
-    Copy the target model, so that its own weights stay.
-
-    Args:
-        target (`transformers.PreTrainedModel`): the target model.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
-        options (`DemoOptions`): sizes.
-
-    Returns:
-        `transformers.LlamaForCausalLM`: under the same name.
-    """
+    """A copy under the same name, so that the target model's own weights stay."""
     model = make_model(tokenizer, options.hidden_size)
     model.load_state_dict(target.state_dict())
     model.name_or_path = target.name_or_path
@@ -66,15 +77,7 @@ def copy_model(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opti
 def train_target(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], options: DemoOptions
 ) -> None:
-    """
-    Train the target model on worked answers with `trl.SFTTrainer`.
-
-    Args:
-        model (`transformers.PreTrainedModel`): trained in place.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
-        problems (`list[Problem]`): what to train on.
-        options (`DemoOptions`): sizes.
-    """
+    """Train the target model in place, on worked answers."""
     dataset = Dataset.from_list([{"prompt": f"{p.prompt} ", "completion": p.response} for p in problems])
     args = SFTConfig(
         max_steps=options.target_updates,
@@ -90,20 +93,9 @@ def train_target(
 
 
 def make_cllm_trainer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, options: DemoOptions
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, options: DemoOptions
 ) -> CLLMTrainer:
-    """
-    Make the trainer of the CLLM.
-
-    Args:
-        model (`transformers.PreTrainedModel`): starts as the target model.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
-        dataset (`datasets.Dataset`): the target model's trajectories.
-        options (`DemoOptions`): sizes.
-
-    Returns:
-        `CLLMTrainer`.
-    """
+    """A trainer of a copy of the target model on the trajectories of `dataset`."""
     args = CLLMConfig(
         max_steps=options.cllm_updates,
         per_device_train_batch_size=options.cllm_batch_size,
@@ -114,26 +106,16 @@ def make_cllm_trainer(
         plot_run=False,
         **_training_options(options.seed, options.cllm_learning_rate),
     )
+    model = copy_model(target, tokenizer, options)
     trainer = CLLMTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     show_progress(trainer, "consistency_loss")
     return trainer
 
 
 def make_lossless_trainer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, options: DemoOptions
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, options: DemoOptions
 ) -> CLLMTrainer:
-    """
-    Make the trainer of the lossless adapter.
-
-    Args:
-        model (`transformers.PreTrainedModel`): a copy of the target model, which stays what it is.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
-        dataset (`datasets.Dataset`): the target model's responses.
-        options (`DemoOptions`): sizes.
-
-    Returns:
-        `CLLMTrainer`.
-    """
+    """A trainer of a lossless adapter, on a copy of the target model, on the responses of `dataset`."""
     args = CLLMConfig(
         lossless=True,
         max_steps=options.lossless_updates,
@@ -147,36 +129,10 @@ def make_lossless_trainer(
     )
     rank = options.lossless_rank
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    model = copy_model(target, tokenizer, options)
     trainer = CLLMTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=config)
     show_progress(trainer, "drafting_loss", "draft_accuracy")
     return trainer
-
-
-def make_builder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: DemoOptions, show_progress: bool = True
-) -> TrajectoryBuilder:
-    """
-    Make what collects a model's trajectories.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
-        options (`DemoOptions`): sizes.
-        show_progress (`bool`): whether to draw a progress bar.
-
-    Returns:
-        `TrajectoryBuilder`.
-    """
-    return TrajectoryBuilder(
-        model,
-        tokenizer,
-        options.block_size,
-        options.max_new_tokens,
-        options.seed,
-        # Whatever the target model says: if it was trained for too short, the demo shows that.
-        cleaning=KEEP_ALL,
-        show_progress=show_progress,
-    )
 
 
 def _training_options(seed: int, learning_rate: float, warmup_steps: int = 40) -> dict[str, Any]:

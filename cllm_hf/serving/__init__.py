@@ -24,8 +24,7 @@ from .._host import base_model_of
 from ..blocks.drafter import find_drafter
 from ..loading import load_cllm
 from ..options import AUTO, JACOBI, LOSSLESS, check_block_size
-from .limits import ServingLimits
-from .requests import make_build_server, make_generation_state
+from .requests import ServingLimits, make_build_server, make_generation_state
 
 
 def serve(
@@ -35,7 +34,7 @@ def serve(
     limits: ServingLimits | None = None,
 ) -> None:
     """
-    Run the server of transformers until it is stopped.
+    Run the server of transformers until it is stopped by Ctrl-C, as `KeyboardInterrupt`.
 
     Args:
         arguments (`Sequence[str]`): those of `transformers serve`, the model among them.
@@ -44,13 +43,6 @@ def serve(
             defaults it was saved with.
         report (`Callable`, *optional*): called with every model that has been loaded.
         limits (`ServingLimits`, *optional*): of each request; by default there are none.
-
-    Raises:
-        ImportError: if the packages that the server needs are not installed.
-        OSError: if the model cannot be loaded.
-        KeyboardInterrupt: after Ctrl-C, when the server has shut down.
-        SystemExit: from the host, when it has shown its help, or with 2 for arguments that it does not know.
-        ValueError: if `block_size` is not valid, goes beyond its limit, or is given together with continuous batching.
     """
     if block_size is not None:
         block_size = check_block_size(block_size, "block_size", allows_auto=True)
@@ -87,14 +79,7 @@ def jacobi_models(
     report: Callable[[Any], object] | None = None,
     limits: ServingLimits | None = None,
 ) -> Iterator[None]:
-    """
-    Servers that are made inside load their models with Jacobi defaults, and refuse with status 400.
-
-    Args:
-        block_size (`int` or `"auto"`, *optional*): as for `serve`.
-        report (`Callable`, *optional*): as for `serve`.
-        limits (`ServingLimits`, *optional*): as for `serve`.
-    """
+    """Servers that are made inside load their models with Jacobi defaults, and refuse as `serve` says."""
     from transformers.cli.serving import model_manager, server, utils
 
     replaced: list[tuple[Any, str, Any]] = [

@@ -11,37 +11,118 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..options import OPTION_NAMES
-from .limits import ServingLimits
+from ..options import AUTO, DEFAULT_BLOCK_SIZE, OPTION_NAMES
+
+
+# A static cache is as long as the longest text that needed it, for all later requests. So that no request makes those
+# of others dearer, all have this length where the server sets none; longer texts are decoded on a cache that grows.
+_STATIC_LENGTH = 2048
+_DEFAULT_NEW_TOKENS = 20  # of `generate`
+_LARGEST_AUTO = 64  # block size that `"auto"` tries
+
+
+@dataclass(frozen=True)
+class ServingLimits:
+    """What a request may ask of a server at most, in positive integers; by default anything."""
+
+    max_new_tokens: int | None = None  # of a response; what a request gets that does not say how many it wants
+    max_block_size: int | None = None  # positions that a forward pass checks, `jacobi_candidates` included
+    max_cache_length: int | None = None  # tokens of a prompt and its response together
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+    def apply(self, config: Any, default_config: Any, prompt_length: int, asks_for_length: bool) -> None:
+        """Refuse what a request asks for beyond a limit, and bring what it did not ask for within, in `config`."""
+        self._apply_to_block(config, default_config)
+        num_new = _num_new_tokens(config, default_config, prompt_length)
+        allowed = num_new if self.max_new_tokens is None else min(num_new, self.max_new_tokens)
+        if allowed < num_new and asks_for_length:
+            raise ValueError(
+                f"This server returns at most {self.max_new_tokens} tokens, got a request for {num_new}. Ask for less."
+            )
+        if self.max_cache_length is not None:
+            rest = self.max_cache_length - prompt_length
+            if rest < 1 or (rest < allowed and asks_for_length):
+                raise ValueError(
+                    f"This server takes at most {self.max_cache_length} tokens of prompt and response together, got a "
+                    f"prompt of {prompt_length} and a request for {allowed}. Shorten the prompt, or ask for less."
+                )
+            allowed = min(allowed, rest)
+        if allowed < num_new:
+            config.max_new_tokens = allowed
+        self._fix_static_cache(config, default_config, prompt_length + allowed)
+
+    def _apply_to_block(self, config: Any, default_config: Any) -> None:
+        block_size, candidates = asked = _block(config, default_config)
+        if self.max_block_size is None or block_size * (1 + candidates) <= self.max_block_size:
+            return
+        if candidates or asked != _block(default_config, default_config):
+            raise ValueError(
+                f"This server checks at most {self.max_block_size} positions in a forward pass, got a request for "
+                f"{block_size} with `jacobi_candidates={candidates}`. Ask for less."
+            )
+        config.jacobi_block_size = self.max_block_size
+
+    def _fix_static_cache(self, config: Any, default_config: Any, length: int) -> None:
+        bound = _STATIC_LENGTH if self.max_cache_length is None else self.max_cache_length
+        asked = getattr(config, "max_cache_len", None) or 0
+        if asked > bound:
+            raise ValueError(
+                f"This server makes static caches of at most {bound} tokens, got `max_cache_len={asked}`."
+            )
+        if length + (_block(config, default_config)[0] or DEFAULT_BLOCK_SIZE) > bound:
+            config.jacobi_compile = False
+            if "static" in (config.cache_implementation or "static"):  # the model's default may be one
+                config.cache_implementation = "dynamic"
+        elif any(_is_compiled(options) for options in (config, default_config)):
+            config.cache_implementation, config.max_cache_len = "static", bound
+
+
+def _is_compiled(config: Any) -> bool:
+    return config.cache_implementation == "static" or bool(getattr(config, "jacobi_compile", False))
+
+
+def _block(config: Any, default_config: Any) -> tuple[int, int]:
+    """Positions of the largest block, and candidates."""
+    found = []
+    for name in ("jacobi_block_size", "jacobi_candidates"):
+        value = getattr(config, name, None)
+        value = getattr(default_config, name, None) if value is None else value
+        found.append(_LARGEST_AUTO if value == AUTO else value if isinstance(value, int) else 0)
+    return found[0], found[1]
+
+
+def _num_new_tokens(config: Any, default_config: Any, prompt_length: int) -> int:
+    """How many tokens `generate` makes at most."""
+    for options in (config, default_config):
+        for name, num_given in (("max_new_tokens", 0), ("max_length", prompt_length)):
+            value = getattr(options, name, None)
+            if value is None:
+                continue
+            if not isinstance(value, int):
+                raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+            return max(value - num_given, 1)
+    return _DEFAULT_NEW_TOKENS
 
 
 # Fields of requests that say how many tokens are wanted, at one endpoint or another.
 _LENGTH_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "max_length")
 
 
-def _can_be(kind: type) -> Callable[[Any], bool]:
-    """Whether a value is a number, also one that is written in a text, which the server takes as well."""
-
-    def check(value: Any) -> bool:
-        try:
-            kind(value)
-        except (TypeError, ValueError, OverflowError):
-            return False
-        return True
-
-    return check
-
-
 def _is_stop(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
-# What the server uses of a request without a look at its type.
-_FIELD_TYPES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
-    ((*_LENGTH_FIELDS, "seed"), "an integer", _can_be(int)),
-    (("temperature", "top_p", "frequency_penalty"), "a number", _can_be(float)),
+# What the server uses of a request without a look at its type. It takes numbers that are written in a text as well.
+_FIELD_TYPES: tuple[tuple[tuple[str, ...], str, Callable[[Any], object]], ...] = (
+    ((*_LENGTH_FIELDS, "seed"), "an integer", int),
+    (("temperature", "top_p", "frequency_penalty"), "a number", float),
     (("stop",), "a string or a list of strings", _is_stop),
     (("model", "suffix", "instructions"), "a string", lambda value: isinstance(value, str)),
     (("logit_bias", "chat_template_kwargs"), "an object", lambda value: isinstance(value, dict)),
@@ -49,24 +130,14 @@ _FIELD_TYPES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
 )
 
 
+@dataclass
 class _Request:
-    """
-    What is known of a request while it is answered.
+    """What is known of a request while it is answered."""
 
-    Args:
-        body (`dict`): of the request.
-        escapes (`bool`): whether the server puts messages between quotes as they are.
-
-    Raises:
-        ValueError: if the `generation_config` in it is not a JSON object.
-    """
-
-    def __init__(self, body: dict[str, Any], escapes: bool):
-        wishes = {**body, **_read_config(body.get("generation_config"))}
-        self.asks_for_length = any(wishes.get(name) is not None for name in _LENGTH_FIELDS)
-        self.escapes = escapes
-        self.streamer: Any = None
-        self.started: asyncio.Future[None] | None = None  # with the first token of a stream
+    asks_for_length: bool
+    escapes: bool  # whether the server puts messages between quotes as they are
+    streamer: Any = None
+    started: asyncio.Future[None] | None = None  # with the first token of a stream
 
 
 _REQUEST: ContextVar[_Request | None] = ContextVar("request", default=None)
@@ -80,32 +151,40 @@ def make_generation_state(original: Any, limits: ServingLimits) -> Any:
     return LimitedGenerationState
 
 
-class _LimitedManager:
+class _Around:
+    """Something of the server's, of which a few methods are replaced."""
+
+    def __init__(self, inner: Any):
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class _LimitedManager(_Around):
     """What answers the requests of a model, within limits, and says of a stream when it has begun."""
 
     def __init__(self, manager: Any, limits: ServingLimits, watches: bool):
-        self._manager, self._limits, self._watches = manager, limits, watches
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._manager, name)
+        super().__init__(manager)
+        self._limits, self._watches = limits, watches
 
     def init_cb(self, model: Any, gen_config: Any) -> None:
         self._apply(model, {"input_ids": []}, gen_config)
-        self._manager.init_cb(model, gen_config)
+        self._inner.init_cb(model, gen_config)
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **kwargs: Any) -> Any:
         request = self._apply(model, inputs, gen_config)
         if request is not None and self._watches:
             request.started = asyncio.get_running_loop().create_future()
             model = _WatchedModel(model, request, request.started)
-        queue, streamer = self._manager.generate_streaming(model, processor, inputs, gen_config, **kwargs)
+        queue, streamer = self._inner.generate_streaming(model, processor, inputs, gen_config, **kwargs)
         if request is not None:
             request.streamer = streamer
         return queue, streamer
 
     def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **kwargs: Any) -> Any:
         self._apply(model, inputs, gen_config)
-        return self._manager.generate_non_streaming(model, processor, inputs, gen_config, **kwargs)
+        return self._inner.generate_non_streaming(model, processor, inputs, gen_config, **kwargs)
 
     def _apply(self, model: Any, inputs: Any, config: Any) -> _Request | None:
         request = _REQUEST.get()
@@ -115,20 +194,17 @@ class _LimitedManager:
         return request
 
 
-class _WatchedModel:
+class _WatchedModel(_Around):
     """A model that says when its `generate` has made a token, or why it does not."""
 
     def __init__(self, model: Any, request: _Request, started: asyncio.Future[None]):
-        self._model, self._escapes, self._started = model, request.escapes, started
-        self._loop = started.get_loop()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        super().__init__(model)
+        self._escapes, self._started = request.escapes, started
 
     def generate(self, *, streamer: Any, **kwargs: Any) -> Any:
         watched = _WatchedStreamer(streamer, self._say)
         try:
-            return self._model.generate(streamer=watched, **kwargs)
+            return self._inner.generate(streamer=watched, **kwargs)
         except Exception as error:
             self._say(error)
             if self._escapes and not watched.is_over:  # the end of a stream whose client is gone has a type of its own
@@ -138,7 +214,7 @@ class _WatchedModel:
             self._say()
 
     def _say(self, error: Exception | None = None) -> None:
-        self._loop.call_soon_threadsafe(self._note, error)
+        self._started.get_loop().call_soon_threadsafe(self._note, error)
 
     def _note(self, error: Exception | None) -> None:
         if self._started.done():
@@ -149,27 +225,22 @@ class _WatchedModel:
             self._started.set_result(None)
 
 
-class _WatchedStreamer:
+class _WatchedStreamer(_Around):
     """A streamer that says when it gets the first token; what it gets before is the prompt."""
 
     def __init__(self, streamer: Any, say: Callable[[], None]):
-        self._streamer, self._say, self._num_calls, self.is_over = streamer, say, 0, False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._streamer, name)
+        super().__init__(streamer)
+        self._say, self._num_calls, self.is_over = say, 0, False
 
     def put(self, value: Any) -> None:
         self._num_calls += 1
         if self._num_calls == 2:
             self._say()
         try:
-            self._streamer.put(value)
+            self._inner.put(value)
         except Exception:
             self.is_over = True
             raise
-
-    def end(self) -> None:
-        self._streamer.end()
 
 
 def make_build_server(original: Any) -> Any:
@@ -194,7 +265,9 @@ def _until_started(handle: Callable[..., Awaitable[Any]], name: str) -> Callable
         _check_types(body)
         if name == "chat_handler":
             _check_messages(body.get("messages"))
-        request = _Request(body, escapes=name != "response_handler")
+        wishes = {**body, **_read_config(body.get("generation_config"))}
+        asks_for_length = any(wishes.get(field) is not None for field in _LENGTH_FIELDS)
+        request = _Request(asks_for_length, escapes=name != "response_handler")
         token = _REQUEST.set(request)
         try:
             response = await handle(body, request_id)
@@ -228,19 +301,21 @@ def _read_config(text: Any) -> dict[str, Any]:
 
 
 def _check_types(body: dict[str, Any]) -> None:
-    for names, kind, is_right in _FIELD_TYPES:
+    for names, kind, check in _FIELD_TYPES:
         for name in names:
             value = body.get(name)
-            if value is not None and not is_right(value):
+            try:
+                is_right = value is None or check(value) is not False
+            except (TypeError, ValueError, OverflowError):
+                is_right = False
+            if not is_right:
                 raise ValueError(f"`{name}` must be {kind}, got {value!r:.200}.")
 
 
 def _check_messages(messages: Any) -> None:
     """Every chat template asks for these."""
-    is_chat = isinstance(messages, list) and all(
-        isinstance(message, dict) and "role" in message for message in messages
-    )
-    if not is_chat or not messages:
+    is_list = isinstance(messages, list) and len(messages) > 0
+    if not is_list or not all(isinstance(message, dict) and "role" in message for message in messages):
         raise ValueError(f"`messages` must be a list of objects with `role` and `content`, got {messages!r:.200}.")
 
 

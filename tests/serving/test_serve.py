@@ -25,8 +25,7 @@ from cllm_hf import serving
 from cllm_hf.cli import _report_model, main
 from cllm_hf.decoding.block_size import _SIZES
 from cllm_hf.serving import ServingLimits, _prepare, jacobi_models
-from cllm_hf.serving.limits import _LARGEST_AUTO
-from cllm_hf.serving.requests import _WatchedStreamer
+from cllm_hf.serving.requests import _LARGEST_AUTO, _WatchedStreamer
 
 
 LENGTH = 40
@@ -341,7 +340,7 @@ def test_no_request_makes_the_static_cache_of_others_longer(limits, bound):
 
 
 def test_a_long_text_on_a_server_that_compiles_is_the_greedy_one(folders, monkeypatch):
-    monkeypatch.setattr("cllm_hf.serving.limits._STATIC_LENGTH", 32)
+    monkeypatch.setattr("cllm_hf.serving.requests._STATIC_LENGTH", 32)
     server = Server(folders["cllm"], compile=True)
     try:
         assert ask(server, "completion", False, {"max_tokens": 40}) == greedy_text(folders["cllm"], "Hello.")[0]
@@ -429,7 +428,7 @@ def test_an_error_in_the_midst_of_a_stream_is_valid_json(limited, monkeypatch):
         raise ValueError('it "fails"\nlater')
 
     monkeypatch.setattr(type(model), "generate", fail_later)
-    monkeypatch.setattr(_WatchedStreamer, "end", lambda self: None)
+    monkeypatch.setattr(_WatchedStreamer, "end", lambda self: None, raising=False)
     status, text = post(limited, "/v1/completions", {"prompt": "Hello.", "max_tokens": 4, "stream": True})
     events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
     assert status == 200 and events[0]["choices"] and events[-1] == {"error": 'it "fails"\nlater'}
