@@ -42,15 +42,7 @@ LICENSES = frozenset(
 
 
 def license_metadata(licenses: Sequence[str]) -> dict[str, Any]:
-    """
-    The metadata that say under which licences something stands.
-
-    Args:
-        licenses (`Sequence[str]`): their names.
-
-    Returns:
-        `dict`: `license`, or nothing without any; `license_name` for those that the Hub does not know.
-    """
+    """`license`, or nothing without any; and `license_name` for licences that the Hub does not know."""
     known = [license.lower() for license in licenses if license.lower() in LICENSES]
     unknown = [license for license in licenses if license.lower() not in LICENSES]
     metadata: dict[str, Any] = {}
@@ -64,31 +56,15 @@ def license_metadata(licenses: Sequence[str]) -> dict[str, Any]:
 
 
 def join_tags(earlier: Any, new: Sequence[str]) -> list[str]:
-    """
-    Tags of an earlier card and those that a new one adds.
-
-    Args:
-        earlier (`list[str]` or `str`, *optional*): as they stand in the earlier metadata.
-        new (`Sequence[str]`): tags.
-
-    Returns:
-        `list[str]`: each once, the earlier ones first.
-    """
+    """The tags of an earlier card's metadata, which may be one text, and then new ones; each once."""
     tags = [earlier] if isinstance(earlier, str) else list(earlier or [])
     return list(dict.fromkeys([*tags, *new]))
 
 
 def renew_section(earlier: str, section: str, begin: str) -> str | None:
     """
-    Put a section of ours in place of an earlier one.
-
-    Args:
-        earlier (`str`): the text that is there.
-        section (`str`): the new section, with its marks.
-        begin (`str`): the mark that begins it; `END` ends it.
-
-    Returns:
-        `str`: the text with everything outside the marks as it was, or `None` if it has no such section.
+    Put a section of ours, which begins with the mark `begin` and ends with `END`, in place of an earlier one; the text
+    outside the marks stays. `None` if there is no such section.
     """
     if begin not in earlier:
         return None
@@ -97,30 +73,15 @@ def renew_section(earlier: str, section: str, begin: str) -> str | None:
 
 
 def is_ours_alone(card: str, begin: str) -> bool:
-    """
-    Whether a card is ours and nobody has written into it.
-
-    Args:
-        card (`str`): the text of the card.
-        begin (`str`): the mark that begins our section.
-
-    Returns:
-        `bool`.
-    """
+    """Whether a card is our section, which begins with the mark `begin`, and nobody has written around it."""
     rest = renew_section(card, "", begin)
     return rest is not None and not re.sub(r"\A\s*---\n.*?\n---(\n|\Z)", "", rest, flags=re.DOTALL).strip()
 
 
 def quoted(text: str) -> str:
     """
-    A text as it stands in Python code, which may stand in a block of code of a card.
-
-    Args:
-        text (`str`): the text.
-
-    Returns:
-        `str`: in double quotes, on one line, with nothing that cannot be seen and no backtick or `<`, which may end
-        the block or begin a mark of ours.
+    A text as it stands in Python code, in double quotes and on one line, with nothing that cannot be seen and no
+    backtick or `<`, which may end a block of code of a card or begin a mark of ours.
     """
     return '"' + "".join(map(_escaped, text)) + '"'
 
@@ -135,15 +96,7 @@ def _escaped(character: str) -> str:
 
 
 def plain(text: object) -> str:
-    """
-    A text of somebody else as Markdown that shows it as it is, on one line.
-
-    Args:
-        text (`object`): a text, or something that has one.
-
-    Returns:
-        `str`: without characters that cannot be seen, and with an escape before those that would be markup.
-    """
+    """A text of somebody else as Markdown that shows it as it is, on one line, whatever markup is in it."""
     line = _one_line(text)
     line = re.sub(r"[\\`*\[\]~$]|(?<![^\W_])_|_(?![^\W_])|^[#>+-]|#$", r"\\\g<0>", line)
     line = re.sub(r"&(?=#?\w+;)", "&amp;", line)
@@ -151,15 +104,7 @@ def plain(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """
-    A text of somebody else as a piece of code in a line of Markdown.
-
-    Args:
-        text (`object`): a text, or something that has one.
-
-    Returns:
-        `str`: between as many backticks as it takes, without characters that cannot be seen.
-    """
+    """A text of somebody else as a piece of code in a line of Markdown, between as many backticks as it takes."""
     line = _one_line(text).replace("<!--", "<!- -")  # code too must not look like a mark of ours
     if not line:
         return "` `"
@@ -174,27 +119,10 @@ def _one_line(text: object) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """
-    A Markdown table whose cells take no more room than they need, for a page that a browser lays out.
-
-    Args:
-        header (`Sequence[str]`): names of the columns.
-        rows (`Sequence[Sequence[str]]`): cells, on one line each.
-
-    Returns:
-        `str`.
-    """
+    """A Markdown table whose cells take no more room than they need, for a page that a browser lays out."""
     return "\n".join(f"| {' | '.join(map(escape_bars, cells))} |" for cells in (header, ("---",) * len(header), *rows))
 
 
 def escape_bars(cell: str) -> str:
-    """
-    The text of a cell of a Markdown table, in which a `|` ends no cell.
-
-    Args:
-        cell (`str`): Markdown on one line.
-
-    Returns:
-        `str`: the same, with a backslash before each `|` that has none.
-    """
+    """The Markdown of a cell of a table with a backslash before each `|` that has none, which so ends no cell."""
     return re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\\|", cell)

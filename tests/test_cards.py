@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from cllm_hf.cards import code, plain, quoted, table
 from cllm_hf.export import _new_card, usage_code
-from cllm_hf.training.card import BEGIN, make_model_card, renew_model_card
-from cllm_hf.training.card_text import ModelFacts
+from cllm_hf.training.card import BEGIN, ModelFacts, make_model_card, renew_model_card
 from cllm_hf.trajectories import card as dataset_card
 from cllm_hf.trajectories.manifest import find_problem
 

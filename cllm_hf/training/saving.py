@@ -26,8 +26,7 @@ from ..export import export_custom_generate, is_exported
 from ..files import read_text, write_whole
 from ..names import Name
 from ..trajectories.loading import hub_id_of
-from .card import BEGIN, join_cards, make_model_card, renew_model_card
-from .card_text import ModelFacts
+from .card import BEGIN, ModelFacts, join_cards, make_model_card, renew_model_card
 from .config import LOSSLESS_ALONE, NOT_LOSSLESS
 from .plotting import PLOT_NAME
 

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 from cllm_hf import CleaningRules, CLLMConfig, TrajectoryBuilder, load_cllm
 from cllm_hf.cards import END, LICENSES, license_metadata
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.training.card import BEGIN, join_cards, make_model_card, renew_model_card
-from cllm_hf.training.card_text import ModelFacts
+from cllm_hf.training.card import BEGIN, ModelFacts, join_cards, make_model_card, renew_model_card
 from cllm_hf.training.saving import consistency_options
 
 
