@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluation.metrics import DecodingSpeed
     from .export import export_custom_generate
     from .loading import load_cllm
+    from .show.picture import TrajectoryPicture, draw_trajectories
     from .training.callbacks import CollapseCallback
     from .training.config import CLLMConfig
     from .training.trainer import CLLMTrainer
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .trajectories.hub import push_trajectories
     from .trajectories.loading import load_trajectories
     from .trajectories.schema import FEATURES
-    from .trajectories.showing import TrajectoryPicture, draw_trajectories
     from .trajectories.statistics import TrajectoryStatistics, measure_trajectories
 
 __all__ = [
@@ -75,9 +75,9 @@ _LAZY = {
     "Strategy": ".decoding.strategy",
     "register_strategy": ".decoding.registry",
     "TrajectoryBuilder": ".trajectories.builder",
-    "TrajectoryPicture": ".trajectories.showing",
+    "TrajectoryPicture": ".show.picture",
     "TrajectoryStatistics": ".trajectories.statistics",
-    "draw_trajectories": ".trajectories.showing",
+    "draw_trajectories": ".show.picture",
     "export_custom_generate": ".export",
     "load_cllm": ".loading",
     "load_trajectories": ".trajectories.loading",

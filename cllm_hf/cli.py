@@ -180,7 +180,7 @@ def _run_train(parsed: argparse.Namespace) -> int:
 
 
 def _run_inspect(parsed: argparse.Namespace) -> int:
-    from .trajectories.command import run_inspect
+    from .show.command import run_inspect
 
     _print(run_inspect(parsed, _may_color(parsed)))
     return 0
@@ -188,7 +188,7 @@ def _run_inspect(parsed: argparse.Namespace) -> int:
 
 def _run_show(parsed: argparse.Namespace) -> int:
     hide_host_warnings()
-    from .trajectories.show_command import run_show
+    from .show.command import run_show
 
     _print(run_show(parsed, _may_color(parsed)))
     return 0

@@ -1,15 +1,10 @@
-"""Plain text for a terminal: tables, and how wide a line is."""
+"""Plain text for a terminal: tables."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 
 from .cards import escape_bars
-
-
-_COLOR = re.compile("\033\\[[0-9]+m")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -32,30 +27,3 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
     return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
-
-
-def display_width(text: str) -> int:
-    """
-    Columns of a terminal that a text takes.
-
-    Args:
-        text (`str`): printable text.
-
-    Returns:
-        `int`: 2 for each wide character, such as Chinese ones, 0 for each combining one, 1 for all others.
-    """
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
-
-
-def plain_width(line: str) -> int:
-    """
-    Columns of a terminal that a line takes which may be colored.
-
-    Args:
-        line (`str`): printable text with color codes.
-
-    Returns:
-        `int`.
-    """
-    return display_width(_COLOR.sub("", line))

@@ -17,11 +17,10 @@ from cllm_hf import CleaningRules, TrajectoryBuilder, set_jacobi_defaults
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.loading import load_tokenizer
+from cllm_hf.show.picture import draw_blocks, token_decoder
 from cllm_hf.trajectories import command
 from cllm_hf.trajectories.arguments import CollectArguments, parse_collect
 from cllm_hf.trajectories.block import BlockTrajectory
-from cllm_hf.trajectories.picture import draw_blocks
-from cllm_hf.trajectories.showing import token_decoder
 from cllm_hf.trajectories.sources import apply_template, read_source
 
 

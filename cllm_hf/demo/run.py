@@ -16,12 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
 from ..files import check_writable, save_whole
 from ..quiet import quiet_hosts
+from ..show.picture import token_decoder
+from ..show.terminal import format_blocks
 from ..text import format_table
 from ..trajectories.block import BlockTrajectory
 from ..trajectories.builder import TrajectoryBuilder
-from ..trajectories.inspection import format_blocks
+from ..trajectories.cleaning import KEEP_ALL
 from ..trajectories.loading import load_trajectories
-from ..trajectories.showing import KEEP_ALL, token_decoder
 from .problems import Problem, make_problems, make_tokenizer, read_answer
 from .training import DemoOptions, make_cllm_trainer, make_lossless_trainer, make_model, train_target
 

@@ -120,6 +120,9 @@ class CleaningRules:
         return asdict(self)
 
 
+KEEP_ALL = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
+
+
 def longest_run(token_ids: Sequence[int]) -> int:
     """
     Length of the longest run of one token.

@@ -5,44 +5,36 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from .._host import base_model_of
-from ..files import check_writable, check_writable_file, write_whole
+from ..files import check_writable
 from ..loading import load_cllm, load_tokenizer, pick_device
 from ..names import Name
 from ..process import Process
 from ..quiet import quiet_hosts
 from .arguments import CollectArguments
-from .block import BlockTrajectory
 from .builder import TrajectoryBuilder
 from .cleaning import CleaningRules
 from .fingerprints import fingerprint_weights, recorded_model
 from .hub import check_can_push, push_trajectories
-from .inspection import format_record
 from .loading import find_manifest, load_trajectories
 from .manifest import read_manifest
 from .options import CollectionOptions
-from .picture import draw_blocks
 from .shard import count_dropped, format_near_ties
 from .sources import read_source
 from .statistics import (
     TrajectoryStatistics,
-    format_histogram,
     format_statistics,
-    measure_trajectories,
-    plot_statistics,
 )
 from .verification import format_verification, verify_transitions
 
@@ -136,47 +128,6 @@ def format_collection(folder: Path, manifest: Mapping[str, Any], published: str 
     return "\n\n".join(parts)
 
 
-def run_inspect(options: argparse.Namespace, color: bool = True) -> str:
-    """
-    Run `cllm inspect`.
-
-    Args:
-        options (`argparse.Namespace`): its options, by their names.
-        color (`bool`): whether to color tokens.
-
-    Returns:
-        `str`: a record, or statistics.
-
-    Raises:
-        OSError: if something cannot be read or written.
-        ValueError: for options that contradict each other, a record or block that is not there, or a dataset that
-            holds no trajectories.
-    """
-    of_all = options.statistics or options.compare is not None or options.plot is not None
-    names = ("record", "data_id", "block", "tokenizer", "picture")
-    of_one = [name for name in names if getattr(options, name) is not None]
-    if of_all and of_one:
-        raise ValueError(
-            f"Statistics are those of the whole dataset, got `--{of_one[0].replace('_', '-')}` with `--statistics`, "
-            "`--compare` or `--plot`. Drop one of them."
-        )
-    for path in (options.plot, options.picture):
-        if path is not None:
-            check_writable_file(path)
-    dataset = _load_all(options.dataset, options)
-    if of_all:
-        return _statistics_of(dataset, options)
-    decode, note = _token_decoder(options)
-    record = _find_record(dataset, options.record or 0, options.data_id)
-    parts = [*note, format_record(record, decode, color, options.block)]
-    if options.picture is not None:
-        blocks = [BlockTrajectory.of(record, number, f"Block {number}") for number in options.block or [0]]
-        title, caption = f"`data_id` {record.get('data_id', '?')}", f"Prompt: {record.get('prompt', '')}"
-        write_whole(options.picture, draw_blocks(blocks, decode, title, caption))
-        parts.append(f"Written: {options.picture}")
-    return "\n\n".join(parts)
-
-
 def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
     """
     Run `cllm verify`.
@@ -194,7 +145,7 @@ def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
     if options.model is not None:
         Name.find(options.model).check("--model", "model")
     device = pick_device(options.device)
-    dataset = _load_all(options.dataset, options)
+    dataset = load_all(options.dataset, options)
     made_by = find_manifest(options.dataset, options.config_name).get("model", {})
     name, revision = options.model, None
     if name is None:
@@ -308,56 +259,8 @@ def _make_builder(options: CollectArguments, collection: CollectionOptions, show
     )
 
 
-def _load_all(name: str, options: argparse.Namespace) -> Dataset:
+def load_all(name: str, options: argparse.Namespace) -> Dataset:
     """All splits, one after the other, if none is named; of an unfinished collection what there is."""
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
         loaded: Any = load_trajectories(name, split=options.split, name=options.config_name, allow_incomplete=True)
     return concatenate_datasets(list(loaded.values())) if isinstance(loaded, DatasetDict) else loaded
-
-
-def _statistics_of(dataset: Dataset, options: argparse.Namespace) -> str:
-    named = {"dataset": measure_trajectories(dataset)}
-    if options.compare is not None:
-        after = measure_trajectories(_load_all(options.compare, options))
-        named = {"before": named["dataset"], "after": after}
-    parts = [format_statistics(named)]
-    for name, statistics in named.items():
-        if statistics.num_blocks:
-            title = [] if options.compare is None else [f"{name[0].upper()}{name[1:]}:"]
-            parts += [*title, format_histogram(statistics)]
-    if options.plot is not None:
-        plot_statistics(named, options.plot)
-        parts.append(f"Written: {options.plot}")
-    return "\n\n".join(parts)
-
-
-def _find_record(dataset: Dataset, number: int, data_id: str | None) -> Mapping[str, Any]:
-    if data_id is not None:
-        number = -1
-        if "data_id" in dataset.column_names:
-            ids = dataset.select_columns(["data_id"]).with_format("arrow")[:]["data_id"]
-            number = pc.index(ids, data_id).as_py()
-        if number < 0:
-            raise ValueError(
-                f"`--data-id` must be that of a record, got {data_id!r}, which none of {len(dataset)} has. It may "
-                "have been dropped; `--record N` takes a record by its number."
-            )
-    if number >= len(dataset):
-        raise ValueError(f"`--record` must be from 0 to {len(dataset) - 1}, got {number}. Choose one of those.")
-    return dataset[number]
-
-
-def _token_decoder(options: argparse.Namespace) -> tuple[Callable[[int], str], list[str]]:
-    """What gives the text of a token, and a note if that is its number."""
-    name = options.tokenizer or find_manifest(options.dataset, options.config_name).get("tokenizer", {}).get("name")
-    try:
-        if not name:
-            raise ValueError("the dataset does not name one")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # there are many ways not to be a tokenizer
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if options.tokenizer is not None:
-            raise ValueError(f"`--tokenizer` must be that of the dataset, got {name!r} ({reason}).") from error
-        note = f"Tokens are shown by their ids: there is no tokenizer ({reason}). Pass it as `--tokenizer`."
-        return str, [note]
-    return lambda token: str(tokenizer.decode([token])), []

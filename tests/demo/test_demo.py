@@ -14,7 +14,6 @@ from cllm_hf.demo.problems import LARGEST, make_problem, make_problems, make_tok
 from cllm_hf.evaluation.benchmark import DecodingResult, benchmark_decoding
 from cllm_hf.files import save_whole
 from cllm_hf.text import format_table
-from cllm_hf.trajectories.inspection import format_trajectory
 
 
 TINY = run.DemoOptions(
@@ -197,7 +196,7 @@ def test_medians_and_speedup():
         benchmark_decoding([], [], 3)
 
 
-def test_table_and_trajectory():
+def test_table():
     table = format_table(("method", "n"), [["a", "1"], ["long name", "10"]])
     assert table.splitlines() == [
         "| method    |  n |",
@@ -205,7 +204,3 @@ def test_table_and_trajectory():
         "| a         |  1 |",
         "| long name | 10 |",
     ]
-    plain = format_trajectory([[1, 2], [3, 2]], str, color=False)
-    assert plain.splitlines() == ["  0  [1] 2", "  1  3   2"]
-    colored = format_trajectory([[1, 2], [3, 2]], str)
-    assert "\033[31m1" in colored and "\033[34m2" in colored and colored.count("\033[31m") == 1

@@ -1,53 +1,121 @@
-"""
-From the options of `cllm show` to the pictures of a CLLM's and its target model's trajectories.
-
-Of a lossless adapter, which leaves its base model's text as it is, the base model's trajectory is shown, and what the
-adapter consists of.
-"""
+"""`cllm inspect`, which shows what is in a dataset, and `cllm show`, which shows how a model decodes a prompt."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from .._host import adapter_layers, base_model_of
 from ..blocks.drafter import find_drafter
-from ..files import check_writable_file
+from ..files import check_writable_file, write_whole
 from ..loading import load_tokenizer, pick_device
 from ..names import Name
 from ..quiet import quiet_hosts
-from .block import BlockTrajectory
-from .command import load_model
-from .inspection import indented
-from .prompts import Prompt
-from .showing import TrajectoryPicture, collect_block, token_decoder
-from .sources import PLACE, apply_template, read_source
+from ..trajectories.block import BlockTrajectory
+from ..trajectories.command import load_all, load_model
+from ..trajectories.loading import find_manifest
+from ..trajectories.prompts import Prompt
+from ..trajectories.sources import PLACE, apply_template, read_source
+from ..trajectories.statistics import format_histogram, format_statistics, measure_trajectories, plot_statistics
+from .picture import TrajectoryPicture, collect_block, draw_blocks, token_decoder
+from .terminal import format_record, indented
 
 
 _BLOCK_SIZE = 16  # of models that have no Jacobi defaults
 _TAG = "cllm"  # of the cards that `CLLMTrainer` writes
 
 
+def run_inspect(options: argparse.Namespace, color: bool = True) -> str:
+    """Run `cllm inspect`: a record, or statistics."""
+    of_all = options.statistics or options.compare is not None or options.plot is not None
+    names = ("record", "data_id", "block", "tokenizer", "picture")
+    of_one = [name for name in names if getattr(options, name) is not None]
+    if of_all and of_one:
+        raise ValueError(
+            f"Statistics are those of the whole dataset, got `--{of_one[0].replace('_', '-')}` with `--statistics`, "
+            "`--compare` or `--plot`. Drop one of them."
+        )
+    for path in (options.plot, options.picture):
+        if path is not None:
+            check_writable_file(path)
+    dataset = load_all(options.dataset, options)
+    return _statistics_of(dataset, options) if of_all else _record_of(dataset, options, color)
+
+
+def _statistics_of(dataset: Dataset, options: argparse.Namespace) -> str:
+    named = {"dataset": measure_trajectories(dataset)}
+    if options.compare is not None:
+        after = measure_trajectories(load_all(options.compare, options))
+        named = {"before": named["dataset"], "after": after}
+    parts = [format_statistics(named)]
+    for name, statistics in named.items():
+        if statistics.num_blocks:
+            title = [] if options.compare is None else [f"{name.capitalize()}:"]
+            parts += [*title, format_histogram(statistics)]
+    if options.plot is not None:
+        plot_statistics(named, options.plot)
+        parts.append(f"Written: {options.plot}")
+    return "\n\n".join(parts)
+
+
+def _record_of(dataset: Dataset, options: argparse.Namespace, color: bool) -> str:
+    decode, note = _find_decoder(options)
+    record = dataset[_find_row(dataset, options.record or 0, options.data_id)]
+    parts = [*note, format_record(record, decode, color, options.block)]
+    if options.picture is not None:
+        blocks = [BlockTrajectory.of(record, number, f"Block {number}") for number in options.block or [0]]
+        title, caption = f"`data_id` {record.get('data_id', '?')}", f"Prompt: {record.get('prompt', '')}"
+        write_whole(options.picture, draw_blocks(blocks, decode, title, caption))
+        parts.append(f"Written: {options.picture}")
+    return "\n\n".join(parts)
+
+
+def _find_row(dataset: Dataset, number: int, data_id: str | None) -> int:
+    if data_id is not None:
+        number = -1
+        if "data_id" in dataset.column_names:
+            ids = dataset.select_columns(["data_id"]).with_format("arrow")[:]["data_id"]
+            number = pc.index(ids, data_id).as_py()
+        if number < 0:
+            raise ValueError(
+                f"`--data-id` must be that of a record, got {data_id!r}, which none of {len(dataset)} has. It may "
+                "have been dropped; `--record N` takes a record by its number."
+            )
+    if number >= len(dataset):
+        raise ValueError(f"`--record` must be from 0 to {len(dataset) - 1}, got {number}. Choose one of those.")
+    return number
+
+
+def _find_decoder(options: argparse.Namespace) -> tuple[Callable[[int], str], list[str]]:
+    """What gives the text of a token, and a note if that is its number."""
+    name = options.tokenizer or find_manifest(options.dataset, options.config_name).get("tokenizer", {}).get("name")
+    try:
+        if not name:
+            raise ValueError("the dataset does not name one")
+        return token_decoder(AutoTokenizer.from_pretrained(name)), []
+    except Exception as error:  # there are many ways not to be a tokenizer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if options.tokenizer is not None:
+            raise ValueError(f"`--tokenizer` must be that of the dataset, got {name!r} ({reason}).") from error
+        note = f"Tokens are shown by their ids: there is no tokenizer ({reason}). Pass it as `--tokenizer`."
+        return str, [note]
+
+
 def run_show(options: argparse.Namespace, color: bool = True) -> str:
     """
-    Run `cllm show`. All that can be wrong before a model is loaded is found before.
+    Run `cllm show`: the trajectories, and what is to be said of them.
 
-    Args:
-        options (`argparse.Namespace`): its options, by their names.
-        color (`bool`): whether to color tokens.
-
-    Returns:
-        `str`: the trajectories, and what is to be said of them.
-
-    Raises:
-        OSError: if a file cannot be read or written, or a model not be loaded.
-        ValueError: for options that contradict each other, a prompt that is not usable, a target model with another
-            tokenizer, or a block that the response does not have.
+    All that can be wrong before a model is loaded is found before. Of a lossless adapter, which leaves its base
+    model's text as it is, the base model's trajectory is shown, and what the adapter consists of.
     """
     Name.find(options.model).check("--model", "model")
     if options.target is not None:
@@ -60,6 +128,7 @@ def run_show(options: argparse.Namespace, color: bool = True) -> str:
         check_writable_file(options.output)
     prompt = _read_prompt(options)
     device = pick_device(options.device)
+    own = Name.find(options.model).short
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
         tokenizer = load_tokenizer(options.model, None, options.trust_remote_code)
         model = _load(options.model, options, device)
@@ -72,51 +141,38 @@ def run_show(options: argparse.Namespace, color: bool = True) -> str:
 
         about = describe_lossless_adapter(model, options.model)
         base = find_target_name(options.model) if about else None
-        text, own = collect(
-            model, f"Base model: {Name.find(base).short}" if base else f"CLLM: {Name.find(options.model).short}"
-        )
+        text, block = collect(model, f"Base model: {Name.find(base).short}" if base else f"CLLM: {own}")
+        blocks = [block]
         del model  # the memory of a machine may hold one only
         target, reason = _find_target(options, device) if options.target or not about else (None, None)
-        blocks = [own]
         if target is not None:
             name = target.name_or_path
             _check_tokenizer(name, tokenizer, text)
             blocks.insert(0, collect(target, f"Target model: {Name.find(name).short}")[1])
-        picture = TrajectoryPicture(text, blocks, token_decoder(tokenizer))
-        parts = [*([about] if about else []), picture.format(color)]
-        if reason is not None:
-            parts.append(
-                f"Only {Name.find(options.model).short} is shown: {reason}. Pass its target model as `--target`."
-            )
-        if options.output is not None:
-            picture.save(options.output)
-            parts.append(f"Written: {options.output}")
+    picture = TrajectoryPicture(text, blocks, token_decoder(tokenizer))
+    parts = [*([about] if about else []), picture.format(color)]
+    if reason is not None:
+        parts.append(f"Only {own} is shown: {reason}. Pass its target model as `--target`.")
+    if options.output is not None:
+        picture.save(options.output)
+        parts.append(f"Written: {options.output}")
     return "\n\n".join(parts)
 
 
 def describe_lossless_adapter(model: Any, name: str) -> str:
-    """
-    Say what a lossless adapter consists of.
-
-    Args:
-        model (`peft.PeftModel`): the adapter on its base model, or any other model.
-        name (`str`): folder or Hub id of the adapter.
-
-    Returns:
-        `str`: empty for another model.
-    """
+    """What a lossless adapter consists of, which was loaded from `name`; empty for any other model."""
     base_model = base_model_of(model)
     drafter = find_drafter(base_model)
     if drafter is None:
         return ""
     config = model.active_peft_config
-    layers = [layer for _, layer in adapter_layers(base_model)]
+    names, layers = zip(*adapter_layers(base_model))
     sizes = [weight.numel() for layer in layers for key, weight in layer.named_parameters() if "lora_" in key]
     num_weights = sum(sizes) + sum(weight.numel() for weight in drafter.parameters())
     lines = [
         f"Base model: {config.base_model_name_or_path or 'not named'}",
         f"LoRA: rank {config.r}, alpha {config.lora_alpha}, on {len(layers)} layers "
-        f"({', '.join(sorted({key.split('.')[-1] for key, _ in adapter_layers(base_model)}))})",
+        f"({', '.join(sorted({key.split('.')[-1] for key in names}))})",
         f"Drafter: {drafter.num_masks} masks, for a block size of at most {drafter.num_masks + 1}; "
         + (f"Markov head of rank {drafter.markov_rank}" if drafter.markov_rank else "no Markov head"),
         f"Weights: {num_weights:,}, {num_weights / max(base_model.num_parameters() - num_weights, 1):.1%} of the base "
@@ -130,13 +186,8 @@ def describe_lossless_adapter(model: Any, name: str) -> str:
 
 def find_target_name(name: str) -> str | None:
     """
-    Find out which model a CLLM was made from: an adapter says it, and the card of a whole model if that is on the Hub.
-
-    Args:
-        name (`str`): folder or Hub id of the CLLM.
-
-    Returns:
-        `str`: folder or Hub id, or `None` if it is not known.
+    The folder or Hub id of the model that a CLLM was made from, if that is known: an adapter says it, and the card of
+    a whole model if that is on the Hub.
     """
     if find_adapter_config_file(name) is not None:
         from peft import PeftConfig

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from cllm_hf.text import display_width
-from cllm_hf.trajectories.inspection import format_record, format_trajectory, visible_token
+from cllm_hf.show.terminal import format_blocks, format_record, visible_token
+from cllm_hf.trajectories.block import BlockTrajectory
 
 
 RECORD = {
@@ -133,7 +133,6 @@ def test_visible_tokens(text, expected):
 
 
 def test_columns_stay_aligned_with_wide_and_combining_characters():
-    assert display_width("e\u0301十a") == 4
     words = {1: "e\u0301", 2: "十分", 3: "ab"}
-    lines = format_trajectory([[2, 3], [1, 3]], words.__getitem__, color=False).splitlines()
-    assert lines == ["  0  [十分] ab", "  1  e\u0301      ab"]
+    lines = format_blocks([BlockTrajectory([[2, 3], [1, 3]])], words.__getitem__, color=False).splitlines()
+    assert lines[1:] == ["  0  [十分] ab", "  1  e\u0301      ab"]

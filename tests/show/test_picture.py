@@ -11,14 +11,13 @@ import torch
 import transformers
 from conftest import make_model
 from PIL import Image
+from rich.cells import cell_len
 
 from cllm_hf import draw_trajectories, set_jacobi_defaults
 from cllm_hf.cli import main
-from cllm_hf.text import display_width
+from cllm_hf.show.picture import TrajectoryPicture, draw_blocks
+from cllm_hf.show.terminal import format_blocks
 from cllm_hf.trajectories.block import BlockTrajectory
-from cllm_hf.trajectories.inspection import format_blocks
-from cllm_hf.trajectories.picture import draw_blocks
-from cllm_hf.trajectories.showing import TrajectoryPicture
 
 
 PROMPT = "Mia has 7 apples . Mia buys 5 more . How many apples does Mia have now ?"
@@ -110,11 +109,11 @@ def test_blocks_stand_side_by_side_where_there_is_room(color):
     both = format_blocks([short, long], WORDS.__getitem__, color, 200).splitlines()
     assert len(both) == 2 + 3
     plain = [[re.sub("\033\\[[0-9]+m", "", line) for line in lines] for lines in (*alone, both)]
-    width = max(map(display_width, plain[0])) + 4
+    width = max(map(cell_len, plain[0])) + 4
     for number, line in enumerate(plain[2]):
         left = plain[0][number] if number < len(plain[0]) else ""
-        assert line == left + " " * (width - display_width(left)) + plain[1][number]
-    room = width + max(map(display_width, plain[1]))
+        assert line == left + " " * (width - cell_len(left)) + plain[1][number]
+    room = width + max(map(cell_len, plain[1]))
     assert format_blocks([short, long], WORDS.__getitem__, color, room).splitlines() == both
     below = format_blocks([short, long], WORDS.__getitem__, color, room - 1).splitlines()
     assert below == [*alone[0], "", *alone[1]]

@@ -1,0 +1,1 @@
+"""How trajectories are looked at, in a terminal and as PNG."""
