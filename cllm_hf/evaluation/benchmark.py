@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import itertools
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from .._host import base_model_of
+from ..blocks.drafter import find_drafter
 from ..blocks.rules import count_until_stop
-from ..options import JacobiOptions
 from ..trajectories.responding import split_batches
-from .forwards import synchronize
+
+
+_PROMPT_LOOKUP_TOKENS = 10
+_PROCESS = Path("/proc/self")
 
 
 @dataclass
@@ -37,6 +44,17 @@ class DecodingMethod:
     model: Any
     options: dict[str, Any]
     is_compiled: bool = False
+
+    @property
+    def has_candidates(self) -> bool:
+        return bool(self.options.get("jacobi_candidates"))
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end a response: those of its options, otherwise those of the model's generation config."""
+        stop = self.options.get("eos_token_id")
+        stop = base_model_of(self.model).generation_config.eos_token_id if stop is None else stop
+        return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
 
 
 @dataclass
@@ -65,43 +83,23 @@ class DecodingResult:
     peak_memory: int | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """`int`: generated tokens, of all prompts."""
-        return sum(map(len, self.responses))
-
-    @property
     def tokens_per_forward(self) -> float:
-        """`float`: tokens a row gains in a forward pass of its batch; in batches of 1, tokens over forward passes."""
+        """Tokens that a row gains in a forward pass of its batch; in batches of 1, tokens over forward passes."""
         rows = (len(batch) for batch in self._batches())
-        return self.num_tokens / sum(forwards * size for forwards, size in zip(self.num_forwards, rows))
+        num_tokens = sum(map(len, self.responses))
+        return num_tokens / sum(forwards * size for forwards, size in zip(self.num_forwards, rows))
 
     @property
     def tokens_per_second(self) -> float:
-        """`float`: of all rows of a batch together; the median over the runs."""
+        """Of all rows of a batch together; the median over the runs."""
         return statistics.median(self._rates())
 
     def speedup_over(self, baseline: DecodingResult) -> float:
-        """
-        Tokens per second over those of another method: the median over the runs of the ratio in each run.
-
-        Args:
-            baseline (`DecodingResult`): a result of the same call of `benchmark_decoding`.
-
-        Returns:
-            `float`.
-        """
+        """Tokens per second over those of another method of the same call: the median of the ratio in each run."""
         return statistics.median(ours / theirs for ours, theirs in zip(self._rates(), baseline._rates()))
 
     def num_equal_to(self, baseline: DecodingResult) -> int:
-        """
-        Count the prompts whose responses are the same, token for token.
-
-        Args:
-            baseline (`DecodingResult`): a result of the same call of `benchmark_decoding`.
-
-        Returns:
-            `int`.
-        """
+        """Count the prompts whose responses are the same, token for token."""
         return sum(ours == theirs for ours, theirs in zip(self.responses, baseline.responses))
 
     def _batches(self) -> list[list[list[int]]]:
@@ -110,6 +108,48 @@ class DecodingResult:
     def _rates(self) -> list[float]:
         tokens = itertools.cycle([sum(map(len, batch)) for batch in self._batches()])
         return [num_tokens / seconds for num_tokens, seconds in zip(tokens, self.seconds)]
+
+
+def make_methods(
+    model: Any,
+    block_sizes: Sequence[int | str],
+    assistant: Any = None,
+    prompt_lookup: bool = True,
+    is_compiled: bool = False,
+    candidates: Sequence[int] = (),
+) -> list[DecodingMethod]:
+    """
+    List the ways to decode, `generate()` first. A model with a lossless adapter drafts by it in place of Jacobi, in
+    blocks of at most as many tokens as it drafts. Each number of `candidates` but 0 adds a method to every block size.
+    """
+    # Training with gradient checkpointing may have left a model that goes without a cache by default.
+    greedy = {"decoding": "autoregressive", "use_cache": True}
+    methods = [DecodingMethod("generate()", model, greedy)]
+    if prompt_lookup:
+        options = {**greedy, "prompt_lookup_num_tokens": _PROMPT_LOOKUP_TOKENS}
+        methods.append(DecodingMethod("prompt lookup", model, options))
+    if assistant is not None:
+        methods.append(DecodingMethod("assisted", model, {**greedy, "assistant_model": assistant}))
+    drafter, way = find_drafter(base_model_of(model)), "jacobi"
+    if drafter is not None:
+        most, way = drafter.num_masks + 1, "lossless"
+        block_sizes = list(dict.fromkeys(size if isinstance(size, str) else min(size, most) for size in block_sizes))
+    for block_size, count in itertools.product(block_sizes, dict.fromkeys([0, *candidates])):
+        more = f", {count} candidate{'s' * (count > 1)}" if count else ""
+        # Said without candidates too, as the model's generation config may have some.
+        options = {"decoding": way, "jacobi_block_size": block_size, "jacobi_candidates": count}
+        methods.append(DecodingMethod(f"{way} {block_size}{more}", model, options))
+    if is_compiled:
+        for method in list(methods):
+            # A compiled forward pass has one width, which that of a tree or of "auto" is not.
+            if method.name == "generate()":
+                options = {**greedy, "cache_implementation": "static"}
+            elif isinstance(method.options.get("jacobi_block_size"), int) and not method.has_candidates:
+                options = {**method.options, "jacobi_compile": True}
+            else:
+                continue
+            methods.append(DecodingMethod(f"{method.name}, compiled", model, options, is_compiled=True))
+    return methods
 
 
 def benchmark_decoding(
@@ -145,9 +185,7 @@ def benchmark_decoding(
     """
     if not prompts:
         raise ValueError("`prompts` must hold at least one prompt, got none.")
-    for name, value in (("batch_size", batch_size), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    check_counts(batch_size=batch_size, repeats=repeats)
     batches = split_batches(prompts, batch_size)
     results = [DecodingResult(method.name, batch_size=batch_size) for method in methods]
     for method in methods:
@@ -155,13 +193,13 @@ def benchmark_decoding(
             _run(method, batch, max_new_tokens, pad_token_id)
     progress = tqdm(total=repeats * len(batches), desc="Decoding", unit="batch", disable=not show_progress)
     with progress:
-        for is_first, batch in [(turn == 0, batch) for turn in range(repeats) for batch in batches]:
+        for turn, batch in itertools.product(range(repeats), batches):
             for method, result in zip(methods, results):
                 run = _run(method, batch, max_new_tokens, pad_token_id)
                 result.seconds.append(run.seconds)
                 if run.peak_memory is not None:
                     result.peak_memory = max(run.peak_memory, result.peak_memory or 0)
-                if is_first:
+                if turn == 0:
                     result.responses += run.responses
                     result.num_forwards.append(run.num_forwards)
                     result.widths.update(run.widths)
@@ -178,18 +216,8 @@ def decode_all(
     show_progress: bool = True,
 ) -> list[list[int]]:
     """
-    Decode prompts greedily in batches of similar lengths, when the time does not matter.
-
-    Args:
-        method (`DecodingMethod`): the way to decode.
-        prompts (`Sequence[list[int]]`): token ids of each prompt; there may be none.
-        max_new_tokens (`int`): longest response.
-        batch_size (`int`): prompts that are decoded together, padded on the left.
-        pad_token_id (`int`): what pads prompts; it is masked.
-        show_progress (`bool`): whether to draw a progress bar.
-
-    Returns:
-        `list[list[int]]`: generated token ids, a stop token included, in the order of the prompts.
+    Decode prompts greedily in batches of similar lengths, when the time does not matter. Responses are in the order of
+    the prompts, with a stop token if they have one.
     """
     # The longest first, so that memory that does not suffice shows at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -202,19 +230,24 @@ def decode_all(
     return [responses[index] for index in range(len(prompts))]
 
 
-def stop_ids_of(method: DecodingMethod) -> set[int]:
-    """
-    Find the tokens that end a response.
+def leave_out_refused(
+    methods: list[DecodingMethod], prompts: Sequence[list[int]], max_new_tokens: int, pad_token_id: int
+) -> tuple[list[DecodingMethod], str | None]:
+    """Ways to decode with one model, without candidates if it takes none, and in that case why it does not."""
+    method = next((method for method in methods if method.has_candidates), None)  # any tree is refused, or none
+    if method is not None:
+        try:
+            decode_all(method, prompts[:1], max_new_tokens, 1, pad_token_id, show_progress=False)
+        except ValueError as error:
+            return [method for method in methods if not method.has_candidates], str(error)
+    return methods, None
 
-    Args:
-        method (`DecodingMethod`): the way to decode.
 
-    Returns:
-        `set[int]`: those of its options, otherwise those of the model's generation config; empty if there are none.
-    """
-    stop = method.options.get("eos_token_id")
-    stop = base_model_of(method.model).generation_config.eos_token_id if stop is None else stop
-    return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+def check_counts(**counts: int) -> None:
+    """Refuse numbers, by the names of their options, of which there must be at least one."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 @dataclass
@@ -258,87 +291,69 @@ def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pa
         if handle is not None:
             handle.remove()
     peak_memory = torch.cuda.max_memory_allocated(device) if is_cuda else None
-    sequences = getattr(output, "sequences", output)
-    responses = sequences[:, length:].tolist()
+    responses = getattr(output, "sequences", output)[:, length:].tolist()
     num_forwards = len(widths)
     if method.is_compiled:
         stats = getattr(output, "jacobi_stats", None)
         num_forwards = len(responses[0]) if stats is None else stats.num_forwards
     if len(batch) > 1:  # rows that end early are padded
-        stop_ids = stop_ids_of(method)
+        stop_ids = method.stop_ids
         responses = [response[: count_until_stop(response, stop_ids)] for response in responses]
     return _Run(responses, num_forwards, seconds, widths[1:], peak_memory)
 
 
-def compile_notes(methods: Sequence[DecodingMethod]) -> list[str]:
-    """
-    Say where a method with a compiled forward pass has none.
-
-    Args:
-        methods (`Sequence[DecodingMethod]`): what is measured.
-
-    Returns:
-        `list[str]`: sentences for the report.
-    """
-    static = [method for method in methods if method.options.get("cache_implementation") == "static"]
-    if any(method.model.device.type == "cpu" for method in static):
-        return ["`generate(), compiled` is not compiled here: transformers does so on accelerators only."]
-    return []
-
-
-def check_candidates(candidates: Sequence[object]) -> None:
-    """
-    Refuse numbers of candidates that `generate` refuses.
-
-    Args:
-        candidates (`Sequence[object]`): what the user passed.
-
-    Raises:
-        ValueError: if one of them is no integer of at least 0.
-    """
-    for count in candidates:
-        JacobiOptions(candidates=count)  # type: ignore[arg-type]
-
-
-def has_candidates(method: DecodingMethod) -> bool:
-    """
-    Whether a way to decode has candidates beside the draft.
-
-    Args:
-        method (`DecodingMethod`): the way to decode.
-
-    Returns:
-        `bool`.
-    """
-    return bool(method.options.get("jacobi_candidates"))
-
-
-def find_refusal(
-    methods: Sequence[DecodingMethod], prompts: Sequence[list[int]], max_new_tokens: int, pad_token_id: int = 0
-) -> str | None:
-    """
-    Decode a prompt with candidates, to learn whether the model takes them.
-
-    Args:
-        methods (`Sequence[DecodingMethod]`): ways to decode with one model, with candidates or without.
-        prompts (`Sequence[list[int]]`): token ids of each prompt; the first one is decoded.
-        max_new_tokens (`int`): longest response.
-        pad_token_id (`int`): the model's.
-
-    Returns:
-        `str`, *optional*: why the model refuses candidates; `None` if it takes them, or no method has any.
-    """
-    method = next(filter(has_candidates, methods), None)  # what is refused is any tree, whatever its size
-    if method is None:
-        return None
-    try:
-        decode_all(method, prompts[:1], max_new_tokens, 1, pad_token_id, show_progress=False)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def _shapes(batches: list[list[list[int]]]) -> list[list[list[int]]]:
     """A batch of every shape, the longest first: a cache that is large enough is not made anew."""
-    shapes = {(len(batch), max(map(len, batch))): batch for batch in batches}
-    return [shapes[key] for key in sorted(shapes, key=lambda key: (-key[1], -key[0]))]
+    shapes = {(max(map(len, batch)), len(batch)): batch for batch in batches}
+    return [shapes[key] for key in sorted(shapes, reverse=True)]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all its work; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class PeakMemory:
+    """
+    Context manager that finds the most memory taken inside it, above what was taken when it began.
+
+    On a CUDA device that is what torch gives to tensors; on CPU under Linux, what the process has in memory. Memory
+    that was set free but not yet given back is given back first where that is possible: work that takes it anew would
+    otherwise seem to take none. `num_bytes` stays `None` where nobody can say: on other devices and systems.
+    """
+
+    def __init__(self, device: torch.device):
+        self.num_bytes: int | None = None
+        self._device = device
+        self._start: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start = torch.cuda.memory_allocated(self._device)
+        elif self._device.type == "cpu":
+            with contextlib.suppress(OSError, AttributeError):  # glibc's own
+                ctypes.CDLL(None).malloc_trim(0)
+            with contextlib.suppress(OSError):  # lets the peak begin anew at what the process has in memory now
+                (_PROCESS / "clear_refs").write_text("5")
+                self._start = _peak_resident_size()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._start is not None:
+            is_cuda = self._device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated(self._device) if is_cuda else _peak_resident_size()
+            self.num_bytes = None if peak is None else max(peak - self._start, 0)
+
+
+def _peak_resident_size() -> int | None:
+    """The most bytes that the process has had in memory since the last reset."""
+    try:
+        lines = (_PROCESS / "status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)

@@ -4,91 +4,30 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from transformers import DynamicCache
+
 from .._host import base_model_of
-from ..blocks.drafter import find_drafter
+from ..options import JacobiOptions
 from ..text import format_table
 from .benchmark import (
     DecodingMethod,
     DecodingResult,
     benchmark_decoding,
-    check_candidates,
-    compile_notes,
-    find_refusal,
-    has_candidates,
+    leave_out_refused,
+    make_methods,
+    synchronize,
 )
-from .environment import describe_environment, format_environment
-from .forwards import compare_widths, relative_cost
-from .near_ties import near_tie_notes
+from .notes import compile_notes, describe_environment, describe_prompts, format_environment, near_tie_notes
 
 
-PROMPT_LOOKUP_TOKENS = 10
 _NUM_AUTO_WIDTHS = 4
-
-
-def make_methods(
-    model: Any,
-    block_sizes: Sequence[int | str],
-    assistant: Any = None,
-    prompt_lookup: bool = True,
-    is_compiled: bool = False,
-    candidates: Sequence[int] = (),
-) -> list[DecodingMethod]:
-    """
-    List the ways to decode, `generate()` first. A model with a lossless adapter drafts by it in place of Jacobi.
-
-    Args:
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
-        block_sizes (`Sequence[int | str]`): values of `jacobi_block_size`; larger ones than a lossless adapter drafts
-            are cut to what it does.
-        assistant (`transformers.PreTrainedModel`, *optional*): draft model of assisted decoding.
-        prompt_lookup (`bool`): whether to have prompt lookup too.
-        is_compiled (`bool`): whether to have `generate()` and Jacobi decoding with a compiled forward pass too.
-        candidates (`Sequence[int]`): values of `jacobi_candidates`, each for a further method with every block size;
-            0 adds none.
-
-    Returns:
-        `list[DecodingMethod]`.
-    """
-    # Training with gradient checkpointing may have left a model that goes without a cache by default.
-    greedy = {"decoding": "autoregressive", "use_cache": True}
-    methods = [DecodingMethod("generate()", model, greedy)]
-    if prompt_lookup:
-        options = {**greedy, "prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}
-        methods.append(DecodingMethod("prompt lookup", model, options))
-    if assistant is not None:
-        methods.append(DecodingMethod("assisted", model, {**greedy, "assistant_model": assistant}))
-    counts = dict.fromkeys([0, *candidates])
-    drafter = find_drafter(base_model_of(model))
-    if drafter is not None:
-        most = drafter.num_masks + 1
-        block_sizes = list(dict.fromkeys(size if isinstance(size, str) else min(size, most) for size in block_sizes))
-    methods += [_parallel_method(model, block_size, count) for block_size in block_sizes for count in counts]
-    if is_compiled:
-        static = {**greedy, "cache_implementation": "static"}
-        methods.append(DecodingMethod("generate(), compiled", model, static, is_compiled=True))
-        methods += [
-            _parallel_method(model, block_size, is_compiled=True)
-            for block_size in block_sizes
-            if block_size != "auto"  # a compiled forward pass has one shape
-        ]
-    return methods
-
-
-def _parallel_method(
-    model: Any, block_size: int | str, num_candidates: int = 0, is_compiled: bool = False
-) -> DecodingMethod:
-    way = "jacobi" if find_drafter(base_model_of(model)) is None else "lossless"
-    name = f"{way} {block_size}"
-    # Said without candidates too, as the model's generation config may have some.
-    options = {"decoding": way, "jacobi_block_size": block_size, "jacobi_candidates": num_candidates}
-    if num_candidates:
-        name += f", {num_candidates} candidate{'s' * (num_candidates > 1)}"
-    if is_compiled:
-        name, options = f"{name}, compiled", {**options, "jacobi_compile": True}
-    return DecodingMethod(name, model, options, is_compiled)
+_NUM_WARM_UPS = 3
 
 
 def compare_decoding(
@@ -107,33 +46,14 @@ def compare_decoding(
     """
     Measure all ways to decode on the same prompts, and the cost of the forward passes that they make.
 
-    Args:
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
-        prompts (`Sequence[list[int]]`): token ids of each prompt.
-        block_sizes (`Sequence[int | str]`): values of `jacobi_block_size`.
-        max_new_tokens (`int`): longest response.
-        batch_size (`int`): prompts that are decoded together. Prompt lookup takes part for 1 only.
-        repeats (`int`): rounds over all prompts.
-        assistant (`transformers.PreTrainedModel`, *optional*): draft model of assisted decoding.
-        is_compiled (`bool`): whether to have compiled forward passes too.
-        pad_token_id (`int`): what pads prompts; it is masked.
-        show_progress (`bool`): whether to draw a progress bar.
-        candidates (`Sequence[int]`): values of `jacobi_candidates`, each for a further row with every block size. A
-            model that refuses them has no such rows, and a note says why.
-
-    Returns:
-        `dict`: everything that was measured, ready for JSON; `format_comparison` makes a text of it.
-
-    Raises:
-        ValueError: if there are no prompts, an assistant is given for a batch, `candidates` has something else than
-            integers of at least 0, or the model refuses another option.
+    The arguments are the options of the command. Prompt lookup and an assistant take part for a batch size of 1 only.
+    A model that refuses candidates has no rows with them, and a note says why. The result is ready for JSON;
+    `format_comparison` makes a text of it.
     """
     check_assistant(assistant, batch_size)
     check_candidates(candidates)
     methods = make_methods(model, block_sizes, assistant, batch_size == 1, is_compiled, candidates)
-    refusal = find_refusal(methods, prompts, max_new_tokens, pad_token_id)
-    if refusal is not None:
-        methods = [method for method in methods if not has_candidates(method)]
+    methods, refusal = leave_out_refused(methods, prompts, max_new_tokens, pad_token_id)
     results = benchmark_decoding(methods, prompts, max_new_tokens, show_progress, batch_size, repeats, pad_token_id)
     cache_length = _middle_length(prompts, results[0])
     # A tree has more tokens than positions, so that as many in a row may be more than the model has.
@@ -166,17 +86,22 @@ def compare_decoding(
     }
 
 
+def check_assistant(assistant: object, batch_size: int) -> None:
+    if assistant is not None and batch_size > 1:
+        raise ValueError(
+            f"Assisted decoding takes one prompt at a time, got `--assistant` with `--batch-size {batch_size}`. Drop "
+            "one of the two."
+        )
+
+
+def check_candidates(candidates: Sequence[object]) -> None:
+    """Refuse numbers of candidates that `generate` refuses."""
+    for count in candidates:
+        JacobiOptions(candidates=count)  # type: ignore[arg-type]
+
+
 def raw_result(method: DecodingMethod, result: DecodingResult) -> dict[str, Any]:
-    """
-    Turn what a method did into what JSON can hold.
-
-    Args:
-        method (`DecodingMethod`): the way to decode; a model among its options is put down by name.
-        result (`DecodingResult`): what it did.
-
-    Returns:
-        `dict`.
-    """
+    """What a method did, ready for JSON; a model among its options is put down by name."""
     options = {
         name: getattr(base_model_of(value), "name_or_path", value) if name == "assistant_model" else value
         for name, value in method.options.items()
@@ -193,34 +118,9 @@ def raw_result(method: DecodingMethod, result: DecodingResult) -> dict[str, Any]
     }
 
 
-def check_assistant(assistant: object, batch_size: int) -> None:
-    """
-    Refuse an assistant for a batch.
-
-    Args:
-        assistant (`object`): the draft model or its name; `None` for none.
-        batch_size (`int`): prompts that are decoded together.
-
-    Raises:
-        ValueError: if there is an assistant and more than one prompt at a time.
-    """
-    if assistant is not None and batch_size > 1:
-        raise ValueError(
-            f"Assisted decoding takes one prompt at a time, got `--assistant` with `--batch-size {batch_size}`. Drop "
-            "one of the two."
-        )
-
-
 def format_comparison(report: dict[str, Any]) -> str:
-    """
-    Write the result of `compare_decoding` as Markdown.
-
-    Args:
-        report (`dict`): the result, or what `json.loads` has made of it.
-
-    Returns:
-        `str`: table, machine and notes.
-    """
+    """Write the result of `compare_decoding`, or what `json.loads` has made of it, as Markdown."""
+    settings = report["settings"]
     with_memory = any(row["peak_memory"] is not None for row in report["rows"])
     header = [
         "method",
@@ -240,16 +140,13 @@ def format_comparison(report: dict[str, Any]) -> str:
             "-" if row["relative_cost"] is None else f"{row['relative_cost']:.2f}",
             "-" if row["limit"] is None else f"{row['limit']:.2f}x",
             f"{row['speedup']:.2f}x",
-            f"{row['num_equal']}/{report['settings']['num_prompts']}",
+            f"{row['num_equal']}/{settings['num_prompts']}",
         ]
         if with_memory:
             cells.append("-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}")
         rows.append(cells)
-    settings = report["settings"]
-    lengths = report["prompt_lengths"]
-    sizes = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else f"{lengths[0]}"
     setting = (
-        f"Prompts: {settings['num_prompts']} of {sizes} tokens, in batches of {settings['batch_size']}. New tokens: "
+        f"Prompts: {describe_prompts(report['prompt_lengths'])}, in batches of {settings['batch_size']}. New tokens: "
         f"at most {settings['max_new_tokens']}. Rounds: {settings['repeats']}. t(n) is behind "
         f"{report['cache_length']} cached tokens."
     )
@@ -263,14 +160,20 @@ def _middle_length(prompts: Sequence[list[int]], result: DecodingResult) -> int:
     return max(int(prompt_length + statistics.median(map(len, result.responses)) / 2), 1)
 
 
+def _changes_width(method: DecodingMethod) -> bool:
+    """Whether the forward passes of a method, other than near the end, have several widths."""
+    options = method.options
+    return method.has_candidates or options.get("decoding") == "lossless" or options.get("jacobi_block_size") == "auto"
+
+
 def _changing_widths(methods: Sequence[DecodingMethod], results: Sequence[DecodingResult]) -> list[int]:
     """With block size "auto" the widths that forward passes mostly have, with trees the middle and the widest."""
     found: list[int] = []
     for method, result in zip(methods, results):
-        if has_candidates(method) or method.options.get("decoding") == "lossless":
+        if method.has_candidates or method.options.get("decoding") == "lossless":
             widths = sorted(result.widths.elements())
             found += [widths[len(widths) // 2], widths[-1]] if widths else []
-        elif method.options.get("jacobi_block_size") == "auto":
+        elif _changes_width(method):
             found += [width for width, _ in result.widths.most_common(_NUM_AUTO_WIDTHS)]
     return found
 
@@ -280,12 +183,12 @@ def _row(
 ) -> dict[str, Any]:
     block_size = method.options.get("jacobi_block_size")
     cost = None
-    changes_width = block_size == "auto" or has_candidates(method) or method.options.get("decoding") == "lossless"
-    if isinstance(block_size, int) and not changes_width and not method.is_compiled:
+    if _changes_width(method):
+        if result.widths:
+            total = sum(count * relative_cost(forwards, width) for width, count in result.widths.items())
+            cost = total / sum(result.widths.values())
+    elif isinstance(block_size, int) and not method.is_compiled:
         cost = relative_cost(forwards, block_size)
-    elif changes_width and result.widths:
-        total = sum(count * relative_cost(forwards, width) for width, count in result.widths.items())
-        cost = total / sum(result.widths.values())
     # `generate()` makes a forward pass a token, but in a batch its ended rows stay until the last one has.
     gain = result.tokens_per_forward / baseline.tokens_per_forward
     return {
@@ -298,3 +201,59 @@ def _row(
         "num_equal": result.num_equal_to(baseline),
         "peak_memory": result.peak_memory,
     }
+
+
+class BareForward:
+    """A model with a cache of its own, to be timed on rows of random tokens with nothing around the forward pass."""
+
+    def __init__(self, model: Any, width: int, batch_size: int = 1):
+        self.width = width
+        self._forward = base_model_of(model)
+        config = model.config.get_text_config()
+        generator = torch.Generator().manual_seed(0)
+        self._ids = torch.randint(config.vocab_size, (batch_size, width), generator=generator).to(model.device)
+        self._cache = DynamicCache(config=config)
+        self._cache.activate_past_recording()  # layers that see a window only can then be cut too
+
+    @torch.no_grad()
+    def seconds(self, cache_length: int) -> float:
+        """
+        Time one forward pass after `cache_length` tokens in the cache: no fewer than in the call before, since layers
+        that see a window cannot go back further. The cache is filled and cut outside the clocks.
+        """
+        length = self._cache.get_seq_length()
+        surplus = length - cache_length
+        if length > 0:
+            self._cache.crop(-max(surplus, 0))
+        if surplus < 0:
+            filler = self._ids.repeat(1, -(surplus // self.width))[:, :-surplus]
+            self._forward(filler, past_key_values=self._cache, use_cache=True)
+            self._cache.crop(0)  # lets go of what has left a window
+        device = self._ids.device
+        synchronize(device)
+        start = time.perf_counter()
+        self._forward(self._ids, past_key_values=self._cache, use_cache=True)
+        synchronize(device)
+        return time.perf_counter() - start
+
+
+def compare_widths(
+    model: Any, widths: Sequence[int], cache_length: int, batch_size: int = 1, iterations: int = 32
+) -> dict[int, list[float]]:
+    """Time forward passes of several widths, one of each in turn; the first few turns are left out."""
+    forwards = [BareForward(model, width, batch_size) for width in sorted(set(widths))]
+    seconds: dict[int, list[float]] = {forward.width: [] for forward in forwards}
+    for _ in range(_NUM_WARM_UPS + iterations):
+        for forward in forwards:
+            seconds[forward.width].append(forward.seconds(cache_length))
+    return {width: values[_NUM_WARM_UPS:] for width, values in seconds.items()}
+
+
+def relative_cost(seconds: dict[int, list[float]], width: int) -> float:
+    """
+    Cost of a forward pass of some width in those of one token: the median of the ratios to a neighbor, interpolated
+    between the widths that `compare_widths` has measured, of which 1 is one.
+    """
+    widths = sorted(seconds)
+    costs = [statistics.median(value / one for value, one in zip(seconds[width], seconds[1])) for width in widths]
+    return float(np.interp(width, widths, costs))

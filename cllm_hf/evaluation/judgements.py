@@ -1,10 +1,11 @@
-"""Whether an answer is right, and how sure a share of right answers is."""
+"""Whether answers are right, how sure a share of right answers is, and how two models differ on the same prompts."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scipy.stats import binomtest
 
@@ -24,47 +25,49 @@ class Judgement:
     kind: str
 
 
-@dataclass(frozen=True)
-class Accuracy:
+def count_right(judgements: Sequence[Judgement]) -> dict[str, Any]:
     """
-    A share of right answers.
-
-    Attributes:
-        num_right (`int`): answers that are right.
-        num_answers (`int`): all answers, at least one.
-        kinds (`dict[str, int]`): how many answers there are of each kind, the most frequent first.
-    """
-
-    num_right: int
-    num_answers: int
-    kinds: dict[str, int]
-
-    @property
-    def share(self) -> float:
-        """`float`: from 0 to 1."""
-        return self.num_right / self.num_answers
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """`tuple[float, float]`: Wilson's bounds of the share, from 0 to 1, at a confidence of 95%."""
-        bounds = binomtest(self.num_right, self.num_answers).proportion_ci(method="wilson")
-        return float(bounds.low), float(bounds.high)
-
-
-def count_right(judgements: Sequence[Judgement]) -> Accuracy:
-    """
-    Count what is right.
-
-    Args:
-        judgements (`Sequence[Judgement]`): of each answer.
-
-    Returns:
-        `Accuracy`.
-
-    Raises:
-        ValueError: if there are none.
+    Count right answers: their `share` from 0 to 1 with its `interval`, `num_right`, `num_answers`, and how many
+    answers there are of each of the `kinds`, the most frequent first.
     """
     if not judgements:
         raise ValueError("There must be at least one answer to judge, got none.")
-    kinds = Counter(judgement.kind for judgement in judgements)
-    return Accuracy(sum(judgement.is_right for judgement in judgements), len(judgements), dict(kinds.most_common()))
+    num_right, num_answers = sum(judgement.is_right for judgement in judgements), len(judgements)
+    return {
+        "share": num_right / num_answers,
+        "interval": list(wilson_interval(num_right, num_answers)),
+        "num_right": num_right,
+        "num_answers": num_answers,
+        "kinds": dict(Counter(judgement.kind for judgement in judgements).most_common()),
+    }
+
+
+def wilson_interval(num_right: int, num_answers: int) -> tuple[float, float]:
+    """Wilson's bounds of a share, from 0 to 1, at a confidence of 95%."""
+    bounds = binomtest(num_right, num_answers).proportion_ci(method="wilson")
+    return float(bounds.low), float(bounds.high)
+
+
+def compare_judgements(first: Sequence[Judgement], second: Sequence[Judgement]) -> dict[str, Any]:
+    """
+    Count which of two models solves which prompts, and test whether the difference may be chance.
+
+    A model's own interval says how sure its accuracy is. Of a difference between two models on the same prompts more
+    is known: prompts that both solve, or neither, say nothing about it.
+    """
+    pairs = Counter((ours.is_right, theirs.is_right) for ours, theirs in zip(first, second))
+    only_first, only_second = pairs[True, False], pairs[False, True]
+    return {
+        "num_both": pairs[True, True],
+        "num_only_first": only_first,
+        "num_only_second": only_second,
+        "num_neither": pairs[False, False],
+        "difference": (only_second - only_first) / len(first),
+        "p_value": sign_test(only_first, only_second),
+    }
+
+
+def sign_test(num_first: int, num_second: int) -> float:
+    """Probability of a split at least as uneven by a fair coin, which is McNemar's test in its exact form."""
+    total = num_first + num_second
+    return float(binomtest(num_first, total).pvalue) if total else 1.0

@@ -5,15 +5,14 @@ to a task build on.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import datasets
 import evaluate
 
 from .judgements import Judgement, count_right
-from .speed import measure_speed
 
 
 class LocalMetric(evaluate.Metric):
@@ -24,20 +23,11 @@ class LocalMetric(evaluate.Metric):
 
     @property
     def name(self) -> str:
-        """`str`: of the class; `evaluate.combine` tells metrics apart by it, and the host takes that of the file."""
+        """Of the class: `evaluate.combine` tells metrics apart by it, and `evaluate` takes that of the file."""
         return type(self).__name__
 
     def describe(self, features: dict[str, Any], citation: str = "") -> evaluate.MetricInfo:
-        """
-        What `_info` returns, with the text of the class's docstring.
-
-        Args:
-            features (`dict`): name and feature of each input.
-            citation (`str`): of the publication.
-
-        Returns:
-            `evaluate.MetricInfo`.
-        """
+        """What `_info` returns, with the text of the class's docstring."""
         doc = type(self).__doc__ or ""
         description = doc.strip().partition("\n")[0]
         return evaluate.MetricInfo(
@@ -49,19 +39,22 @@ class TextMetric(LocalMetric):
     """A metric of texts that a model has written: none of them stops the others from being judged."""
 
     def add(self, **inputs: Any) -> None:
-        """As that of `evaluate.Metric`, for one prediction."""
-        cleaning = {"prediction": self.clean_prediction, "reference": self.clean_reference}
-        super().add(**{name: cleaning.get(name, _keep)(value) for name, value in inputs.items()})
+        """For one prediction."""  # `evaluate` adds to these docstrings
+        super().add(**{name: self._clean(f"{name}s", value) for name, value in inputs.items()})
 
     def add_batch(self, **inputs: Any) -> None:
-        """As that of `evaluate.Metric`, for several predictions; `compute` calls it with what it is given."""
-        cleaning = {"predictions": self.clean_prediction, "references": self.clean_reference}
+        """For several predictions; `compute` calls it with what it is given."""
         super().add_batch(
             **{
-                name: values if values is None else [cleaning.get(name, _keep)(value) for value in values]
+                name: values if values is None else [self._clean(name, value) for value in values]
                 for name, values in inputs.items()
             }
         )
+
+    def _clean(self, name: str, value: Any) -> Any:
+        if name == "references":
+            return self.clean_reference(value)
+        return self.clean_prediction(value) if name == "predictions" else value
 
     def clean_prediction(self, value: Any) -> Any:
         """A missing one says nothing; half a surrogate pair, as JSON may hold it, is no text for Arrow."""
@@ -109,29 +102,51 @@ class DecodingSpeed(LocalMetric):
         baseline_seconds: Sequence[float] | None = None,
         baseline_tokens: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        return asdict(measure_speed(tokens, seconds, forwards, baseline_seconds, baseline_tokens))
+        return measure_speed(tokens, seconds, forwards, baseline_seconds, baseline_tokens)
 
 
-def _keep(value: Any) -> Any:
-    return value
+def measure_speed(
+    tokens: Sequence[int],
+    seconds: Sequence[float],
+    forwards: Sequence[int],
+    baseline_seconds: Sequence[float] | None = None,
+    baseline_tokens: Sequence[int] | None = None,
+) -> dict[str, float | None]:
+    """
+    Put the speeds of single prompts together, as `DecodingSpeed` says.
+
+    Prompts without any tokens are left out of the medians. The baseline has generated as many as `tokens` by default,
+    which is so where both decode the same model greedily.
+    """
+    baseline_tokens = tokens if baseline_tokens is None else baseline_tokens
+    columns = {"tokens": tokens, "seconds": seconds, "forwards": forwards, "baseline_tokens": baseline_tokens}
+    if baseline_seconds is not None:
+        columns["baseline_seconds"] = baseline_seconds
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"There must be one number of each kind for each prompt, got {lengths}.")
+    for name, column in columns.items():
+        may_be_0 = "tokens" in name
+        for value in column:
+            if not (value > 0 or (may_be_0 and value == 0)):
+                rule = "at least 0" if may_be_0 else "above 0"
+                raise ValueError(f"`{name}` must be {rule} for each prompt, got {value}.")
+    kept = [index for index in range(len(tokens)) if tokens[index] and baseline_tokens[index]]
+    if not kept:
+        raise ValueError("There must be at least one prompt for which tokens were generated, got none.")
+    rates = [tokens[index] / seconds[index] for index in kept]
+    speedup = None
+    if baseline_seconds is not None:
+        baseline_rates = (baseline_tokens[index] / baseline_seconds[index] for index in kept)
+        speedup = statistics.median(rate / baseline for rate, baseline in zip(rates, baseline_rates))
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "tokens_per_forward": sum(tokens) / sum(forwards),
+        "speedup": speedup,
+    }
 
 
 def summarize(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """
-    Count right answers.
-
-    Args:
-        judgements (`Sequence[Judgement]`): one an answer.
-
-    Returns:
-        `dict`: `accuracy`, `interval` (bounds from 0 to 1, at a confidence of 95%), `num_right`, `num_answers` and
-        `kinds`, the number of answers of each kind.
-    """
-    accuracy = count_right(judgements)
-    return {
-        "accuracy": accuracy.share,
-        "interval": list(accuracy.interval),
-        "num_right": accuracy.num_right,
-        "num_answers": accuracy.num_answers,
-        "kinds": accuracy.kinds,
-    }
+    """What `count_right` says, as a metric calls it: `accuracy` in place of `share`."""
+    counted = count_right(judgements)
+    return {"accuracy": counted.pop("share"), **counted}

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .._host import base_model_of
 from ..blocks.drafter import find_drafter
+from ..blocks.support import check_packable
 from ..options import check_block_size
+from ..trajectories.collector import Request, collect_trajectories
+from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH
+from ..trajectories.responding import batch_by_tokens, limit_tokens
+from ..trajectories.statistics import TrajectoryStatistics, measure_trajectories
 from .benchmark import (
     DecodingMethod,
     DecodingResult,
+    PeakMemory,
     benchmark_decoding,
-    check_candidates,
-    compile_notes,
+    check_counts,
     decode_all,
-    find_refusal,
-    has_candidates,
-    stop_ids_of,
+    leave_out_refused,
+    make_methods,
 )
-from .comparison import make_methods, raw_result
-from .convergence import measure_convergence
-from .environment import describe_environment
-from .judgements import Judgement, count_right
-from .memory import PeakMemory
-from .model_checks import check_counts, check_models, check_prompts
-from .near_ties import near_tie_notes
-from .paired import compare_judgements
+from .comparison import check_candidates, raw_result
+from .judgements import Judgement, compare_judgements, count_right
+from .notes import (
+    collapse_notes,
+    compile_notes,
+    describe_environment,
+    difference_notes,
+    near_tie_notes,
+    window_notes,
+)
 
 
 Judge = Callable[[list[list[int]]], list[Judgement]]
@@ -36,10 +42,36 @@ TITLES = {"target": "target model", "cllm": "CLLM"}
 _LOSSLESS = "lossless adapter"  # in place of a CLLM
 _NUM_MEMORY_PROMPTS = 3
 _MOST_TRAJECTORIES = 128
-# From when on it is noted that more of the CLLM's responses are cut off than of the target model's: as a share of all
-# responses, and at least how many, since of a few prompts one may be an accident.
-_MANY_CUT_OFF = 0.05
-_FEW_CUT_OFF = 2
+
+
+@dataclass
+class _Side:
+    """One of the two models, and its responses to further prompts, which are decoded in batches."""
+
+    name: str  # "target" or "cllm"
+    title: str
+    model: Any
+    more: list[list[int]]
+
+
+@dataclass
+class _Run:
+    """A way in which a model decodes, and all that is known of what it did."""
+
+    side: _Side
+    method: DecodingMethod
+    result: DecodingResult
+    judgements: list[Judgement] | None = None
+    peak_memory: int | None = None
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """To all prompts."""
+        return [*self.result.responses, *self.side.more]
+
+    def is_cut_off(self, response: list[int], max_new_tokens: int) -> bool:
+        """Whether `max_new_tokens` has ended a response, and no stop token."""
+        return len(response) == max_new_tokens and response[-1] not in self.method.stop_ids
 
 
 def compare_models(
@@ -105,111 +137,131 @@ def compare_models(
         check_block_size(size, "more_block_sizes", allows_auto=True)
     check_candidates(candidates)
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=repeats)
-    check_models(target, cllm, assistant)
-    check_prompts(prompts, more_prompts, target)
-    models = {"target": target, "cllm": cllm}
-    titles = TITLES if find_drafter(base_model_of(cllm)) is None else {**TITLES, "cllm": _LOSSLESS}
+    _check_models(target, cllm, assistant)
+    _check_prompts(prompts, more_prompts, target)
     block_sizes = list(dict.fromkeys([block_size, *more_block_sizes]))
-    runs = _list_runs(models, block_sizes, assistant, is_compiled, candidates, titles)
+    sides = _list_sides(target, cllm)
+    refusals, runs = [], []
     with _evaluation_mode(target, cllm, assistant):
-        runs, refusals = _leave_out_refused(runs, prompts, max_new_tokens, pad_token_id, titles)
+        for side in sides:
+            methods = _list_methods(side, block_sizes, assistant, is_compiled, candidates)
+            methods, refusal = leave_out_refused(methods, prompts, max_new_tokens, pad_token_id)
+            if refusal is not None:
+                refusals.append(f"Candidates are left out for the {side.title}: {refusal}")
+            runs += [_Run(side, method, DecodingResult(method.name)) for method in methods]
         methods = [run.method for run in runs]
         results = benchmark_decoding(
             methods, prompts, max_new_tokens, show_progress, repeats=repeats, pad_token_id=pad_token_id
         )
         for run, result in zip(runs, results):
             run.result = result
-        baselines = {run.model: run for run in reversed(runs)}  # the first of each model is `generate()`
-        for run in baselines.values():
-            more = decode_all(run.method, more_prompts, max_new_tokens, batch_size, pad_token_id, show_progress)
-            for other in runs:
-                if other.model == run.model:
-                    other.more = more
-        _judge_all(runs, judge, len(prompts) + len(more_prompts))
+        # The first of each model is `generate()`.
+        own = {side.name: next(run for run in runs if run.side is side) for side in sides}
+        for run in own.values():
+            run.side.more = decode_all(
+                run.method, more_prompts, max_new_tokens, batch_size, pad_token_id, show_progress
+            )
+        _judge_all(runs, judge)
         _measure_memory(runs, prompts, max_new_tokens, pad_token_id)
-        convergence, notes = _measure_convergence(baselines, prompts, block_size, pad_token_id)
-        notes += near_tie_notes(prompts, [(run.method, run.result, baselines[run.model].result) for run in runs])
-    settings = {
-        "block_size": block_size,
-        "max_new_tokens": max_new_tokens,
-        "repeats": repeats,
-        "num_prompts": len(prompts),
-        "num_more_prompts": len(more_prompts),
-        "batch_size": batch_size,
-    }
-    described = {name: _describe(model) for name, model in {**models, "assistant": assistant}.items() if model}
-    compared = _compare_responses(baselines["target"], baselines["cllm"], max_new_tokens)
-    notes = [
-        *_window_notes(models, [*prompts, *more_prompts], max_new_tokens, titles),
-        *notes,
-        *compile_notes(methods),
-    ]
-    notes += refusals
-    notes += _collapse_notes(compared, [run for run in runs if run.model == "cllm"], max_new_tokens)
+        convergence, notes = _measure_sides(list(own.values()), prompts, block_size, pad_token_id)
+        notes += near_tie_notes(prompts, [(run.method, run.result, own[run.side.name].result) for run in runs])
+    named = {"target": target, "cllm": cllm, "assistant": assistant}
+    described = {name: _describe(model) for name, model in named.items() if model is not None}
+    compared = _compare_responses(own["target"], own["cllm"], max_new_tokens)
     return {
         "kind": "models",
         "environment": describe_environment(target),
         "models": described,
-        "titles": titles,
-        "settings": settings,
-        "notes": [*_difference_notes(described, titles), *notes],
+        "titles": {side.name: side.title for side in sides},
+        "settings": {
+            "block_size": block_size,
+            "max_new_tokens": max_new_tokens,
+            "repeats": repeats,
+            "num_prompts": len(prompts),
+            "num_more_prompts": len(more_prompts),
+            "batch_size": batch_size,
+        },
+        "notes": [
+            *difference_notes(described, sides[1].title),
+            *window_notes(
+                {side.title: side.model for side in sides}, max(map(len, [*prompts, *more_prompts])), max_new_tokens
+            ),
+            *notes,
+            *compile_notes(methods),
+            *refusals,
+            *collapse_notes(compared, max_new_tokens, _describe_ended(runs, max_new_tokens)),
+        ],
         "prompt_lengths": [len(prompt) for prompt in prompts],
-        "rows": [_row(run, baselines["target"], baselines[run.model]) for run in runs],
+        "rows": [_row(run, own["target"], own[run.side.name]) for run in runs],
         "convergence": convergence,
         "comparison": compared,
         "methods": [_raw(run) for run in runs],
     }
 
 
-@dataclass
-class _Run:
-    """A method, whose it is, and all that is known of what it did; `more` are its model's responses in batches."""
-
-    model: str
-    method: DecodingMethod
-    result: DecodingResult
-    more: list[list[int]]
-    judgements: list[Judgement] | None = None
-    peak_memory: int | None = None
-
-    @property
-    def responses(self) -> list[list[int]]:
-        """To all prompts."""
-        return [*self.result.responses, *self.more]
+# What is checked
 
 
-def _list_runs(
-    models: dict[str, Any],
-    block_sizes: Sequence[int | str],
-    assistant: Any,
-    is_compiled: bool,
-    candidates: Sequence[int] = (),
-    titles: dict[str, str] = TITLES,
-) -> list[_Run]:
-    options: dict[str, Any] = {"is_compiled": is_compiled, "candidates": candidates}
-    listed = {
-        "target": make_methods(models["target"], block_sizes, assistant, **options),
-        "cllm": make_methods(models["cllm"], block_sizes, prompt_lookup=False, **options),
-    }
-    return [
-        _Run(name, replace(method, name=f"{titles[name]}, {method.name}"), DecodingResult(method.name), [])
-        for name, methods in listed.items()
-        for method in methods
-    ]
+def _vocab_size(model: Any) -> int:
+    return model.config.get_text_config().vocab_size
 
 
-def _leave_out_refused(
-    runs: list[_Run], prompts: Sequence[list[int]], max_new_tokens: int, pad_token_id: int, titles: dict[str, str]
-) -> tuple[list[_Run], list[str]]:
-    """Without the candidates of a model that takes none, and why as notes."""
-    notes = []
-    for name in titles:
-        methods = [run.method for run in runs if run.model == name]
-        refusal = find_refusal(methods, prompts, max_new_tokens, pad_token_id)
-        if refusal is not None:
-            runs = [run for run in runs if run.model != name or not has_candidates(run.method)]
-            notes.append(f"Candidates are left out for the {titles[name]}: {refusal}")
-    return runs, notes
+def _check_models(target: Any, cllm: Any, assistant: Any) -> None:
+    if target is not cllm and base_model_of(target) is base_model_of(cllm):
+        raise ValueError(
+            "The target model and the CLLM must not share their weights, got an adapter on the very model that it is "
+            "compared with: its layers would act in both. Load the target model a second time."
+        )
+    size = _vocab_size(target)
+    if size != _vocab_size(cllm):
+        raise ValueError(
+            f"The target model and the CLLM must have the same vocabulary, got {size} and {_vocab_size(cllm)} tokens. "
+            "Pass the model that the CLLM was trained from."
+        )
+    if assistant is None:
+        return
+    if base_model_of(assistant) in (base_model_of(target), base_model_of(cllm)):
+        raise ValueError(
+            "The assistant must be a model of its own, got one of the two that are compared, whose forward passes "
+            "could not be told apart. Load it a second time."
+        )
+    if _vocab_size(assistant) != size:
+        raise ValueError(
+            f"The assistant must have the tokenizer of the target model, of {size} tokens, got one of "
+            f"{_vocab_size(assistant)} tokens. Pass a smaller model of the same family, or none."
+        )
+
+
+def _check_prompts(prompts: Sequence[list[int]], more_prompts: Sequence[list[int]], model: Any) -> None:
+    if not len(prompts):
+        raise ValueError("`prompts` must hold at least one prompt, got none.")
+    limit = _vocab_size(model)
+    for name, rows in (("prompts", prompts), ("more_prompts", more_prompts)):
+        for number, row in enumerate(rows):
+            if not len(row):
+                raise ValueError(f"Every prompt must have at least one token, got none in `{name}[{number}]`.")
+            if not 0 <= min(row) <= max(row) < limit:
+                raise ValueError(
+                    f"The tokens of a prompt must be of the models' vocabulary, from 0 to {limit - 1}, got {min(row)} "
+                    f"to {max(row)} in `{name}[{number}]`. Use the models' own tokenizer."
+                )
+
+
+# What is measured
+
+
+def _list_sides(target: Any, cllm: Any) -> list[_Side]:
+    title = TITLES["cllm"] if find_drafter(base_model_of(cllm)) is None else _LOSSLESS
+    return [_Side("target", TITLES["target"], target, []), _Side("cllm", title, cllm, [])]
+
+
+def _list_methods(
+    side: _Side, block_sizes: Sequence[int | str], assistant: Any, is_compiled: bool, candidates: Sequence[int]
+) -> list[DecodingMethod]:
+    is_target = side.name == "target"
+    assistant = assistant if is_target else None
+    methods = make_methods(side.model, block_sizes, assistant, is_target, is_compiled, candidates)
+    return [replace(method, name=f"{side.title}, {method.name}") for method in methods]
 
 
 @contextmanager
@@ -225,20 +277,20 @@ def _evaluation_mode(*models: Any) -> Iterator[None]:
             module.training = was_training
 
 
-def _judge_all(runs: list[_Run], judge: Judge | None, num_prompts: int) -> None:
+def _judge_all(runs: list[_Run], judge: Judge | None) -> None:
     if judge is None:
         return
     known: dict[tuple[tuple[int, ...], ...], list[Judgement]] = {}
     for run in runs:
-        key = tuple(map(tuple, run.responses))
+        responses = run.responses
+        key = tuple(map(tuple, responses))
         if key not in known:
-            found = judge([list(response) for response in run.responses])
-            if len(found) != num_prompts:
+            known[key] = list(judge([list(response) for response in responses]))
+            if len(known[key]) != len(responses):
                 raise ValueError(
-                    f"`judge` must give one judgement for each of the {num_prompts} responses that it gets, got "
-                    f"{len(found)}. Return them in the order of the responses, wrong ones too."
+                    f"`judge` must give one judgement for each of the {len(responses)} responses that it gets, got "
+                    f"{len(known[key])}. Return them in the order of the responses, wrong ones too."
                 )
-            known[key] = list(found)
         run.judgements = known[key]
 
 
@@ -255,113 +307,97 @@ def _measure_memory(runs: list[_Run], prompts: Sequence[list[int]], max_new_toke
         run.peak_memory = memory.num_bytes
 
 
-def _measure_convergence(
-    baselines: dict[str, _Run], prompts: Sequence[list[int]], block_size: int, pad_token_id: int
+def _measure_sides(
+    baselines: Sequence[_Run], prompts: Sequence[list[int]], block_size: int, pad_token_id: int
 ) -> tuple[dict[str, Any], list[str]]:
     """Statistics of each model's trajectories, `None` for a model that cannot give any, and the reasons as notes."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {run.side.name: None for run in baselines}
     notes = []
-    for name in TITLES:
-        run = baselines[name]
-        if find_drafter(base_model_of(run.method.model)) is not None:
-            found[name] = None
-            notes.append(f"How blocks of the {_LOSSLESS} converge is not measured: they are those of its base model.")
+    for run in baselines:
+        side, some = run.side, prompts[:_MOST_TRAJECTORIES]
+        if find_drafter(base_model_of(side.model)) is not None:
+            notes.append(f"How blocks of the {side.title} converge is not measured: they are those of its base model.")
             continue
-        some = list(prompts[:_MOST_TRAJECTORIES])
-        stop_ids = stop_ids_of(run.method)
         try:
             statistics = measure_convergence(
-                run.method.model, some, run.result.responses, block_size, pad_token_id, stop_ids
+                side.model, some, run.result.responses, block_size, pad_token_id, run.method.stop_ids
             )
         except ValueError as error:
-            found[name] = None
-            notes.append(f"The trajectories of the {TITLES[name]} are not measured: {error}")
+            notes.append(f"The trajectories of the {side.title} are not measured: {error}")
             continue
-        found[name] = statistics.to_dict()
+        found[side.name] = statistics.to_dict()
         if statistics.num_left_out_blocks:
             notes.append(
-                f"{statistics.num_left_out_blocks} blocks of the {TITLES[name]} have no trajectory: there its "
-                "response is not greedy by its plain logits, as after a processor."
+                f"{statistics.num_left_out_blocks} blocks of the {side.title} have no trajectory: there its response "
+                "is not greedy by its plain logits, as after a processor."
             )
     return found, notes
 
 
+def measure_convergence(
+    model: Any,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    block_size: int,
+    pad_token_id: int = 0,
+    stop_ids: Collection[int] = (),
+) -> TrajectoryStatistics:
+    """
+    Collect the trajectories of a model's own greedy responses, in memory, and measure them.
+
+    Blocks in which a response is not greedy by the model's plain logits, as after a processor of its generation
+    config, are left out, and counted. Two models get the same draws of first drafts.
+    """
+    model = base_model_of(model)
+    check_packable(model)
+    requests = [
+        Request(list(prompt), list(response), (0, number))
+        for number, (prompt, response) in enumerate(zip(prompts, responses))
+        if response
+    ]
+    sizes = [(len(request.prompt_ids) + len(request.response_ids), len(request.response_ids)) for request in requests]
+    total = TrajectoryStatistics(block_size)
+    for batch in batch_by_tokens(sizes, limit_tokens(model, DEFAULT_TOKENS_PER_BATCH)):
+        chosen = [requests[index] for index in batch]
+        found = collect_trajectories(model, chosen, block_size, pad_token_id, stop_ids, keep_not_greedy=True)
+        total += measure_trajectories([vars(trajectory) for trajectory in found], block_size)
+    return total
+
+
+# What is reported
+
+
 def _compare_responses(target: _Run, cllm: _Run, max_new_tokens: int) -> dict[str, Any]:
-    pairs = list(zip(target.responses, cllm.responses))
+    runs, pairs = (target, cllm), list(zip(target.responses, cllm.responses))
     compared: dict[str, Any] = {
         "num_responses": len(pairs),
         "num_equal": sum(ours == theirs for ours, theirs in pairs),
-        "mean_tokens": {run.model: sum(map(len, run.responses)) / len(pairs) for run in (target, cllm)},
-        "num_cut_off": {run.model: _count_cut_off(run, max_new_tokens) for run in (target, cllm)},
+        "mean_tokens": {run.side.name: sum(map(len, run.responses)) / len(pairs) for run in runs},
+        "num_cut_off": {
+            run.side.name: sum(run.is_cut_off(response, max_new_tokens) for response in run.responses) for run in runs
+        },
         "kinds": None,
         "paired": None,
     }
-    if target.judgements is None or cllm.judgements is None:
-        return compared
-    paired = compare_judgements(target.judgements, cllm.judgements)
-    compared["kinds"] = {
-        run.model: count_right(run.judgements).kinds for run in (target, cllm) if run.judgements is not None
-    }
-    compared["paired"] = {**asdict(paired), "difference": paired.difference, "p_value": paired.p_value}
+    if target.judgements is not None and cllm.judgements is not None:
+        judgements = {"target": target.judgements, "cllm": cllm.judgements}
+        compared["kinds"] = {name: count_right(given)["kinds"] for name, given in judgements.items()}
+        compared["paired"] = compare_judgements(target.judgements, cllm.judgements)
     return compared
-
-
-def _is_cut_off(run: _Run, response: list[int], max_new_tokens: int) -> bool:
-    """Whether `max_new_tokens` has ended a response, and no stop token."""
-    return len(response) == max_new_tokens and response[-1] not in stop_ids_of(run.method)
-
-
-def _count_cut_off(run: _Run, max_new_tokens: int) -> int:
-    return sum(_is_cut_off(run, response, max_new_tokens) for response in run.responses)
-
-
-def _collapse_notes(compared: dict[str, Any], cllm_runs: Sequence[_Run], max_new_tokens: int) -> list[str]:
-    """Repetition is easy to decode in parallel: many tokens per forward pass, which are worth nothing."""
-    cut_off, total = compared["num_cut_off"], compared["num_responses"]
-    if cut_off["cllm"] - cut_off["target"] <= max(_FEW_CUT_OFF, _MANY_CUT_OFF * total):
-        return []
-    return [
-        f"**Read the CLLM's responses before its speed**: {cut_off['cllm']:,} of {total:,} run on to the "
-        f"{max_new_tokens} new tokens at which they are cut off, and {cut_off['target']:,} of the target model's. A "
-        "CLLM that repeats itself decodes fast and says nothing. A higher `ar_loss_weight`, a lower learning rate or "
-        "more prompts help it to keep the texts of its target model."
-        f"{_describe_ended(cllm_runs, max_new_tokens)}"
-    ]
-
-
-def _describe_ended(cllm_runs: Sequence[_Run], max_new_tokens: int) -> str:
-    """Tokens per forward pass of the timed responses that are not cut off, after a space; empty if there are none."""
-    figures, count, total = [], 0, 0
-    for run in cllm_runs:
-        responses, forwards = run.result.responses, run.result.num_forwards
-        ended = [n for n, response in enumerate(responses) if not _is_cut_off(run, response, max_new_tokens)]
-        num_forwards = sum(forwards[n] for n in ended)  # 0 too where those of a method are not known
-        if run.method.options.get("decoding") == "jacobi" and num_forwards:
-            figures.append(f"{sum(len(responses[n]) for n in ended) / num_forwards:.2f} for {run.result.name}")
-            count, total = len(ended), len(responses)
-    return (
-        f" Tokens per forward pass of the {count} of {total} timed ones that end: {', '.join(figures)}."
-        if figures
-        else ""
-    )
 
 
 def _row(run: _Run, target: _Run, own: _Run) -> dict[str, Any]:
     result, assistant = run.result, run.method.options.get("assistant_model")
-    accuracy = None
-    if run.judgements is not None:
-        counted = count_right(run.judgements)
-        accuracy = {**asdict(counted), "share": counted.share, "interval": list(counted.interval)}
     used = [run.method.model] + [assistant] * (assistant is not None)
     return {
         "name": result.name,
-        "model": run.model,
+        "model": run.side.name,
         "tokens_per_second": result.tokens_per_second,
         "speedup_over_target": _speedup(result, target.result),
         "speedup_over_own": _speedup(result, own.result),
         "tokens_per_forward": result.tokens_per_forward if sum(result.num_forwards) else None,
         "num_equal": result.num_equal_to(own.result),
-        "accuracy": accuracy,
+        "accuracy": None if run.judgements is None else count_right(run.judgements),
         "num_parameters": run.method.model.num_parameters(),
         "num_assistant_parameters": None if assistant is None else assistant.num_parameters(),
         "weight_bytes": sum(map(_weight_bytes, used)),
@@ -384,7 +420,7 @@ def _raw(run: _Run) -> dict[str, Any]:
     return {
         **raw_result(run.method, run.result),
         "peak_memory": run.peak_memory,
-        "more_responses": run.more,
+        "more_responses": run.side.more,
         "judgements": None if judgements is None else [[one.is_right, one.kind] for one in judgements],
     }
 
@@ -396,28 +432,14 @@ def _describe(model: Any) -> dict[str, Any]:
     return {"name": base_model_of(model).name_or_path, "has_adapter": base_model_of(model) is not model, **described}
 
 
-def _difference_notes(described: dict[str, dict[str, Any]], titles: dict[str, str]) -> list[str]:
-    target, cllm = described["target"], described["cllm"]
-    return [
-        f"The target model and the {titles['cllm']} differ in more than their weights: {name} {target[name]} and "
-        f"{cllm[name]}."
-        for name in ("device", "dtype", "attention", "architecture")
-        if target[name] != cllm[name]
-    ]
-
-
-def _window_notes(
-    models: dict[str, Any], prompts: Sequence[list[int]], max_new_tokens: int, titles: dict[str, str]
-) -> list[str]:
-    """Beyond the window transformers goes on decoding, so that what is written there says little."""
-    longest = max(map(len, prompts))
-    windows = {
-        name: getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        for name, model in models.items()
-    }
-    return [
-        f"A prompt of {longest} tokens and a response of {max_new_tokens} are more than the {window} positions of the "
-        f"{titles[name]}."
-        for name, window in windows.items()
-        if window is not None and longest + max_new_tokens > window
-    ]
+def _describe_ended(runs: Sequence[_Run], max_new_tokens: int) -> str:
+    """Tokens per forward pass of the CLLM's timed responses that are not cut off; empty if there are none."""
+    figures, share = [], ""
+    for run in runs:
+        responses, forwards = run.result.responses, run.result.num_forwards
+        ended = [n for n, response in enumerate(responses) if not run.is_cut_off(response, max_new_tokens)]
+        num_forwards = sum(forwards[n] for n in ended)  # 0 too where those of a method are not known
+        if run.side.name == "cllm" and run.method.options.get("decoding") == "jacobi" and num_forwards:
+            figures.append(f"{sum(len(responses[n]) for n in ended) / num_forwards:.2f} for {run.result.name}")
+            share = f"{len(ended)} of {len(responses)}"
+    return f"Tokens per forward pass of the {share} timed ones that end: {', '.join(figures)}." if figures else ""

@@ -5,56 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 
 _COMMON: dict[str, Any] = {
     "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 # 3.9, 29.9, 138 and 494 million parameters, embeddings counted once.
-SHAPES: dict[str, dict[str, Any]] = {
-    "4m": {
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 768,
-        "vocab_size": 2048,
-    },
-    "30m": {
-        "hidden_size": 512,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "intermediate_size": 1408,
-        "vocab_size": 8192,
-    },
+SHAPES: dict[str, dict[str, int]] = {
+    "4m": dict(zip(_SIZES, (256, 4, 4, 768, 2048))),
+    "30m": dict(zip(_SIZES, (512, 8, 8, 1408, 8192))),
     # The sizes of GPT-2 small, with the gated layers of Llama.
-    "125m": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "vocab_size": 32000,
-    },
+    "125m": dict(zip(_SIZES, (768, 12, 12, 3072, 32000))),
     # Qwen2.5-0.5B.
-    "0.5b": {
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-        "vocab_size": 151936,
-    },
+    "0.5b": {**dict(zip(_SIZES, (896, 24, 14, 4864, 151936))), "num_key_value_heads": 2},
 }
 # Layers at their initial scale hardly change the embedding, and the text repeats itself, which drafts would guess.
 # Larger ones make it as good as random: a draft is not accepted but by chance.
@@ -62,40 +31,14 @@ _SCALE = 4.0
 
 
 def shape_config(shape: str) -> PreTrainedConfig:
-    """
-    Config of a shape.
-
-    Args:
-        shape (`str`): a key of `SHAPES`.
-
-    Returns:
-        `transformers.PreTrainedConfig`.
-
-    Raises:
-        ValueError: for an unknown shape.
-    """
     if shape not in SHAPES:
         raise ValueError(f"`shape` must be one of {', '.join(SHAPES)}, got {shape!r}.")
     kind: Any = Qwen2Config if shape == "0.5b" else LlamaConfig
-    return kind(**SHAPES[shape], **_COMMON, max_position_embeddings=4096)
+    return kind(**SHAPES[shape], **_COMMON)
 
 
 def make_random_model(shape: str, seed: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """
-    Build a model of a shape with random weights, whose text never ends by itself.
-
-    Args:
-        shape (`str`): a key of `SHAPES`.
-        seed (`int`): of the weights.
-        dtype (`torch.dtype`): of the weights.
-        device (`torch.device`): where to build it.
-
-    Returns:
-        `transformers.PreTrainedModel`, in evaluation mode.
-
-    Raises:
-        ValueError: for an unknown shape.
-    """
+    """Build a model of a shape with random weights, in evaluation mode, whose text never ends by itself."""
     config = shape_config(shape)
     torch.manual_seed(seed)
     with torch.device(device):
@@ -109,32 +52,6 @@ def make_random_model(shape: str, seed: int, dtype: torch.dtype, device: torch.d
 
 
 def random_prompts(vocab_size: int, count: int, length: int, seed: int) -> list[list[int]]:
-    """
-    Draw prompts of random tokens.
-
-    Args:
-        vocab_size (`int`): number of tokens to draw from.
-        count (`int`): number of prompts.
-        length (`int`): tokens of each.
-        seed (`int`): of the draw.
-
-    Returns:
-        `list[list[int]]`.
-    """
+    """Draw prompts of random tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (count, length), generator=generator).tolist()
-
-
-def make_number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """
-    Make a tokenizer for a model of a shape, which has no text: its words are the numbers of the tokens, as in "7 31".
-
-    Args:
-        vocab_size (`int`): number of tokens of the model.
-
-    Returns:
-        `transformers.PreTrainedTokenizerFast`, without special tokens.
-    """
-    tokenizer = Tokenizer(models.WordLevel({str(token): token for token in range(vocab_size)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

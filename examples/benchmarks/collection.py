@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 
 from cllm_hf._host import base_model_of
 from cllm_hf.blocks.support import check_packable
-from cllm_hf.evaluation.environment import describe_environment, format_environment
-from cllm_hf.evaluation.forwards import synchronize
-from cllm_hf.evaluation.memory import PeakMemory
+from cllm_hf.evaluation.benchmark import PeakMemory, synchronize
+from cllm_hf.evaluation.notes import describe_environment, format_environment
 from cllm_hf.text import format_table
 
 from .collectors import (

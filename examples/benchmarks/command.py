@@ -15,9 +15,8 @@ from cllm_hf._host import base_model_of
 from cllm_hf.argument_types import positive
 from cllm_hf.cli import hide_host_warnings, run_safely
 from cllm_hf.evaluation.arguments import SHAPE_NAMES, add_common, add_source
-from cllm_hf.evaluation.command import check_prompts, check_source, shape_dtype
-from cllm_hf.evaluation.preparing import check_outputs, finish, load_model, prepare_device, tokenize
-from cllm_hf.evaluation.shapes import make_number_tokenizer, make_random_model, random_prompts
+from cllm_hf.evaluation.command import check_source, finish, load_model, load_shape, prepare, tokenize
+from cllm_hf.evaluation.shapes import random_prompts
 from cllm_hf.quiet import quiet_hosts
 from cllm_hf.trajectories.loading import load_trajectories
 from cllm_hf.trajectories.prompt_files import read_prompts
@@ -25,6 +24,7 @@ from cllm_hf.trajectories.schema import FEATURES
 
 from .collection import compare_collection, format_collection
 from .collectors import CollectionSetting
+from .number_tokenizer import make_number_tokenizer
 from .overhead import format_overhead, measure_overhead, overhead_methods
 from .training import compare_training, format_training
 from .training_methods import TrainingSetting, random_trajectories
@@ -148,12 +148,11 @@ def run_overhead(options: argparse.Namespace) -> str:
     if options.model is None and options.shape is None:
         options.shape = ["4m", "125m"]
     check_source(options)
-    check_outputs(options)
-    device = prepare_device(options)
+    device = prepare(options)
     reports = []
     for name in options.shape or [options.model]:
         if options.model is None:
-            model = make_random_model(name, options.seed, shape_dtype(options, device), device)
+            model = load_shape(name, options, device)
         else:
             model = load_model(name, options, device)
             # Every iteration counts, also after the end of the text, and none of the model's own processors.
@@ -184,16 +183,10 @@ def run_collect(options: argparse.Namespace) -> str:
         ValueError: if options contradict each other or prompts are not usable.
     """
     check_source(options)
-    check_prompts(options)
-    if options.shape is not None and options.prompts is not None:
-        raise ValueError(
-            "A shape has prompts of its own, got `--shape` with `--prompts`. Drop one of the two, or pass `--model`."
-        )
     texts = [] if options.prompts is None else read_prompts(options.prompts, options.num_prompts)
-    check_outputs(options)
-    device = prepare_device(options)
+    device = prepare(options)
     if options.model is None:
-        model = make_random_model(options.shape, options.seed, shape_dtype(options, device), device)
+        model = load_shape(options.shape, options, device)
         tokenizer: Any = make_number_tokenizer(model.config.vocab_size)
         rows = random_prompts(model.config.vocab_size, options.num_prompts, options.prompt_length, options.seed)
         texts = [" ".join(map(str, row)) for row in rows]
@@ -241,8 +234,7 @@ def run_train(options: argparse.Namespace) -> str:
     if options.model is not None and sizes:
         names = ", ".join(f"`--{name.replace('_', '-')}`" for name in sizes)
         raise ValueError(f"Trajectories have sizes of their own, got {names} with `--trajectories`. Drop that.")
-    check_outputs(options)
-    device = prepare_device(options)
+    device = prepare(options)
     setting = TrainingSetting(
         options.batch_size,
         options.steps,
@@ -252,7 +244,7 @@ def run_train(options: argparse.Namespace) -> str:
         options.seed,
     )
     if options.model is None:
-        model = make_random_model(options.shape, options.seed, shape_dtype(options, device), device)
+        model = load_shape(options.shape, options, device)
         vocab_size, count = model.config.vocab_size, setting.batch_size * setting.steps
         tokenizer: Any = make_number_tokenizer(vocab_size)
         tokenizer.pad_token = "0"  # the trainer wants one; padding is masked everywhere

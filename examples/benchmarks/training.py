@@ -15,9 +15,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
 from cllm_hf._host import set_checkpointing
-from cllm_hf.evaluation.environment import describe_environment, format_environment
-from cllm_hf.evaluation.forwards import synchronize
-from cllm_hf.evaluation.memory import PeakMemory
+from cllm_hf.evaluation.benchmark import PeakMemory, synchronize
+from cllm_hf.evaluation.notes import describe_environment, format_environment
 from cllm_hf.text import format_table
 from cllm_hf.trajectories.schema import check_dataset
 

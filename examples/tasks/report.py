@@ -89,8 +89,7 @@ def write_report(folder: Path, title: str, comparison: dict[str, Any], facts: Ma
     Returns:
         `str`: the report as Markdown.
     """
-    from cllm_hf.evaluation.model_plot import plot_models
-    from cllm_hf.evaluation.model_report import format_models
+    from cllm_hf.evaluation.model_report import format_models, plot_models
 
     table = format_models(comparison)
     lines = [f"# {plain(title)}", "", table.strip(), "", "## How it was made", ""]

@@ -11,10 +11,10 @@ from conftest import VOCAB_SIZE, make_model, make_word_model
 from peft import LoraConfig, get_peft_model
 
 from cllm_hf.cli import main
-from cllm_hf.evaluation import benchmark, command, comparison, shapes
+from cllm_hf.evaluation import command, comparison, notes, shapes
 from cllm_hf.evaluation.arguments import SHAPE_NAMES
-from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
-from cllm_hf.evaluation.forwards import BareForward, compare_widths, relative_cost
+from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, make_methods
+from cllm_hf.evaluation.comparison import BareForward, compare_widths, relative_cost
 from cllm_hf.files import check_writable_file, write_whole
 from cllm_hf.trajectories.prompt_files import read_prompts
 from cllm_hf.trajectories.responding import split_batches
@@ -213,7 +213,7 @@ def test_prompt_files_that_are_refused(tmp_path, name, content, message):
 
 def test_compiled_methods_are_passed_on():
     model = make_model("llama")
-    methods = comparison.make_methods(model, [4, "auto"], is_compiled=True)
+    methods = make_methods(model, [4, "auto"], is_compiled=True)
     assert [method.name for method in methods] == [
         "generate()",
         "prompt lookup",
@@ -225,14 +225,14 @@ def test_compiled_methods_are_passed_on():
     expected = {"decoding": "jacobi", "jacobi_block_size": 4, "jacobi_candidates": 0, "jacobi_compile": True}
     assert methods[-1].options == expected
     assert methods[-2].options["cache_implementation"] == "static" and methods[-2].is_compiled
-    assert "not compiled here" in benchmark.compile_notes(methods)[0] and benchmark.compile_notes(methods[:4]) == []
+    assert "not compiled here" in notes.compile_notes(methods)[0] and notes.compile_notes(methods[:4]) == []
 
 
 # Candidates
 
 
 def test_candidates_stand_beside_their_plain_row(llama):
-    methods = comparison.make_methods(llama, [4, "auto"], is_compiled=True, candidates=[1, 3, 0, 1])
+    methods = make_methods(llama, [4, "auto"], is_compiled=True, candidates=[1, 3, 0, 1])
     assert [method.name for method in methods] == [
         "generate()",
         "prompt lookup",

@@ -1,7 +1,6 @@
 """The table of a target model and its CLLM: what is in it is counted right; nothing here looks at a time."""
 
 import gc
-import itertools
 import json
 import sys
 
@@ -15,15 +14,12 @@ from PIL import Image
 from cllm_hf import TrajectoryBuilder, measure_trajectories, set_jacobi_defaults
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.evaluation import model_comparison, model_plot
+from cllm_hf.evaluation import model_comparison, model_report, notes
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, decode_all
 from cllm_hf.evaluation.comparison import compare_decoding
-from cllm_hf.evaluation.convergence import measure_convergence
-from cllm_hf.evaluation.judgements import Accuracy, Judgement
-from cllm_hf.evaluation.model_comparison import compare_models
-from cllm_hf.evaluation.model_plot import plot_models
-from cllm_hf.evaluation.model_report import format_models
-from cllm_hf.evaluation.paired import PairedComparison, compare_judgements
+from cllm_hf.evaluation.judgements import Judgement, wilson_interval
+from cllm_hf.evaluation.model_comparison import compare_models, measure_convergence
+from cllm_hf.evaluation.model_report import format_models, plot_models
 from cllm_hf.evaluation.shapes import random_prompts
 from cllm_hf.training.target import make_lossless_config, prepare_drafter
 from cllm_hf.trajectories.cleaning import CleaningRules
@@ -104,7 +100,7 @@ def test_candidates_are_rows_of_both_models(models):
     assert [row["num_equal"] for row in report["rows"]] == [len(PROMPTS)] * len(expected)
     counts = [raw["options"]["jacobi_candidates"] for raw in report["methods"] if "jacobi" in raw["name"]]
     assert counts == [0, 1, 3] * 4
-    markers = [model_plot._marker(row["name"]) for row in report["rows"] if "jacobi" in row["name"]]
+    markers = [model_report._marker(row["name"]) for row in report["rows"] if "jacobi" in row["name"]]
     assert markers == ["s", "P", "P"] * 4
 
 
@@ -131,7 +127,7 @@ def test_accuracy_is_that_of_all_responses(report):
         right = sum(map(is_even, responses))
         accuracy = row["accuracy"]
         assert (accuracy["num_right"], accuracy["num_answers"]) == (right, len(PROMPTS + MORE))
-        assert accuracy["interval"] == list(Accuracy(right, len(responses), {}).interval)
+        assert accuracy["interval"] == list(wilson_interval(right, len(responses)))
         assert sum(accuracy["kinds"].values()) == len(responses)
         assert raw["judgements"] == [[is_even(one), "even" if is_even(one) else "odd"] for one in responses]
 
@@ -202,14 +198,15 @@ def test_batches_keep_the_order_of_the_prompts(tokenizer):
 
 
 def test_compiled_methods_stand_behind_their_models_others(llama):
-    runs = model_comparison._list_runs({"target": llama, "cllm": llama}, [4], None, is_compiled=True)
+    sides = model_comparison._list_sides(llama, llama)
+    methods = [method for side in sides for method in model_comparison._list_methods(side, [4], None, True, ())]
     ways = ["generate()", "prompt lookup", "jacobi 4", "generate(), compiled", "jacobi 4, compiled"]
     expected = [f"target model, {way}" for way in ways]
     expected += [f"CLLM, {way}" for way in ways if way != "prompt lookup"]
-    assert [run.method.name for run in runs] == expected
-    assert [run.method.is_compiled for run in runs] == [name.endswith("compiled") for name in expected]
-    for run in runs:
-        assert model_plot._marker(run.method.name) in model_plot._MARKERS.values()
+    assert [method.name for method in methods] == expected
+    assert [method.is_compiled for method in methods] == [name.endswith("compiled") for name in expected]
+    for method in methods:
+        assert model_report._marker(method.name) in model_report._MARKERS.values()
 
 
 def test_models_get_their_mode_back(llama):
@@ -221,24 +218,6 @@ def test_models_get_their_mode_back(llama):
     compare_models(llama, other, PROMPTS[:1], **OPTIONS)
     handle.remove()
     assert set(seen) == {False} and [module.training for module in other.modules()] == modes
-
-
-# The sign test
-
-
-def test_the_sign_test_is_that_of_all_sequences_of_coins():
-    for total in range(9):
-        splits = [sum(coins) for coins in itertools.product((0, 1), repeat=total)]
-        for heads in range(total + 1):
-            as_uneven = sum(abs(2 * split - total) >= abs(2 * heads - total) for split in splits)
-            assert PairedComparison(1, heads, total - heads, 2).p_value == pytest.approx(as_uneven / len(splits))
-
-
-def test_judgements_of_other_prompts_are_not_compared():
-    one = [Judgement(True, "right")]
-    for first, second in (([], []), (one, one * 2)):
-        with pytest.raises(ValueError, match="must answer the same prompts"):
-            compare_judgements(first, second)
 
 
 # The report
@@ -266,9 +245,10 @@ def test_responses_of_no_tokens_have_no_speed_to_compare_with(llama):
     silent = DecodingResult(method.name, [[], []], [0, 0], [1.0, 1.0])
     spoken = DecodingResult(method.name, [[1, 2], [3]], [2, 1], [1.0, 1.0])
     rows = []
+    side = model_comparison._list_sides(llama, llama)[0]
     for result in (silent, spoken):
-        run = model_comparison._Run("target", method, result, [])
-        own = model_comparison._Run("target", method, silent, [])
+        run = model_comparison._Run(side, method, result)
+        own = model_comparison._Run(side, method, silent)
         rows.append(model_comparison._row(run, own, own))
     assert [row["speedup_over_target"] for row in rows] == [None, None] == [row["speedup_over_own"] for row in rows]
     assert [row["tokens_per_forward"] for row in rows] == [None, 1.0] and rows[0]["tokens_per_second"] == 0
@@ -277,22 +257,17 @@ def test_responses_of_no_tokens_have_no_speed_to_compare_with(llama):
 def test_models_that_cannot_be_packed_are_compared_all_the_same(llama):
     mamba = make_model("llama", seed=1)
     mamba.set_attn_implementation("eager")
-    notes = compare_models(llama, mamba, PROMPTS[:1], **OPTIONS)["notes"]
-    assert any("differ in more than their weights: attention sdpa and eager" in note for note in notes)
+    said = compare_models(llama, mamba, PROMPTS[:1], **OPTIONS)["notes"]
+    assert any("differ in more than their weights: attention sdpa and eager" in note for note in said)
     mamba.config.layer_types = ["recurrent"] * 3  # as hybrid models say it
-    found, notes = model_comparison._measure_convergence(
-        {
-            name: model_comparison._Run(
-                name, DecodingMethod("", model, GREEDY), DecodingResult("", responses=[[5] * 6] * 3), []
-            )
-            for name, model in (("target", llama), ("cllm", mamba))
-        },
-        PROMPTS,
-        4,
-        0,
-    )
+    result = DecodingResult("", responses=[[5] * 6] * 3)
+    runs = [
+        model_comparison._Run(side, DecodingMethod("", side.model, GREEDY), result)
+        for side in model_comparison._list_sides(llama, mamba)
+    ]
+    found, said = model_comparison._measure_sides(runs, PROMPTS, 4, 0)
     assert found["target"] is not None and found["cllm"] is None
-    assert any("trajectories of the CLLM are not measured: Packed forward passes need" in note for note in notes)
+    assert any("trajectories of the CLLM are not measured: Packed forward passes need" in note for note in said)
 
 
 def test_candidates_that_one_model_refuses_are_noted(llama):
@@ -356,7 +331,7 @@ def test_the_note_has_the_tokens_per_forward_of_what_ends(models):
 )
 def test_how_many_cut_off_are_noted(target, cllm, total, is_noted):
     compared = {"num_cut_off": {"target": target, "cllm": cllm}, "num_responses": total}
-    assert len(model_comparison._collapse_notes(compared, [], 12)) == is_noted
+    assert len(notes.collapse_notes(compared, 12, "")) == is_noted
 
 
 @pytest.mark.parametrize("has_accuracy", [True, False])
@@ -375,7 +350,7 @@ def test_the_picture(report, tmp_path, has_accuracy):
     assert pictures[0] == pictures[1]
     with Image.open(tmp_path / "new" / "models.png") as image:
         found = {"#{:02X}{:02X}{:02X}".format(*color) for _, color in image.convert("RGB").getcolors(1 << 24)}
-    assert set(model_plot._COLORS.values()) <= found
+    assert set(model_report._COLORS.values()) <= found
 
 
 # What is refused

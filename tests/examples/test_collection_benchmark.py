@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,14 +12,15 @@ from benchmarks import collection, collectors, command
 from benchmarks.collection import CollectionResult, compare_collection, format_collection, measure_collection
 from benchmarks.collectors import CollectionMethod, CollectionSetting
 from benchmarks.command import main
+from benchmarks.number_tokenizer import make_number_tokenizer
 from benchmarks.published import collect_one_by_one
 from conftest import CONFIGS, VOCAB_SIZE, make_model, make_word_model
 from peft import LoraConfig, get_peft_model
 
 from cllm_hf import TrajectoryBuilder, set_jacobi_defaults
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.evaluation import memory, shapes
-from cllm_hf.evaluation.memory import PeakMemory
+from cllm_hf.evaluation import benchmark, shapes
+from cllm_hf.evaluation.benchmark import PeakMemory
 from cllm_hf.trajectories.collector import draw_first_states
 
 
@@ -34,7 +36,7 @@ def texts():
 @pytest.fixture(autouse=True)
 def no_garbage(monkeypatch):
     """Looking for garbage takes a large process a third of a second each time."""
-    monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=lambda: None))
+    monkeypatch.setattr(benchmark, "gc", SimpleNamespace(collect=lambda: None))
 
 
 @pytest.fixture
@@ -159,7 +161,7 @@ def test_no_peak_memory_where_nobody_can_say(monkeypatch, tmp_path):
         pass
     assert peak.num_bytes is None
     for folder in (tmp_path, tmp_path / "none"):
-        monkeypatch.setattr(memory, "_PROCESS", folder)
+        monkeypatch.setattr(benchmark, "_PROCESS", folder)
         with PeakMemory(CPU) as peak:
             pass
         assert peak.num_bytes is None
@@ -269,7 +271,7 @@ def test_what_is_dropped_is_said(word_model, tokenizer, texts, monkeypatch):
 
 
 def test_figures_that_nobody_knows_are_dashes(word_model, tokenizer, texts, monkeypatch):
-    monkeypatch.setattr(memory, "_reset_peak_resident_size", lambda: False)
+    monkeypatch.setattr(benchmark, "_PROCESS", Path("/none"))
     report = compare(word_model, tokenizer, texts[:1])
     assert [row["peak_memory"] for row in report["rows"]] == [None, None]
     assert format_collection(report).splitlines()[2].endswith(" - |")
@@ -302,7 +304,7 @@ def test_models_that_cannot_be_packed_are_refused_first(word_model, tokenizer, m
 
 
 def test_numbers_are_the_words_of_random_prompts():
-    tokenizer = shapes.make_number_tokenizer(3000)
+    tokenizer = make_number_tokenizer(3000)
     ids = shapes.random_prompts(3000, 1, 20, seed=0)[0] + [0, 2999]
     text = " ".join(map(str, ids))
     assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
@@ -347,14 +349,14 @@ def test_collect_of_a_model(tmp_path, tokenizer, texts, capsys):
         (["--shape", "4m", "--model", "m"], "got both"),
         (["--model", "m"], "`--model` without `--prompts`"),
         (["--model", "m", "--prompts", "missing.txt"], "`--prompts` must be a file .* 'missing.txt'"),
-        (["--shape", "4m", "--prompts", "p"], "A shape has prompts of its own, .* Drop one of the two"),
+        (["--shape", "4m", "--prompts", "p"], "A shape has random prompts .* Drop them, or pass `--model`"),
         (["--shape", "4m", "--json", "x", "--markdown", "x"], "must be two files"),
         (["--shape", "4m", "--device", "tpu9"], "must be a device of this machine, got 'tpu9'"),
     ],
 )
 def test_errors_are_explained(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "make_random_model", None)  # nothing long has begun
+    monkeypatch.setattr(command, "load_shape", None)  # nothing long has begun
     assert main(["collect", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("benchmark.py: ") and error.count("\n") == 1

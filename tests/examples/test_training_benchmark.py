@@ -1,6 +1,7 @@
 """The published step trains on what the trainer trains on, and what is counted is right; nothing looks at a time."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,7 @@ from peft import LoraConfig, get_peft_model
 
 from cllm_hf import CleaningRules, CLLMConfig, CLLMTrainer, TrajectoryBuilder
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.evaluation import memory, shapes
+from cllm_hf.evaluation import benchmark, shapes
 from cllm_hf.trajectories.schema import FEATURES, check_dataset, features
 
 
@@ -53,7 +54,7 @@ RECORD = {
 @pytest.fixture(autouse=True)
 def no_garbage(monkeypatch):
     """Looking for garbage takes a large process a third of a second each time."""
-    monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=lambda: None))
+    monkeypatch.setattr(benchmark, "gc", SimpleNamespace(collect=lambda: None))
 
 
 @pytest.fixture
@@ -434,7 +435,7 @@ def test_every_method_has_gradient_checkpointing(word_model, tokenizer, single_s
 
 
 def test_figures_that_nobody_knows_are_dashes(word_model, tokenizer, single_states, monkeypatch):
-    monkeypatch.setattr(memory, "_reset_peak_resident_size", lambda: False)
+    monkeypatch.setattr(benchmark, "_PROCESS", Path("/none"))
     report = compare(word_model, tokenizer, single_states, steps=1)
     assert [row["peak_memory"] for row in report["rows"]] == [None] * 5
     # Peak memory of a process may not show what a tiny model takes: there is nothing to compare then.
@@ -524,7 +525,7 @@ def test_train_of_a_model(tmp_path, tokenizer, dataset, capsys):
 )
 def test_errors_are_explained(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "make_random_model", None)  # nothing long has begun
+    monkeypatch.setattr(command, "load_shape", None)  # nothing long has begun
     assert main(["train", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("benchmark.py: ") and error.count("\n") == 1

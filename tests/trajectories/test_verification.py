@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from architectures import CANNOT_BUILD, MODEL_TYPES, make_architecture
+from benchmarks.number_tokenizer import make_number_tokenizer
 from conftest import make_model, make_word_model
 from datasets import Dataset
 from peft import IA3Config, get_peft_model
 
 from cllm_hf import FEATURES, CleaningRules, TrajectoryBuilder
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.evaluation.shapes import make_number_tokenizer
 from cllm_hf.trajectories import arrays, verification
 from cllm_hf.trajectories.verification import (
     VerificationReport,

@@ -1,0 +1,149 @@
+"""What a report says beside its tables: on what was measured, and what to bear in mind when one reads them."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .._host import attention_implementation, base_model_of, input_device
+from .._version import __version__
+from ..blocks.ties import judge_greedy
+from .benchmark import DecodingMethod, DecodingResult
+
+
+# From when on it is noted that more of the CLLM's responses are cut off than of the target model's: as a share of all
+# responses, and at least how many, since of a few prompts one may be an accident.
+_MANY_CUT_OFF = 0.05
+_FEW_CUT_OFF = 2
+
+
+def describe_environment(model: Any) -> dict[str, Any]:
+    """Versions, machine and model, ready for JSON."""
+    device = model.device
+    return {
+        "cllm_hf": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": attention_implementation(base_model_of(model).config),
+        "architecture": type(base_model_of(model)).__name__,
+        "num_parameters": model.num_parameters(),
+    }
+
+
+def format_environment(environment: dict[str, Any]) -> str:
+    """What `describe_environment` says as a sentence."""
+    e = environment
+    device = "" if e["device"] == "cpu" else f"{e['device']}; "
+    return (
+        f"{e['architecture']} of {e['num_parameters']:,} parameters, {e['dtype']}, {e['attention']} attention; "
+        f"{device}CPU {e['cpu']}, threads: {e['threads']}; cllm_hf {e['cllm_hf']}, torch {e['torch']}, transformers "
+        f"{e['transformers']}, Python {e['python']}."
+    )
+
+
+def _cpu_name() -> str:
+    try:  # `platform.processor` says no more than the kind of machine on Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def compile_notes(methods: Sequence[DecodingMethod]) -> list[str]:
+    """Say where a method with a compiled forward pass has none."""
+    static = [method for method in methods if method.options.get("cache_implementation") == "static"]
+    if any(method.model.device.type == "cpu" for method in static):
+        return ["`generate(), compiled` is not compiled here: transformers does so on accelerators only."]
+    return []
+
+
+def near_tie_notes(
+    prompts: Sequence[list[int]], compared: Iterable[tuple[DecodingMethod, DecodingResult, DecodingResult]]
+) -> list[str]:
+    """
+    Say of each method how many of the responses that differ from those of another method with the same model, whose
+    result is the last in each tuple, part at a near tie.
+    """
+    notes = []
+    for method, result, baseline in compared:
+        pairs = [
+            (prompt, ours, theirs)
+            for prompt, ours, theirs in zip(prompts, result.responses, baseline.responses)
+            if ours != theirs
+        ]
+        if pairs:
+            number = sum(_parts_at_near_tie(method.model, *pair) for pair in pairs)
+            noun = "response that differs parts" if len(pairs) == 1 else "responses that differ part"
+            notes.append(
+                f"{result.name}: {number} of {len(pairs)} {noun} from those of {baseline.name} at a near tie, where "
+                "the rounding of the dtype decides between two tokens."
+            )
+    return notes
+
+
+@torch.no_grad()
+def _parts_at_near_tie(model: Any, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> bool:
+    """Whether both tokens at the first difference count as greedy; not where one is the beginning of the other."""
+    place = next((number for number, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), None)
+    if place is None:
+        return False
+    ids = torch.tensor([[*prompt, *ours[:place]]], device=input_device(model))
+    last = model(ids, use_cache=False).logits[0, -1:].expand(2, -1)
+    both = torch.tensor([ours[place], theirs[place]], device=last.device)
+    best, near_ties = judge_greedy(last, both, model.dtype)
+    return bool(((best == both) | near_ties).all())
+
+
+def difference_notes(described: dict[str, dict[str, Any]], title: str) -> list[str]:
+    """Say in what the target model and the model of some title differ, by what is described of both."""
+    target, cllm = described["target"], described["cllm"]
+    return [
+        f"The target model and the {title} differ in more than their weights: {name} {target[name]} and {cllm[name]}."
+        for name in ("device", "dtype", "attention", "architecture")
+        if target[name] != cllm[name]
+    ]
+
+
+def window_notes(models: dict[str, Any], longest: int, max_new_tokens: int) -> list[str]:
+    """Beyond the window of a model transformers goes on decoding, so that what is written there says little."""
+    notes = []
+    for title, model in models.items():
+        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if window is not None and longest + max_new_tokens > window:
+            notes.append(
+                f"A prompt of {longest} tokens and a response of {max_new_tokens} are more than the {window} "
+                f"positions of the {title}."
+            )
+    return notes
+
+
+def collapse_notes(compared: dict[str, Any], max_new_tokens: int, ended: str) -> list[str]:
+    """Repetition is easy to decode in parallel: many tokens per forward pass, which are worth nothing."""
+    cut_off, total = compared["num_cut_off"], compared["num_responses"]
+    if cut_off["cllm"] - cut_off["target"] <= max(_FEW_CUT_OFF, _MANY_CUT_OFF * total):
+        return []
+    note = (
+        f"**Read the CLLM's responses before its speed**: {cut_off['cllm']:,} of {total:,} run on to the "
+        f"{max_new_tokens} new tokens at which they are cut off, and {cut_off['target']:,} of the target model's. A "
+        "CLLM that repeats itself decodes fast and says nothing. A higher `ar_loss_weight`, a lower learning rate or "
+        "more prompts help it to keep the texts of its target model."
+    )
+    return [f"{note} {ended}".strip()]
+
+
+def describe_prompts(lengths: Sequence[int]) -> str:
+    """How many prompts there are, and of how many tokens."""
+    sizes = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else f"{lengths[0]}"
+    return f"{len(lengths)} of {sizes} tokens"
