@@ -18,7 +18,7 @@ from ..files import check_writable_file, write_whole
 from ..loading import load_cllm, load_tokenizer, pick_device
 from ..names import Name
 from ..quiet import quiet_hosts
-from ..trajectories.prompt_files import read_prompts, read_prompts_and_answers
+from ..trajectories.sources import read_prompts, read_prompts_and_answers
 from .comparison import check_assistant, compare_decoding, format_comparison
 from .judgements import Judgement
 from .model_comparison import compare_models

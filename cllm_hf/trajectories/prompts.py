@@ -1,4 +1,4 @@
-"""Prompts, and responses from elsewhere, as tokens: what a collection begins with."""
+"""Prompts, and responses from elsewhere, as tokens: what a collection begins with. Chats are checked and rendered."""
 
 from __future__ import annotations
 
@@ -15,35 +15,29 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..reading import check_unicode
-from .chats import check_chat, render_chat
 
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 Response = str | Sequence[int]
 # Texts at which a tokenizer is looked at before it is believed to add no stop token.
 _MOST_TOLD = 100
+# What datasets call the one who responds; templates know `assistant`.
+_RESPONDERS = ("assistant", "model", "gpt", "bot", "chatbot")
+# Roles that templates know; of others some say nothing and leave the message out.
+_KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_REMEDY = 'Write each message as `{"role": "user", "content": "..."}`'
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """
-    A prompt as tokens.
+    """A prompt as tokens."""
 
-    Attributes:
-        index (`int`): its place in the collection.
-        data_id (`str`): its name in the dataset: that of a `data_id` column, otherwise its place.
-        text (`str`): the prompt as text, with its chat template.
-        prompt_ids (`list[int]`): its tokens.
-        response_ids (`list[int]`, *optional*): a response that was made elsewhere.
-        may_stop (`bool`): whether that response was given as text, in which a stop token does not show.
-    """
-
-    index: int
-    data_id: str
-    text: str
+    index: int  # its place in the collection
+    data_id: str  # its name in the dataset: that of a `data_id` column, otherwise its place
+    text: str  # with its chat template
     prompt_ids: list[int]
-    response_ids: list[int] | None = None
-    may_stop: bool = False
+    response_ids: list[int] | None = None  # a response that was made elsewhere
+    may_stop: bool = False  # that response was given as text, in which a stop token does not show
 
 
 def read_rows(
@@ -51,22 +45,7 @@ def read_rows(
     responses: Iterable[Response] | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[PromptRow]:
-    """
-    Turn prompts and responses into tokens.
-
-    Args:
-        prompts (`Iterable[str | Sequence[dict] | Sequence[int]]` or `datasets.Dataset`): texts, chat messages or token
-            ids; or a dataset with them in a column `prompt`, and maybe columns `response` and `data_id`.
-        responses (`Iterable[str | Sequence[int]]`, *optional*): a response to each, as text or token ids.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): the model's tokenizer.
-
-    Returns:
-        `list[PromptRow]`: in the order of the prompts.
-
-    Raises:
-        ValueError: if there are no prompts, one is of another kind, a chat that the tokenizer's template does not
-            take or that is answered already, or no valid Unicode, or there are more or fewer responses.
-    """
+    """Turn prompts and responses into tokens; `TrajectoryBuilder.collect` says what may be passed."""
     names: list[str] | None = None
     if isinstance(prompts, Dataset):
         columns = prompts.column_names
@@ -99,15 +78,7 @@ def read_rows(
 
 
 def fingerprint_rows(rows: Sequence[PromptRow]) -> str:
-    """
-    A number for a list of prompts and responses, which another list does not have.
-
-    Args:
-        rows (`Sequence[PromptRow]`): the prompts.
-
-    Returns:
-        `str`: hexadecimal.
-    """
+    """A number, in hexadecimal, for a list of prompts and responses, which another list does not have."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.data_id, row.prompt_ids, row.response_ids]).encode())
@@ -115,15 +86,7 @@ def fingerprint_rows(rows: Sequence[PromptRow]) -> str:
 
 
 def find_duplicates(rows: Sequence[PromptRow]) -> set[int]:
-    """
-    Find prompts that stand in the list before, token for token.
-
-    Args:
-        rows (`Sequence[PromptRow]`): the prompts.
-
-    Returns:
-        `set[int]`: the `index` of all but the first of equal ones.
-    """
+    """The `index` of all but the first of prompts that are equal token for token."""
     seen: set[tuple[int, ...]] = set()
     duplicates = set()
     for row in rows:
@@ -136,33 +99,17 @@ def find_duplicates(rows: Sequence[PromptRow]) -> set[int]:
 
 def is_held_out(text: str, fraction: float) -> bool:
     """
-    Say whether a prompt belongs to the test split.
+    Whether a prompt is among the `fraction` of all that belongs to the test split.
 
     The text alone decides. So equal prompts are never on both sides, and a prompt stays on its side when others come
     or go, on another machine, and with another tokenizer.
-
-    Args:
-        text (`str`): the prompt.
-        fraction (`float`): share of all texts that belong there, from 0 to 1.
-
-    Returns:
-        `bool`.
     """
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def check_ids(rows: Sequence[PromptRow], vocab_size: int) -> None:
-    """
-    Check that all tokens are in a vocabulary.
-
-    Args:
-        rows (`Sequence[PromptRow]`): prompts and responses.
-        vocab_size (`int`): tokens that the model has embeddings for.
-
-    Raises:
-        ValueError: for the first prompt or response that has another token.
-    """
+    """Check that all tokens are in a vocabulary."""
     for row in rows:
         for what, ids in (("prompt", row.prompt_ids), ("response", row.response_ids or [])):
             if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
@@ -174,19 +121,10 @@ def check_ids(rows: Sequence[PromptRow], vocab_size: int) -> None:
 
 
 def check_prompt(prompt: Any, name: str) -> None:
-    """
-    Check what can be wrong with a prompt, whatever the tokenizer.
-
-    Args:
-        prompt (`Any`): text, chat messages or token ids.
-        name (`str`): what to call it, such as `"prompt 3"`.
-
-    Raises:
-        ValueError: for text that is no valid Unicode, and as `check_chat`.
-    """
+    """Check what can be wrong with a prompt, whatever the tokenizer; `name` is such as "prompt 3"."""
     if isinstance(prompt, str):
         check_unicode(prompt, name)
-    elif _is_chat(prompt):
+    elif is_chat(prompt):
         check_chat(prompt, name)
 
 
@@ -196,13 +134,8 @@ def encode_prompts(
     """
     Turn texts that go on into tokens: without the stop token that some tokenizers add at the end.
 
-    Args:
-        texts (`Sequence[str]`): the texts.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): the model's tokenizer.
-        adds_special (`bool`): whether it adds its special tokens at the beginning.
-
-    Returns:
-        `list[list[int]]`: tokens of each; none for an empty text of which there is nothing but a stop token.
+    Nothing is left of an empty text of which there is nothing but a stop token. Without `adds_special` the tokenizer
+    adds no special tokens at the beginning either.
     """
     if not texts:
         return []
@@ -248,22 +181,13 @@ def _telling_texts(texts: Iterable[str], tokenizer: Any) -> Iterator[str]:
             yield text
 
 
-def _is_chat(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, (str, bytes))
-        and bool(prompt)
-        and all(isinstance(message, Mapping) for message in prompt)
-    )
-
-
 def _tokenize_prompts(
     prompts: list[Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], list[list[int]], list[bool]]:
     """Texts, tokens, and for each whether the tokenizer adds its special tokens to the text."""
     texts: list[str] = []
-    special: list[bool] = []
     ready: dict[int, list[int]] = {}
+    special = [isinstance(prompt, str) for prompt in prompts]  # a chat template already holds them
     for index, prompt in enumerate(prompts):
         name = f"prompt {index}"
         ids = _as_ids(prompt)
@@ -274,8 +198,7 @@ def _tokenize_prompts(
                 raise ValueError(f"A token id must be at least 0, got {min(ids)} in {name}. Leave labels out.")
             ready[index] = ids
             texts.append(str(tokenizer.decode(ids)))
-        elif _is_chat(prompt):
-            # The template already holds the special tokens.
+        elif is_chat(prompt):
             texts.append(render_chat(prompt, tokenizer, name))
         else:
             raise ValueError(
@@ -283,10 +206,7 @@ def _tokenize_prompts(
                 f"{reprlib.repr(prompt)} as {name}. Pass a column of a dataset, such as `dataset['question']`."
             )
         check_unicode(texts[-1], name)
-        special.append(isinstance(prompt, str))
-    for adds in (True, False):
-        chosen = [index for index, own in enumerate(special) if own == adds and index not in ready]
-        ready.update(zip(chosen, encode_prompts([texts[index] for index in chosen], tokenizer, adds)))
+    ready |= _encode({index: text for index, text in enumerate(texts) if index not in ready}, special, tokenizer)
     return texts, [ready[index] for index in range(len(texts))], special
 
 
@@ -309,16 +229,21 @@ def _tokenize_responses(
                 f"A response must be a text or a list of token ids, got {reprlib.repr(response)} as response {index}."
             )
     # Together with the prompt, since tokenizers begin a text in ways of their own.
-    whole: dict[int, list[int]] = {}
-    for adds in (True, False):
-        chosen = [index for index, own in enumerate(special) if own == adds and index not in ready]
-        joined = [texts[index] + responses[index] for index in chosen]
-        whole.update(zip(chosen, encode_prompts(joined, tokenizer, adds)))
-    for index, ids in whole.items():
+    joined = {index: texts[index] + text for index, text in enumerate(responses) if index not in ready}
+    for index, ids in _encode(joined, special, tokenizer).items():
         before = prompt_ids[index]
         goes_on = ids[: len(before)] == before
         ready[index] = ids[len(before) :] if goes_on else encode_prompts([responses[index]], tokenizer, False)[0]
     return [ready[index] for index in range(len(responses))]
+
+
+def _encode(texts: Mapping[int, str], special: list[bool], tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+    """Tokens of texts by their places, of which `special` says whether the tokenizer adds its special tokens."""
+    encoded: dict[int, list[int]] = {}
+    for adds in (True, False):
+        chosen = [index for index in texts if special[index] == adds]
+        encoded.update(zip(chosen, encode_prompts([texts[index] for index in chosen], tokenizer, adds)))
+    return encoded
 
 
 def _as_ids(value: Any) -> list[int] | None:
@@ -329,3 +254,102 @@ def _as_ids(value: Any) -> list[int] | None:
     if not isinstance(value, Sequence) or not all(isinstance(token, Integral) for token in value):
         return None
     return [int(token) for token in value]
+
+
+def is_chat(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, (str, bytes))
+        and bool(prompt)
+        and all(isinstance(message, Mapping) for message in prompt)
+    )
+
+
+def check_chat(messages: Sequence[Any], name: str, is_answered: bool = False) -> None:
+    """
+    Check that each message has a role and text, and unless the chat is answered, that it waits for a response.
+
+    What a template would fail at, or take in silence, is said with the chat's `name`, such as "prompt 3".
+    """
+    for number, message in enumerate(messages):
+        where = f"message {number} of {name}"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"A chat must be a list of messages, got {reprlib.repr(message)} as {where}. {_REMEDY}.")
+        if not isinstance(message.get("role"), str):
+            shown = f"the keys {', '.join(map(repr, message))}" if "role" not in message else repr(message["role"])
+            remedy = _REMEDY
+            if "from" in message or "value" in message:
+                remedy += (
+                    "; in ShareGPT's form `from` is the role (`human` is `user`, `gpt` is `assistant`) and `value` is "
+                    "the content"
+                )
+            raise ValueError(f"A message must have text in `role`, got {shown} in {where}. {remedy}.")
+        _check_content(message, where)
+    role = messages[-1]["role"]
+    if role.lower() in _RESPONDERS and not is_answered:
+        raise ValueError(
+            f"A chat must end with what the model responds to, got {name}, which ends with a response, of the role "
+            f"{role!r}. Drop that message, or pass its text in `response` (`responses` of the builder)."
+        )
+
+
+def _check_content(message: Mapping[str, Any], where: str) -> None:
+    content = message.get("content")
+    if isinstance(content, str):
+        return
+    if content is None:
+        if message.get("tool_calls") or message.get("function_call"):
+            return
+        raise ValueError(f"A message must have text in `content`, got none in {where}. {_REMEDY}, or leave it out.")
+    if not isinstance(content, Sequence):
+        raise ValueError(f"A message must have text in `content`, got {reprlib.repr(content)} in {where}. {_REMEDY}.")
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
+        if kind != "text":
+            raise ValueError(
+                f"The parts of a message must be text, got {reprlib.repr(part)} in {where}. Trajectories are of text "
+                "alone: leave out such parts, or such prompts."
+            )
+
+
+def render_chat(
+    messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, name: str, is_answered: bool = False
+) -> str:
+    """
+    Turn chat messages into text by the tokenizer's chat template, with its special tokens.
+
+    The template begins a response, unless the messages end with one.
+    """
+    check_chat(messages, name, is_answered)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=not is_answered, tokenize=False)
+    except Exception as error:  # a template is a program of its own: it raises anything
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"Chat messages take a tokenizer with a chat template, got {name} and a tokenizer without one. Use an "
+                "instruct model, set `tokenizer.chat_template`, or pass the prompt as text."
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"The tokenizer's chat template must take the messages, got {name}, at which it fails ({reason}). "
+            f"{_REMEDY}, with roles that the template knows and in an order that it takes, and text instead of a list "
+            "of parts."
+        ) from error
+    _check_rendered(messages, str(text), name)
+    return str(text)
+
+
+def _check_rendered(messages: Sequence[Mapping[str, Any]], text: str, name: str) -> None:
+    """Refuse what a template takes without a word: a list as Python shows it, and a message that it leaves out."""
+    for number, message in enumerate(messages):
+        content, role = message.get("content"), message["role"]
+        if content and not isinstance(content, str) and str(content) in text:
+            raise ValueError(
+                "The tokenizer's chat template takes text alone in `content`, got a list of parts in message "
+                f"{number} of {name}. Join their texts to one."
+            )
+        if isinstance(content, str) and role not in _KNOWN and content.strip() not in text:
+            raise ValueError(
+                f"The tokenizer's chat template leaves out messages of the role {role!r}, got one as message {number} "
+                f"of {name}. {_REMEDY}, with roles that the template knows."
+            )

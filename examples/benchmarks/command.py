@@ -19,8 +19,8 @@ from cllm_hf.evaluation.command import check_source, finish, load_model, load_sh
 from cllm_hf.evaluation.shapes import random_prompts
 from cllm_hf.quiet import quiet_hosts
 from cllm_hf.trajectories.loading import load_trajectories
-from cllm_hf.trajectories.prompt_files import read_prompts
 from cllm_hf.trajectories.schema import FEATURES
+from cllm_hf.trajectories.sources import read_prompts
 
 from .collection import compare_collection, format_collection
 from .collectors import CollectionSetting

@@ -15,8 +15,7 @@ from cllm_hf.loading import load_tokenizer
 from cllm_hf.process import Process
 from cllm_hf.training.progress import show_progress
 from cllm_hf.training.resuming import newest_checkpoint
-from cllm_hf.trajectories.chats import render_chat
-from cllm_hf.trajectories.prompts import encode_prompts
+from cllm_hf.trajectories.prompts import encode_prompts, render_chat
 
 from .model_options import ModelOptions
 from .models import (

@@ -16,8 +16,8 @@ from cllm_hf.evaluation.arguments import SHAPE_NAMES
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, make_methods
 from cllm_hf.evaluation.comparison import BareForward, compare_widths, relative_cost
 from cllm_hf.files import check_writable_file, write_whole
-from cllm_hf.trajectories.prompt_files import read_prompts
 from cllm_hf.trajectories.responding import split_batches
+from cllm_hf.trajectories.sources import read_prompts
 
 
 GREEDY = {"decoding": "autoregressive"}

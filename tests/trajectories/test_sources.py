@@ -6,8 +6,12 @@ import json
 import pytest
 from datasets import Dataset
 
-from cllm_hf.trajectories.prompt_files import read_prompts, read_prompts_and_answers, read_prompts_and_responses
-from cllm_hf.trajectories.sources import read_source
+from cllm_hf.trajectories.sources import (
+    read_prompts,
+    read_prompts_and_answers,
+    read_prompts_and_responses,
+    read_source,
+)
 
 
 RECORDS = [{"question": "What is 2 + 2?", "response": "four"}, {"question": "naïve \u2028 { [", "response": "eight"}]
