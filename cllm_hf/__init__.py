@@ -16,9 +16,8 @@ from .integration import register, set_jacobi_defaults, unregister
 
 if TYPE_CHECKING:
     from .decoding.output import JacobiOutput, JacobiStats
-    from .decoding.registry import register_strategy
     from .decoding.rows import Row
-    from .decoding.strategy import Proposal, Room, Strategy
+    from .decoding.strategy import Proposal, Room, Strategy, register_strategy
     from .evaluation.metrics import DecodingSpeed
     from .export import export_custom_generate
     from .loading import load_cllm
@@ -73,7 +72,7 @@ _LAZY = {
     "Room": ".decoding.strategy",
     "Row": ".decoding.rows",
     "Strategy": ".decoding.strategy",
-    "register_strategy": ".decoding.registry",
+    "register_strategy": ".decoding.strategy",
     "TrajectoryBuilder": ".trajectories.builder",
     "TrajectoryPicture": ".show.picture",
     "TrajectoryStatistics": ".trajectories.statistics",

@@ -14,8 +14,7 @@ from typing import Any
 from transformers import GenerationMixin
 
 from .adapters import HUB_OPTIONS, add_drafter
-from .blocks.drafter import active_lossless_adapter, find_drafter
-from .blocks.gate import is_switched_off
+from .blocks.drafter import active_lossless_adapter, find_drafter, is_switched_off
 from .integration import with_decoding
 
 

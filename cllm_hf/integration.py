@@ -27,10 +27,9 @@ from transformers.integrations import PeftAdapterMixin
 
 from ._host import mark_as_edited
 from .adapters import loading_drafters
-from .blocks.drafter import find_drafter
-from .blocks.gate import is_switched_off, without_adapters
+from .blocks.drafter import find_drafter, is_switched_off, without_adapters
 from .decoding.lossless import warn_without_drafter
-from .decoding.registry import decodings
+from .decoding.strategy import decodings
 from .options import (
     AUTO,
     AUTOREGRESSIVE,

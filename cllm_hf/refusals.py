@@ -11,8 +11,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ._host import has_own_loop, mixes_adapters
 from .blocks.drafter import is_lossless
-from .blocks.limits import limits_of
-from .blocks.support import why_adapter_refused
+from .blocks.limits import limits_of, why_adapter_refused
 from .options import JACOBI, option_of
 
 

@@ -12,8 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cllm_hf import CLLMConfig, CLLMTrainer
 from cllm_hf.blocks.drafter import find_drafter
-from cllm_hf.decoding.drafts import Draft
-from cllm_hf.decoding.lossless import LosslessStrategy, Notes
+from cllm_hf.decoding.lossless import Draft, LosslessStrategy, Notes
 from cllm_hf.demo.problems import make_tokenizer
 from cllm_hf.training.target import make_lossless_config, prepare_drafter
 

@@ -292,7 +292,7 @@ def test_embeddings_that_would_be_forgotten_are_refused():
 
 
 def test_what_belongs_to_the_prompt_alone_is_refused(llama):
-    from cllm_hf.blocks.support import check_model_inputs
+    from cllm_hf.blocks.limits import check_model_inputs
 
     check_model_inputs(llama, {"use_cache": True, "mm_encoder_outputs": {}, "output_attentions": None})
     for value in (torch.ones(1), {"image": object()}, [1]):

@@ -27,7 +27,9 @@ from transformers.cache_utils import (
 )
 
 
-_ROW_WISE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
+# Layers whose tokens can be moved, and those of which each row can lose another number of them.
+_MOVABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+_ROW_WISE_LAYERS = (*_MOVABLE_LAYERS, DynamicIndexedLayer)
 # Layers that replace their tensors and never write into them, so that whoever holds the old ones still has the past.
 _REPLACING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
@@ -40,6 +42,17 @@ def decoder_cache(cache: Cache) -> Cache:
 def rolls_back_rows(cache: Cache) -> bool:
     """Whether `roll_back` can remove a different number of tokens from each row."""
     return type(cache) is DynamicCache and all(type(layer) in _ROW_WISE_LAYERS for layer in cache.layers)
+
+
+def keeps_places(cache: Cache) -> bool:
+    """Whether `keep_places` can keep other places than the first ones."""
+    return type(cache) is DynamicCache and all(type(layer) in _MOVABLE_LAYERS for layer in cache.layers)
+
+
+def _filled_layers(cache: Cache) -> list[Any]:
+    """Layers that hold keys and values."""
+    layers: Any = cache.layers
+    return [layer for layer in layers if layer.is_initialized and not isinstance(layer, DummyLayer)]
 
 
 def stop_recording(cache: Cache) -> None:
@@ -61,12 +74,6 @@ def copy_cache(cache: Cache) -> Cache:
     return copied
 
 
-def keeps_places(cache: Cache) -> bool:
-    """Whether `keep_places` can keep other places than the first ones."""
-    movable = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-    return type(cache) is DynamicCache and all(type(layer) in movable for layer in cache.layers)
-
-
 def keep_places(cache: Cache, paths: list[list[int]], num_fed: int) -> None:
     """Keep some of the tokens of the last forward pass in each row, and align the rows on the right again."""
     if any(path[-1] >= len(path) for path in paths):
@@ -83,10 +90,8 @@ def roll_back(cache: Cache, num_rejected: list[int]) -> None:
     """
     fewest = min(num_rejected)
     if max(num_rejected) > fewest:
-        layers: Any = cache.layers
-        for layer in layers:
-            if layer.is_initialized and not isinstance(layer, DummyLayer):
-                _roll_back_rows(layer, num_rejected)
+        for layer in _filled_layers(cache):
+            _roll_back_rows(layer, num_rejected)
     else:
         cache.crop(-fewest)
 
@@ -99,10 +104,7 @@ def select_rows(cache: Cache, indices: torch.Tensor) -> None:
 
 def drop_leading_columns(cache: Cache, count: int) -> None:
     """Remove columns that are padding in every row."""
-    layers: Any = cache.layers
-    for layer in layers:
-        if not layer.is_initialized or isinstance(layer, DummyLayer):
-            continue
+    for layer in _filled_layers(cache):
         seen = layer.get_seq_length() - count
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = seen
@@ -116,7 +118,10 @@ def drop_leading_columns(cache: Cache, count: int) -> None:
 
 
 def save_states(cache: Cache) -> list[dict[str, Any]]:
-    """Save what a cache holds, so that `restore_states` can put it back."""
+    """
+    Save what a cache holds, so that `restore_states` can put it back: keys and values that grow by concatenation are
+    shared, recurrent and convolutional states, which layers write into, are copied.
+    """
     return [
         {name: _saved(value, isinstance(layer, _REPLACING_LAYERS)) for name, value in vars(layer).items()}
         for layer in cache.layers
@@ -130,9 +135,14 @@ def restore_states(cache: Cache, states: list[dict[str, Any]]) -> None:
 
 
 def save_start(cache: Cache) -> list[Any]:
-    """Save what `restore_start` needs to take a call of `generate` back."""
-    layers: Any = cache.layers
-    return [layer.get_seq_length() if _only_grows(layer) else dict(vars(layer)) for layer in layers]
+    """
+    Save what `restore_start` needs to take a call of `generate` back: of each layer how many columns it holds, where
+    nothing else changes while it grows, or else its attributes.
+    """
+    return [
+        layer.get_seq_length() if type(layer) is DynamicLayer and layer.is_initialized else dict(vars(layer))
+        for layer in cache.layers
+    ]
 
 
 def restore_start(cache: Cache, start: list[Any]) -> None:
@@ -145,10 +155,6 @@ def restore_start(cache: Cache, start: list[Any]) -> None:
         else:
             vars(layer).clear()
             vars(layer).update(saved)
-
-
-def _only_grows(layer: Any) -> bool:
-    return type(layer) is DynamicLayer and layer.is_initialized
 
 
 def _saved(value: Any, is_replaced: bool) -> Any:
@@ -175,10 +181,7 @@ def _move_to_front(cache: Cache, paths: list[list[int]], num_fed: int) -> None:
     """Put the kept places of a forward pass before its others. The layers have just made their tensors for it."""
     places = torch.tensor([path + [place for place in range(num_fed) if place not in path] for path in paths])
     orders: dict[torch.device, torch.Tensor] = {}  # layers may lie on several devices, and most lie on one
-    layers: Any = cache.layers
-    for layer in layers:
-        if not layer.is_initialized or isinstance(layer, DummyLayer):
-            continue
+    for layer in _filled_layers(cache):
         if layer.device not in orders:
             orders[layer.device] = places.to(layer.device, non_blocking=True)[:, None, :, None]
         order = orders[layer.device]

@@ -41,7 +41,7 @@ class NgramIndex:
         self._length = len(text)
 
     def continuations(self, text: list[int], length: int) -> Iterator[list[int]]:
-        """What followed the last tokens of a text before."""
+        """What followed the last tokens of a text before: after the longest matches first, of those the latest."""
         for match in range(min(_LONGEST_MATCH, len(text)), _SHORTEST_MATCH - 1, -1):
             for place in reversed(self._places.get(tuple(text[-match:]), ())):
                 following = text[place : place + length]
@@ -54,9 +54,10 @@ class CandidateNotes(JacobiNotes):
     """What is kept of a row."""
 
     index: NgramIndex = field(default_factory=NgramIndex)  # of its text
-    # guesses that were rejected, from the first wrong token on; the latest first
+    # Drafts that were rejected, from the first wrong token on; the latest first.
     rejected: deque[list[int]] = field(default_factory=lambda: deque(maxlen=_REJECTED_KEPT))
     proposal: Proposal | None = None  # the last one
+    draft: list[int] = field(default_factory=list)  # the first branch of it
 
 
 class CandidateStrategy(JacobiStrategy):
@@ -80,7 +81,7 @@ class CandidateStrategy(JacobiStrategy):
                     break
                 if guess and not any(branch[: len(guess)] == guess for branch in branches):
                     branches.append(guess)
-        notes.proposal = merge_branches(row.anchor, branches)
+        notes.draft, notes.proposal = branches[0], merge_branches(row.anchor, branches)
         return notes.proposal if room.is_tree else Proposal(notes.proposal.token_ids)
 
     def _guesses(self, row: Row, notes: CandidateNotes, length: int) -> Iterator[list[int]]:
@@ -95,9 +96,8 @@ class CandidateStrategy(JacobiStrategy):
         if notes.proposal is None:  # there was no room for one
             return super().observe(row, path, predictions)
         notes.rest = [predictions[place] for place in places_after(notes.proposal, path[-1])]
-        wrong = first_branch(notes.proposal)[len(path) :]
-        if wrong:
-            notes.rejected.appendleft([notes.proposal.token_ids[place] for place in wrong])
+        if len(notes.draft) >= len(path):
+            notes.rejected.appendleft(notes.draft[len(path) - 1 :])
         notes.proposal = None
 
     def notes_of(self, row: Row) -> CandidateNotes:
@@ -123,15 +123,10 @@ def merge_branches(anchor: int, branches: list[list[int]]) -> Proposal:
 
 
 def places_after(proposal: Proposal, place: int) -> list[int]:
-    """Follow a branch of a tree to its end, by the first of several."""
+    """The places after one of a tree, to the end of its branch, by the first of several."""
     places: list[int] = []
     parents = proposal.parents or []
     for child in range(place + 1, len(parents)):
         if parents[child] == (places[-1] if places else place):
             places.append(child)
     return places
-
-
-def first_branch(proposal: Proposal) -> list[int]:
-    """Places of the first branch of a tree, the anchor among them."""
-    return [0, *places_after(proposal, 0)]

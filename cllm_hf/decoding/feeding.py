@@ -1,79 +1,88 @@
-"""The model's side of the loop: what is fed in each forward pass, and the mask and positions that go with it."""
+"""
+The model's side of the loop: what is fed in each forward pass, and the mask and positions that go with it.
+
+A forward pass is over the `pending` tokens of each row, which the model does not remember, the anchor last, and over
+the rest of its proposal. Rows of a batch end in the same column: those that are behind have padding on the left, which
+the attention mask hides. There is no mask while there is no padding.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..blocks.forward import tree_attention_mask
-from ..blocks.limits import count_positions, needs_same_length
-from ..blocks.support import (
+from ..blocks.limits import (
     check_embeds,
     check_model,
     check_model_inputs,
     check_positions,
     check_trees,
+    count_positions,
+    needs_same_length,
 )
 from .caches import roll_back_columns
-from .inputs import GrowingInputs
-from .memory import choose_memory
+from .memory import choose_memory, make_static_memory
 from .rows import Pending, Row, Verdict
-from .static import make_static_memory
-from .strategy import Proposal, Room
+from .strategy import Proposal, Room, Strategy, is_drafting
 
 
 # Memory follows the text, not a number of the caller: a draft beyond this is at most as long as the text before it.
 _LONGEST_DRAFT = 1024
 # Of the mask of a prompt with a tree after it, in pairs of tokens: 16 MiB as a mask of truth values.
 _LARGEST_PREFILL_MASK = 2**24
+# Types of tokens that say only where an image or a sound stands: 0 for text.
+_MODAL_TYPES = ("mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 class Feed:
-    """Feeds the model what it does not remember of each row, and a proposal after it."""
+    """
+    Feeds the model what it does not remember of each row, and a proposal after it.
+
+    `rows` are those that are still decoded; `memory` is what the model remembers, and another one may show in the
+    prefill; `same_length` says whether all rows must commit equally many tokens.
+    """
 
     def __init__(
         self,
         model: Any,
-        input_ids: torch.Tensor,
-        model_kwargs: dict[str, Any],
+        input_ids: torch.Tensor,  # [batch_size, prompt_length], padded on the left
+        model_kwargs: dict[str, Any],  # as transformers prepared them
+        strategy: Strategy,
         *,
         max_block_size: int,
         num_new_tokens: int,
-        needs_tree: bool = False,
-        keeps_branches: bool | None = None,
-        drafts_in_prefill: bool = False,
-        num_drafting: int = 0,
-        compile_options: GenerationConfig | None = None,
-        context_ids: torch.Tensor | None = None,
-        num_given: int | None = None,
-        is_user_cache: bool = False,
+        compile_options: GenerationConfig | None,  # has forward passes compiled, where the model can
+        context_ids: torch.Tensor | None,  # [batch_size, context_length]: what an encoder has read
+        num_given: int | None,  # length of the prompt with its cached part, where `input_ids` lacks that
+        is_user_cache: bool,
     ):
-        self.model = model
-        batch_size = input_ids.shape[0]
+        self.model, self._device, batch_size = model, input_ids.device, input_ids.shape[0]
         self._growing = growing = GrowingInputs.taken_from(model, model_kwargs)
         mask, embeds = growing.mask, growing.embeds
+        self._needs_tree, self._drafts_in_prefill = strategy.needs_tree, is_drafting(strategy)
+        self._keeps_branches = strategy.keeps_branches if is_drafting(strategy) else strategy.needs_tree
         check_model(model, batch_size, is_padded=mask is not None)
         num_prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
         static = None
         if compile_options is not None:
             max_columns = num_prompt + num_new_tokens + max_block_size
+            num_drafting = strategy.count_drafting(max_block_size) if is_drafting(strategy) else 0
             static = make_static_memory(
                 model, model_kwargs, batch_size, max_columns, num_drafting, is_user_cache, compile_options
             )
         self.memory = static or choose_memory(model, model_kwargs, batch_size, is_user_cache)
-        self._needs_tree, self._drafts_in_prefill = needs_tree, drafts_in_prefill
-        self._keeps_branches = needs_tree if keeps_branches is None else keeps_branches
         check_model_inputs(model, model_kwargs)
         check_embeds(model, embeds, self.memory.cache is not None)
         self._kwargs = model_kwargs
 
         num_new = _count_new(num_prompt, self.memory.num_cached, num_given)
-        self._device = input_ids.device
         self._embeds = None if embeds is None else embeds[:, -num_new:]
-        self._mask = mask  # of remembered and new columns; `None` while there is no padding
+        self._mask = mask  # of remembered and new columns
         # A tree's anchor sees itself, which one that is padding does not.
         self._ends_in_padding = mask is not None and not bool(mask[:, -1].all())
         self.rows = _make_rows(input_ids, growing, context_ids, num_new, model)
@@ -84,7 +93,7 @@ class Feed:
         self._is_prefill = True
         self._num_fed = 1  # anchor and draft, or tree, of the last forward pass
         counts_columns = needs_same_length(model) or self._drops_positions()
-        if needs_tree:
+        if self._needs_tree:
             check_trees(model, counts_columns)
             self._check_keeps_places()
         self.same_length = self.memory.same_length or counts_columns
@@ -92,7 +101,7 @@ class Feed:
         self._num_positions = count_positions(model)
 
     def room(self, block_size: int) -> Room:
-        """How much can be proposed for the next forward pass."""
+        """What can be proposed for a forward pass that checks so many positions: nothing where it would not pay."""
         depth = block_size - 1
         # Token ids cannot follow a prompt of embeddings.
         if self._is_prefill and (self._embeds is not None or not self.memory.drafts_in_prefill):
@@ -106,15 +115,11 @@ class Feed:
             depth = min(depth, max(self._num_positions - 1 - max(map(self._position, self.rows)), 0))
         return Room(depth, self._needs_tree and self._has_room_for_tree(), self.memory.fixed_shape)
 
-    def _has_room_for_tree(self) -> bool:
-        if not self._is_prefill:
-            return True
-        num_fed = len(self.rows[0].pending.ids)
-        is_short = len(self.rows) * num_fed * (self.memory.num_cached + num_fed) <= _LARGEST_PREFILL_MASK
-        return self._drafts_in_prefill and is_short and not self._ends_in_padding
-
     def forward(self, proposals: list[Proposal]) -> torch.Tensor:
-        """Run the model over what it does not remember and the proposals."""
+        """
+        Run the model over pending tokens and proposals, which are equally long. Returns logits from the anchor on:
+        `[num_rows, num_places, vocab_size]`.
+        """
         num_fed = self._num_fed = len(proposals[0].token_ids)
         last_position = self._last_position
         if self._num_positions is not None:
@@ -132,36 +137,6 @@ class Feed:
         if not proposals[0].is_chain:
             inputs["attention_mask"] = self._tree_mask(proposals)
         return self.memory.call(self.model, **inputs, return_dict=True).logits[:, -num_fed:]
-
-    def _prepare(self, fed: list[Pending]) -> dict[str, Any]:
-        """Inputs of a forward pass."""
-        growing = self._growing
-        kwargs = {**self._kwargs, **self.memory.model_inputs}
-        if fed[0].positions is not None:
-            positions = self._to_tensor([row.positions for row in fed])
-            kwargs[growing.prefix + "position_ids"] = growing.on_all_axes(positions)
-        if fed[0].token_types is not None:
-            kwargs["token_type_ids"] = self._to_tensor([row.token_types for row in fed])
-        ids = self._to_tensor([row.ids for row in fed])
-        kwargs.update(dict.fromkeys(growing.zeros, torch.zeros_like(ids)))
-        if self._mask is not None:
-            kwargs[growing.prefix + "attention_mask"] = self._mask
-        if self._embeds is not None:
-            kwargs["inputs_embeds"] = self._embeds
-        return self.model.prepare_inputs_for_generation(ids, is_first_iteration=self._is_prefill, **kwargs)
-
-    def _drops_positions(self) -> bool:
-        """Whether the model finds positions by counting columns, though its `forward` takes positions."""
-        pending = [row.pending for row in self.rows]
-        if pending[0].positions is None or (len(pending) == 1 and not self._needs_tree):
-            return False  # nothing to tell apart
-        return self._prepare(pending).get(self._growing.prefix + "position_ids") is None
-
-    def _position(self, row: Row) -> int:
-        """Position of the anchor."""
-        if row.pending.positions is not None:
-            return row.pending.positions[-1]
-        return self.memory.num_cached + len(row.pending.ids) - 1
 
     def advance(self, verdicts: list[Verdict], finished: list[bool]) -> None:
         """Let go of rejected tokens and of finished rows; what was committed comes next."""
@@ -190,6 +165,13 @@ class Feed:
         self._embeds = None
         self._is_prefill = False
 
+    def _drops_positions(self) -> bool:
+        """Whether the model finds positions by counting columns, though its `forward` takes positions."""
+        pending = [row.pending for row in self.rows]
+        if pending[0].positions is None or (len(pending) == 1 and not self._needs_tree):
+            return False  # nothing to tell apart
+        return self._prepare(pending).get(self._growing.prefix + "position_ids") is None
+
     def _check_keeps_places(self) -> None:
         if not self._needs_tree or self.memory.keeps_places:
             return
@@ -199,6 +181,38 @@ class Feed:
                 "not have here. Drop what turns it off (`use_cache=False`, `jacobi_compile=True`, a static cache), or "
                 'what asks for trees (`jacobi_candidates`, `decoding="lossless"`).'
             )
+
+    def _position(self, row: Row) -> int:
+        """Position of the anchor."""
+        if row.pending.positions is not None:
+            return row.pending.positions[-1]
+        return self.memory.num_cached + len(row.pending.ids) - 1
+
+    def _has_room_for_tree(self) -> bool:
+        if not self._is_prefill:
+            return True
+        num_fed = len(self.rows[0].pending.ids)
+        is_short = len(self.rows) * num_fed * (self.memory.num_cached + num_fed) <= _LARGEST_PREFILL_MASK
+        return self._drafts_in_prefill and is_short and not self._ends_in_padding
+
+    def _prepare(self, fed: list[Pending]) -> dict[str, Any]:
+        """Inputs of a forward pass."""
+        growing = self._growing
+        kwargs = {**self._kwargs, **self.memory.model_inputs}
+        if fed[0].positions is not None:
+            positions = self._to_tensor([row.positions for row in fed])
+            if growing.num_axes:
+                positions = positions.expand(growing.num_axes, -1, -1)
+            kwargs[growing.prefix + "position_ids"] = positions
+        if fed[0].token_types is not None:
+            kwargs["token_type_ids"] = self._to_tensor([row.token_types for row in fed])
+        ids = self._to_tensor([row.ids for row in fed])
+        kwargs.update(dict.fromkeys(growing.zeros, torch.zeros_like(ids)))
+        if self._mask is not None:
+            kwargs[growing.prefix + "attention_mask"] = self._mask
+        if self._embeds is not None:
+            kwargs["inputs_embeds"] = self._embeds
+        return self.model.prepare_inputs_for_generation(ids, is_first_iteration=self._is_prefill, **kwargs)
 
     def _next_pending(self, row: Row, verdict: Verdict, num_kept: int, width: int | None) -> Pending:
         """What is fed next: the new anchor, and before it what is not remembered, in rows as long as the longest."""
@@ -315,3 +329,50 @@ def _rows_of(value: Any, indices: torch.Tensor) -> Any:
     if isinstance(value, ModelOutput):
         return type(value)(**{name: _rows_of(part, indices) for name, part in value.items()})
     return value
+
+
+@dataclass(frozen=True)
+class GrowingInputs:
+    """Inputs of a call that grow with the text, as transformers prepared them."""
+
+    prefix: str  # "decoder_" or none: stands before the names of mask and positions
+    mask: torch.Tensor | None  # [batch_size, length]
+    positions: torch.Tensor | None  # [batch_size or 1, length]
+    # Axes that the model counts positions along (time, height and width of an image), where text has the same ones;
+    # 0 where positions have no such dimension.
+    num_axes: int
+    token_types: torch.Tensor | None  # [batch_size, length]
+    zeros: tuple[str, ...]  # inputs that are 0 at every token of a text
+    embeds: torch.Tensor | None  # [batch_size, length, hidden_size]: the prompt, if not as ids
+
+    @classmethod
+    def taken_from(cls, model: PreTrainedModel, model_kwargs: dict[str, Any]) -> GrowingInputs:
+        """Those of a call, which are taken out of its inputs; an error where positions are not those of text alone."""
+        prefix = "decoder_" if model.config.is_encoder_decoder else ""
+        names = (prefix + "attention_mask", prefix + "position_ids", "token_type_ids", "inputs_embeds")
+        mask, positions, token_types, embeds = (model_kwargs.pop(name, None) for name in names)
+        zeros = tuple(name for name in _MODAL_TYPES if _is_zero(model_kwargs.get(name)))
+        for name in zeros:
+            del model_kwargs[name]
+        num_axes = 0
+        if positions is not None and positions.dim() == 3:
+            num_axes, positions = len(positions), _on_one_axis(positions, mask)
+        return cls(prefix, mask, positions, num_axes, token_types, zeros, embeds)
+
+
+def _is_zero(values: Any) -> bool:
+    return isinstance(values, torch.Tensor) and not bool(values.any())
+
+
+def _on_one_axis(positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    first = positions[0]
+    differs = (positions != first).any(dim=0)
+    if mask is not None:
+        differs = differs & mask[:, mask.shape[1] - first.shape[1] :].bool()  # padding stands anywhere
+    if differs.any():
+        raise ValueError(
+            f'`decoding="jacobi"` supports positions of text, which are the same along each of {len(positions)} axes, '
+            "got others, as an image has them. Leave images and videos out, or pass "
+            '`decoding="autoregressive"`.'
+        )
+    return first

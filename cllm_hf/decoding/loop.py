@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import torch
 from transformers import (
-    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -31,45 +30,43 @@ from ..options import JacobiOptions
 from .block_size import Pace, make_pace
 from .feeding import Feed
 from .output import JacobiOutput, JacobiStats
-from .registry import make_strategy
 from .rows import Row
 from .sampling import GumbelNoise
-from .stepwise import StepwiseVerifier, depends_on_call_order
-from .strategy import Proposal, Room, Strategy, check_proposals, is_drafting, level
-from .verify import Verifier, takes_all_at_once
+from .strategy import Proposal, Room, Strategy, check_proposals, is_drafting, level, make_strategy
+from .verify import Verifier, make_verifier
 
 
 def decode(
     model: PreTrainedModel,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor,  # [batch_size, prompt_length], padded on the left; of length 0 with `inputs_embeds`
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     *,
     options: JacobiOptions,
-    strategy_name: str = "jacobi",
-    context_ids: torch.Tensor | None = None,
-    streamer: BaseStreamer | None = None,
-    num_given: int | None = None,
-    is_user_cache: bool = False,
+    strategy_name: str,
+    streamer: BaseStreamer | None,
+    context_ids: torch.Tensor | None,  # [batch_size, context_length]: what an encoder has read, to draw drafts from
+    num_given: int | None,  # length of the attention mask that the user passed, cached tokens included
+    is_user_cache: bool,  # whether `past_key_values` comes from the user
     **model_kwargs: Any,
 ) -> JacobiOutput | torch.Tensor:
-    """Decode several tokens a forward pass, and return exactly the tokens of decoding one at a time."""
+    """
+    Decode several tokens a forward pass, and return exactly the tokens of decoding one at a time:
+    `[batch_size, sequence_length]`, in a `JacobiOutput` with `return_dict_in_generate`.
+    """
     batch_size, prompt_length = input_ids.shape
     strategy = make_strategy(strategy_name, options, model)
     largest = strategy.largest_block_size if is_drafting(strategy) else None
     pace = make_pace(model, options.block_size, (strategy_name, options.candidates), largest)
-    max_length = length_limit(stopping_criteria, prompt_length)
+    max_length = _length_limit(stopping_criteria, prompt_length)
     feed = Feed(
         model,
         input_ids,
         model_kwargs,
+        strategy,
         max_block_size=pace.max_block_size,
         num_new_tokens=max_length - prompt_length,
-        needs_tree=strategy.needs_tree,
-        keeps_branches=strategy.keeps_branches if is_drafting(strategy) else strategy.needs_tree,
-        drafts_in_prefill=is_drafting(strategy),
-        num_drafting=strategy.count_drafting(pace.max_block_size) if is_drafting(strategy) else 0,
         compile_options=generation_config if options.compile else None,
         context_ids=context_ids,
         num_given=num_given,
@@ -95,7 +92,7 @@ def decode(
         feed.memory.close()
         if streamer is not None:
             streamer.end()
-        sequences = lay_out_sequences(input_ids, all_rows, verifier.pad_id)
+        sequences = _lay_out_sequences(input_ids, all_rows, verifier.pad_id)
         if not generation_config.return_dict_in_generate:
             return sequences
         # A recurrent state may lag behind the text, and the cache of a batch has lost the rows that finished.
@@ -108,23 +105,24 @@ def decode(
 
 
 def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> None:
-    """One forward pass, and what came of it."""
+    """One forward pass, and what came of it: propose, run the model, verify, keep."""
     rows = feed.rows
     # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
     limit = verifier.max_length - max(row.length for row in rows)
-    if feed.memory.fixed_shape:
-        limit = pace.max_block_size
-    room = feed.room(pace.block_size(len(rows), limit))
-    proposals = _propose(strategy, rows, room, verifier, must_fill=feed.memory.fixed_shape)
+    room = feed.room(pace.block_size(len(rows), pace.max_block_size if feed.memory.fixed_shape else limit))
+    proposals = _propose(strategy, rows, room, verifier)
+
     num_drafting = strategy.begin(proposals) if is_drafting(strategy) else 0
-    logits = feed.forward(proposals)
+    logits = feed.forward(proposals)  # [num_rows, num_places, vocab_size]
     num_verified = logits.shape[1] - num_drafting
+
     verdicts = verifier.verify(rows, proposals, logits[:, :num_verified])
     for row, verdict in zip(rows, verdicts):
         row.commit(verdict)
     if is_drafting(strategy):
         strategy.draft(rows, verdicts, logits[:, num_verified:], verifier.guess)
     del logits  # large in the prefill
+
     feed.advance(verdicts, verifier.finished(rows))
     pace.record(room.depth + 1, [len(verdict.token_ids) for verdict in verdicts])
     left = {row.index for row in feed.rows}
@@ -133,7 +131,8 @@ def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> 
             strategy.observe(row, verdict.path, verdict.predictions)
 
 
-def _propose(strategy: Strategy, rows: list[Row], room: Room, verifier: Verifier, must_fill: bool) -> list[Proposal]:
+def _propose(strategy: Strategy, rows: list[Row], room: Room, verifier: Verifier) -> list[Proposal]:
+    """Equally long proposals of all rows, whether a strategy is asked for them or not."""
     if room.depth == 0:
         return [Proposal(row.pending.ids[-1:] or [0]) for row in rows]  # a prompt of embeddings has no ids
     going = [row for row in rows if not verifier.takes_padding(row)]
@@ -146,47 +145,10 @@ def _propose(strategy: Strategy, rows: list[Row], room: Room, verifier: Verifier
         padding = [verifier.pad_id] * (len(shape.token_ids) - 1)
         by_index = {row.index: proposal for row, proposal in zip(going, proposals)}
         proposals = [by_index.get(row.index) or replace(shape, token_ids=[row.anchor, *padding]) for row in rows]
-    return level(proposals, room.depth + 1 if must_fill else 0)
+    return level(proposals, room.depth + 1 if room.must_fill else 0)
 
 
-def make_verifier(
-    input_ids: torch.Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    *,
-    pad_id: int | None,
-    max_length: int,
-    streamer: BaseStreamer | None,
-    same_length: bool,
-    has_fixed_shape: bool,
-    noise: GumbelNoise | None,
-) -> Verifier:
-    """Choose how forward passes are verified: all places at once, or one position after the other."""
-    batch_size, stop_ids = len(input_ids), find_stop_ids(stopping_criteria)
-    has_other_rules = {type(criterion) for criterion in stopping_criteria} != {MaxLengthCriteria}
-    # Rows that have ended stay in the batch, as in transformers, where a processor or criterion may notice, and where
-    # they go on in the end: without a stop token transformers does not pad them.
-    leave_together = batch_size > 1 and (
-        has_fixed_shape
-        or (not stop_ids and has_other_rules)
-        or depends_on_call_order(logits_processor, stopping_criteria)
-    )
-    options: dict[str, Any] = {
-        "max_length": max_length,
-        "stop_ids": stop_ids,
-        "pad_id": (stop_ids or [0])[0] if pad_id is None else pad_id,
-        "logits_processor": logits_processor,
-        "streamer": streamer,
-        "same_length": batch_size > 1 and (same_length or streamer is not None),
-        "leave_together": leave_together,
-        "noise": noise,
-    }
-    if takes_all_at_once(logits_processor, stopping_criteria, streamer, batch_size):
-        return Verifier(**options)
-    return StepwiseVerifier(input_ids, stopping_criteria, **options)
-
-
-def lay_out_sequences(input_ids: torch.Tensor, rows: list[Row], pad_id: int) -> torch.Tensor:
+def _lay_out_sequences(input_ids: torch.Tensor, rows: list[Row], pad_id: int) -> torch.Tensor:
     """Lay out prompts and committed tokens as transformers does."""
     prompt_length = input_ids.shape[1]
     sequences = input_ids.new_full((len(rows), max(row.length for row in rows)), pad_id)
@@ -198,16 +160,10 @@ def lay_out_sequences(input_ids: torch.Tensor, rows: list[Row], pad_id: int) -> 
     return sequences
 
 
-def length_limit(stopping_criteria: StoppingCriteriaList, prompt_length: int) -> int:
+def _length_limit(stopping_criteria: StoppingCriteriaList, prompt_length: int) -> int:
     """Length at which every row ends."""
     limits = [criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
     return max(math.ceil(min(limits)), prompt_length + 1)  # the limit may be no integer
-
-
-def find_stop_ids(stopping_criteria: StoppingCriteriaList) -> list[int]:
-    """Stop tokens of all criteria: empty if there are none."""
-    criteria = [criterion for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
-    return [token for criterion in criteria for token in criterion.eos_token_id.flatten().tolist()]
 
 
 def _noise(generation_config: GenerationConfig, batch_size: int, seed: int | None) -> GumbelNoise | None:

@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..blocks.drafter import Drafter, active_lossless_adapter, find_drafter, is_lossless
-from ..blocks.gate import AdapterGate
+from ..blocks.drafter import AdapterGate, Drafter, active_lossless_adapter, find_drafter, is_lossless
 from ..options import JacobiOptions
-from .drafts import Draft, lay_out_masks
 from .rows import Row, Verdict
 from .strategy import Guess, Proposal, Room
 
@@ -43,7 +41,13 @@ class Notes:
 
 
 class LosslessStrategy:
-    """Drafts by the gated adapter of a model."""
+    """
+    Drafts by the gated adapter of a model.
+
+    `num_blocks` is the most places of a draft after which a forward pass drafts on, those where acceptance most likely
+    ends; by default all. `num_candidates` tokens of a draft stand beside as many as a chain has: the drafter's further
+    choices.
+    """
 
     needs_tree = True
 
@@ -163,6 +167,109 @@ def _check_finite(is_finite: bool) -> None:
             "of the base model in the same forward pass. Train it with a lower `learning_rate`, run the model in "
             'bfloat16 instead of float16, or pass `decoding="autoregressive"`.'
         )
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A tree of guesses of what follows a text. Place 0 is the anchor; the first guess has place 1."""
+
+    token_ids: list[int] = field(default_factory=list)  # the guesses
+    parents: list[int] = field(default_factory=list)  # the place before each; smaller than its own. Siblings differ
+    reached: list[float] = field(default_factory=list)  # how likely each is accepted, with all before it
+
+    @classmethod
+    def chain(cls, token_ids: Sequence[int], probabilities: Sequence[float]) -> Draft:
+        """A draft of one guess a token; `probabilities` are those of each to be accepted once those before it are."""
+        reached, share = [], 1.0
+        for probability in probabilities:
+            share *= probability
+            reached.append(share)
+        return cls(list(token_ids), list(range(len(token_ids))), reached)
+
+    @classmethod
+    def best_of(cls, levels: Sequence[Sequence[tuple[int, int, float]]], num_others: int) -> Draft:
+        """
+        The best path through a beam, then the best other guesses by their summed log-probability, at most this many.
+
+        `levels` has for each distance from the text the guesses, best first: token, number of the guess before it in
+        the level before, and log-probability of it and all before it. A draft holds no guess without the one before.
+        """
+        number, path = 0, []
+        for depth in reversed(range(len(levels))):
+            path.append((depth, number))
+            number = levels[depth][number][1]
+        chosen = path[::-1]
+        others = [(depth, number) for depth, level in enumerate(levels) for number in range(len(level))]
+        others = sorted(set(others) - set(chosen), key=lambda one: (-levels[one[0]][one[1]][2], one))
+        places: dict[tuple[int, int], int] = {}
+        draft = cls()
+        for depth, number in [*chosen, *others[:num_others]]:
+            token, before, score = levels[depth][number]
+            if depth and (depth - 1, before) not in places:
+                continue  # rounding has made a guess likelier than what it follows
+            places[depth, number] = len(draft.token_ids) + 1
+            draft.token_ids.append(token)
+            draft.parents.append(places[depth - 1, before] if depth else 0)
+            draft.reached.append(math.exp(score))
+        return draft
+
+    def fitted(self, num_tokens: int, filler: int) -> Draft:
+        """A chain cut or filled to this many guesses, by a token that is as good a guess as any."""
+        missing = max(num_tokens - len(self.token_ids), 0)
+        last = range(len(self.token_ids), len(self.token_ids) + missing)  # each after the one before it
+        return Draft(
+            [*self.token_ids[:num_tokens], *[filler] * missing],
+            [*self.parents[:num_tokens], *last],
+            [*self.reached[:num_tokens], *[0.0] * missing],
+        )
+
+    def widened(self, num_tokens: int) -> Draft:
+        """
+        A tree filled up to this many guesses by some that nobody has made, side by side after the anchor: no branch
+        gets any longer.
+        """
+        missing = num_tokens - len(self.token_ids)
+        unused = [token for token in range(num_tokens) if token not in self.token_ids]  # siblings differ
+        return Draft(
+            [*self.token_ids, *unused[:missing]],
+            [*self.parents, *[0] * missing],
+            [*self.reached, *[0.0] * missing],
+        )
+
+    def within(self, depth: int) -> Draft:
+        """A draft with no branch of more tokens than this."""
+        kept = Draft()
+        places, depths = {0: 0}, {0: 0}
+        for place, guess in enumerate(zip(self.token_ids, self.parents, self.reached), start=1):
+            token, parent, reached = guess
+            depths[place] = depths[parent] + 1
+            if depths[place] > depth:
+                continue
+            places[place] = len(kept.token_ids) + 1
+            kept.token_ids.append(token)
+            kept.parents.append(places[parent])
+            kept.reached.append(reached)
+        return kept
+
+    def likeliest_ends(self, most: int | None = None) -> list[int]:
+        """The places where acceptance most likely ends, in order; by default all."""
+        places = list(range(len(self.token_ids) + 1))
+        if most is None or most >= len(places):
+            return places
+        ends = [1.0, *self.reached]  # reached, and nothing after it is
+        for parent, reached in zip(self.parents, self.reached):
+            ends[parent] -= reached
+        return sorted(sorted(places, key=lambda place: -ends[place])[:most])
+
+
+def lay_out_masks(parents: Sequence[int], places: Sequence[int], num_masks: int) -> tuple[list[int], list[bool]]:
+    """Parents and flags of a `Proposal`: the anchor, a draft, and a block of masks after each of some places."""
+    laid_out = [-1, *parents]
+    num_verified = len(laid_out)
+    for place in places:
+        first = len(laid_out)
+        laid_out += [place, *range(first, first + num_masks - 1)]
+    return laid_out, [False] * num_verified + [True] * (len(places) * num_masks)
 
 
 def make_lossless(model: Any, options: JacobiOptions) -> LosslessStrategy:

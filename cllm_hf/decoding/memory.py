@@ -1,26 +1,33 @@
 """
 What a model remembers of the tokens it has been fed, and how it forgets the rejected ones among them.
 
-There are three ways, and `choose_memory` picks one for a model and its cache:
+`choose_memory` picks one of three ways for a model and its cache:
 
+- `Memory` itself: nothing is remembered; every forward pass is over the whole sequence.
 - `CroppedMemory`: a key/value cache, from which rejected tokens are cut out.
 - `ReplayedMemory`: a recurrent state, which is put back when a token was rejected; the tokens since then are fed again
   together with the next draft.
-- `NoMemory`: nothing; every forward pass is over the whole sequence.
 
-`StaticMemory` (`static.py`) is the first of them in tensors of fixed shape, for a compiled model.
+`make_static_memory` makes a fourth one, a cache of fixed shape for a compiled model, where the model allows it.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers.cache_utils import (
+    BaseQuantizedLayer,
+    Cache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
+from transformers.utils import logging
 
-from ..blocks.limits import forgets_between_steps
+from .._host import attention_implementation, compiles_whole
+from ..blocks.limits import count_positions, limits_of
 from .caches import (
     copy_cache,
     decoder_cache,
@@ -37,28 +44,43 @@ from .caches import (
 )
 
 
-# The host gives the caches of some models another name.
-CACHE_NAMES = ("past_key_values", "cache_params")
+# transformers gives the caches of some models another name.
+_CACHE_NAMES = ("past_key_values", "cache_params")
+# A compiled graph depends on the length of the cache: round it up, and never shorten it, so that calls share a graph.
+_LENGTH_STEP = 256
+_LENGTH_SO_FAR = "_cllm_hf_cache_length"  # attribute of a model
 
 
-class Memory(ABC):
-    """What the loop asks of a memory."""
+class Memory:
+    """What the loop asks of a memory; this one remembers nothing."""
 
-    cache: Cache | None = None
-    same_length = False
-    drafts_in_prefill = True
+    cache: Cache | None = None  # handed to the model
+    same_length = False  # whether all rows must commit equally many tokens
+    drafts_in_prefill = True  # whether a draft may follow the prompt in the first forward pass
+    fixed_shape = False  # whether all forward passes after the prefill must be over equally many tokens
+    # Whether a rejected token has others fed again, so that now and then a forward pass without a draft is worth its
+    # while, after which all are remembered.
     replays = False
-    fixed_shape = False
 
     @property
     def num_cached(self) -> int:
-        """`int`: tokens that need not be fed again."""
+        """Tokens that need not be fed again."""
         return 0
 
     @property
-    @abstractmethod
     def model_inputs(self) -> dict[str, Any]:
-        """`dict`: arguments of the forward pass."""
+        """Arguments of the forward pass."""
+        return {"use_cache": False}
+
+    @property
+    def keeps_places(self) -> bool:
+        """Whether `settle` can keep other places than the first ones, as trees need it."""
+        return False
+
+    @property
+    def hides_places(self) -> bool:
+        """Whether a mask can say which of the last places see which, while the first ones are kept."""
+        return self.keeps_places
 
     def begin(self, draft_length: int) -> None:
         """Prepare for a forward pass that ends in a draft of this length."""
@@ -67,26 +89,19 @@ class Memory(ABC):
         """Run the model."""
         return model(**inputs)
 
-    @property
-    def keeps_places(self) -> bool:
-        """`bool`: whether `settle` can keep other places than the first ones, as trees need it."""
-        return False
-
-    @property
-    def hides_places(self) -> bool:
-        """`bool`: whether a mask can say which of the last places see which, while the first ones are kept."""
-        return self.keeps_places
-
-    @abstractmethod
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
-        """Forget the rejected tokens of the last forward pass."""
+        """
+        Forget the rejected ones of the last `num_fed` tokens, the anchor and the draft or tree: all whose places are
+        not in a row's path. Says whether the others are remembered, so that they need not be fed again.
+        """
+        return False
 
     def after_prefill(self) -> Memory:
         """The memory to go on with, now that the model has shown what its cache holds."""
         return self
 
     def select(self, indices: torch.Tensor) -> None:
-        """Keep these rows (`torch.LongTensor` of shape `(num_rows,)`) only."""
+        """Keep these rows only."""
 
     def drop_leading(self, count: int) -> None:
         """Forget this many first columns, which are padding in all rows."""
@@ -98,19 +113,8 @@ class Memory(ABC):
         """Take back what was done to a cache of the user. Must not raise: another exception is on its way."""
 
 
-class NoMemory(Memory):
-    """Nothing is remembered: every forward pass is over the whole sequence."""
-
-    @property
-    def model_inputs(self) -> dict[str, Any]:
-        return {"use_cache": False}
-
-    def settle(self, paths: list[list[int]], num_fed: int) -> bool:
-        return False
-
-
 class CroppedMemory(Memory):
-    """A key/value cache, from which rejected tokens are cut out."""
+    """A key/value cache; one that the user holds too is put back as it was if the call fails."""
 
     def __init__(self, cache: Cache, batch_size: int, is_user_cache: bool = False):
         self.cache: Cache = cache
@@ -126,22 +130,22 @@ class CroppedMemory(Memory):
     def model_inputs(self) -> dict[str, Any]:
         return {"past_key_values": self.cache, "use_cache": True}
 
+    @property
+    def keeps_places(self) -> bool:
+        return keeps_places(self.cache)
+
     def begin(self, draft_length: int) -> None:
         if not self._is_recording:
             self.cache.activate_past_recording()
             self._is_recording = True
-
-    @property
-    def keeps_places(self) -> bool:
-        return keeps_places(self.cache)
 
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
         keep_places(self.cache, paths, num_fed)
         return True
 
     def after_prefill(self) -> Memory:
-        if self.cache.get_seq_length() == 0:  # the model takes no cache, and the host gives it one nevertheless
-            return NoMemory()
+        if self.cache.get_seq_length() == 0:  # the model takes no cache, and transformers gives it one nevertheless
+            return Memory()
         if not self.cache.is_croppable:
             raise ValueError(
                 '`decoding="jacobi"` takes back rejected tokens, which the cache of this model does not allow. Pass '
@@ -164,7 +168,7 @@ class CroppedMemory(Memory):
 
 
 class ReplayedMemory(Memory):
-    """A recurrent state, which is put back when a token was rejected."""
+    """A recurrent state, in a cache that the model calls by a name of its own."""
 
     # A draft after the prompt would have the whole prompt fed again.
     drafts_in_prefill = False
@@ -173,8 +177,7 @@ class ReplayedMemory(Memory):
     def __init__(self, name: str, cache: Cache, batch_size: int):
         self.cache: Cache = cache
         self.same_length = batch_size > 1
-        self._name = name
-        self._batch_size = batch_size
+        self._name, self._batch_size = name, batch_size
         self._saved: list[dict[str, Any]] | None = None
 
     @property
@@ -210,17 +213,19 @@ class ReplayedMemory(Memory):
 
 
 def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_user_cache: bool) -> Memory:
-    """Choose how a model's rejected tokens are forgotten."""
-    found = [(name, model_kwargs.pop(name, None)) for name in CACHE_NAMES]
-    name, cache = next(((name, cache) for name, cache in found if cache is not None), ("", None))
-    use_cache = model_kwargs.pop("use_cache", True)
-    if not use_cache or cache is None or forgets_between_steps(model):
+    """
+    Choose how a model's rejected tokens are forgotten; the cache and `use_cache` are taken out of `model_kwargs`.
+
+    A batch works on a copy of a cache of the user, since its rows leave the cache as they finish.
+    """
+    name, cache, use_cache = _take_cache(model_kwargs)
+    if not use_cache or cache is None or limits_of(model).no_later_steps:
         if is_user_cache:
             raise ValueError(
                 f'`decoding="jacobi"` feeds the whole sequence to {type(model).__name__} in every forward pass, got '
                 '`past_key_values`. Drop them and pass the whole prompt, or pass `decoding="autoregressive"`.'
             )
-        return NoMemory()
+        return Memory()
     own = decoder_cache(cache)
     if not isinstance(own, DynamicCache) or any(isinstance(layer, BaseQuantizedLayer) for layer in own.layers):
         raise ValueError(
@@ -243,3 +248,123 @@ def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_
     if is_user_cache and batch_size > 1:
         cache = copy_cache(cache)
     return CroppedMemory(cache, batch_size, is_user_cache and batch_size == 1)
+
+
+def _take_cache(model_kwargs: dict[str, Any]) -> tuple[str, Any, bool]:
+    """Take the cache out of model inputs: its name, the cache, and whether it is to be used."""
+    found = [(name, model_kwargs.pop(name, None)) for name in _CACHE_NAMES]
+    name, cache = next(((name, cache) for name, cache in found if cache is not None), ("", None))
+    return name, cache, model_kwargs.pop("use_cache", True)
+
+
+class StaticMemory(Memory):
+    """
+    A static key/value cache, for iterations of fixed shape that run as one compiled graph.
+
+    Tokens after the end of what is remembered stay in the tensors, hidden by the mask, until others are written over
+    them. So rejected tokens are taken out by setting back the position at which the cache goes on. All rows must
+    commit equally many tokens, and none leaves the batch.
+    """
+
+    fixed_shape = True
+
+    def __init__(self, model: Any, cache: StaticCache, batch_size: int, compile_config: CompileConfig | None):
+        self.cache: StaticCache = cache
+        self.same_length = batch_size > 1
+        config = compile_config or CompileConfig(fullgraph=True, dynamic=False)
+        self._compiled = model.get_compiled_call(config)
+        self._is_prefill, self._num_cached = True, 0
+
+    @property
+    def num_cached(self) -> int:
+        return self._num_cached
+
+    @property
+    def hides_places(self) -> bool:
+        return True
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        return {"past_key_values": self.cache, "use_cache": True}
+
+    def call(self, model: Any, **inputs: Any) -> Any:
+        # The prompt has a length of its own in every call.
+        output = model(**inputs) if self._is_prefill else self._compiled(**inputs)
+        fed = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        self._num_cached += fed.shape[1]
+        return output
+
+    def settle(self, paths: list[list[int]], num_fed: int) -> bool:
+        num_rejected = num_fed - len(paths[0])
+        if num_rejected:
+            layers: Any = self.cache.layers
+            for layer in layers:
+                layer.cumulative_length.sub_(num_rejected)  # in place: its address is part of the graph
+            self._num_cached -= num_rejected
+        return True
+
+    def after_prefill(self) -> Memory:
+        self._is_prefill = False
+        return self
+
+
+def make_static_memory(
+    model: Any,
+    model_kwargs: dict[str, Any],
+    batch_size: int,
+    max_columns: int,
+    num_drafting: int,
+    is_user_cache: bool,
+    options: GenerationConfig,
+) -> StaticMemory | None:
+    """
+    Make a static memory, or say once why this model has to go without one.
+
+    `max_columns` is the most that the cache will hold, without `num_drafting` of a drafter, at positions that others
+    have too. The cache that transformers made is taken out of `model_kwargs` if ours replaces it.
+    """
+    reason = _why_not_compiled(model, options, is_user_cache) or _why_too_long(model, max_columns)
+    needed = -(-(max_columns + num_drafting) // _LENGTH_STEP) * _LENGTH_STEP
+    length = max(needed, vars(model).get(_LENGTH_SO_FAR, 0), options.max_cache_len or 0)
+    cache = None
+    if not reason:
+        cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+        other = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
+        reason = f"rejected tokens cannot be taken out of {', '.join(sorted(other))}" if other else ""
+    if cache is None or reason:
+        message = f"{type(model).__name__} decodes by Jacobi without being compiled: {reason}."
+        logging.get_logger(__name__).warning_once(message)
+        return None
+    _take_cache(model_kwargs)
+    setattr(model, _LENGTH_SO_FAR, length)
+    return StaticMemory(model, cache, batch_size, options.compile_config)
+
+
+def _why_too_long(model: Any, max_columns: int) -> str:
+    """A static cache is made at once, for the longest text that the caller allows."""
+    config = model.config.get_text_config(decoder=True)
+    num_positions = count_positions(model) or getattr(config, "max_position_embeddings", None) or max_columns
+    if max_columns <= num_positions:
+        return ""
+    return f"prompt, response and a block may take {max_columns} positions, and it was made for {num_positions}"
+
+
+def _why_not_compiled(model: Any, options: GenerationConfig, is_user_cache: bool) -> str:
+    """What keeps a model from being compiled; empty if nothing does."""
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    quantizer = getattr(model, "hf_quantizer", None)
+    if is_user_cache:
+        return "`past_key_values` are given"
+    if options.disable_compile:
+        return "`disable_compile=True`"
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    if not compiles_whole(model) or limits_of(model).no_later_steps:
+        return "transformers does not compile it into one graph"
+    if "flash" in (attention_implementation(model.config) or ""):
+        return "flash attention does not hide what is not in use of a static cache"
+    if quantizer is not None and not quantizer.is_compileable:
+        return "its quantization cannot be compiled"
+    if len(devices) > 1 and devices & {"cpu", "disk"}:
+        return "parts of it are offloaded"
+    return ""

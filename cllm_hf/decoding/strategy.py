@@ -1,5 +1,5 @@
 """
-What a decoding strategy is: it proposes tokens, the loop verifies them.
+What a decoding strategy is: it proposes tokens, the loop verifies them. And which ones `generate(decoding=...)` knows.
 
 A strategy never sees logits, caches, masks or stopping rules. In every iteration it is asked for a `Proposal` for each
 row, and told afterwards what the model predicted and which of its tokens were accepted. Whatever it proposes, the text
@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
+from ..options import AUTOREGRESSIVE, JACOBI, LOSSLESS, JacobiOptions
 from .rows import Row, Verdict
 
 
@@ -126,8 +127,8 @@ class Strategy(Protocol):
 class DraftingStrategy(Strategy, Protocol):
     """A strategy that has the model itself draft, in rows of the same forward pass after those that are verified."""
 
-    largest_block_size: int
-    keeps_branches: bool
+    largest_block_size: int  # most tokens that it can have verified in a forward pass
+    keeps_branches: bool  # whether what is accepted may be other than the first places of a proposal
 
     def running(self) -> AbstractContextManager[Any]:
         """Prepare the model for a call of `generate`, and put it back."""
@@ -136,10 +137,10 @@ class DraftingStrategy(Strategy, Protocol):
         """Count the places that `begin` announces, at most."""
 
     def begin(self, proposals: Sequence[Proposal]) -> int:
-        """Prepare the next forward pass."""
+        """Prepare the forward pass over proposals; says how many of its last places are the drafter's alone."""
 
     def draft(self, rows: Sequence[Row], verdicts: Sequence[Verdict], logits: Any, guess: Guess) -> None:
-        """Draft what follows the text, now that it is known how far it goes."""
+        """Draft what follows the text, now that it is known how far it goes, from the logits of the last places."""
 
 
 def is_drafting(strategy: Strategy) -> TypeGuard[DraftingStrategy]:
@@ -191,10 +192,10 @@ def level(proposals: Sequence[Proposal], length: int = 0) -> list[Proposal]:
             else Proposal((proposal.token_ids + proposal.token_ids[-1:] * length)[:length])
             for proposal in proposals
         ]
-    return [_level_tree(proposal, length) for proposal in proposals]
+    return [_fill_tree(proposal, length) for proposal in proposals]
 
 
-def _level_tree(proposal: Proposal, length: int) -> Proposal:
+def _fill_tree(proposal: Proposal, length: int) -> Proposal:
     missing = length - len(proposal.token_ids)
     parents, flags = proposal.links()
     return Proposal(
@@ -202,3 +203,43 @@ def _level_tree(proposal: Proposal, length: int) -> Proposal:
         parents + [0] * missing,
         flags + [True] * missing,  # not verified, since a sibling may have the same token
     )
+
+
+def _make_jacobi(options: JacobiOptions) -> Strategy:
+    # Here, since the strategies import what stands above.
+    from .candidates import CandidateStrategy
+    from .jacobi import JacobiStrategy
+
+    return CandidateStrategy(options.candidates) if options.candidates else JacobiStrategy()
+
+
+_FACTORIES: dict[str, Callable[[JacobiOptions], Strategy]] = {JACOBI: _make_jacobi}
+
+
+def register_strategy(name: str, factory: Callable[[JacobiOptions], Strategy]) -> None:
+    """
+    Have `model.generate(decoding=name)` decode by a strategy of your own.
+
+    Args:
+        name (`str`): value of `decoding`. Registering a name again replaces its strategy.
+        factory (`Callable[[JacobiOptions], Strategy]`): called once for every call of `generate`, with its
+            `jacobi_` options.
+
+    Raises:
+        ValueError: for the names of this package.
+    """
+    if name in (AUTOREGRESSIVE, JACOBI, LOSSLESS):
+        raise ValueError(f"`name` must be new, got {name!r}, which is built in. Choose another one.")
+    _FACTORIES[name] = factory
+
+
+def decodings() -> tuple[str, ...]:
+    """The values of `decoding`."""
+    return (JACOBI, LOSSLESS, *(name for name in _FACTORIES if name != JACOBI), AUTOREGRESSIVE)
+
+
+def make_strategy(name: str, options: JacobiOptions, model: Any) -> Strategy:
+    """The strategy of one of `decodings()`, for a call of `generate`."""
+    from .lossless import make_lossless
+
+    return make_lossless(model, options) if name == LOSSLESS else _FACTORIES[name](options)

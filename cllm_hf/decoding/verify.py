@@ -2,20 +2,30 @@
 Which predicted tokens of a forward pass become part of the text, and which rows end with them.
 
 Where processors look at nothing but the scores, and without special stopping rules, all places are compared at once,
-with one host sync: that is done here. Otherwise a row is walked one position at a time, see `stepwise`.
+with one host sync: that is what a `Verifier` does. A `StepwiseVerifier` walks a row one position at a time instead: it
+calls every processor and stopping criterion with the same arguments, in the same order, as decoding one token at a
+time would. `make_verifier` chooses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
 
-from ..blocks.rules import accepted_path, count_accepted, count_until_stop
+from ..blocks.rules import accepted_path, confirmed_by, count_accepted, count_until_stop
 from .rows import Row, Verdict
 from .sampling import GumbelNoise
 from .strategy import Proposal
@@ -35,36 +45,35 @@ _SCORE_PROCESSORS = {
     logits_process.TopPLogitsWarper,
     logits_process.TypicalLogitsWarper,
 }
+# Processors of transformers that remember earlier calls, or call a function of the user.
+_ORDERED_PROCESSORS = (
+    logits_process.PrefixConstrainedLogitsProcessor,
+    logits_process.SynthIDTextWatermarkLogitsProcessor,
+    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+_STATELESS_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 
 
+@dataclass(eq=False)
 class Verifier:
     """Verifies all places of a forward pass at once."""
 
-    def __init__(
-        self,
-        max_length: int,
-        stop_ids: list[int],
-        pad_id: int,
-        logits_processor: LogitsProcessorList,
-        streamer: BaseStreamer | None,
-        same_length: bool,
-        leave_together: bool,
-        noise: GumbelNoise | None,
-    ):
-        self.max_length = max_length
-        self.stop_ids = frozenset(stop_ids)
-        self.pad_id = pad_id
-        self.logits_processor = logits_processor
-        self.streamer = streamer
-        self.leave_together = leave_together
-        self.same_length = same_length or leave_together
-        self.noise = noise
+    max_length: int  # at which every row ends
+    stop_ids: frozenset[int]  # tokens that end a row
+    pad_id: int  # fills rows that end early
+    logits_processor: LogitsProcessorList  # applied before a token is chosen
+    streamer: BaseStreamer | None  # receives every committed token
+    same_length: bool  # whether all rows must always have the same length
+    leave_together: bool  # whether rows that have ended must stay in the batch until all have
+    noise: GumbelNoise | None  # makes the choice a sample; without it the best token is chosen
 
     def verify(self, rows: list[Row], proposals: list[Proposal], logits: torch.Tensor) -> list[Verdict]:
-        """Find the longest accepted path of each row, and the bonus token after it."""
-        predictions = self.predict(
-            rows, proposals, self._process(logits)
-        ).tolist()  # the only host sync of an iteration
+        """
+        Find the longest accepted path of each row, and the bonus token after it. `logits` are those of the places that
+        are verified: `[num_rows, num_places, vocab_size]`.
+        """
+        scores = self._process(logits)
+        predictions = self._predict(rows, proposals, scores).tolist()  # the only host sync of an iteration
         paths = [_follow(proposal, tokens) for proposal, tokens in zip(proposals, predictions)]
         verdicts = (self._verify_together if self.leave_together else self._verify_apart)(rows, paths, predictions)
         if self.streamer is not None:
@@ -73,7 +82,7 @@ class Verifier:
         return verdicts
 
     def finished(self, rows: list[Row]) -> list[bool]:
-        """Find the rows that take no more tokens."""
+        """Which rows of the batch take no more tokens."""
         stopped = [row.is_stopped for row in rows]
         return [all(stopped)] * len(rows) if self.leave_together else stopped
 
@@ -81,21 +90,24 @@ class Verifier:
         """Whether a row has ended and takes only padding; without stop tokens transformers has it go on instead."""
         return row.is_stopped and bool(self.stop_ids)
 
-    def predict(self, rows: list[Row], proposals: list[Proposal], scores: torch.Tensor) -> torch.Tensor:
-        """Choose the model's token after each place, a sample where there is noise."""
-        if self.noise is not None:
-            count = scores.shape[1]
-            positions = [[row.length + depth for depth in one.depths()[:count]] for row, one in zip(rows, proposals)]
-            scores = scores + self.noise.at_places([row.index for row in rows], positions, scores)
-        return scores.argmax(-1)
-
     def guess(self, rows: Sequence[Row], distance: int, logits: torch.Tensor) -> torch.Tensor:
-        """What a token of a draft is chosen by, as far as it is known before it is verified."""
+        """
+        What a token of a draft is chosen by, `distance` tokens after the next one of each row, as far as it is known
+        before it is verified. Scores and logits are `[num_rows, num_guesses, vocab_size]`.
+        """
         scores = self._known_scores(logits)
         if self.noise is None:
             return scores
         positions = [[row.length + distance] for row in rows]
         return scores + self.noise.at_places([row.index for row in rows], positions, scores)
+
+    def _predict(self, rows: list[Row], proposals: list[Proposal], scores: torch.Tensor) -> torch.Tensor:
+        """The model's token after each place, a sample where there is noise: `[num_rows, num_places]`."""
+        if self.noise is not None:
+            count = scores.shape[1]
+            positions = [[row.length + depth for depth in one.depths()[:count]] for row, one in zip(rows, proposals)]
+            scores = scores + self.noise.at_places([row.index for row in rows], positions, scores)
+        return scores.argmax(-1)
 
     def _known_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Scores of places whose text may not be decided yet."""
@@ -144,15 +156,157 @@ def _follow(proposal: Proposal, predicted: list[int]) -> list[int]:
     return accepted_path(proposal.token_ids, proposal.parents, predicted, proposal.is_drafter)
 
 
-def takes_all_at_once(
+@dataclass(eq=False)
+class StepwiseVerifier(Verifier):
+    """Verifies one position after the other."""
+
+    canvas: Canvas
+    stopping_criteria: StoppingCriteriaList  # asked after every token
+
+    def verify(self, rows: list[Row], proposals: list[Proposal], logits: torch.Tensor) -> list[Verdict]:
+        guesses = self._predict(rows, proposals, self._known_scores(logits)).tolist()
+        walks = [_Walk(*parts) for parts in zip(rows, proposals, guesses, logits)]
+        length = min(row.length for row in rows)
+        while any(walk.place is not None for walk in walks):
+            here = [walk for walk in walks if walk.place is not None and walk.length == length]
+            length += 1
+            if not here:
+                continue
+            self._step(here, length - 1)
+            all_stopped = all(walk.is_stopped for walk in walks)
+            finished = [all_stopped if self.leave_together else walk.is_stopped for walk in here]
+            if self.same_length and any(walk.place is None for walk, ends in zip(here, finished) if not ends):
+                break
+            for walk, ends in zip(here, finished):
+                walk.place = None if ends else walk.place
+        return [walk.verdict() for walk in walks]
+
+    def _known_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float()  # what processors make of them depends on the text
+
+    def _step(self, walks: list[_Walk], length: int) -> None:
+        """Commit a token to each of these rows, which are all of one length."""
+        # Processors and criteria see the whole batch, as from transformers; only these rows are read.
+        text: Any = self.canvas.until(length)
+        first = walks[0].logits
+        scores = torch.zeros((len(text), first.shape[-1]), dtype=torch.float32, device=text.device)
+        for walk in walks:
+            scores[walk.row.index] = walk.logits[walk.place]
+        scores = self.logits_processor(text, scores)
+        if self.noise is not None:
+            scores = scores + self.noise.at(length, first).to(scores.device)
+        tokens = scores.argmax(-1).tolist()
+        longer = self.canvas.until(length + 1)
+        for walk in walks:
+            is_padding = walk.is_stopped and bool(self.stop_ids)
+            token = self.pad_id if is_padding else tokens[walk.row.index]
+            walk.take(token, is_padding)
+            longer[walk.row.index, length] = token
+        if self.streamer is not None:
+            self.streamer.put(longer[:, length].cpu())
+        stopped = self.stopping_criteria(longer, None).tolist()
+        for walk in walks:
+            walk.is_stopped |= stopped[walk.row.index]
+
+
+class Canvas:
+    """The sequences of all rows as transformers lays them out, in a tensor that grows with the text."""
+
+    def __init__(self, input_ids: torch.Tensor, pad_id: int):
+        self._ids, self._pad_id = input_ids, pad_id
+
+    def until(self, length: int) -> torch.Tensor:
+        """The first columns: `[batch_size, length]`; padding where nothing is written."""
+        missing = length - self._ids.shape[1]
+        if missing > 0:
+            more = self._ids.new_full((self._ids.shape[0], max(missing, self._ids.shape[1])), self._pad_id)
+            self._ids = torch.cat([self._ids, more], dim=1)
+        return self._ids[:, :length]
+
+
+class _Walk:
+    """How far a row has come in a forward pass."""
+
+    def __init__(self, row: Row, proposal: Proposal, predictions: list[int], logits: torch.Tensor):
+        self.row, self.length, self.is_stopped = row, row.length, row.is_stopped
+        self.logits = logits  # [num_places, vocab_size]
+        self.place: int | None = 0  # whose logits stand on the text as it is; none where there are no more of them
+        self._predictions, self._num_own = predictions, 0
+        self._tokens: list[int] = []
+        self._path: list[int] = []
+        self._confirmed = confirmed_by(proposal.token_ids, *proposal.links())
+
+    def take(self, token: int, is_padding: bool) -> None:
+        """Commit a token of the text, or padding after its end."""
+        assert self.place is not None  # nothing is taken where there are no logits
+        if not is_padding:
+            self._predictions[self.place] = token
+            self._num_own += 1
+        self._tokens.append(token)
+        self._path.append(self.place)
+        self.length += 1
+        self.place = self._confirmed.get((self.place, token))
+
+    def verdict(self) -> Verdict:
+        return Verdict(self._tokens, self._num_own, self._path, self._predictions, self.is_stopped)
+
+
+def make_verifier(
+    input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
+    *,
+    pad_id: int | None,  # by default the first stop token
+    max_length: int,
     streamer: BaseStreamer | None,
-    batch_size: int,
-) -> bool:
-    """Whether all places of a forward pass can be verified at once."""
-    return (
-        {type(processor) for processor in logits_processor} <= _SCORE_PROCESSORS
-        and {type(criterion) for criterion in stopping_criteria} <= {EosTokenCriteria, MaxLengthCriteria}
-        and (streamer is None or batch_size == 1)
+    same_length: bool,  # whether the model needs all rows at the same length
+    has_fixed_shape: bool,  # whether no row may leave the batch
+    noise: GumbelNoise | None,
+) -> Verifier:
+    """Choose how forward passes are verified: all places at once, or one position after the other."""
+    criteria = {type(criterion) for criterion in stopping_criteria}
+    batch_size, stop_ids = len(input_ids), find_stop_ids(stopping_criteria)
+    pad_id = (stop_ids or [0])[0] if pad_id is None else pad_id
+    # Rows that have ended stay in the batch, as in transformers, where a processor or criterion may notice, and where
+    # they go on in the end: without a stop token transformers does not pad them.
+    leave_together = batch_size > 1 and (
+        has_fixed_shape
+        or (not stop_ids and criteria != {MaxLengthCriteria})
+        or _depends_on_call_order(logits_processor, stopping_criteria)
     )
+    options: dict[str, Any] = {
+        "max_length": max_length,
+        "stop_ids": frozenset(stop_ids),
+        "pad_id": pad_id,
+        "logits_processor": logits_processor,
+        "streamer": streamer,
+        "same_length": leave_together or (batch_size > 1 and (same_length or streamer is not None)),
+        "leave_together": leave_together,
+        "noise": noise,
+    }
+    if (
+        {type(processor) for processor in logits_processor} <= _SCORE_PROCESSORS
+        and criteria <= {EosTokenCriteria, MaxLengthCriteria}
+        and (streamer is None or batch_size == 1)  # a streamer takes a batch one position at a time
+    ):
+        return Verifier(**options)
+    return StepwiseVerifier(**options, canvas=Canvas(input_ids, pad_id), stopping_criteria=stopping_criteria)
+
+
+def find_stop_ids(stopping_criteria: StoppingCriteriaList) -> list[int]:
+    """Stop tokens of all criteria: empty if there are none."""
+    criteria = [criterion for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
+    return [token for criterion in criteria for token in criterion.eos_token_id.flatten().tolist()]
+
+
+def _depends_on_call_order(logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList) -> bool:
+    """
+    Whether a processor or criterion may notice that rows of a batch have different lengths.
+
+    Those of transformers are functions of their arguments, but for some that keep a state. A user's may do anything,
+    so they are called just as transformers would: once a length, with all rows at that length.
+    """
+    return any(
+        isinstance(processor, _ORDERED_PROCESSORS) or type(processor).__module__ != logits_process.__name__
+        for processor in logits_processor
+    ) or any(type(criterion) not in _STATELESS_CRITERIA for criterion in stopping_criteria)

@@ -9,7 +9,7 @@ from typing import Any
 
 from .._host import base_model_of
 from ..blocks.drafter import find_drafter
-from ..blocks.support import check_packable
+from ..blocks.limits import check_packable
 from ..options import check_block_size
 from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH

@@ -12,7 +12,7 @@ import transformers
 
 from .._host import attention_implementation, base_model_of, input_device
 from .._version import __version__
-from ..blocks.ties import judge_greedy
+from ..blocks.rules import judge_greedy
 from .benchmark import DecodingMethod, DecodingResult
 
 

@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from ..blocks.drafter import Drafter, find_drafter
+from ..blocks.drafter import AdapterGate, Drafter, find_drafter
 from ..blocks.forward import forward_clean, forward_drafts
-from ..blocks.gate import AdapterGate
 from ..blocks.layout import Packed, append_drafts
 from .batch import TrainingBatch
 from .config import CLLMConfig

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .._host import base_model_of, count_embeddings, input_device
 from ..blocks.forward import forward_clean
-from ..blocks.ties import judge_greedy
+from ..blocks.rules import judge_greedy
 from ..options import JACOBI, LOSSLESS
 from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.responding import find_stop_ids, split_batches, without_generation_defaults
@@ -45,7 +45,7 @@ class DecodingMeasures:
         num_stationary (`int`): stationary tokens of those blocks.
         num_compared (`int`): tokens of the target model's greedy responses.
         num_agreed (`int`): of those, the ones that the model says too, given the ones before.
-        num_near_ties (`int`): of the others, the ones that it says but for rounding; see `blocks.ties`.
+        num_near_ties (`int`): of the others, the ones that it says but for rounding; see `blocks.rules`.
         num_ngrams (`int`): n-grams of 4 tokens in the decoded responses.
         num_repeated (`int`): of those, the ones that stood earlier in the same response.
         num_target_tokens (`int`): tokens of the dataset's responses, cut to as many as may be decoded.

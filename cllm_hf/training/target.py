@@ -12,7 +12,7 @@ from transformers.utils import find_adapter_config_file
 
 from .._host import base_model_of
 from ..blocks.drafter import NEVER_INVOKED, attach_drafter, find_drafter, is_lossless, make_drafter
-from ..blocks.support import check_adapters, check_lossless_adapter
+from ..blocks.limits import check_adapters, check_lossless_adapter
 from ..loading import load_adapter
 from .config import CLLMConfig
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from .._host import base_model_of, count_embeddings
-from ..blocks.support import check_packable
+from ..blocks.limits import check_packable
 from ..cards import CLLM_CITATION
 from ..files import check_writable
 from ..integration import set_jacobi_defaults, set_lossless_defaults

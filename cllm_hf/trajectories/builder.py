@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._host import base_model_of, count_embeddings
 from .._version import __version__
-from ..blocks.support import check_adapters, check_packable
+from ..blocks.limits import check_adapters, check_packable
 from ..process import Process
 from .cleaning import CleaningRules
 from .fingerprints import describe_model, describe_tokenizer

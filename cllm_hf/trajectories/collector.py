@@ -14,8 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .._host import input_device
 from ..blocks.forward import copy_clean, forward_clean, forward_drafts
 from ..blocks.layout import PADDING_SEGMENT, append_drafts, num_blocks
-from ..blocks.rules import count_accepted_in_blocks, count_until_stop
-from ..blocks.ties import judge_greedy
+from ..blocks.rules import count_accepted_in_blocks, count_until_stop, judge_greedy
 from .arrays import piece_starts
 
 
@@ -49,7 +48,7 @@ class Trajectory:
 
     Attributes:
         response_ids (`list[int]`): the response, with its stop token if that was missing.
-        is_greedy (`bool`): whether the response is the model's own greedy output, up to near ties; see `blocks.ties`.
+        is_greedy (`bool`): whether the response is the model's own greedy output, up to near ties; see `blocks.rules`.
         states (`list[list[list[int]]]`): for each block its states, from the first draft to the fixed point. A block
             in which the response departs from greedy holds nothing but the response's own tokens. Empty for a response
             that is not greedy, unless those were asked for.

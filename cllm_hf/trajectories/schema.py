@@ -4,7 +4,7 @@ The trajectory record: one row a response, and the checks that a dataset holds s
 `states[b][j]` is state `j` of block `b`: `states[b][0]` is its first draft and `states[b][-1]` its fixed point, which
 is stored once. Every state has `block_size` tokens; after the end of the response they are padding and mean nothing.
 `is_greedy` is whether the response is the target model's own greedy output, where either token of a near tie counts as
-greedy (`blocks.ties`); where it is not, the blocks in which it departs from that hold one state, the response's own
+greedy (`blocks.rules`); where it is not, the blocks in which it departs from that hold one state, the response's own
 tokens. `augmented_states[b]`, where a dataset has that column, are further states of block `b`: for training, and no
 part of its trajectory.
 """

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .._host import input_device, plain_positions
-from ..blocks.ties import gap_to_best, near_tie_bound
+from ..blocks.rules import gap_to_best, near_tie_bound
 from ..text import format_table
 from .arrays import lay_out
 from .schema import REQUIRED_COLUMNS, check_names
@@ -38,7 +38,7 @@ class TransitionFailure:
         got (`int`): token that the model predicts.
         gap (`float`): how far the logit of `got` lies above that of `expected`.
         is_near_tie (`bool`): whether rounding alone can cause the gap in the dtype of the model, by the rule of
-            `cllm_hf.blocks.ties`, here and at all other positions. Then the transition holds.
+            `cllm_hf.blocks.rules`, here and at all other positions. Then the transition holds.
     """
 
     data_id: str

@@ -7,8 +7,7 @@ from architectures import make_architecture, randomize
 from conftest import VOCAB_SIZE, make_model, make_prompts
 
 import cllm_hf
-from cllm_hf.blocks.limits import count_positions
-from cllm_hf.blocks.support import check_packable
+from cllm_hf.blocks.limits import check_packable, count_positions
 
 
 # Learned tables, with and without an offset, sinusoids in a buffer, rotations in a buffer, types of tokens in one.

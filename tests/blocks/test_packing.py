@@ -7,7 +7,7 @@ from conftest import CONFIGS, VOCAB_SIZE, make_model
 
 from cllm_hf.blocks.forward import copy_clean, forward_clean, forward_drafts, packed_forward
 from cllm_hf.blocks.layout import Drafts, Packed, append_drafts, fill_rows, pack
-from cllm_hf.blocks.support import check_packable
+from cllm_hf.blocks.limits import check_packable
 
 
 BLOCK_SIZE = 5

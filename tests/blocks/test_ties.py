@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cllm_hf import CleaningRules, TrajectoryBuilder
-from cllm_hf.blocks import ties
-from cllm_hf.blocks.ties import judge_greedy, near_tie_bound
+from cllm_hf.blocks import rules as ties
+from cllm_hf.blocks.rules import judge_greedy, near_tie_bound
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult
 from cllm_hf.evaluation.notes import near_tie_notes

@@ -9,7 +9,7 @@ from conftest import CONFIGS, make_model, make_prompts
 from transformers import AutoModelForSeq2SeqLM, BartConfig, DynamicCache, TextStreamer
 
 import cllm_hf  # noqa: F401
-from cllm_hf.decoding.candidates import NgramIndex, first_branch, merge_branches, places_after
+from cllm_hf.decoding.candidates import NgramIndex, merge_branches, places_after
 
 
 def generate(model, input_ids, mask=None, **options):
@@ -169,7 +169,7 @@ def test_a_tree_has_just_the_branches_that_it_is_made_of():
         for place, (parent, token) in enumerate(zip(proposal.parents, proposal.token_ids)):
             paths[place] = () if place == 0 else (*paths[parent], token)
         assert set(paths.values()) == {(), *prefixes}
-        assert [proposal.token_ids[place] for place in first_branch(proposal)[1 : len(branches[0]) + 1]] == branches[0]
+        assert proposal.token_ids[1 : len(branches[0]) + 1] == branches[0]
 
 
 def test_places_after_follow_the_first_of_several_branches():
@@ -177,4 +177,4 @@ def test_places_after_follow_the_first_of_several_branches():
     assert proposal.token_ids == [9, 1, 2, 3, 4, 5, 6]
     assert places_after(proposal, 3) == [4, 5]
     assert places_after(proposal, 6) == []
-    assert first_branch(proposal) == [0, 1, 2]
+    assert places_after(proposal, 0) == [1, 2]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from cllm_hf.decoding.drafts import Draft, lay_out_masks
+from cllm_hf.decoding.lossless import Draft, lay_out_masks
 
 
 def make_tree(rng, size=9):

@@ -28,7 +28,7 @@ from test_static import graphs  # noqa: F401
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import cllm_hf
-from cllm_hf.blocks.ties import judge_greedy
+from cllm_hf.blocks.rules import judge_greedy
 from cllm_hf.decoding import feeding
 
 

@@ -11,14 +11,14 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 import cllm_hf
 from cllm_hf import Proposal, register_strategy
-from cllm_hf.decoding import registry
+from cllm_hf.decoding import strategy as strategy_module
 from cllm_hf.decoding.strategy import Room, check_proposals, level
 
 
 @pytest.fixture
 def register(monkeypatch):
     """Register a strategy for one test."""
-    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+    monkeypatch.setattr(strategy_module, "_FACTORIES", dict(strategy_module._FACTORIES))
 
     def add(strategy):
         register_strategy("test", lambda options: strategy)

@@ -10,8 +10,7 @@ from training_cases import make_config, make_records, slow_divergence
 from training_runs import make_dataset, make_tiny_model, make_trainer, weights_of
 
 from cllm_hf import CollapseCallback
-from cllm_hf.blocks.drafter import DRAFTER_FILE, Drafter, find_drafter, is_lossless
-from cllm_hf.blocks.gate import AdapterGate
+from cllm_hf.blocks.drafter import DRAFTER_FILE, AdapterGate, Drafter, find_drafter, is_lossless
 from cllm_hf.loading import load_cllm
 from cllm_hf.training.drafting import DraftPreparer, sum_drafting_losses
 from cllm_hf.training.preparation import make_collator

@@ -8,8 +8,7 @@ from lossless_models import ATTENTION, add_random_adapter
 from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from cllm_hf.blocks.drafter import find_drafter
-from cllm_hf.blocks.gate import AdapterGate, adapter_layers, is_switched_off, without_adapters
+from cllm_hf.blocks.drafter import AdapterGate, adapter_layers, find_drafter, is_switched_off, without_adapters
 
 
 COUNT = 5
