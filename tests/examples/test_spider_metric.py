@@ -20,7 +20,7 @@ from metrics.spider_accuracy.row_sets import results_match
 from metrics.spider_accuracy.spider import GoldQueryError, judge_exact_match, judge_sql, read_schema
 from metrics.spider_accuracy.spider_accuracy import SpiderAccuracy
 from metrics.spider_accuracy.sql import QueryLimits, QueryRunner
-from metrics.spider_accuracy.sql_text import has_order_by, join_operators, split_sql, without_distinct
+from metrics.spider_accuracy.sql_text import extract_query, has_order_by, join_operators, split_sql, without_distinct
 from sql_pairs import ALL_PAIRS, deep_queries, make_databases
 
 
@@ -53,6 +53,73 @@ class ImpatientRunner(QueryRunner):
 
 def contents(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+QUERY = "SELECT name FROM pet WHERE kind = 'a;\n\nb'"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        QUERY,
+        f"```sql\n{QUERY}\n```",
+        f"```\n{QUERY}\n```\nThis query returns the names.",
+        f"Here's the query:\n\n```sqlite\n{QUERY}\n```\n\nOr, simpler:\n\n```sql\nSELECT 1\n```",
+        f"Run this first:\n```bash\nsqlite3 pets.db\n```\nand then\n```sql\n{QUERY}\n```",
+        f"Sure!\n  ```SQL\n{QUERY}",  # cut off before its fence ends
+        f"{QUERY}\n```\nThe names.",
+        f"{QUERY};\n\nThis query returns the owner's pets.",
+        f"{QUERY}\n\nIt returns the owner's pets.",
+        f"SQL: {QUERY}",
+        f"The owner's pets are needed.\n**SQL query:** {QUERY};\nThat is all.",
+        f"The owner's pets are given by `{QUERY}`.",
+    ],
+)
+def test_the_query_is_taken_out_of_what_is_around_it(response):
+    assert extract_query(response).strip() == QUERY
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "",
+        "I do not know.",
+        "SELECT\n\nname FROM pet",
+        "SELECT name\n\nFROM pet\n\nWHERE age > 1\n\nORDER BY name;",
+        "(SELECT name FROM pet) UNION SELECT city FROM owner",
+        "-- names\nSELECT name FROM pet -- of pets\n\n-- all",
+        "SELECT name FROM pet; SELECT city FROM owner",
+        "SELECT name FROM pet; DROP TABLE pet",
+        "WITH a AS (SELECT 1)\n\nSELECT * FROM a",
+        "DROP TABLE pet",
+        "SELECT `name` FROM `pet`",
+    ],
+)
+def test_a_text_that_is_a_query_or_has_none_stays_as_it_is(query):
+    assert extract_query(query) == query
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="selctfromwihSELECT`;\n '\"(-sql:*", max_size=60))
+def test_what_is_taken_out_is_a_piece_of_the_text(text):
+    assert extract_query(text) in text
+
+
+def test_queries_of_the_dataset_stay_as_they_are():
+    if not SPIDER.exists():
+        pytest.skip("needs the data of Spider")
+    for name in ("train", "dev"):
+        for row in json.loads((SPIDER / f"{name}.json").read_text()):
+            assert extract_query(row["query"]) == row["query"]
+
+
+def test_a_response_in_prose_is_judged_by_its_query(databases, runner):
+    pets, _ = databases
+    schema = read_schema(pets, runner)
+    gold = "SELECT name FROM pet"
+    for response in (f"Here it is:\n```sql\n{gold};\n```\nIt lists pets.", f"{gold};\n\nIt lists pets."):
+        assert judge_sql(response, gold, pets, runner).is_right
+        assert judge_exact_match(response, gold, schema).is_right
 
 
 def test_pairs_are_judged_as_by_hand_and_change_nothing(databases, runner, monkeypatch):

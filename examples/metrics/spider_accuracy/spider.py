@@ -11,7 +11,14 @@ from cllm_hf.evaluation.judgements import Judgement
 from .row_sets import results_match
 from .sql import QueryResult, QueryRunner
 from .sql_clauses import NotParsed, describe_query
-from .sql_text import MAX_QUERY_LENGTH, has_order_by, join_operators, without_distinct, without_empty_statements
+from .sql_text import (
+    MAX_QUERY_LENGTH,
+    extract_query,
+    has_order_by,
+    join_operators,
+    without_distinct,
+    without_empty_statements,
+)
 
 
 _DATABASE_FAULTS = ("no database", "database in use")
@@ -38,13 +45,14 @@ def judge_sql(
     put together first, and every `DISTINCT` is taken out of both queries, as that evaluator does unless it is told
     `--keep_distinct`; the operator `IS [NOT] DISTINCT FROM` stays. A semicolon counts if a statement comes after it.
 
-    It differs from that evaluator's as follows. `ORDER BY` inside of quotes and comments does not count, and may have
+    It differs from that evaluator's as follows. Of a prediction only the query counts, not what an instruct model
+    writes around it (see `extract_query`). `ORDER BY` inside of quotes and comments does not count, and may have
     more than one space in it, as it is the query that orders, not its text. The search over columns is complete:
     there, it rests on a sample of the rows and on an order of values by their text. Queries that take more than
     `limits` are wrong. `YEAR(CURDATE())` has no meaning of its own.
 
     Args:
-        prediction (`str`): SQL that a model has written.
+        prediction (`str`): what a model has written.
         gold_query (`str`): the right query.
         database (`str` or `Path`): an SQLite file.
         runner (`QueryRunner`, *optional*): runs both queries; by default one with the usual limits is started for this
@@ -58,7 +66,7 @@ def judge_sql(
     Raises:
         GoldQueryError: if the gold query returns no result within the limits, or the database cannot be read.
     """
-    prediction, gold_query = (_prepare(query, keep_distinct) for query in (prediction, gold_query))
+    prediction, gold_query = (_prepare(query, keep_distinct) for query in (extract_query(prediction), gold_query))
     with QueryRunner() if runner is None else nullcontext(runner) as active:
         gold = active.run(database, gold_query)
         _check_gold(gold, gold_query, database)
@@ -84,7 +92,7 @@ def judge_exact_match(prediction: str, gold_query: str, schema: Mapping[str, Seq
     100,000 characters and some hundred levels of nesting.
 
     Args:
-        prediction (`str`): SQL that a model has written.
+        prediction (`str`): what a model has written.
         gold_query (`str`): the right query.
         schema (`Mapping[str, Sequence[str]]`): result of `read_schema`.
 
@@ -100,7 +108,7 @@ def judge_exact_match(prediction: str, gold_query: str, schema: Mapping[str, Seq
     except NotParsed as error:
         raise GoldQueryError(f"The gold query must be one query: {error}") from error
     try:
-        is_right = describe_query(_prepare(prediction), schema) == gold
+        is_right = describe_query(_prepare(extract_query(prediction)), schema) == gold
     except NotParsed:
         return Judgement(False, "not parsed")
     return Judgement(is_right, "right" if is_right else "other clauses")

@@ -22,6 +22,72 @@ _SPLIT_OPERATORS = {(">", "="), ("<", "="), ("!", "=")}
 # Characters of a longer query are not looked at. The longest of Spider has 577.
 MAX_QUERY_LENGTH = 100_000
 _BLANK = ("space", "comment")
+_STARTS = frozenset(("select", "with"))
+_STATEMENTS = _STARTS | frozenset("alter create delete drop explain insert pragma replace update values".split())
+# Words that a query may go on with after an empty line. Any other one there begins a sentence.
+_GOES_ON = _STARTS | frozenset(
+    "and as cross except from full group having inner intersect join left limit natural offset on or order right "
+    "union values where window".split()
+)
+# What a query cannot end with.
+_UNFINISHED = _GOES_ON | frozenset(
+    "by distinct all not in like is between case when then else , ( = < > + - / .".split()
+)
+_FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*\w*[ \t]*$\n?", re.MULTILINE)
+_LINE_START = re.compile(
+    r"^[ \t]*(?:\*{0,2}[A-Za-z]+(?: [A-Za-z]+)?:\*{0,2} )?[ \t]*(?=(?:select|with)\s)", re.I | re.MULTILINE
+)
+_CODE_SPAN = re.compile(r"`((?:select|with)\s[^`]*)`", re.IGNORECASE)
+
+
+def extract_query(text: str) -> str:
+    """
+    Take the query out of what an instruct model writes around it.
+
+    A text that begins with a query, as all do of a model that was trained on queries alone, loses only a sentence that
+    comes after a semicolon or an empty line. Otherwise the query is that of the first block between code fences that
+    begins with `SELECT` or `WITH`, closed or cut off; else the first line that begins so, after a label such as `SQL:`
+    too; else the first such piece of code in a line.
+
+    Args:
+        text (`str`): a response.
+
+    Returns:
+        `str`: the query; the text as it is if it has none, or more than 100,000 characters.
+    """
+    if len(text) > MAX_QUERY_LENGTH:
+        return text
+    before, *blocks = _FENCE.split(text)
+    if _first_word(text) in _STARTS:
+        return _without_sentence(before)
+    for block in blocks[::2]:
+        if _first_word(block) in _STARTS:
+            return block.strip()
+    line = _LINE_START.search(text)
+    if line is not None:
+        return _without_sentence(_FENCE.split(text[line.end() :])[0])
+    span = _CODE_SPAN.search(text)
+    return text if span is None else span[1]
+
+
+def _first_word(text: str) -> str:
+    return next((word.lower() for kind, word in split_sql(text) if kind not in _BLANK and word != "("), "")
+
+
+def _without_sentence(query: str) -> str:
+    """Cut at the first semicolon or empty line after which something comes that is no SQL."""
+    last = ""
+    position = 0
+    for kind, text in split_sql(query):
+        is_end = text == ";" or (kind == "space" and text.count("\n") > 1 and last not in _UNFINISHED)
+        if is_end:
+            word = _first_word(query[position + len(text) :])
+            if word.isalpha() and word not in (_STATEMENTS if text == ";" else _GOES_ON):
+                return query[:position]
+        if kind not in _BLANK:
+            last = text.lower()
+        position += len(text)
+    return query
 
 
 def split_sql(query: str) -> Iterator[tuple[str, str]]:
