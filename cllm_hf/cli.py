@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .compare.arguments import add_compare_command
 from .evaluation.arguments import MOVED, add_benchmark_commands
 from .process import Process
 from .training.arguments import TRAIN_HELP, parse_train
@@ -99,6 +100,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
     demo.set_defaults(run=_run_demo)
+    add_compare_command(commands).set_defaults(run=_run_compare)
     add_benchmark_commands(commands, run=_run_benchmark)
     collect = commands.add_parser("collect", help=COLLECT_HELP, add_help=False, allow_abbrev=False)
     collect.set_defaults(run=_run_collect)
@@ -141,6 +143,14 @@ def _run_demo(parsed: argparse.Namespace) -> int:
     if parsed.output_dir is not None:
         kept = ["target", "trajectories", *{"both": ["cllm", "lossless"]}.get(parsed.mode, [parsed.mode])]
         print(f"Kept in {parsed.output_dir}: {', '.join(kept)}.")
+    return 0
+
+
+def _run_compare(parsed: argparse.Namespace) -> int:
+    hide_host_warnings()
+    from .compare.command import run_compare
+
+    run_compare(parsed)
     return 0
 
 

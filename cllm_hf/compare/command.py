@@ -1,0 +1,88 @@
+"""`cllm compare`: the race in a terminal, and the page."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+
+from ..loading import load_cllm, pick_device
+from .race import Snapshot, compare
+from .session import Question, Session
+
+
+_COLORS = ("cyan", "magenta", "green", "yellow", "blue")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """
+    Run `cllm compare`.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names.
+
+    Raises:
+        ImportError: for a page without gradio.
+        OSError: if a model cannot be loaded.
+        ValueError: for options that are out of range.
+    """
+    device = pick_device(options.device)
+
+    def load(name: str) -> Any:
+        model: Any = load_cllm(name, dtype=options.dtype)
+        return model.to(device)
+
+    session = Session(load)
+    size = options.block_size
+    if options.web:
+        page = _import_page()
+        print("Ctrl-C ends it.", flush=True)
+        page.launch_page(page.make_page(session, options.model, options.target, size), options.host, options.port)
+        return
+    if options.prompt is None:
+        raise ValueError("`--prompt` must hold a text, got none. Write one, or open a page by `--web`.")
+    is_chat = False if options.no_chat else None
+    question = Question(options.prompt, options.mode, size, options.max_new_tokens, options.temperature, is_chat)
+    race = session.prepare(question, options.model, options.target)
+    console = Console()
+    sides: list[Snapshot] = []
+    with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
+        for sides in race.watch():
+            live.update(Columns([_panel(side, console.width // 2 - 1) for side in sides]), refresh=console.is_terminal)
+    if not console.is_terminal:  # a file gets the end alone
+        for side in sides:
+            print(f"{_title(side)}\n{''.join(text for text, _ in side.pieces)}\n")
+    problems = [f"{side.name}: {side.problem}" for side in sides if side.problem]
+    if problems:
+        raise ValueError(" ".join(problems))
+    print("\n".join(compare(sides[0], sides[1], question.is_sampled)))
+
+
+def _import_page() -> Any:
+    try:
+        from . import page
+    except ImportError as error:
+        raise ValueError(
+            f"`--web` needs gradio, which is not installed ({error}). Run `pip install cllm_hf[demo]`, or leave "
+            "`--web` out and pass `--prompt`."
+        ) from error
+    return page
+
+
+def _title(side: Snapshot) -> str:
+    return (
+        f"{side.name}: {side.tokens_per_second:.1f} tokens/s, {len(side.token_ids)} tokens in {side.num_forwards} "
+        f"forward passes ({side.tokens_per_forward:.2f} each), {side.seconds:.1f} s"
+    )
+
+
+def _panel(side: Snapshot, width: int) -> Panel:
+    text = Text()
+    for number, (piece, _) in enumerate(side.pieces):
+        text.append(piece, style=_COLORS[number % len(_COLORS)])
+    return Panel(Group(Text(_title(side), style="bold"), text), width=width)

@@ -1,0 +1,245 @@
+"""
+One prompt decoded in two ways at once, each timed as if it were alone.
+
+The sides take turns, a forward pass at a time: while one runs, the other waits, and its clock stands. Whoever is
+behind by its own clock goes on. What is seen is thus a race at true relative speed, on a device that never does two
+things at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from .._host import base_model_of, input_device
+
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a character whose last bytes are missing
+
+
+@dataclass(frozen=True)
+class Way:
+    """A side of a race: a model, and the options of `generate` that it decodes with."""
+
+    name: str
+    model: Any
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is to be seen of a side."""
+
+    name: str
+    pieces: list[tuple[str, int]]  # text that each forward pass has brought, and how many tokens that is
+    token_ids: list[int]
+    num_forwards: int
+    seconds: float
+    block: list[str]  # draft that the last forward pass has checked, token by token
+    num_accepted: int  # leading tokens of it that were right
+    is_done: bool
+    problem: str | None = None  # why it could not go on
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return len(self.token_ids) / self.num_forwards if self.num_forwards else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.token_ids) / self.seconds if self.seconds else 0.0
+
+
+class _Stopped(Exception):
+    """Ends a call of `generate` from inside."""
+
+
+class Race:
+    """
+    Decodes a prompt in several ways.
+
+    Args:
+        ways (`Sequence[Way]`): the sides. Those of one model get the same weights in modules of their own.
+        prompt_ids (`Sequence[int]`): tokens of the prompt.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): of all models.
+    """
+
+    def __init__(self, ways: Sequence[Way], prompt_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase):
+        self._change = threading.Condition()
+        self._running: _Side | None = None
+        self._is_stopped = False
+        models: list[Any] = []
+        for way in ways:
+            models.append(_twin(way.model) if any(way.model is model for model in models) else way.model)
+        self._sides = [
+            _Side(self, way, model, list(prompt_ids), tokenizer) for way, model in zip(ways, models, strict=True)
+        ]
+
+    def watch(self, interval: float = 0.1) -> Iterator[list[Snapshot]]:
+        """Run it, and tell how it stands every so many seconds, and at its end."""
+        threads = [threading.Thread(target=side.run, daemon=True) for side in self._sides]
+        for thread in threads:
+            thread.start()
+        try:
+            while any(thread.is_alive() for thread in threads):
+                yield [side.snapshot() for side in self._sides]
+                threads[0 if threads[0].is_alive() else -1].join(interval)
+            yield [side.snapshot() for side in self._sides]
+        finally:  # also when nobody watches any more
+            self.stop()
+            for thread in threads:
+                thread.join()
+
+    def stop(self) -> None:
+        """End it at the next forward pass; what has been decoded stays."""
+        with self._change:
+            self._is_stopped = True
+            self._change.notify_all()
+
+    def take_turn(self, side: _Side) -> None:
+        """Wait, before a forward pass, until no other side runs or is behind."""
+        with self._change:
+            self._pause(side)
+            self._change.wait_for(lambda: self._is_stopped or (self._running is None and self._is_behind(side)))
+            if self._is_stopped:
+                raise _Stopped
+            self._running, side.since = side, time.perf_counter()
+
+    def leave(self, side: _Side) -> None:
+        """Take a side that has ended out of the race."""
+        with self._change:
+            self._pause(side)
+            side.is_done = True
+            self._change.notify_all()
+
+    def _pause(self, side: _Side) -> None:
+        if self._running is side:
+            side.seconds += time.perf_counter() - side.since
+            self._running = None
+            self._change.notify_all()
+
+    def _is_behind(self, side: _Side) -> bool:
+        return all(side.seconds <= other.seconds for other in self._sides if not other.is_done)
+
+
+class _Side(BaseStreamer):
+    """One side, in a thread of its own; also the streamer that its tokens come to."""
+
+    def __init__(self, race: Race, way: Way, model: Any, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase):
+        self._race, self._way, self._model = race, way, model
+        self._prompt_ids, self._tokenizer = prompt_ids, tokenizer
+        self._gains: list[int] = []  # tokens of each forward pass
+        self._token_ids: list[int] = []
+        self._fed: list[int] = []
+        self._problem: str | None = None
+        self._lock = threading.Lock()
+        self.seconds, self.since, self.is_done = 0.0, 0.0, False
+
+    def run(self) -> None:
+        base = base_model_of(self._model)
+        handle = base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        ids = torch.tensor([self._prompt_ids], device=input_device(base))
+        try:
+            self._race.take_turn(self)
+            self._model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self, **self._way.options
+            )
+        except _Stopped:
+            pass
+        except Exception as error:  # whatever it is, it belongs on the screen
+            self._problem = str(error) or type(error).__name__
+        finally:
+            handle.remove()
+            self._race.leave(self)
+
+    def _before_forward(self, module: Any, args: Any, kwargs: Any) -> None:
+        self._race.take_turn(self)
+        fed = kwargs.get("input_ids")
+        with self._lock:
+            # The prefill holds the prompt; its draft is nothing but prompt tokens at random.
+            self._fed = [] if not self._gains or fed is None else _verified(fed, kwargs.get("position_ids"))
+            self._gains.append(0)
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take tokens; the first that come are those of the prompt."""
+        if not self._gains:
+            return
+        with self._lock:
+            self._token_ids += value.flatten().tolist()
+            self._gains[-1] += value.numel()
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def snapshot(self) -> Snapshot:
+        """What has come so far."""
+        with self._lock:
+            token_ids, gains, fed, is_done = list(self._token_ids), list(self._gains), self._fed, self.is_done
+        accepted = max(gains[-1] - 1, 0) if gains else 0
+        return Snapshot(
+            name=self._way.name,
+            pieces=list(split_by_forward(token_ids, gains, self._tokenizer, is_done)),
+            token_ids=token_ids,
+            num_forwards=len(gains),
+            seconds=self.seconds,
+            block=[str(self._tokenizer.decode([token])) for token in fed[1:]],
+            num_accepted=accepted,
+            is_done=is_done,
+            problem=self._problem,
+        )
+
+
+def _verified(fed: torch.Tensor, positions: torch.Tensor | None) -> list[int]:
+    """The anchor and the first branch after it: where an adapter drafts on, positions begin again."""
+    ids = fed[0].tolist()
+    if positions is None:
+        return ids
+    steps = positions.flatten()[: len(ids)].diff().tolist()
+    return ids[: 1 + sum(1 for _ in takewhile(lambda step: step == 1, steps))]
+
+
+def split_by_forward(
+    token_ids: Sequence[int], gains: Sequence[int], tokenizer: PreTrainedTokenizerBase, is_done: bool
+) -> Iterator[tuple[str, int]]:
+    """Split a text into what each forward pass has brought. A character that is not whole yet waits for its rest."""
+    shown, end = 0, 0
+    for gain in gains:
+        end += gain
+        text = str(tokenizer.decode(list(token_ids[:end]), skip_special_tokens=True))
+        is_last = is_done and end == len(token_ids)
+        whole = text if is_last else text.rstrip(_UNFINISHED)
+        if gain:
+            yield whole[shown:], gain
+        shown = max(shown, len(whole))
+
+
+def _twin(model: Any) -> Any:
+    """The same weights in modules of their own, since hooks and gates of one side must not be those of the other."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def compare(first: Snapshot, second: Snapshot, is_sampled: bool) -> list[str]:
+    """What is to be said of two sides that have come to their ends; the first is the yardstick."""
+    if first.problem or second.problem or not (first.is_done and second.is_done):
+        return []
+    lines = []
+    if first.tokens_per_second and second.tokens_per_second:
+        ratio = second.tokens_per_second / first.tokens_per_second
+        lines.append(f"{second.name}: {second.tokens_per_forward:.2f} tokens per forward pass, {ratio:.2f}x as fast.")
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first.token_ids, second.token_ids)))
+    if is_sampled:
+        lines.append("Both are samples of the same distribution, so the texts differ.")
+    elif first.token_ids == second.token_ids:
+        lines.append(f"The texts are equal: {same} of {same} tokens.")
+    else:
+        lines.append(f"The texts differ from token {same + 1} on. In 16 bits that happens at near ties.")
+    return lines

@@ -1,0 +1,135 @@
+"""Two ways side by side: what they say is what `generate` says alone, and each clock counts its own time."""
+
+import threading
+import time
+
+import pytest
+import torch
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lossless_models import add_random_adapter
+
+from cllm_hf.compare.race import Race, Snapshot, Way, compare, split_by_forward
+
+
+PROMPT = [5, 9, 12, 7]
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+AUTOREGRESSIVE = {"decoding": "autoregressive", **GREEDY}
+JACOBI = {"decoding": "jacobi", "jacobi_block_size": 5, **GREEDY}
+
+
+def run(ways, tokenizer):
+    return list(Race(ways, PROMPT, tokenizer).watch(0.01))
+
+
+def alone(model, options):
+    ids = torch.tensor([PROMPT])
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(PROMPT) :].tolist()
+
+
+def snapshot(name="side", token_ids=(), seconds=1.0, num_forwards=1, is_done=True, problem=None):
+    return Snapshot(name, [], list(token_ids), num_forwards, seconds, [], 0, is_done, problem)
+
+
+@pytest.mark.parametrize("is_lossless", [False, True])
+def test_both_sides_say_what_they_say_alone(tokenizer, is_lossless):
+    model = make_model("llama")
+    second = JACOBI
+    if is_lossless:
+        model, second = add_random_adapter(model), {**JACOBI, "decoding": "lossless"}
+    expected = alone(model, AUTOREGRESSIVE)
+    left, right = run([Way("generate()", model, AUTOREGRESSIVE), Way("other", model, second)], tokenizer)[-1]
+    assert left.is_done and right.is_done and left.problem is right.problem is None
+    assert left.token_ids == right.token_ids == expected
+    assert left.num_forwards == len(expected)
+    assert (
+        right.num_forwards == len(expected) if is_lossless else 1 < right.num_forwards < len(expected)
+    )  # a random adapter
+    for side in (left, right):
+        assert sum(gain for _, gain in side.pieces) == len(expected)
+        assert "".join(text for text, _ in side.pieces) == tokenizer.decode(expected, skip_special_tokens=True)
+        assert side.seconds > 0
+    assert len(right.block) <= 4 and right.num_accepted <= len(right.block)
+    assert alone(model, AUTOREGRESSIVE) == expected  # nothing is left of the race in the model
+
+
+def test_sides_take_turns_and_the_one_behind_goes_first(tokenizer, monkeypatch):
+    model = make_model("llama")
+    active, most = [], []
+    original = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        active.append(threading.get_ident())
+        most.append(len(active))
+        time.sleep(0.002)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            active.remove(threading.get_ident())
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    gaps = []
+    for left, right in run([Way("a", model, AUTOREGRESSIVE), Way("b", model, AUTOREGRESSIVE)], tokenizer):
+        gaps.append(abs(left.num_forwards - right.num_forwards))
+    assert set(most) == {1} and left.token_ids == right.token_ids
+    assert max(gaps) < len(left.token_ids) / 2  # neither has run through while the other waited
+
+
+def test_a_stopped_race_keeps_what_it_has(tokenizer):
+    model = make_model("llama")
+    long = {**AUTOREGRESSIVE, "max_new_tokens": 200}
+    race = Race([Way("a", model, long), Way("b", model, long)], PROMPT, tokenizer)
+    for left, right in race.watch(0.001):
+        if min(left.num_forwards, right.num_forwards) > 3:
+            race.stop()
+    assert 0 < len(left.token_ids) < 200 and left.is_done and right.is_done
+    assert left.problem is right.problem is None
+
+
+def test_a_watcher_that_leaves_ends_the_race(tokenizer):
+    before = threading.active_count()
+    watching = Race([Way("a", make_model("llama"), AUTOREGRESSIVE)], PROMPT, tokenizer).watch(0.001)
+    next(watching)
+    watching.close()
+    assert threading.active_count() == before
+
+
+def test_a_side_that_cannot_decode_says_why_and_the_other_goes_on(tokenizer):
+    model = make_model("llama")
+    refused = {**AUTOREGRESSIVE, "decoding": "jacobi", "num_beams": 2}
+    left, right = run([Way("a", model, AUTOREGRESSIVE), Way("b", model, refused)], tokenizer)[-1]
+    assert len(left.token_ids) == 24 and left.problem is None
+    assert "num_beams" in right.problem and right.is_done and right.token_ids == []
+    assert compare(left, right, is_sampled=False) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(max_size=20), cuts=st.lists(st.integers(0, 80), max_size=6))
+def test_pieces_put_together_are_the_text(byte_tokenizer, text, cuts):
+    ids = byte_tokenizer(text)["input_ids"]
+    edges = sorted({0, len(ids), *(min(cut, len(ids)) for cut in cuts)})
+    gains = [after - before for before, after in zip(edges, edges[1:])]
+    pieces = list(split_by_forward(ids, gains, byte_tokenizer, is_done=True))
+    assert "".join(piece for piece, _ in pieces) == byte_tokenizer.decode(ids, skip_special_tokens=True)
+    assert [gain for _, gain in pieces] == gains
+
+
+def test_half_a_character_waits_for_its_rest(byte_tokenizer):
+    ids = byte_tokenizer("aé")["input_ids"]
+    assert len(ids) == 3
+    assert [text for text, _ in split_by_forward(ids[:2], [1, 1], byte_tokenizer, is_done=False)] == ["a", ""]
+    assert [text for text, _ in split_by_forward(ids, [1, 1, 1], byte_tokenizer, is_done=False)] == ["a", "", "é"]
+
+
+def test_what_is_said_of_two_sides():
+    left = snapshot("generate()", [1, 2, 3, 4], seconds=4.0, num_forwards=4)
+    right = snapshot("jacobi", [1, 2, 3, 4], seconds=2.0, num_forwards=2)
+    assert compare(left, right, is_sampled=False) == [
+        "jacobi: 2.00 tokens per forward pass, 2.00x as fast.",
+        "The texts are equal: 4 of 4 tokens.",
+    ]
+    other = snapshot("jacobi", [1, 2, 9], seconds=2.0, num_forwards=2)
+    assert "from token 3 on" in compare(left, other, is_sampled=False)[1]
+    assert "samples" in compare(left, other, is_sampled=True)[1]
+    assert compare(left, snapshot(is_done=False), is_sampled=False) == []
