@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trl
+import yaml
 from transformers import GenerationMixin
 
 import cllm_hf
@@ -79,7 +80,7 @@ def test_unknown_names_are_refused():
 
 
 def test_links_lead_to_files_and_headings():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target, anchor in re.findall(r"\]\(([^)#:]*)(#[^)]+)?\)", document.read_text()):
             file = document.parent / target if target else document
             assert file.exists(), f"{document.name}: {target}"
@@ -89,8 +90,16 @@ def test_links_lead_to_files_and_headings():
                 assert anchor in anchors, f"{document.name}: {target}{anchor}"
 
 
-def test_version_is_in_the_changelog():
+def test_version_is_in_the_changelog_and_in_the_citation():
     assert f"## [{cllm_hf.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == cllm_hf.__version__
+
+
+def test_the_workflow_runs_what_ci_runs():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert [step["run"] for step in workflow["jobs"]["tests"]["steps"] if "run" in step] == ["bash .ci/run"]
+    for template in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(template.read_text())
 
 
 @pytest.mark.slow
