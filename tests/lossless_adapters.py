@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import cllm_hf
 from cllm_hf.blocks.drafter import find_drafter
 from cllm_hf.integration import set_lossless_defaults
-from cllm_hf.training.target import make_lossless_config, prepare_drafter
+from cllm_hf.training.inputs import make_lossless_config, prepare_drafter
 
 
 NUM_MASKS = 6

@@ -14,7 +14,7 @@ from cllm_hf import CLLMConfig, CLLMTrainer
 from cllm_hf.blocks.drafter import find_drafter
 from cllm_hf.decoding.lossless import Draft, LosslessStrategy, Notes
 from cllm_hf.demo.problems import make_tokenizer
-from cllm_hf.training.target import make_lossless_config, prepare_drafter
+from cllm_hf.training.inputs import make_lossless_config, prepare_drafter
 
 
 NUM_MASKS = 6

@@ -28,7 +28,6 @@ from cllm_hf import load_cllm
 from cllm_hf.blocks.forward import packed_forward
 from cllm_hf.blocks.layout import Drafts, pack
 from cllm_hf.demo.problems import make_tokenizer
-from cllm_hf.training.objective import sum_losses
 
 
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear"}
@@ -133,13 +132,13 @@ def test_logits_are_computed_where_a_loss_is_only_and_are_the_same(tmp_path, mon
     base_model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, logits: sizes.append(logits[..., 0].numel())
     )
-    cut = sum_losses(model, base_model, prepared, trainer._preparer.objective)
+    cut = trainer._objective.sum_losses(model, base_model, prepared)
 
     def all_logits(model, packed, base_model, places):
         return packed_forward(model, packed, base_model).flatten(0, 1)[places]
 
     monkeypatch.setattr("cllm_hf.training.objective.packed_forward", all_logits)
-    whole = sum_losses(model, base_model, prepared, trainer._preparer.objective)
+    whole = trainer._objective.sum_losses(model, base_model, prepared)
     torch.testing.assert_close(cut, whole)
     assert sizes[0] < sizes[1]
 

@@ -7,7 +7,8 @@ import torch
 from conftest import VOCAB_SIZE
 
 from cllm_hf import CLLMConfig
-from cllm_hf.training.preparation import BatchPreparer, make_collator
+from cllm_hf.training.batch import make_collator
+from cllm_hf.training.objective import ConsistencyObjective
 
 
 BLOCK_SIZE = 5
@@ -53,8 +54,8 @@ def prepare(model, records, update=1, progress=0.0, base_model=None, block_size=
     """What an optimizer step with these options trains on, and its objective."""
     config = make_config(**options)
     batch = make_collator(config, block_size).collate(records)
-    preparer = BatchPreparer.from_config(config, block_size)
-    return preparer.prepare(model, base_model or model, batch, update, progress), preparer.objective
+    objective = ConsistencyObjective(config, block_size)
+    return objective.prepare(model, base_model or model, batch, update, progress), objective
 
 
 def slow_divergence(name, p, q, frozen=None):
@@ -107,7 +108,7 @@ def reference_losses(model, prepared, objective):
 
     Returns sums of both losses, the sum of the consistency weights and the number of AR positions.
     """
-    batch, blocks = prepared.batch, prepared.blocks
+    batch, blocks, config = prepared.batch, prepared.blocks, objective.config
     consistency, ar, weight_sum, num_ar = 0.0, 0.0, 0.0, 0
 
     def logits_of(ids):
@@ -122,7 +123,7 @@ def reference_losses(model, prepared, objective):
             answer_logits = logits_of(torch.cat([sequence[:start], answer]))
         for i, token in enumerate(answer):
             log_q = (clean if answer_logits is None else answer_logits)[start - 1 + i].log_softmax(-1)
-            ar = ar - (1 - objective.label_smoothing) * log_q[token] - objective.label_smoothing * log_q.mean()
+            ar = ar - (1 - config.ar_label_smoothing) * log_q[token] - config.ar_label_smoothing * log_q.mean()
             num_ar += 1
         for block in blocks.mask[row].nonzero()[:, 0].tolist():
             first = start + int(blocks.offsets[row, block])
@@ -136,8 +137,10 @@ def reference_losses(model, prepared, objective):
             place = 0
             for i in range(1, len(right)):
                 if state[:i].tolist() != right[:i]:
-                    weight = 1.0 if objective.position_decay is None else math.exp(-place / objective.position_decay)
-                    distance = torch_divergence(objective.divergence, targets[i], logits[i], objective.temperature)
+                    weight = 1.0 if config.position_decay is None else math.exp(-place / config.position_decay)
+                    distance = torch_divergence(
+                        config.divergence, targets[i], logits[i], config.divergence_temperature
+                    )
                     consistency, weight_sum, place = consistency + weight * distance, weight_sum + weight, place + 1
     return consistency, ar, weight_sum, num_ar
 

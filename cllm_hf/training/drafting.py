@@ -9,83 +9,53 @@ than one pass over both, and gives the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
-from ..blocks.drafter import AdapterGate, Drafter, find_drafter
+from ..blocks.drafter import AdapterGate, find_drafter
 from ..blocks.forward import forward_clean, forward_drafts
 from ..blocks.layout import Packed, append_drafts
 from .batch import TrainingBatch
 from .config import CLLMConfig
-from .objective import Objective, sum_divergence
-from .preparation import draw_numbers, size_at
+from .objective import draw_numbers, size_at, sum_divergence
 from .states import position_weights
 
 
 @dataclass
 class PreparedDrafts:
-    """
-    What of a batch an optimizer step trains a drafter on.
-
-    Attributes:
-        batch (`TrainingBatch`): the records.
-        offsets (`torch.LongTensor` of shape `(batch_size, num_blocks)`): for each block, tokens of the response before
-            the one that is never drafted, since the base model itself says it; the block drafts those after it.
-        weights (`torch.Tensor` of shape `(batch_size, num_blocks, num_masks)`): of the drafted tokens; 0 after the end
-            of the response.
-        counts (`torch.Tensor` of shape `(2,)`): what the loss and the share of right tokens are means over.
-    """
+    """What of a batch an optimizer step trains a drafter on."""
 
     batch: TrainingBatch
+    # [B, num_blocks], tokens of the response before the one that is never drafted, since the base model itself says
+    # it; the block drafts those after it.
     offsets: torch.Tensor
-    weights: torch.Tensor
-    counts: torch.Tensor
-
-    def without_counts(self) -> PreparedDrafts:
-        """The same for a batch whose forward pass must be run, but whose losses count nothing."""
-        return replace(self, counts=torch.zeros_like(self.counts))
+    weights: torch.Tensor  # [B, num_blocks, num_masks], of the drafted tokens; 0 after the end of the response
+    counts: torch.Tensor  # [2], what the loss and the share of right tokens are means over
 
 
-@dataclass(frozen=True)
-class DraftPreparer:
+class DraftingObjective:
     """
-    Chooses after which places of each response tokens are drafted. The fields are those of `CLLMConfig`.
+    Chooses after which places of each response tokens are drafted, and sums the loss.
 
-    Attributes:
-        loss_names (`tuple[str, str]`): what `sum_losses` sums.
-        objective (`Objective`): what is minimised.
-        block_sizes (`tuple[int, ...]`): tokens of a block, in equal parts of the run: the one that is never drafted,
-            and the drafted ones after it.
-        drafts_per_response (`int`): most blocks of a response in a step.
-        seed (`int`): of the places.
+    Args:
+        config (`CLLMConfig`): options.
+        block_size (`int`): tokens of a block: the one that is never drafted, and the drafted ones after it.
     """
 
     loss_names: ClassVar[tuple[str, str]] = ("drafting_loss", "draft_accuracy")
+    second_weight: ClassVar[float] = 0.0  # tokens that are drafted right are counted, not minimised
 
-    objective: Objective
-    block_sizes: tuple[int, ...]
-    drafts_per_response: int
-    seed: int
+    def __init__(self, config: CLLMConfig, block_size: int):
+        self.config = config
+        self.block_sizes = config.block_size_schedule or [block_size]
 
     @property
     def num_masks(self) -> int:
-        """`int`: most tokens that are drafted after a place."""
+        """Most tokens that are drafted after a place."""
         return max(self.block_sizes) - 1
-
-    @classmethod
-    def from_config(cls, config: CLLMConfig, block_size: int) -> DraftPreparer:
-        """Of the options of a run, for blocks of a size."""
-        return cls(
-            objective=Objective(
-                config.divergence, config.divergence_temperature, position_decay=config.position_decay
-            ),
-            block_sizes=tuple(config.block_size_schedule or [block_size]),
-            drafts_per_response=config.drafts_per_response,
-            seed=config.seed if config.data_seed is None else config.data_seed,
-        )
 
     def prepare(
         self,
@@ -96,10 +66,10 @@ class DraftPreparer:
         progress: float,
     ) -> PreparedDrafts:
         """
-        Choose places, spread evenly over each response.
+        Choose places, spread evenly over each response. The models are not used: a draft stands on the response alone.
 
         Args:
-            model (`torch.nn.Module`): not used: what is drafted stands on the response alone.
+            model (`torch.nn.Module`): not used.
             base_model (`transformers.PreTrainedModel`): not used.
             batch (`TrainingBatch`): the records.
             update (`int`, *optional*): number of the optimizer step, from 0 on; the same number, record and seed give
@@ -112,21 +82,21 @@ class DraftPreparer:
         num_masks = size_at(self.block_sizes, progress) - 1
         lengths = batch.response_lengths
         num_places = (lengths - 1).clamp(min=1)  # the last token has none after it to draft
-        num_blocks = num_places.clamp(max=self.drafts_per_response)
+        num_blocks = num_places.clamp(max=self.config.drafts_per_response)
         numbers = torch.arange(int(num_blocks.max()), device=lengths.device)  # [num_blocks]
-        draws = draw_numbers(self.seed, batch, update, (len(numbers),))
+        draws = draw_numbers(self.config, batch, update, (len(numbers),))
         shares = (numbers + draws) / num_blocks[:, None]
         offsets = (shares * num_places[:, None]).long().clamp(max=num_places[:, None] - 1)
         places = offsets[..., None] + 1 + torch.arange(num_masks, device=lengths.device)
         is_drafted = (places < lengths[:, None, None]) & (numbers < num_blocks[:, None])[..., None]
-        weights = position_weights(is_drafted, self.objective.position_decay)
+        weights = position_weights(is_drafted, self.config.position_decay)
         return PreparedDrafts(batch, offsets, weights, weights.sum().expand(2).clone())
 
     def sum_losses(
         self, model: torch.nn.Module, base_model: PreTrainedModel, prepared: PreparedDrafts
     ) -> torch.Tensor:
         """
-        Sum the loss of a batch; see `sum_drafting_losses`.
+        Run the clean sequences and the drafted blocks, and sum the loss.
 
         Args:
             model (`torch.nn.Module`): the model, possibly wrapped.
@@ -134,75 +104,45 @@ class DraftPreparer:
             prepared (`PreparedDrafts`): from `prepare`.
 
         Returns:
-            `torch.Tensor` of shape `(2,)`.
+            `torch.Tensor` of shape `(2,)`: the divergence, and without gradient the tokens that are drafted right,
+            each weighted and summed.
         """
         drafter: Any = find_drafter(base_model)
         gate = AdapterGate(base_model, drafter)
-        return sum_drafting_losses(model, base_model, drafter, gate, prepared, self.objective)
-
-
-def sum_drafting_losses(
-    model: torch.nn.Module,
-    base_model: PreTrainedModel,
-    drafter: Drafter,
-    gate: AdapterGate,
-    prepared: PreparedDrafts,
-    objective: Objective,
-) -> torch.Tensor:
-    """
-    Run the clean sequences and the drafted blocks, and sum the loss.
-
-    Args:
-        model (`torch.nn.Module`): the model, possibly wrapped.
-        base_model (`transformers.PreTrainedModel`): the model in the wrappers.
-        drafter (`Drafter`): of the model.
-        gate (`AdapterGate`): of the model.
-        prepared (`PreparedDrafts`): from `DraftPreparer.prepare`.
-        objective (`Objective`): what to sum.
-
-    Returns:
-        `torch.Tensor` of shape `(2,)`: the divergence, and without gradient the tokens that are drafted right, each
-        weighted and summed.
-    """
-    batch, weights = prepared.batch, prepared.weights
-    num_masks = weights.shape[-1]
-    row, block, distance = weights.nonzero(as_tuple=True)
-    # The place in the clean sequence whose logits a drafted token is to have.
-    columns = batch.prompt_lengths[row] + prepared.offsets[row, block] + distance
-    clean_places, targets_of = torch.unique(row * batch.clean_ids.shape[1] + columns, return_inverse=True)
-    num_columns = weights.shape[1] * num_masks
-    was_training = model.training
-    model.eval()  # with gradient checkpointing, models in training mode take no cache
-    gate.train_dropout(was_training)
-    try:
-        with gate.installed():
-            with torch.no_grad():
-                targets, cache = forward_clean(base_model, batch.clean_ids, batch.clean_mask, 1, places=clean_places)
-            gate.open(list(range(num_masks)) * weights.shape[1])
-            packed = lay_out_blocks(batch, prepared.offsets, num_masks)
-            places = row * num_columns + block * num_masks + distance
-            logits = forward_drafts(model, packed, cache, base_model, places)
-    finally:
-        model.train(was_training)
-    logits = drafter.correct(logits, batch.clean_ids[row, columns])
-    chosen = weights[row, block, distance]
-    divergence = sum_divergence(logits, targets, targets_of, chosen, objective)
-    with torch.no_grad():
-        num_right = ((logits.argmax(-1) == targets.argmax(-1)[targets_of]) * chosen).sum()
-    return torch.stack([divergence, num_right])
+        batch, weights = prepared.batch, prepared.weights
+        num_masks = weights.shape[-1]
+        row, block, distance = weights.nonzero(as_tuple=True)
+        # The place in the clean sequence whose logits a drafted token is to have.
+        columns = batch.prompt_lengths[row] + prepared.offsets[row, block] + distance
+        clean_places, targets_of = torch.unique(row * batch.clean_ids.shape[1] + columns, return_inverse=True)
+        num_columns = weights.shape[1] * num_masks
+        was_training = model.training
+        model.eval()  # with gradient checkpointing, models in training mode take no cache
+        gate.train_dropout(was_training)
+        try:
+            with gate.installed():
+                with torch.no_grad():
+                    targets, cache = forward_clean(
+                        base_model, batch.clean_ids, batch.clean_mask, 1, places=clean_places
+                    )
+                gate.open(list(range(num_masks)) * weights.shape[1])
+                packed = lay_out_blocks(batch, prepared.offsets, num_masks)
+                places = row * num_columns + block * num_masks + distance
+                logits = forward_drafts(model, packed, cache, base_model, places)
+        finally:
+            model.train(was_training)
+        logits = drafter.correct(logits, batch.clean_ids[row, columns])
+        chosen = weights[row, block, distance]
+        divergence = sum_divergence(logits, targets, targets_of, chosen, self.config)
+        with torch.no_grad():
+            num_right = ((logits.argmax(-1) == targets.argmax(-1)[targets_of]) * chosen).sum()
+        return torch.stack([divergence, num_right])
 
 
 def lay_out_blocks(batch: TrainingBatch, offsets: torch.Tensor, num_masks: int) -> Packed:
     """
-    Lay out blocks of masks after places of responses.
-
-    Args:
-        batch (`TrainingBatch`): the records.
-        offsets (`torch.LongTensor` of shape `(batch_size, num_blocks)`): from `DraftPreparer.prepare`.
-        num_masks (`int`): masks of a block; the first stands for the token at its offset, which is yet to be said.
-
-    Returns:
-        `Packed`: each mask sees the clean tokens before its block, and those before it in its block.
+    Lay out blocks of masks after places `[B, num_blocks]` of responses. Each mask sees the clean tokens before its
+    block, and those before it in its block; the first stands for the token at its offset, which is yet to be said.
     """
     batch_size, num_blocks = offsets.shape
     first = (batch.prompt_lengths[:, None] + offsets)[..., None]  # [B, num_blocks, 1]

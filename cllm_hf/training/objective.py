@@ -1,9 +1,17 @@
-"""The loss of a batch: one packed forward pass, and sums of both losses over their positions."""
+"""
+The objective of consistency training: which states an optimizer step trains on, and the sums of both losses.
+
+One packed forward pass gives the clean sequence of every response and the chosen states of its blocks; `losses` has
+the formulas at each position.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
@@ -11,75 +19,183 @@ from transformers import PreTrainedModel
 
 from ..blocks.forward import packed_forward
 from ..blocks.layout import Drafts, PackedBatch, fill_rows, pack
-from .batch import PreparedBatch, TrainingBatch
+from .batch import TrainingBatch
+from .config import CLLMConfig
 from .losses import DIVERGENCES, ar_cross_entropy
-from .states import DraftBlocks, position_weights, wrong_context
+from .states import (
+    DraftBlocks,
+    choose_progressively,
+    choose_uniformly,
+    cut_blocks,
+    make_online_states,
+    position_weights,
+    take_states,
+    wrong_context,
+)
 
 
 # Positions whose probabilities are held at once: those of a vocabulary of 150,000 take 0.6 GiB in float32.
 _POSITIONS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
-class Objective:
+@dataclass
+class PreparedBatch:
+    """What of a batch an optimizer step trains on."""
+
+    batch: TrainingBatch
+    blocks: DraftBlocks  # the states that were chosen or made
+    weights: torch.Tensor  # [B, num_blocks, block_size], of the positions in the consistency loss
+    counts: torch.Tensor  # [2], what the losses are means over
+
+
+class ConsistencyObjective:
     """
-    What is minimised.
+    Chooses or makes the states of every batch, and sums its losses: `consistency_loss + ar_loss_weight * ar_loss`,
+    each a mean over its own positions.
 
-    Attributes:
-        divergence (`str`): name of one of `losses.DIVERGENCES`.
-        temperature (`float`): of the divergence.
-        label_smoothing (`float`): of the AR loss.
-        position_decay (`float`, *optional*): tokens over which the weight of a position falls to 1/e.
+    A choice follows from the seed, the number of the optimizer step and the record alone.
+
+    Args:
+        config (`CLLMConfig`): options.
+        block_size (`int`): tokens of a block in the dataset.
     """
 
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
-    label_smoothing: float = 0.0
-    position_decay: float | None = None
+    loss_names: ClassVar[tuple[str, str]] = ("consistency_loss", "ar_loss")
 
+    def __init__(self, config: CLLMConfig, block_size: int):
+        self.config = config
+        self.block_sizes = config.block_size_schedule or [block_size]
 
-class LossTotals:
-    """Sums of both losses and numbers of their positions, batch by batch since they were last taken."""
+    @property
+    def second_weight(self) -> float:
+        """Of the AR loss."""
+        return self.config.ar_loss_weight
 
-    def __init__(self) -> None:
-        self._sums: list[torch.Tensor] = []
-        self._counts: list[torch.Tensor] = []
-
-    def add(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
+    def prepare(
+        self,
+        model: torch.nn.Module,
+        base_model: PreTrainedModel,
+        batch: TrainingBatch,
+        update: int | None,
+        progress: float,
+    ) -> PreparedBatch:
         """
-        Add a batch.
+        Choose or make the states of a batch.
 
         Args:
-            sums (`torch.Tensor` of shape `(2,)`): from `sum_losses`.
-            counts (`torch.Tensor` of shape `(2,)`): from `count_positions`.
-        """
-        self._sums.append(sums.detach())
-        self._counts.append(counts)
-
-    def take(self, accelerator: Accelerator) -> tuple[list[float], list[float]] | None:
-        """
-        Take the totals of all processes, and begin anew.
-
-        Args:
-            accelerator (`accelerate.Accelerator`): of the run; each of its processes calls this.
+            model (`torch.nn.Module`): the model that is trained, possibly wrapped.
+            base_model (`transformers.PreTrainedModel`): the model in the wrappers.
+            batch (`TrainingBatch`): the records.
+            update (`int`, *optional*): number of the optimizer step, from 0 on. `None` in evaluation, which has a
+                choice of its own.
+            progress (`float`): share of the training that is done, from 0 to 1.
 
         Returns:
-            `tuple[list[float], list[float]]`: the mean of each loss and the number of its positions, or `None` where
-            no batch was added.
+            `PreparedBatch`.
         """
-        if not self._sums:
-            return None
-        totals = torch.stack([torch.stack(self._sums).sum(0), torch.stack(self._counts).sum(0)])
-        self._sums, self._counts = [], []
-        sums, counts = accelerator.reduce(totals.double(), reduction="sum").tolist()
-        return [total / (count or 1) for total, count in zip(sums, counts)], counts
+        config = self.config
+        own_size = size_at(self.block_sizes, progress)
+        # In noisy context, blocks see each other's drafts: a window is one large block.
+        block_size = own_size * (config.noise_window if config.context == "noisy" else 1)
+        if config.trajectory_source == "online":
+            blocks = self._make_states(model, base_model, batch, update, block_size)
+        else:
+            blocks = self._choose_states(batch, update, block_size)
+        weights = weigh_positions(batch, blocks, config.position_decay, own_size)
+        return PreparedBatch(batch, blocks, weights, torch.stack([weights.sum(), batch.ar_lengths.sum().float()]))
+
+    def sum_losses(self, model: torch.nn.Module, base_model: PreTrainedModel, prepared: PreparedBatch) -> torch.Tensor:
+        """
+        Run the packed forward pass and sum both losses.
+
+        The logits of the responses in the clean sequences are the targets of all states (with successors: those of the
+        successors) and give the AR loss. Ground-truth answers, if the batch has them, are one more branch after the
+        prompt, and the AR loss is on them instead. No other logits are computed than those that a loss is on.
+
+        Args:
+            model (`torch.nn.Module`): the model, possibly wrapped.
+            base_model (`transformers.PreTrainedModel`): the model in the wrappers.
+            prepared (`PreparedBatch`): from `prepare`.
+
+        Returns:
+            `torch.Tensor` of shape `(2,)`: consistency loss and AR loss, summed over their positions.
+        """
+        batch, blocks, weights = prepared.batch, prepared.blocks, prepared.weights
+        trained = row, block, position = weights.nonzero(as_tuple=True)
+        logits = _logits_by_name(model, base_model, *_lay_out(batch, blocks, trained))
+        if blocks.successors is None:
+            # The rows' responses lie one after the other.
+            first = batch.response_lengths.cumsum(0) - batch.response_lengths
+            targets, places = logits["response"], first[row] + blocks.offsets[row, block] + position
+        else:
+            targets, places = logits["successors"], torch.arange(len(row), device=row.device)
+        chosen = weights[row, block, position]
+        consistency = sum_divergence(logits["states"], targets.detach(), places, chosen, self.config)
+        name, ids = ("response", batch.response_ids) if batch.label_ids is None else ("labels", batch.label_ids)
+        tokens = ids[_is_token(ids, batch.ar_lengths)]
+        ar = ar_cross_entropy(logits[name], tokens, self.config.ar_label_smoothing).sum()
+        return torch.stack([consistency, ar])
+
+    def _choose_states(self, batch: TrainingBatch, update: int | None, block_size: int) -> DraftBlocks:
+        if batch.candidates is None or batch.num_candidates is None:
+            raise ValueError("A batch must hold states to choose from, got none. Collate it with `with_states=True`.")
+        config, candidates, num_candidates = self.config, batch.candidates, batch.num_candidates
+        if config.state_sampling == "progressive":
+            chosen = choose_progressively(
+                candidates, num_candidates, candidates[:, :, -1], config.states_per_block, config.noise_window
+            )
+        else:
+            draws = draw_numbers(config, batch, update, candidates.shape[1:2])
+            chosen = choose_uniformly(num_candidates, draws, config.states_per_block)
+        drafts, successors = take_states(candidates, chosen), None
+        if config.consistency == "local":  # after the last state comes the fixed point
+            successors = take_states(candidates, (chosen + 1).clamp(max=candidates.shape[2] - 1))
+        return cut_blocks(drafts, batch.response_ids, batch.response_lengths, block_size, successors)
+
+    def _make_states(
+        self,
+        model: torch.nn.Module,
+        base_model: PreTrainedModel,
+        batch: TrainingBatch,
+        update: int | None,
+        block_size: int,
+    ) -> DraftBlocks:
+        config = self.config
+        num_windows = config.states_per_block * -(-batch.response_lengths // block_size)
+        draws = draw_numbers(config, batch, update, (int(num_windows.max()), 1 + block_size))
+        # A window reaches no further than the longest response; its tokens in a response are the same.
+        block_size = min(block_size, int(batch.response_lengths.max()))
+        num_iterations = config.online_iterations
+        if update is not None:
+            num_iterations = int(_generator(config, update).integers(config.online_iterations + 1))
+        draws, is_local = draws[..., : 1 + block_size], config.consistency == "local"
+        blocks = make_online_states(model, base_model, batch, draws, block_size, num_iterations, is_local)
+        blocks.mask &= torch.arange(draws.shape[1], device=draws.device) < num_windows[:, None]
+        return blocks
+
+
+def size_at(block_sizes: Sequence[int], progress: float) -> int:
+    """The block size of a moment of a run, which goes through the sizes in equal parts."""
+    return block_sizes[min(int(progress * len(block_sizes)), len(block_sizes) - 1)]
+
+
+def draw_numbers(config: CLLMConfig, batch: TrainingBatch, update: int | None, shape: tuple[int, ...]) -> torch.Tensor:
+    """
+    Draw random numbers in [0, 1) for each record, `[B, *shape]`: the same ones for the same seed, optimizer step and
+    record; a longer shape only has more.
+    """
+    numbers = np.stack([_generator(config, update, key).random(shape) for key in batch.record_keys.tolist()])
+    # As float32 the largest number would round to 1.
+    return torch.from_numpy(numbers).clamp(max=1 - 2**-24).float().to(batch.clean_ids.device)
+
+
+def _generator(config: CLLMConfig, update: int | None, *key: int) -> np.random.Generator:
+    seed = config.seed if config.data_seed is None else config.data_seed
+    return np.random.default_rng([seed, 0 if update is None else update + 1, *key])
 
 
 def weigh_positions(
-    batch: TrainingBatch,
-    blocks: DraftBlocks,
-    position_decay: float | None = None,
-    decay_over: int | None = None,
+    batch: TrainingBatch, blocks: DraftBlocks, position_decay: float | None, decay_over: int
 ) -> torch.Tensor:
     """
     Find the positions of the consistency loss and their weights.
@@ -88,8 +204,7 @@ def weigh_positions(
         batch (`TrainingBatch`): the records.
         blocks (`DraftBlocks`): the states that are trained on.
         position_decay (`float`, *optional*): see `position_weights`.
-        decay_over (`int`, *optional*): tokens after which the weight begins anew, for windows of several blocks; by
-            default a whole block.
+        decay_over (`int`): tokens after which the weight begins anew, for windows of several blocks.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_blocks, block_size)`, float32: 0 where the context holds no wrong
@@ -100,60 +215,8 @@ def weigh_positions(
     places = blocks.offsets[..., None] + torch.arange(block_size, device=blocks.offsets.device)
     in_response = places < batch.response_lengths[:, None, None]
     is_trained = wrong_context(blocks.states, targets) & in_response & blocks.mask[..., None]
-    parts = is_trained.split(decay_over or block_size, dim=-1)
+    parts = is_trained.split(decay_over, dim=-1)
     return torch.cat([position_weights(part, position_decay) for part in parts], dim=-1)
-
-
-def count_positions(batch: TrainingBatch, weights: torch.Tensor) -> torch.Tensor:
-    """
-    Count what the two losses are means over.
-
-    Args:
-        batch (`TrainingBatch`): the records.
-        weights (`torch.Tensor` of shape `(batch_size, num_blocks, block_size)`): from `weigh_positions`.
-
-    Returns:
-        `torch.Tensor` of shape `(2,)`, float32: sum of the consistency weights, number of positions of the AR loss.
-    """
-    return torch.stack([weights.sum(), batch.ar_lengths.sum().float()])
-
-
-def sum_losses(
-    model: torch.nn.Module,
-    base_model: PreTrainedModel,
-    prepared: PreparedBatch,
-    objective: Objective,
-) -> torch.Tensor:
-    """
-    Run the packed forward pass and sum both losses.
-
-    The logits of the responses in the clean sequences are the targets of all states (with successors: those of the
-    successors) and give the AR loss. Ground-truth answers, if the batch has them, are one more branch after the
-    prompt, and the AR loss is on them instead. No other logits are computed than those that a loss is on.
-
-    Args:
-        model (`torch.nn.Module`): the model, possibly wrapped.
-        base_model (`transformers.PreTrainedModel`): the model in the wrappers.
-        prepared (`PreparedBatch`): from `BatchPreparer.prepare`.
-        objective (`Objective`): what to sum.
-
-    Returns:
-        `torch.Tensor` of shape `(2,)`: consistency loss and AR loss, summed over their positions.
-    """
-    batch, blocks, weights = prepared.batch, prepared.blocks, prepared.weights
-    trained = row, block, position = weights.nonzero(as_tuple=True)
-    logits = _logits_by_name(model, base_model, *_lay_out(batch, blocks, trained))
-    if blocks.successors is None:
-        # The rows' responses lie one after the other.
-        first = batch.response_lengths.cumsum(0) - batch.response_lengths
-        targets, places = logits["response"], first[row] + blocks.offsets[row, block] + position
-    else:
-        targets, places = logits["successors"], torch.arange(len(row), device=row.device)
-    consistency = sum_divergence(logits["states"], targets.detach(), places, weights[row, block, position], objective)
-    name, ids = ("response", batch.response_ids) if batch.label_ids is None else ("labels", batch.label_ids)
-    tokens = ids[_is_token(ids, batch.ar_lengths)]
-    ar = ar_cross_entropy(logits[name], tokens, objective.label_smoothing).sum()
-    return torch.stack([consistency, ar])
 
 
 def _lay_out(
@@ -209,7 +272,7 @@ def sum_divergence(
     targets: torch.Tensor,
     places: torch.Tensor,
     weights: torch.Tensor,
-    objective: Objective,
+    config: CLLMConfig,
 ) -> torch.Tensor:
     """
     Sum a divergence over positions, a part at a time.
@@ -219,18 +282,40 @@ def sum_divergence(
         targets (`torch.Tensor` of shape `(num_targets, vocab_size)`): the target's, without gradient.
         places (`torch.LongTensor` of shape `(num_positions,)`): which target each position has.
         weights (`torch.Tensor` of shape `(num_positions,)`): of the positions.
-        objective (`Objective`): which divergence.
+        config (`CLLMConfig`): which divergence, and its temperature.
 
     Returns:
         `torch.Tensor` of shape `()`: the weighted sum.
     """
-    divergence = DIVERGENCES[objective.divergence]
+    divergence = DIVERGENCES[config.divergence]
 
     def sum_part(logits: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return (divergence(logits, targets[places], objective.temperature) * weights).sum()
+        return (divergence(logits, targets[places], config.divergence_temperature) * weights).sum()
 
     if len(places) <= _POSITIONS_AT_ONCE:
         return sum_part(logits, places, weights)
     parts = zip(*(values.split(_POSITIONS_AT_ONCE) for values in (logits, places, weights)))
     # Probabilities are computed again in the backward pass instead of being kept for all positions.
     return torch.stack([checkpoint(sum_part, *part, use_reentrant=False) for part in parts]).sum()
+
+
+class LossTotals:
+    """Sums of both losses and numbers of their positions, batch by batch since they were last taken."""
+
+    def __init__(self) -> None:
+        self._batches: list[torch.Tensor] = []
+
+    def add(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
+        """Add a batch, both `[2]`."""
+        self._batches.append(torch.stack([sums.detach(), counts]))
+
+    def take(self, accelerator: Accelerator) -> tuple[list[float], list[float]] | None:
+        """
+        Take the means and the numbers of positions over all processes, each of which calls this, and begin anew;
+        `None` where no batch was added.
+        """
+        if not self._batches:
+            return None
+        totals, self._batches = torch.stack(self._batches).sum(0), []
+        sums, counts = accelerator.reduce(totals.double(), reduction="sum").tolist()
+        return [total / (count or 1) for total, count in zip(sums, counts)], counts

@@ -166,6 +166,18 @@ class RunCard:
         )
 
 
+def check_leftovers(folder: Path, is_adapter: bool) -> None:
+    """Check that a folder holds no model of the other kind: whoever loads it would get that one, or both."""
+    kind, other, name = ("adapter", "whole model", "config.json")
+    if not is_adapter:
+        kind, other, name = ("whole model", "adapter", "adapter_config.json")
+    if (folder / name).is_file():
+        raise ValueError(
+            f"The output folder would hold two models: {str(folder)!r} has the {other} of an earlier run, and now "
+            f"comes {'an' if is_adapter else 'a'} {kind}. Choose another output folder, or empty that one."
+        )
+
+
 def save_beside(trainer: Any, card: RunCard, folder: Path, is_checkpoint: bool) -> None:
     """
     Save what a folder has beside the weights: a generation config that decodes by Jacobi by default, Jacobi decoding

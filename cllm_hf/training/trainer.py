@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,25 +21,28 @@ from ..blocks.limits import check_packable
 from ..cards import CLLM_CITATION
 from ..files import check_writable
 from ..integration import set_jacobi_defaults, set_lossless_defaults
-from .batch import PreparedBatch, TrainingBatch
+from .batch import TrainingBatch, count_own_rows, make_collator
 from .callbacks import add_callbacks
-from .checks import check_datasets, check_leftovers, check_trainable, check_vocabulary
 from .config import CLLMConfig
-from .drafting import DraftPreparer, PreparedDrafts
-from .monitoring import decoding_metrics
-from .objective import LossTotals
-from .preparation import BatchPreparer, make_collator, prepare_dataset
-from .processes import check_processes, count_own_rows
-from .resuming import choose_checkpoint, drafter_follows, record_run
-from .saving import RunCard, card_left_alone, save_beside, wait_for_push
-from .target import (
+from .drafting import DraftingObjective, PreparedDrafts
+from .inputs import (
+    check_datasets,
+    check_processes,
+    check_trainable,
+    check_vocabulary,
     explained_variants,
+    list_datasets,
     load_target,
     load_target_tokenizer,
     make_lossless_config,
+    prepare_dataset,
     prepare_drafter,
     set_pad_token,
 )
+from .monitoring import decoding_metrics
+from .objective import ConsistencyObjective, LossTotals, PreparedBatch
+from .resuming import choose_checkpoint, drafter_follows, record_run
+from .saving import RunCard, card_left_alone, check_leftovers, save_beside, wait_for_push
 
 
 _REFUSED_ARGUMENTS = (
@@ -142,8 +146,8 @@ class CLLMTrainer(SFTTrainer):
         if args.lossless and args.ddp_find_unused_parameters is None:
             # Every step uses all, and the Markov head outside of `forward`, where a search would not find it.
             args.ddp_find_unused_parameters = False
-        preparer: Any = DraftPreparer if args.lossless else BatchPreparer
-        self._preparer = preparer.from_config(args, dataset_block_size)
+        objective: Any = DraftingObjective if args.lossless else ConsistencyObjective
+        self._objective = objective(args, dataset_block_size)
         self._card = RunCard(self)
         collator = make_collator(args, dataset_block_size)
         target = load_target(model, args, peft_config, kwargs.get("quantization_config"))
@@ -162,11 +166,10 @@ class CLLMTrainer(SFTTrainer):
         check_packable(base_model_of(self.model))
         check_trainable(self.model)
         if args.lossless:
-            prepare_drafter(self.model, self._preparer.num_masks, args.markov_rank)
+            prepare_drafter(self.model, self._objective.num_masks, args.markov_rank)
         # The collator looks at what is read later: streams, and datasets that `evaluate` is given.
         collator.vocab_size = count_embeddings(base_model_of(self.model))
-        given = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        check_vocabulary([train_dataset, *given], collator.vocab_size, collator.token_columns)
+        check_vocabulary(list_datasets(train_dataset, eval_dataset), collator.vocab_size, collator.token_columns)
         set_pad_token(self.model, self.processing_class, args.pad_token)
         if args.should_save:
             check_leftovers(Path(str(args.output_dir)), is_adapter=base_model_of(self.model) is not self.model)
@@ -257,17 +260,12 @@ class CLLMTrainer(SFTTrainer):
         counts = prepared.counts
         denominators = self._step_counts if is_of_a_step and self._step_counts is not None else counts
         # A record that is repeated to fill a batch has losses, but no positions.
-        sums = self._preparer.sum_losses(model, base_model_of(self.model), prepared) * (counts > 0)
+        sums = self._objective.sum_losses(model, base_model_of(self.model), prepared) * (counts > 0)
         # A process's share of few positions is less than one.
         means = sums / torch.where(denominators > 0, denominators, 1)
-        loss = means[0] + self._second_weight * means[1]
+        loss = means[0] + self._objective.second_weight * means[1]
         self._loss_totals[mode].add(sums, counts)
-        return (loss, dict(zip(self._preparer.loss_names, means))) if return_outputs else loss
-
-    @property
-    def _second_weight(self) -> float:
-        """Of the second loss; tokens that are drafted right are counted, not minimised."""
-        return 0.0 if self.args.lossless else self.args.ar_loss_weight
+        return (loss, dict(zip(self._objective.loss_names, means))) if return_outputs else loss
 
     def _prepare_batch(
         self, model: torch.nn.Module, columns: dict[str, torch.Tensor], mode: str, is_last: bool = True
@@ -287,8 +285,8 @@ class CLLMTrainer(SFTTrainer):
         if is_last:
             num_own = count_own_rows(len(batch), self.accelerator, self.args.dataloader_drop_last)
             batch = batch.first_rows(max(num_own, 1))
-        prepared = self._preparer.prepare(model, base_model_of(self.model), batch, update, progress)
-        return prepared if num_own else prepared.without_counts()
+        prepared = self._objective.prepare(model, base_model_of(self.model), batch, update, progress)
+        return prepared if num_own else replace(prepared, counts=torch.zeros_like(prepared.counts))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
@@ -306,9 +304,9 @@ class CLLMTrainer(SFTTrainer):
             if mode == "eval":
                 # The loss of transformers is a mean of the means of batches.
                 loss_name = next((name for name in logs if name.endswith("_loss")), "eval_loss")
-                logs[loss_name] = means[0] + self._second_weight * means[1]
+                logs[loss_name] = means[0] + self._objective.second_weight * means[1]
                 prefix = loss_name.removesuffix("loss")
-            for name, mean, count in zip(self._preparer.loss_names, means, counts):
+            for name, mean, count in zip(self._objective.loss_names, means, counts):
                 logs[f"{prefix}{name}"] = mean
                 if name.endswith("_loss"):
                     logs[f"{prefix}{name.removesuffix('loss')}tokens"] = count

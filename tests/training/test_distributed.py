@@ -15,7 +15,8 @@ from training_runs import train
 from transformers import AutoModelForCausalLM
 
 from cllm_hf import CLLMConfig
-from cllm_hf.training.processes import check_processes, count_own_rows
+from cllm_hf.training.batch import count_own_rows
+from cllm_hf.training.inputs import check_processes
 
 
 TESTS = Path(__file__).parents[1]

@@ -10,11 +10,11 @@ from training_cases import make_config, make_records, slow_divergence
 from training_runs import make_dataset, make_tiny_model, make_trainer, weights_of
 
 from cllm_hf import CollapseCallback
-from cllm_hf.blocks.drafter import DRAFTER_FILE, AdapterGate, Drafter, find_drafter, is_lossless
+from cllm_hf.blocks.drafter import DRAFTER_FILE, Drafter, find_drafter, is_lossless
 from cllm_hf.loading import load_cllm
-from cllm_hf.training.drafting import DraftPreparer, sum_drafting_losses
-from cllm_hf.training.preparation import make_collator
-from cllm_hf.training.target import make_lossless_config, prepare_drafter
+from cllm_hf.training.batch import make_collator
+from cllm_hf.training.drafting import DraftingObjective
+from cllm_hf.training.inputs import make_lossless_config, prepare_drafter
 
 
 def make_drafting_model(name="llama", num_masks=4, markov_rank=3, dropout=0.0):
@@ -34,13 +34,12 @@ def make_drafting_model(name="llama", num_masks=4, markov_rank=3, dropout=0.0):
 def prepare(records, block_size=5, update=1, **options):
     config = make_config(lossless=True, block_size=block_size, **options)
     batch = make_collator(config, block_size).collate(records)
-    preparer = DraftPreparer.from_config(config, block_size)
-    return preparer.prepare(None, None, batch, update, 0.0), preparer.objective
+    objective = DraftingObjective(config, block_size)
+    return objective.prepare(None, None, batch, update, 0.0), objective
 
 
 def sum_losses(model, prepared, objective):
-    base, drafter = model.get_base_model(), find_drafter(model.get_base_model())
-    return sum_drafting_losses(model, base, drafter, AdapterGate(base, drafter), prepared, objective)
+    return objective.sum_losses(model, model.get_base_model(), prepared)
 
 
 def slow_losses(model, records, prepared, objective, num_masks):
@@ -66,7 +65,7 @@ def slow_losses(model, records, prepared, objective, num_masks):
                 markov = drafter.following.weight @ drafter.previous.weight[text[place]]
                 own = (logits[distance] + markov).softmax(-1).tolist()
                 target = clean[place].softmax(-1).tolist()
-                total += weight * slow_divergence(objective.divergence, target, own)
+                total += weight * slow_divergence(objective.config.divergence, target, own)
                 num_right += weight * (max(own) == own[max(range(len(target)), key=target.__getitem__)])
     return total, num_right
 

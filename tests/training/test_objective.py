@@ -11,9 +11,7 @@ from peft import LoraConfig, get_peft_model
 from training_cases import BLOCK_SIZE, gradients_of, make_record, prepare, reference_losses
 
 from cllm_hf.training import objective as objective_module
-from cllm_hf.training import preparation
 from cllm_hf.training.losses import DIVERGENCES
-from cllm_hf.training.objective import sum_losses
 from cllm_hf.training.states import position_weights
 
 
@@ -56,7 +54,7 @@ by_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 def check_against_plain_forwards(model, records, **options):
     prepared, objective = prepare(model, records, **options)
-    sums = sum_losses(model, model, prepared, objective)
+    sums = objective.sum_losses(model, model, prepared)
     consistency, ar, weight_sum, num_ar = reference_losses(model, prepared, objective)
     assert weight_sum > 4 and num_ar > 4
     torch.testing.assert_close(prepared.counts, torch.tensor([weight_sum, float(num_ar)]))
@@ -83,19 +81,19 @@ def test_every_architecture(name, setting):
 def test_parts_of_the_positions_add_up(llama, monkeypatch, setting):
     """Many positions are done a part at a time, and again in the backward pass."""
     prepared, objective = prepare(llama, make_records(), **SETTINGS[setting])
-    name, sums, calls = objective.divergence, [], []
+    name, sums, calls = objective.config.divergence, [], []
     divergence = DIVERGENCES[name]
     monkeypatch.setitem(DIVERGENCES, name, lambda *inputs: calls.append(len(inputs[0])) or divergence(*inputs))
     for at_once in (10_000, 3):
         monkeypatch.setattr(objective_module, "_POSITIONS_AT_ONCE", at_once)
-        sums.append(sum_losses(llama, llama, prepared, objective))
+        sums.append(objective.sum_losses(llama, llama, prepared))
     assert len(calls) > 3 and max(calls[1:]) == 3 and sum(calls[1:]) == calls[0]
     torch.testing.assert_close(sums[1], sums[0])
     whole, in_parts = (gradients_of(one.sum(), llama) for one in sums)
     for name in whole:
         torch.testing.assert_close(in_parts[name], whole[name], rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(sum_losses(llama, llama, prepared, objective), sums[0].detach())
+        torch.testing.assert_close(objective.sum_losses(llama, llama, prepared), sums[0].detach())
 
 
 @by_setting
@@ -103,7 +101,7 @@ def test_logits_are_computed_only_where_a_loss_is(llama, setting):
     prepared, objective = prepare(llama, make_records(), **SETTINGS[setting])
     rows = []
     handle = llama.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape))
-    sum_losses(llama, llama, prepared, objective)
+    objective.sum_losses(llama, llama, prepared)
     handle.remove()
     trained = int((prepared.weights > 0).sum())
     # Targets: all tokens of the responses, or those of the successors too.
@@ -117,18 +115,18 @@ def test_logits_are_computed_only_where_a_loss_is(llama, setting):
 @pytest.mark.parametrize("found", [lambda model: None, lambda model: model.get_input_embeddings()])
 def test_models_whose_output_embeddings_are_not_called(llama, monkeypatch, found):
     prepared, objective = prepare(llama, make_records(), states_per_block=2)
-    expected = sum_losses(llama, llama, prepared, objective)
+    expected = objective.sum_losses(llama, llama, prepared)
     monkeypatch.setattr(llama, "get_output_embeddings", lambda: torch.nn.Linear(2, 2) if found(llama) else None)
-    torch.testing.assert_close(sum_losses(llama, llama, prepared, objective), expected)
+    torch.testing.assert_close(objective.sum_losses(llama, llama, prepared), expected)
 
 
 def test_no_hook_is_left_behind(llama, monkeypatch):
     prepared, objective = prepare(llama, make_records())
-    sum_losses(llama, llama, prepared, objective)
+    objective.sum_losses(llama, llama, prepared)
     assert not llama.lm_head._forward_pre_hooks
     monkeypatch.setattr(llama.lm_head, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sum_losses(llama, llama, prepared, objective)
+        objective.sum_losses(llama, llama, prepared)
     assert not llama.lm_head._forward_pre_hooks
 
 
@@ -145,12 +143,12 @@ def test_an_adapter_and_a_trained_head(llama, setting):
             torch.nn.init.normal_(parameter, std=0.3)
     base = model.get_base_model()
     prepared, objective = prepare(model, make_records(), base_model=base, **SETTINGS[setting])
-    sums = sum_losses(model.train(), base, prepared, objective)
+    sums = objective.sum_losses(model.train(), base, prepared)
     gradients = gradients_of(sums.sum(), model)
     assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
     assert {"lora" in name or "modules_to_save" in name for name in gradients} == {True}
     merged = copy.deepcopy(model).merge_and_unload()
-    torch.testing.assert_close(sum_losses(merged, merged, prepared, objective), sums, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(objective.sum_losses(merged, merged, prepared), sums, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("setting", ["several states", "online local"])
@@ -161,7 +159,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(setting):
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         prepared, objective = prepare(model.train(), make_records(), **SETTINGS[setting])
-        gradients.append(gradients_of(sum_losses(model, model, prepared, objective).sum(), model))
+        gradients.append(gradients_of(objective.sum_losses(model, model, prepared).sum(), model))
     for name in gradients[0]:
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-4, atol=1e-5)
 
@@ -202,7 +200,7 @@ def test_random_cases(data):
     model = make_model(draw(st.sampled_from(sorted(CONFIGS))))
     update, progress = draw(st.integers(0, 99)), draw(st.sampled_from([0.0, 0.5, 1.0]))
     prepared, objective = prepare(model, records, update, progress, block_size=block_size, **options)
-    sums = sum_losses(model, model, prepared, objective)
+    sums = objective.sum_losses(model, model, prepared)
     consistency, ar, weight_sum, num_ar = reference_losses(model, prepared, objective)
     torch.testing.assert_close(prepared.counts, torch.tensor([weight_sum, float(num_ar)]))
     torch.testing.assert_close(sums, torch.stack([torch.as_tensor(consistency), ar]), rtol=1e-3, atol=1e-2)
@@ -213,9 +211,9 @@ def test_random_cases(data):
 def test_autocast_is_near_float32(setting, attention):
     model = make_model("llama", scale=1.0, attention=attention)
     prepared, objective = prepare(model, make_records(), **SETTINGS[setting])
-    expected = sum_losses(model, model, prepared, objective)
+    expected = objective.sum_losses(model, model, prepared)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        sums = sum_losses(model, model, prepared, objective)
+        sums = objective.sum_losses(model, model, prepared)
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums, expected, rtol=0.03, atol=0.03)
     assert all(gradient.isfinite().all() for gradient in gradients_of(sums.sum(), model).values())
@@ -237,7 +235,7 @@ def test_without_any_position_the_consistency_loss_is_0(llama, name, setting):
         llama, NO_POSITION[name], block_size=1 if "blocks" in name else BLOCK_SIZE, **SETTINGS[setting]
     )
     assert prepared.counts[0] == 0 and prepared.counts[1] > 0
-    sums = sum_losses(llama, llama, prepared, objective)
+    sums = objective.sum_losses(llama, llama, prepared)
     assert sums[0] == 0 and sums[1] > 0
     assert not any(gradient.any() for gradient in gradients_of(sums[0], llama).values())
     assert all(gradient.isfinite().all() for gradient in gradients_of(sums[1], llama).values())
@@ -299,8 +297,8 @@ def test_over_many_updates_every_state_is_chosen_equally_often(llama):
 
 
 def test_over_many_updates_online_states_are_of_every_number_of_iterations(llama, monkeypatch):
-    seen, make = [], preparation.make_online_states
-    monkeypatch.setattr(preparation, "make_online_states", lambda *rest: seen.append(rest[5]) or make(*rest))
+    seen, make = [], objective_module.make_online_states
+    monkeypatch.setattr(objective_module, "make_online_states", lambda *rest: seen.append(rest[5]) or make(*rest))
     for update in range(30):
         prepare(llama, make_records()[1:2], update=update, trajectory_source="online", online_iterations=3)
     assert set(seen) == {0, 1, 2, 3}
@@ -340,7 +338,7 @@ def test_a_response_may_reach_the_last_position_of_the_model(setting):
     sums = []
     for one in (model, larger):
         prepared, objective = prepare(one, records, **SETTINGS[setting])
-        sums.append(sum_losses(one, one, prepared, objective))
+        sums.append(objective.sum_losses(one, one, prepared))
     assert sums[0][0] > 0
     torch.testing.assert_close(*sums)
 

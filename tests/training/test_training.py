@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import cllm_hf
 from cllm_hf import CleaningRules, CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_cllm
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.training.objective import sum_losses
 from cllm_hf.trajectories.augmentation import augment_states
 from cllm_hf.trajectories.schema import features
 
@@ -151,18 +150,18 @@ def test_a_stream_trains_and_evaluates_as_the_dataset_does(word_model, tokenizer
 
 def watch_choices(trainer):
     """Update and share of the run of every batch that is prepared, and the batch."""
-    seen, preparer = [], trainer._preparer
+    seen, objective = [], trainer._objective
 
     class Watched:
         def __getattr__(self, name):
-            return getattr(preparer, name)
+            return getattr(objective, name)
 
         def prepare(self, model, base_model, batch, update, progress):
-            prepared = preparer.prepare(model, base_model, batch, update, progress)
+            prepared = objective.prepare(model, base_model, batch, update, progress)
             seen.append((update, progress, prepared))
             return prepared
 
-    trainer._preparer = Watched()
+    trainer._objective = Watched()
     return seen
 
 
@@ -247,7 +246,7 @@ def test_a_batch_of_ones_own_is_a_mean_over_itself(word_model, tokenizer, datase
     assert trainer.compute_loss(word_model.eval(), batch) == before
     loss, parts = trainer.compute_loss(word_model.train(), batch, return_outputs=True)
     prepared, objective = prepare(word_model, list(dataset.select(range(3))), update=trainer.state.global_step)
-    sums = sum_losses(word_model, word_model, prepared, objective)
+    sums = objective.sum_losses(word_model, word_model, prepared)
     torch.testing.assert_close(loss, (sums / prepared.counts).sum())
     torch.testing.assert_close(loss, parts["consistency_loss"] + parts["ar_loss"])
 
@@ -536,7 +535,7 @@ def test_a_padding_token_that_there_is_not_is_refused(word_model, tokenizer, dat
     [
         ({"response_ids": []}, {"trajectory_source": "online"}, "needs tokens in the column `response_ids`"),
         ({"label_ids": []}, {"ar_labels": "ground_truth"}, "needs tokens in the column `label_ids`"),
-        ({"prompt_ids": [3] * 60}, {"max_length": 60}, "A prompt of 60 tokens, in row 7, leaves no room for a block"),
+        ({"prompt_ids": [3] * 60}, {"max_length": 60}, "`max_length=60`, in row 7"),
     ],
 )
 def test_bad_records_are_found_before_the_run(word_model, tokenizer, dataset, tmp_path, change, options, message):

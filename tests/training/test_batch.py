@@ -7,8 +7,7 @@ import torch
 from conftest import VOCAB_SIZE
 from training_cases import BLOCK_SIZE, make_record, make_records
 
-from cllm_hf.training.batch import TrainingBatch
-from cllm_hf.training.collator import TrajectoryCollator
+from cllm_hf.training.batch import TrainingBatch, TrajectoryCollator
 
 
 def with_augmented(record, counts):

@@ -7,9 +7,9 @@ from peft import LoraConfig, get_peft_model
 from training_cases import make_record, make_records
 
 from cllm_hf.blocks.rules import count_accepted, next_draft
-from cllm_hf.training import online
-from cllm_hf.training.collator import TrajectoryCollator
-from cllm_hf.training.online import make_online_states
+from cllm_hf.training import states
+from cllm_hf.training.batch import TrajectoryCollator
+from cllm_hf.training.states import make_online_states
 
 
 BLOCK_SIZE = 4
@@ -135,7 +135,7 @@ def test_the_models_mode_is_restored_also_after_an_error(llama, monkeypatch, tra
         assert not llama.training
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(online, "forward_drafts", fail)
+    monkeypatch.setattr(states, "forward_drafts", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         make_online_states(llama, llama, collate(make_records()), make_draws(), BLOCK_SIZE, 2)
     assert llama.training == training
