@@ -15,7 +15,6 @@ from ._version import __version__
 from .compare.arguments import add_compare_command
 from .evaluation.arguments import MOVED, add_benchmark_commands
 from .process import Process
-from .training.arguments import TRAIN_HELP, parse_train
 from .trajectories.arguments import COLLECT_HELP, add_trajectory_commands, parse_collect
 
 
@@ -104,7 +103,9 @@ def _make_parser() -> argparse.ArgumentParser:
     add_benchmark_commands(commands, run=_run_benchmark)
     collect = commands.add_parser("collect", help=COLLECT_HELP, add_help=False, allow_abbrev=False)
     collect.set_defaults(run=_run_collect)
-    train = commands.add_parser("train", help=TRAIN_HELP, add_help=False, allow_abbrev=False)
+    train = commands.add_parser(
+        "train", help="train a model on a dataset of trajectories: make it a CLLM", add_help=False, allow_abbrev=False
+    )
     train.set_defaults(run=_run_train)
     add_trajectory_commands(commands, inspect=_run_inspect, show=_run_show, verify=_run_verify, push=_run_push)
     export = commands.add_parser(
@@ -177,9 +178,9 @@ def _run_collect(parsed: argparse.Namespace) -> int:
 
 def _run_train(parsed: argparse.Namespace) -> int:
     hide_host_warnings()
-    options = parse_train(parsed.arguments)
-    from .training.command import describe_interruption, run_train
+    from .training.command import describe_interruption, parse_train, run_train
 
+    options = parse_train(parsed.arguments)
     try:
         _print(run_train(options))
     except KeyboardInterrupt:

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from ..training.callbacks import show_progress
 from ..training.config import CLLMConfig
-from ..training.progress import show_progress
 from ..training.trainer import CLLMTrainer
 from .problems import Problem
 

@@ -1,25 +1,40 @@
-"""Whether a checkpoint was written to its end, and holds all that a run goes on with."""
+"""Going on after a stop exactly as if there had been none: which checkpoints are whole, and which are of this run."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.utils import logging
+
+from .._host import base_model_of
+from ..blocks.drafter import Drafter, find_drafter
 from ..files import path_inside
+from ..trajectories.fingerprints import fingerprint_records
 
 
-STATE_NAME = "trainer_state.json"  # the last file that a checkpoint gets
+logger = logging.get_logger(__name__)
+
+_STATE = "trainer_state.json"  # the last file that a checkpoint gets
 _JSON = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 _TORCH = re.compile(
     r"(optimizer|scheduler|scaler|rng_state|training_args|pytorch_model|adapter_model).*\.(pt|pth|bin)"
 )
 _WEIGHTS = re.compile(r"(model|adapter_model|pytorch_model)\.(safetensors|bin)(\.index\.json)?|pytorch_model_fsdp.*")
 _OF_DEEPSPEED = re.compile(r"global_step\d+|latest")
+_NEEDED = {"optimizer": "optimizer.pt", "scheduler.pt": "scheduler.pt", "rng_state": "rng_state.pth"}
+# Together they are the size of a batch.
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 
 
 def find_flaw(checkpoint: str | Path) -> str | None:
@@ -28,73 +43,51 @@ def find_flaw(checkpoint: str | Path) -> str | None:
 
     Files are opened and measured, not read whole.
 
-    Args:
-        checkpoint (`str` or `pathlib.Path`): its folder.
-
     Returns:
         `str`: what is wrong, as in "has no optimizer.pt"; `None` if the checkpoint is whole.
     """
     folder = Path(checkpoint)
-    state = _read_json(folder / STATE_NAME)
+    state = _read_json(folder / _STATE)
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-        return f"has no whole {STATE_NAME}, which is written last"
+        return f"has no whole {_STATE}, which is written last"
     try:
-        cut = next(_find_cut(folder), None)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not _is_whole(path):
+                return f"has a file that was cut, {path.relative_to(folder).as_posix()}"
     except (OSError, ValueError) as error:
         return f"cannot be read ({error})"
-    if cut is not None:
-        return f"has a file that was cut, {cut}"
     names = {path.name for path in folder.iterdir()}
     if any(map(_OF_DEEPSPEED.fullmatch, names)):  # keeps all of this in files of its own
         return None
     # Each of several adapters has a folder.
     if not any(map(_WEIGHTS.fullmatch, names)) and not any(folder.glob("*/adapter_model.*")):
         return "has no weights"
-    if holds_model_only(folder):
-        return "holds no state of the optimizer: it was written with `save_only_model=True`"
-    for part, file in (("optimizer", "optimizer.pt"), ("scheduler.pt",) * 2, ("rng_state", "rng_state.pth")):
-        if not any(part in name for name in names):
-            return f"has no {file}"
-    return None
+    missing = [file for part, file in _NEEDED.items() if not any(part in name for name in names)]
+    if len(missing) == len(_NEEDED):
+        return "holds no state of the optimizer: `save_only_model=True` leaves a model to train as a new run"
+    return f"has no {missing[0]}" if missing else None
 
 
-def holds_model_only(checkpoint: str | Path) -> bool:
-    """
-    Whether a checkpoint was written without anything to go on with, as `save_only_model=True` asks for.
-
-    Args:
-        checkpoint (`str` or `pathlib.Path`): its folder.
-
-    Returns:
-        `bool`.
-    """
-    names = [path.name for path in Path(checkpoint).iterdir()]
-    return not any(part in name for part in ("optimizer", "scheduler.pt", "rng_state") for name in names)
-
-
-def _find_cut(folder: Path) -> Iterator[str]:
-    """Names of files that are not as long as they say, or cannot be what they are called."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file():
-            continue
-        is_whole = True
-        if path.suffix == ".safetensors":
-            is_whole = _is_whole_safetensors(path)
-        elif _TORCH.fullmatch(path.name):
-            is_whole = _is_whole_torch(path)
-        elif name in _JSON:
-            is_whole = _read_json(path) is not None
-        elif path.name.endswith(".index.json"):
-            index = _read_json(path)
-            shards = index.get("weight_map") if isinstance(index, dict) else None
-            is_whole = isinstance(shards, dict) and all(_has(path.parent, shard) for shard in shards.values())
-        if not is_whole:
-            yield name
-
-
-def _has(folder: Path, name: Any) -> bool:
-    return path_inside(folder, name).is_file()
+def _is_whole(path: Path) -> bool:
+    """Whether a file is as long as it says, and can be what it is called."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                return True
+        except SafetensorError:
+            return False
+    if _TORCH.fullmatch(path.name):
+        # `torch.save` writes zip files, whose table of contents stands at their end; old versions wrote pickles.
+        with path.open("rb") as file:
+            is_pickle = file.read(1) == b"\x80"
+        return is_pickle or zipfile.is_zipfile(path)
+    if path.name in _JSON:
+        return _read_json(path) is not None
+    if path.name.endswith(".index.json"):
+        index = _read_json(path)
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        return isinstance(shards, dict) and all(path_inside(path.parent, name).is_file() for name in shards.values())
+    return True
 
 
 def _read_json(path: Path) -> Any:
@@ -105,30 +98,163 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def _is_whole_safetensors(path: Path) -> bool:
-    """By the format: the length of a header in 8 bytes, the header, which says where tensors end, and the tensors."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        size = path.stat().st_size
-        if not 0 < length <= size - 8:
-            return False
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            return False
-    return 8 + length + max(ends, default=0) == size
+def newest_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    Find the checkpoint that was written last, of those that a run can go on from; others are named in a warning.
+
+    An earlier run may have left checkpoints of higher numbers there.
+    """
+    paths = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    folders = [path for path in paths if path.is_dir()]
+    for path in sorted(folders, key=lambda path: (_time_of(path), int(path.name.split("-")[1])), reverse=True):
+        flaw = find_flaw(path)
+        if flaw is None:
+            return str(path)
+        logger.warning("%s is not whole: it %s. An older one is taken if there is one.", path, flaw)
+    return None
 
 
-def _is_whole_torch(path: Path) -> bool:
-    """`torch.save` writes zip files, whose table of contents stands at their end; old versions wrote pickles."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    if not start.startswith(b"PK"):
-        return start.startswith(b"\x80")
+def _time_of(checkpoint: Path) -> int:
+    """When a checkpoint was finished, or begun if it was not finished; in nanoseconds."""
+    state = checkpoint / _STATE
+    return (state if state.is_file() else checkpoint).stat().st_mtime_ns
+
+
+def choose_checkpoint(
+    wanted: str | Path | bool | None, args: Any, record: Mapping[str, Any] | None = None
+) -> str | None:
+    """
+    Find the checkpoint that a run goes on from, and check that it can do so exactly.
+
+    Args:
+        wanted (`str`, `pathlib.Path` or `bool`, *optional*): a checkpoint, or `True` for the newest whole one of
+            `output_dir`.
+        args (`CLLMConfig`): options of the run.
+        record (`Mapping[str, Any]`, *optional*): what `describe_run` says of the run.
+
+    Returns:
+        `str`: its folder, or `None` for a run from scratch.
+
+    Raises:
+        ValueError: if there is no whole checkpoint, none from which the run can go on exactly, or it is of a run with
+            another dataset, seed or size of batches.
+    """
+    if not wanted:
+        return None
+    checkpoint = newest_checkpoint(args.output_dir) if wanted is True else str(wanted)
+    if checkpoint is None:
+        raise ValueError(
+            f"To go on, `output_dir` must hold a whole checkpoint, got none in {str(args.output_dir)!r}. Train "
+            "without `resume_from_checkpoint`."
+        )
+    flaw = find_flaw(checkpoint)
+    if flaw is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a whole checkpoint, got {checkpoint!r}, which {flaw}. Pass `True` for "
+            "the newest whole one of `output_dir`."
+        )
+    seedable = args.accelerator_config.use_seedable_sampler
+    if args.train_sampling_strategy not in ("random", "sequential") or not seedable:
+        raise ValueError(
+            "To go on, the order of the records must follow from the seed, got "
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` and `use_seedable_sampler={seedable}`. Train "
+            'from the start, with `train_sampling_strategy="random"`.'
+        )
+    if record is not None:
+        _check_same_run(checkpoint, record)
+    return checkpoint
+
+
+def describe_run(args: Any, dataset: Any = None) -> dict[str, Any]:
+    """
+    What decides which records an optimizer step trains on, for a checkpoint to tell it. Of a stream nothing is known.
+    """
+    return {
+        "dataset": fingerprint_records(dataset) if isinstance(dataset, Dataset) else None,
+        "num_records": len(dataset) if isinstance(dataset, Dataset) else None,
+        "seed": args.seed,
+        "data_seed": args.seed if args.data_seed is None else args.data_seed,
+        **{name: getattr(args, name) for name in _BATCH},
+    }
+
+
+def _check_same_run(checkpoint: str, record: Mapping[str, Any]) -> None:
+    """Check that a checkpoint is of a run on the same records in the same order, in batches of the same size."""
+    earlier = _recorded(checkpoint)
+    if not earlier:
+        logger.warning_once(
+            "%s does not say which dataset, seed and size of batches it was trained with, as version 0.1.0 did not. "
+            "Make sure that they are the same.",
+            checkpoint,
+        )
+
+    def differ(name: str) -> bool:
+        return None not in (earlier.get(name), record.get(name)) and earlier[name] != record[name]
+
+    names = ["num_records", "seed", "data_seed"]
+    # Of an optimizer step; as many processes as there are may share its records.
+    sizes = [math.prod(one.get(name, 0) for name in _BATCH) for one in (earlier, record)]
+    if sizes[0] != sizes[1]:
+        names += _BATCH
+    differences = ["other records in the dataset"] * differ("dataset")
+    differences += [f"`{name}` is {earlier[name]!r} there and {record[name]!r} here" for name in names if differ(name)]
+    if differences:
+        raise ValueError(
+            f"{checkpoint!r} is of another run: {'; '.join(differences)}. Pass what that one was begun with, which "
+            "continues it, or train without `resume_from_checkpoint`, into another `output_dir`."
+        )
+
+
+def _recorded(checkpoint: str) -> dict[str, Any]:
+    """What a checkpoint says it is of. Those of version 0.1.0 and of other trainers say nothing."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return bool(archive.namelist())
-    except zipfile.BadZipFile:
-        return False
+        entry = _read_json(Path(checkpoint) / _STATE)["stateful_callbacks"][RunRecordCallback.__name__]
+        return (entry[-1] if isinstance(entry, list) else entry)["args"]["record"] or {}
+    except (LookupError, TypeError):
+        return {}
+
+
+@contextmanager
+def drafter_follows(trainer: Any, checkpoint: str | None) -> Iterator[None]:
+    """
+    Have the drafter of a lossless adapter be that of the checkpoints which a training begins and ends with:
+    transformers loads the adapter of a checkpoint, and knows no drafter.
+    """
+    drafter: Any = find_drafter(base_model_of(trainer.model))
+    if checkpoint is not None:
+        drafter.load_state_dict(Drafter.load(checkpoint).state_dict())
+    yield
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best:
+        drafter.load_state_dict(Drafter.load(best).state_dict())
+
+
+class RunRecordCallback(TrainerCallback, ExportableState):
+    """Has every checkpoint say which run it is of, in its `trainer_state.json`: what `describe_run` gave."""
+
+    def __init__(self, record: dict[str, Any] | None = None) -> None:
+        self.record = record
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Make room among what the checkpoint of another version says; transformers expects an entry there."""
+        if isinstance(state.stateful_callbacks, dict):
+            state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def state(self) -> dict[str, Any]:
+        """What `trainer_state.json` gets."""
+        return {"args": {"record": self.record}, "attributes": {}}
+
+
+class EpochCallback(TrainerCallback):
+    """
+    Tells the sampler its epoch.
+
+    transformers does so through the loader of the batches, but with several processes not through the one that skips
+    those before a checkpoint: it would give the order of the first epoch in any other.
+    """
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Before the batches of an epoch, or of the rest of one, are fetched."""
+        loader: Any = kwargs.get("train_dataloader")
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(int(state.epoch or 0))

@@ -1,18 +1,20 @@
-"""From the options of `cllm train` to a trained model and what is said of it."""
+"""`cllm train`: from its options to a trained model and what is said of it."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import logging
 import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_bitsandbytes_available
@@ -22,23 +24,27 @@ from .._host import base_model_of
 from ..files import check_writable
 from ..loading import load_tokenizer
 from ..names import Name
+from ..parsing import OptionParser
 from ..process import Process
 from ..quiet import quiet_hosts, show_notices
 from ..trajectories.fingerprints import find_commit, fingerprint_weights, recorded_model
 from ..trajectories.hub import check_can_push
 from ..trajectories.loading import find_manifest, load_trajectories
-from .arguments import NEWEST, TrainArguments, TrainOptions
-from .checkpoints import find_flaw
+from .callbacks import show_progress
+from .checkpoints import choose_checkpoint, describe_run, newest_checkpoint
 from .config import CLLMConfig
-from .progress import show_progress
-from .resuming import check_same_run, describe_run, newest_checkpoint
 from .trainer import CLLMTrainer
 
 
-# Options of `trl.ModelConfig` that the host drops without a word if another is not there.
+NEWEST = "last"
+# Options of `trl.ModelConfig` that transformers drops without a word if another is not there.
 _NEEDED = {
-    **{field.name: "use_peft" for field in fields(ModelConfig) if re.match("lora_|use_(rslora|dora)", field.name)},
-    **{field.name: "load_in_4bit" for field in fields(ModelConfig) if "bnb_" in field.name},
+    **{
+        field.name: "use_peft"
+        for field in dataclasses.fields(ModelConfig)
+        if re.match("lora_|use_(rslora|dora)", field.name)
+    },
+    **{field.name: "load_in_4bit" for field in dataclasses.fields(ModelConfig) if "bnb_" in field.name},
 }
 _LOSSES = ("consistency_loss", "ar_loss", "drafting_loss", "draft_accuracy")
 _NOT_SHOWN = ("runtime", "_per_second", "consistency_tokens", "ar_tokens", "drafting_tokens")
@@ -47,21 +53,66 @@ _STARTED = time.time()  # this is imported when the command runs
 logger = logging.getLogger(__name__)
 
 
+def _option(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class TrainArguments:
+    """The options of `cllm train` that say what to train on; each has its meaning in the `help` of its metadata."""
+
+    trajectories: str = dataclasses.field(
+        metadata={"help": "folder or Hub id of the dataset, as `cllm collect` makes it"}
+    )
+    trajectories_config: str | None = _option(None, "which configuration, if the dataset has several")
+    trajectories_revision: str | None = _option(None, "branch, tag or commit of the dataset on the Hub")
+    train_split: str = _option("train", "what to train on; a part of it as 'train[:1000]'")
+    eval_split: str | None = _option(
+        None, "what to evaluate on, if `eval_strategy` or `do_eval` asks for that; by default test"
+    )
+
+
+class TrainOptions(NamedTuple):
+    """All options of `cllm train`."""
+
+    data: TrainArguments
+    model: ModelConfig  # without a name the model that made the trajectories
+    training: CLLMConfig
+
+
+def parse_train(arguments: Sequence[str]) -> TrainOptions:
+    """Read the options from the command line and a YAML file, by TRL's parser."""
+    parser = OptionParser(
+        [TrainArguments, ModelConfig, CLLMConfig],
+        "cllm train",
+        "Train a model on a dataset of trajectories: make it a CLLM. The options of `trl sft` for models, LoRA and "
+        "training, and those of the consistency loss.",
+        usage="cllm train --trajectories DATASET --output-dir FOLDER [--model MODEL] [--config FILE] [options]",
+        other_names={"model": "model_name_or_path"},
+        convert={"resume_from_checkpoint": _read_checkpoint},
+        adapt=_fit_machine,
+    )
+    return TrainOptions(*parser.read(arguments))
+
+
+def _read_checkpoint(value: Any) -> Any:
+    """YAML has its own true and false."""
+    return {True: NEWEST, False: None}[value] if isinstance(value, bool) else value
+
+
+def _fit_machine(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Defaults of a command: the device that there is, and a place for the model."""
+    if options.output_dir is None:
+        parser.error("the following arguments are required: --output_dir/--output-dir")
+    text = str(options.resume_from_checkpoint).lower()
+    if text in ("true", "false", "none", NEWEST):
+        options.resume_from_checkpoint = NEWEST if text in ("true", NEWEST) else None
+    if not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        options.use_cpu = True
+
+
 def run_train(options: TrainOptions) -> str:
-    """
-    Run `cllm train`. All that can be wrong before the model is loaded is found before.
-
-    Args:
-        options (`TrainOptions`): its options.
-
-    Returns:
-        `str`: what was trained; empty in all processes but one.
-
-    Raises:
-        OSError: if something cannot be read, written or reached.
-        ValueError: for options, a dataset or a model that are not usable, or do not fit each other, or if the memory
-            of the device is full.
-    """
+    """Run the command; all that can be wrong is found before the model is loaded. Gives what there is to say of it."""
     data, training = options.data, options.training
     process, show_bars = Process.current(), sys.stderr.isatty()
     with show_notices(process.is_first), quiet_hosts(keep_bars=show_bars and process.is_first):
@@ -72,10 +123,13 @@ def run_train(options: TrainOptions) -> str:
             check_can_push(name, training.hub_token, kind="model")
         train_dataset, eval_dataset = _load_datasets(data, training)
         if checkpoint is not None:
-            check_same_run(checkpoint, describe_run(training, train_dataset))
+            choose_checkpoint(checkpoint, training, describe_run(training, train_dataset))
         manifest = find_manifest(data.trajectories, data.trajectories_config, data.trajectories_revision)
         made_by = manifest.get("model", {})
-        model = _choose_model(options.model, made_by, data.trajectories)
+        model = options.model
+        if model.model_name_or_path is None:  # the trajectories are its own responses
+            model.model_name_or_path, revision = recorded_model(data.trajectories, made_by)
+            model.model_revision = revision or model.model_revision
         check_writable(Path(str(training.output_dir)))
         _check_place(str(model.model_name_or_path), training)
         try:
@@ -98,17 +152,7 @@ def run_train(options: TrainOptions) -> str:
 
 
 def format_training(state: Any, training: CLLMConfig, published: str | None = None) -> str:
-    """
-    Say what was trained, and what can be done with it.
-
-    Args:
-        state (`transformers.TrainerState`): of the trainer, at the end.
-        training (`CLLMConfig`): its options.
-        published (`str`, *optional*): id of the model on the Hub.
-
-    Returns:
-        `str`.
-    """
+    """Say what was trained, and what can be done with it."""
     parts = [f"Trained for {state.global_step} optimizer step{'s' * (state.global_step != 1)}."]
     losses = [log for log in state.log_history if any(name in log for name in _LOSSES)]
     for name in _LOSSES:
@@ -131,15 +175,7 @@ def format_training(state: Any, training: CLLMConfig, published: str | None = No
 
 
 def describe_interruption(training: CLLMConfig) -> str:
-    """
-    Say how a training that was interrupted goes on.
-
-    Args:
-        training (`CLLMConfig`): its options.
-
-    Returns:
-        `str`: a sentence.
-    """
+    """Say how a training that was interrupted goes on."""
     checkpoint = newest_checkpoint(str(training.output_dir))
     if checkpoint is not None and training.resume_from_checkpoint is None:
         # One that an earlier run has left is no way to go on with this one.
@@ -161,20 +197,7 @@ def _find_checkpoint(training: CLLMConfig) -> str | None:
                 NEWEST,
             )
         return None
-    if chosen == NEWEST:
-        if newest is None:
-            raise OSError(
-                f"`--resume-from-checkpoint {NEWEST}` takes a checkpoint in the output folder, got none in "
-                f"{folder!r}. Drop the option to begin anew."
-            )
-        return newest
-    flaw = find_flaw(chosen)
-    if flaw is not None:
-        raise OSError(
-            f"`--resume-from-checkpoint` must be the folder of a whole checkpoint, or `{NEWEST}` for the newest in "
-            f"the output folder, got {chosen!r}, which {flaw}."
-        )
-    return chosen
+    return choose_checkpoint(chosen == NEWEST or chosen, training)
 
 
 def _check_options(options: TrainOptions) -> None:
@@ -201,30 +224,20 @@ def _check_options(options: TrainOptions) -> None:
 
 def _check_bits(model: ModelConfig, training: CLLMConfig) -> None:
     bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
-    if bits is not None:
-        missing = []
-        if not torch.accelerator.is_available() or training.use_cpu:
-            missing.append("no GPU")
-        if not is_bitsandbytes_available():
-            missing.append("no package `bitsandbytes`")
-        if missing:
-            raise ValueError(
-                f"`load_in_{bits}bit` takes a GPU and the package `bitsandbytes`, got {' and '.join(missing)}. Drop "
-                "it; `--dtype bfloat16` needs half the memory of float32."
-            )
-        if not model.use_peft and not training.lossless:
-            raise ValueError(
-                f"Weights in {bits} bits are not trained, an adapter on them is, got `load_in_{bits}bit` without "
-                "`use_peft` or `lossless`. Pass one of them too."
-            )
-
-
-def _choose_model(model: ModelConfig, made_by: Mapping[str, Any], trajectories: str) -> ModelConfig:
-    """What to train: by default the model that made the trajectories, which are its own answers."""
-    if model.model_name_or_path is None:
-        model.model_name_or_path, revision = recorded_model(trajectories, made_by)
-        model.model_revision = revision or model.model_revision
-    return model
+    if bits is None:
+        return
+    missing = ["no GPU"] * (not torch.accelerator.is_available() or training.use_cpu)
+    missing += ["no package `bitsandbytes`"] * (not is_bitsandbytes_available())
+    if missing:
+        raise ValueError(
+            f"`load_in_{bits}bit` takes a GPU and the package `bitsandbytes`, got {' and '.join(missing)}. Drop it; "
+            "`--dtype bfloat16` needs half the memory of float32."
+        )
+    if not model.use_peft and not training.lossless:
+        raise ValueError(
+            f"Weights in {bits} bits are not trained, an adapter on them is, got `load_in_{bits}bit` without "
+            "`use_peft` or `lossless`. Pass one of them too."
+        )
 
 
 def _check_place(model_name: str, training: CLLMConfig) -> None:

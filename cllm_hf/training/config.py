@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,29 +39,22 @@ _NO_EFFECT = (
         "short sequences share the rows of a batch already",
     ),
 )
-_CHOICES = {
-    "consistency": ("global", "local"),
-    "divergence": tuple(DIVERGENCES),
-    "ar_labels": ("response", "ground_truth"),
-    "state_sampling": ("uniform", "progressive"),
-    "context": ("clean", "noisy"),
-    "trajectory_source": ("dataset", "online"),
-    "on_collapse": ("warn", "stop", "ignore"),
+# What numbers must be: the least integer, or a rule; and what is typical.
+_INTEGERS = {
+    "max_length": (1, "512 to 4096"),
+    "states_per_block": (1, "1 to 4"),
+    "noise_window": (1, "4 to 16"),
+    "online_iterations": (0, "2 to 8"),
+    "markov_rank": (0, "64 to 256, or 0 for none"),
+    "drafts_per_response": (1, "8 to 32"),
+    "num_monitored_prompts": (0, "8, or 0 for none"),
+    "monitored_max_new_tokens": (1, "64 to 512"),
 }
-# For numbers: the kind, the rule, and what is typical.
-_NUMBERS: dict[str, tuple[type, str, Callable[[float], bool], str]] = {
-    "ar_loss_weight": (float, "at least 0", lambda value: value >= 0, "are 1 to 10"),
-    "divergence_temperature": (float, "greater than 0", lambda value: value > 0, "is 1.0"),
-    "ar_label_smoothing": (float, "at least 0 and below 1", lambda value: 0 <= value < 1, "are 0 and 0.1"),
-    "position_decay": (float, "greater than 0", lambda value: value > 0, "are 4 to 32"),
-    "max_length": (int, "an integer of at least 1", lambda value: value >= 1, "are 512 to 4096"),
-    "states_per_block": (int, "an integer of at least 1", lambda value: value >= 1, "are 1 to 4"),
-    "noise_window": (int, "an integer of at least 1", lambda value: value >= 1, "are 4 to 16"),
-    "online_iterations": (int, "an integer of at least 0", lambda value: value >= 0, "are 2 to 8"),
-    "num_monitored_prompts": (int, "an integer of at least 0", lambda value: value >= 0, "are 8, or 0 for none"),
-    "markov_rank": (int, "an integer of at least 0", lambda value: value >= 0, "are 64 to 256, or 0 for none"),
-    "drafts_per_response": (int, "an integer of at least 1", lambda value: value >= 1, "are 8 to 32"),
-    "monitored_max_new_tokens": (int, "an integer of at least 1", lambda value: value >= 1, "are 64 to 512"),
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool], str]] = {
+    "ar_loss_weight": ("at least 0", lambda value: value >= 0, "1 to 10"),
+    "divergence_temperature": ("greater than 0", lambda value: value > 0, "1.0"),
+    "ar_label_smoothing": ("at least 0 and below 1", lambda value: 0 <= value < 1, "0 and 0.1"),
+    "position_decay": ("greater than 0", lambda value: value > 0, "4 to 32"),
 }
 # Options of a consistency loss and an AR loss, and the values that ask for nothing.
 NOT_LOSSLESS = {
@@ -75,8 +68,10 @@ NOT_LOSSLESS = {
 }
 # Options that have a place there alone.
 LOSSLESS_ALONE = {"markov_rank": 64, "drafts_per_response": 12}
-# Of these, the ones that may be left out.
-_OPTIONAL = ("max_length", "position_decay", "monitored_max_new_tokens")
+
+
+def _option(default: Any, help: str, choices: Iterable[str] = ()) -> Any:
+    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
 
 
 @dataclass
@@ -151,105 +146,59 @@ class CLLMConfig(SFTConfig):
     """
 
     # What the losses were before the first optimizer step is what later ones are compared with.
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first optimizer step too."})
-    ar_loss_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the AR loss: loss = consistency_loss + ar_loss_weight * ar_loss."},
+    logging_first_step: bool = _option(True, "Log the first optimizer step too.")
+    ar_loss_weight: float = _option(1.0, "Weight of the AR loss: loss = consistency_loss + ar_loss_weight * ar_loss.")
+    block_size: int | None = _option(None, "Tokens of a block. By default what the dataset has.")
+    max_length: int | None = _option(
+        None, "Longest prompt and response, in tokens; longer responses lose their last blocks."
     )
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of a block. By default what the dataset has."},
+    consistency: str = _option("global", "Where a state is drawn to.", ("global", "local"))
+    divergence: str = _option("forward_kl", "Distance of the distributions.", DIVERGENCES)
+    divergence_temperature: float = _option(1.0, "Both logits are divided by it.")
+    ar_labels: str = _option("response", "Tokens of the AR loss.", ("response", "ground_truth"))
+    ar_label_smoothing: float = _option(0.0, "Label smoothing of the AR loss.")
+    position_decay: float | None = _option(
+        None, "Tokens over which the weight of a position falls to 1/e. By default it does not fall."
     )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest prompt and response, in tokens; longer responses lose their last blocks."},
+    states_per_block: int = _option(1, "States that each block contributes to an optimizer step.")
+    state_sampling: str = _option("uniform", "How states are chosen.", ("uniform", "progressive"))
+    context: str = _option("clean", "What stands before a block.", ("clean", "noisy"))
+    noise_window: int = _option(16, "Blocks of a cycle of progressive states and of a window of noisy context.")
+    block_size_schedule: list[int] | None = _option(
+        None, "Tokens of a block in equal parts of the run, such as 8 16 32."
     )
-    consistency: str = field(
-        default="global",
-        metadata={"help": "Where a state is drawn to.", "choices": list(_CHOICES["consistency"])},
+    trajectory_source: str = _option("dataset", "Where states are from.", ("dataset", "online"))
+    online_iterations: int = _option(
+        4, "Most iterations that the states of an optimizer step are from their first drafts."
     )
-    divergence: str = field(
-        default="forward_kl",
-        metadata={"help": "Distance of the distributions.", "choices": list(_CHOICES["divergence"])},
+    lossless: bool = _option(False, "Train an adapter that drafts for the model, whose text stays its own.")
+    markov_rank: int = _option(64, "With --lossless: rank of the term for the token drafted before; 0 for none.")
+    drafts_per_response: int = _option(
+        12, "With --lossless: places of each response after which a step has tokens drafted."
     )
-    divergence_temperature: float = field(default=1.0, metadata={"help": "Both logits are divided by it."})
-    ar_labels: str = field(
-        default="response",
-        metadata={"help": "Tokens of the AR loss.", "choices": list(_CHOICES["ar_labels"])},
+    export_custom_generate: bool = _option(
+        False, "Whether to save and push Jacobi decoding for people without this package, too."
     )
-    ar_label_smoothing: float = field(default=0.0, metadata={"help": "Label smoothing of the AR loss."})
-    position_decay: float | None = field(
-        default=None,
-        metadata={"help": "Tokens over which the weight of a position falls to 1/e. By default it does not fall."},
+    num_monitored_prompts: int = _option(
+        8, "Prompts that an evaluation decodes by Jacobi, to log speed and quality. 0 for none."
     )
-    states_per_block: int = field(
-        default=1, metadata={"help": "States that each block contributes to an optimizer step."}
+    monitored_max_new_tokens: int | None = _option(
+        None, "Longest response to decode for that, in tokens. By default the longest in the dataset."
     )
-    state_sampling: str = field(
-        default="uniform",
-        metadata={"help": "How states are chosen.", "choices": list(_CHOICES["state_sampling"])},
+    on_collapse: str = _option(
+        "warn", "What to do at signs that the model loses its quality.", ("warn", "stop", "ignore")
     )
-    context: str = field(
-        default="clean",
-        metadata={"help": "What stands before a block.", "choices": list(_CHOICES["context"])},
-    )
-    noise_window: int = field(
-        default=16, metadata={"help": "Blocks of a cycle of progressive states and of a window of noisy context."}
-    )
-    block_size_schedule: list[int] | None = field(
-        default=None, metadata={"help": "Tokens of a block in equal parts of the run, such as 8 16 32."}
-    )
-    trajectory_source: str = field(
-        default="dataset",
-        metadata={"help": "Where states are from.", "choices": list(_CHOICES["trajectory_source"])},
-    )
-    online_iterations: int = field(
-        default=4,
-        metadata={"help": "Most iterations that the states of an optimizer step are from their first drafts."},
-    )
-    lossless: bool = field(
-        default=False,
-        metadata={"help": "Train an adapter that drafts for the model, whose text stays its own."},
-    )
-    markov_rank: int = field(
-        default=64,
-        metadata={"help": "With --lossless: rank of the term for the token drafted before; 0 for none."},
-    )
-    drafts_per_response: int = field(
-        default=12,
-        metadata={"help": "With --lossless: places of each response after which a step has tokens drafted."},
-    )
-    export_custom_generate: bool = field(
-        default=False,
-        metadata={"help": "Whether to save and push Jacobi decoding for people without this package, too."},
-    )
-    num_monitored_prompts: int = field(
-        default=8,
-        metadata={"help": "Prompts that an evaluation decodes by Jacobi, to log speed and quality. 0 for none."},
-    )
-    monitored_max_new_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Longest response to decode for that, in tokens. By default the longest in the dataset."},
-    )
-    on_collapse: str = field(
-        default="warn",
-        metadata={
-            "help": "What to do at signs that the model loses its quality.",
-            "choices": list(_CHOICES["on_collapse"]),
-        },
-    )
-    plot_run: bool = field(
-        default=True,
-        metadata={
-            "help": "Draw losses and tokens per forward pass over optimizer steps, into training.png beside the model."
-        },
+    plot_run: bool = _option(
+        True, "Draw losses and tokens per forward pass over optimizer steps, into training.png beside the model."
     )
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
-            self.bf16 = False  # the host would refuse it, or be slow
+            self.bf16 = False  # transformers would refuse it, or be slow
         super().__post_init__()
         self._check_values()
+        self._check_block_sizes()
+        self._check_lossless()
         self._check_combinations()
         for name, neutral, reason in _NO_EFFECT:
             if getattr(self, name) not in neutral:
@@ -261,18 +210,28 @@ class CLLMConfig(SFTConfig):
             raise ValueError("Re-entrant gradient checkpointing is not supported. Drop `use_reentrant=True`.")
 
     def _check_values(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(f'"{choice}"' for choice in allowed)
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        for name, (kind, rule, holds, typical) in _NUMBERS.items():
-            given = getattr(self, name)
-            if name in _OPTIONAL and given is None:
+        for name in CLLMConfig.__annotations__:  # our own
+            value, option = getattr(self, name), CLLMConfig.__dataclass_fields__[name]
+            choices = option.metadata.get("choices")
+            if choices and value not in choices:
+                allowed = ", ".join(f'"{choice}"' for choice in choices)
+                raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+            if value is None and option.default is None:
                 continue
-            value: Any = as_integer(given) if kind is int else given
-            if not _is_number(value) or not holds(value):
-                raise ValueError(f"`{name}` must be {rule}, got {given!r}. Typical {typical}.")
-            setattr(self, name, value)  # integers as Python's own, ready for JSON
+            if name in _INTEGERS:
+                least, typical = _INTEGERS[name]
+                number = as_integer(value)
+                if number is None or number < least:
+                    raise ValueError(
+                        f"`{name}` must be an integer of at least {least}, got {value!r}. Typical: {typical}."
+                    )
+                setattr(self, name, number)  # as Python's own, ready for JSON
+            elif name in _NUMBERS:
+                rule, holds, typical = _NUMBERS[name]
+                if not _is_number(value) or not holds(value):
+                    raise ValueError(f"`{name}` must be {rule}, got {value!r}. Typical: {typical}.")
+
+    def _check_block_sizes(self) -> None:
         if self.block_size is not None:
             self.block_size = check_block_size(self.block_size, "block_size")
         if self.block_size_schedule is not None:
@@ -284,11 +243,28 @@ class CLLMConfig(SFTConfig):
             sizes = [check_block_size(size, "block_size_schedule") for size in self.block_size_schedule]
             self.block_size_schedule = sizes
 
-    def _check_combinations(self) -> None:
+    def _check_lossless(self) -> None:
+        table = NOT_LOSSLESS if self.lossless else LOSSLESS_ALONE
         if self.lossless:
-            self._check_lossless()
+            reason = (
+                "has no place with `lossless=True`, which trains no states and leaves the model as it is. Drop one"
+            )
         else:
-            self._check_not_lossless()
+            reason = "has an effect with `lossless=True` alone, got it without. Pass both, or drop this one"
+        for name, neutral in table.items():
+            if getattr(self, name) != neutral:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` {reason}.")
+        if not self.lossless:
+            return
+        smallest = min([*(self.block_size_schedule or []), self.block_size or 2])
+        if smallest < 2:
+            raise ValueError(
+                f"A block must have at least 2 tokens with `lossless=True`, of which the model says the first and the "
+                f"adapter drafts the others, got {smallest}. Typical values are 4 to 16."
+            )
+        self.trajectory_source = "online"  # responses are all that is needed
+
+    def _check_combinations(self) -> None:
         if self.trajectory_source == "online" and self.state_sampling == "progressive":
             raise ValueError(
                 '`state_sampling="progressive"` chooses among stored states, and `trajectory_source="online"` has '
@@ -304,29 +280,6 @@ class CLLMConfig(SFTConfig):
                 '`consistency="local"` takes the next state of a whole block, which `block_size_schedule` would cut. '
                 "Drop one of the two."
             )
-
-    def _check_lossless(self) -> None:
-        for name, neutral in NOT_LOSSLESS.items():
-            if getattr(self, name) != neutral:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` has no place with `lossless=True`, which trains no states and "
-                    "leaves the model as it is. Drop one of the two."
-                )
-        smallest = min([*(self.block_size_schedule or []), self.block_size or 2])
-        if smallest < 2:
-            raise ValueError(
-                f"A block must have at least 2 tokens with `lossless=True`, of which the model says the first and the "
-                f"adapter drafts the others, got {smallest}. Typical values are 4 to 16."
-            )
-        self.trajectory_source = "online"  # responses are all that is needed
-
-    def _check_not_lossless(self) -> None:
-        for name, neutral in LOSSLESS_ALONE.items():
-            if getattr(self, name) != neutral:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` has an effect with `lossless=True` alone, got it without. Pass "
-                    "both, or drop it."
-                )
 
     def __getstate__(self) -> dict[str, Any]:
         # The host pickles these options into `training_args.bin`, and pushes that.

@@ -52,11 +52,6 @@ class DraftingObjective:
         self.config = config
         self.block_sizes = config.block_size_schedule or [block_size]
 
-    @property
-    def num_masks(self) -> int:
-        """Most tokens that are drafted after a place."""
-        return max(self.block_sizes) - 1
-
     def prepare(
         self,
         model: torch.nn.Module,

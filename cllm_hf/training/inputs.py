@@ -17,7 +17,7 @@ from transformers.utils import find_adapter_config_file
 
 from .._host import base_model_of
 from ..blocks.drafter import NEVER_INVOKED, attach_drafter, find_drafter, is_lossless, make_drafter
-from ..blocks.limits import check_adapters, check_lossless_adapter
+from ..blocks.limits import check_adapters, check_lossless_adapter, check_packable
 from ..loading import load_adapter
 from ..options import DEFAULT_BLOCK_SIZE
 from ..trajectories.schema import check_dataset, check_record, check_response, check_tokens
@@ -30,21 +30,23 @@ _RANK, _ALPHA = 64, 128
 _ROWS_AT_ONCE = 1000
 
 
-def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_config: Any = None) -> Any:
+def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_config: Any = None) -> tuple[Any, Any]:
     """
-    Load an adapter that is to be trained further: its base model, with the adapter on it.
+    Load an adapter that is to be trained further, with its base model, and choose the config of a new one.
 
-    transformers loads whole models by their names, and knows no adapters. As for whole models, weights are loaded in
-    float32 unless `dtype` among `args.model_init_kwargs` says otherwise.
+    transformers loads whole models by their names itself, and knows no adapters. As for whole models, weights are
+    loaded in float32 unless `dtype` among `args.model_init_kwargs` says otherwise.
 
     Returns:
-        The adapter as a `peft.PeftModel` if `model` is the folder or Hub id of one; else `model` itself.
+        `tuple`: a `peft.PeftModel` if `model` is the folder or Hub id of an adapter, else `model` itself; and the
+        `peft.PeftConfig` of a new adapter on it, or `None`.
     """
     if peft_config is not None:
         check_adapters([peft_config])
     if not _is_adapter(model):
         _check_kind(getattr(model, "peft_config", {}).values(), args)
-        return model
+        is_new = args.lossless and not hasattr(model, "peft_config")
+        return model, make_lossless_config(peft_config) if is_new else peft_config
     from peft import PeftConfig
 
     if peft_config is not None:
@@ -58,7 +60,7 @@ def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_con
     args.model_init_kwargs = None  # used here; transformers would warn that they are ignored
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    return load_adapter(model, is_trainable=True, **options)
+    return load_adapter(model, is_trainable=True, **options), None
 
 
 def _is_adapter(model: Any) -> bool:
@@ -106,6 +108,16 @@ def explained_variants() -> Iterator[None]:
         ) from error
 
 
+def fit_model(model: Any, processing_class: Any, args: CLLMConfig, block_size: int) -> None:
+    """Check that a model can be trained, and give it what it lacks: a drafter, and the padding token."""
+    check_packable(base_model_of(model))
+    _check_trainable(model)
+    if args.lossless:
+        prepare_drafter(model, max(args.block_size_schedule or [block_size]) - 1, args.markov_rank)
+    if args.pad_token is not None:
+        _set_pad_token(model, getattr(processing_class, "tokenizer", processing_class), args.pad_token)
+
+
 def prepare_drafter(model: Any, num_masks: int, markov_rank: int) -> None:
     """Give a model with a new lossless adapter a drafter; one that has it keeps it."""
     base_model = base_model_of(model)
@@ -121,7 +133,7 @@ def prepare_drafter(model: Any, num_masks: int, markov_rank: int) -> None:
         drafter.float().requires_grad_(True)
 
 
-def check_trainable(model: Any) -> None:
+def _check_trainable(model: Any) -> None:
     """Check that some parameter takes a gradient."""
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
@@ -145,11 +157,8 @@ def load_target_tokenizer(model: Any) -> Any:
         return None
 
 
-def set_pad_token(model: Any, processing_class: Any, pad_token: str | None) -> None:
+def _set_pad_token(model: Any, tokenizer: Any, pad_token: str) -> None:
     """Set the padding token of tokenizer, config and generation config, as `trl.SFTTrainer` does for its collator."""
-    if pad_token is None:
-        return
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if pad_token not in tokenizer.get_vocab():
         raise ValueError(
             f"`pad_token` must be a token of the tokenizer, got {pad_token!r}, which is not in its vocabulary of "
@@ -178,7 +187,7 @@ def prepare_dataset(dataset: Any, config: CLLMConfig) -> Any:
     return dataset.add_column(name, lengths)
 
 
-def list_datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
+def _list_datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
     """All datasets of a run."""
     evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     return [dataset for dataset in (train_dataset, *evaluated) if dataset is not None]
@@ -200,7 +209,7 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, config: CLLMConfig) ->
             "one of them, such as `dataset['train']`."
         )
     block_size, is_online = config.block_size, config.trajectory_source == "online"
-    for dataset in list_datasets(train_dataset, eval_dataset):
+    for dataset in _list_datasets(train_dataset, eval_dataset):
         first = _first(dataset)
         if is_online:
             check_response(first)
@@ -244,9 +253,9 @@ def _check_lengths(dataset: Dataset, config: CLLMConfig, least: int) -> None:
             raise no_room(prompt_lengths[row], least, config.max_length, f"row {row}")
 
 
-def check_vocabulary(datasets: Iterable[Any], vocab_size: int, columns: list[str]) -> None:
+def check_vocabulary(train_dataset: Any, eval_dataset: Any, vocab_size: int, columns: list[str]) -> None:
     """Check that the tokens of datasets that `check_datasets` has passed have embeddings."""
-    for dataset in datasets:
+    for dataset in _list_datasets(train_dataset, eval_dataset):
         if isinstance(dataset, Dataset):
             for number in _suspects(dataset, vocab_size, columns):
                 check_tokens(dataset[number], vocab_size, columns, name=number)

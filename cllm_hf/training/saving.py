@@ -16,6 +16,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import httpx
+from transformers import TrainerCallback
 from trl import SFTConfig
 
 from .._host import base_model_of
@@ -28,7 +29,7 @@ from ..names import Name
 from ..trajectories.loading import hub_id_of
 from .card import BEGIN, ModelFacts, join_cards, make_model_card, renew_model_card
 from .config import LOSSLESS_ALONE, NOT_LOSSLESS
-from .plotting import PLOT_NAME
+from .plotting import PLOT_NAME, plot_run
 
 
 logger = logging.getLogger(__name__)
@@ -64,9 +65,6 @@ class RunCard:
     The model card of a run: in the folders that its trainer saves to, and in the repository that it pushes to.
 
     A card that somebody else has written stays as it is.
-
-    Args:
-        trainer (`CLLMTrainer`): what the cards tell of.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -75,44 +73,24 @@ class RunCard:
         self._has_fetched = False
 
     def renew(self, title: str | None = None, tags: Sequence[str] = ()) -> None:
-        """
-        Write the card into `args.output_dir`, or renew it; what stands in a repository that is pushed to counts too.
-
-        Args:
-            title (`str`, *optional*): of the card.
-            tags (`Sequence[str]`): tags beside those of the trainer.
-        """
+        """Write or renew the card in `args.output_dir`; what stands in a repository that is pushed to counts too."""
         args = self._trainer.args
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         put_card_back(folder)
         if args.push_to_hub and not self._has_fetched:
             self.fetch()
-        self.write(folder, read_card(folder), title, tags)
+        self.write(folder, read_text(folder / _CARD), title, tags)
 
     def write(self, folder: Path, earlier: str | None, title: str | None = None, tags: Sequence[str] = ()) -> None:
-        """
-        Write the card into a folder.
-
-        Args:
-            folder (`pathlib.Path`): where the model is saved.
-            earlier (`str`, *optional*): the card that was there.
-            title (`str`, *optional*): of the card.
-            tags (`Sequence[str]`): tags beside those of the trainer.
-        """
+        """Write the card into a folder, in place of the earlier one if that is ours."""
         card = renew_model_card(earlier, make_model_card(self._facts(folder, title, tags)))
         path = folder / _CARD
         if card is not None and (path.is_file() or not os.path.lexists(path)):  # else somebody else's
             write_whole(path, card)
 
     def fetch(self, token: str | None = None, revision: str | None = None) -> None:
-        """
-        Put the card of the repository into the folder that is pushed, so that the push does not replace it.
-
-        Args:
-            token (`str`, *optional*): access token; by default `args.hub_token` or the stored one.
-            revision (`str`, *optional*): branch; by default `args.hub_revision` or the main one.
-        """
+        """Put the card of the repository into the folder that is pushed, so that the push does not replace it."""
         args, repo_id = self._trainer.args, str(self._trainer.hub_model_id)
         path = Path(args.output_dir) / _CARD
         self._has_fetched = True
@@ -181,34 +159,21 @@ def check_leftovers(folder: Path, is_adapter: bool) -> None:
 def save_beside(trainer: Any, card: RunCard, folder: Path, is_checkpoint: bool) -> None:
     """
     Save what a folder has beside the weights: a generation config that decodes by Jacobi by default, Jacobi decoding
-    for people without this package where `export_custom_generate` asks for it, and the model card.
-
-    Args:
-        trainer (`CLLMTrainer`): has saved its model to the folder.
-        card (`RunCard`): of the run.
-        folder (`pathlib.Path`): the folder.
-        is_checkpoint (`bool`): whether it is one to resume from, which goes without the export.
+    for people without this package where `export_custom_generate` asks for it, and the model card. A checkpoint to
+    resume from goes without the export.
     """
-    earlier = read_card(folder)
+    earlier = read_text(folder / _CARD)
     # An adapter is saved without one; `cllm_hf.load_cllm` applies it.
     trainer.model.generation_config.save_pretrained(folder)
     if trainer.args.export_custom_generate and not is_checkpoint:
         export_custom_generate(folder)
         if earlier is not None:
-            earlier = read_card(folder)  # with a tag more
+            earlier = read_text(folder / _CARD)  # with a tag more
     card.write(folder, earlier)
 
 
 def is_pushing(trainer: Any) -> bool:
-    """
-    Whether a checkpoint is on its way to the Hub, in a thread that reads files of `output_dir`.
-
-    Args:
-        trainer (`transformers.Trainer`): the trainer.
-
-    Returns:
-        `bool`: `False` also before its first push.
-    """
+    """Whether a checkpoint is on its way to the Hub, in a thread that reads files of `output_dir`."""
     push = getattr(trainer, "push_in_progress", None)
     return push is not None and not push.is_done()
 
@@ -217,9 +182,6 @@ def wait_for_push(trainer: Any) -> None:
     """
     Wait for the checkpoint that is on its way to the Hub, before files that it reads are written anew: an upload of a
     file that changes fails as a whole. One that failed gets a warning, for transformers tells nobody.
-
-    Args:
-        trainer (`transformers.Trainer`): the trainer.
     """
     push = getattr(trainer, "push_in_progress", None)
     if push is None:
@@ -230,16 +192,59 @@ def wait_for_push(trainer: Any) -> None:
     trainer.push_in_progress = None
 
 
+class PushCallback(TrainerCallback):
+    """
+    Lets a push of a checkpoint end before the files that it reads are written for the next.
+
+    With `hub_always_push=True` transformers would write them at once; without it a checkpoint is not pushed at all
+    while the one before is on its way.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_push(self._trainer)
+
+
+class PlotCallback(TrainerCallback):
+    """
+    Draws the losses and what evaluation decoded over optimizer steps into `training.png` in `output_dir`.
+
+    It is drawn anew after each evaluation, unless the last one is just being pushed to the Hub, and at the end. A plot
+    that cannot be written gets a warning; the training goes on.
+    """
+
+    def __init__(self, trainer: Any = None) -> None:
+        self._trainer = trainer
+        self._has_warned = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A plot of an earlier run in the same folder says nothing of this one."""
+        if state.is_world_process_zero and state.global_step == 0:
+            (Path(args.output_dir) / PLOT_NAME).unlink(missing_ok=True)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not is_pushing(self._trainer):
+            self._draw(args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_push(self._trainer)
+        self._draw(args, state)
+
+    def _draw(self, args: Any, state: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        try:
+            plot_run(state.log_history, Path(args.output_dir) / PLOT_NAME)
+        except (OSError, ImportError) as error:  # a full disk, or no matplotlib
+            if not self._has_warned:
+                logger.warning("The plot of the run was not written (%s). The training goes on without it.", error)
+            self._has_warned = True
+
+
 def consistency_options(args: SFTConfig) -> dict[str, Any]:
-    """
-    Options that a config adds to those of transformers, or gives another meaning.
-
-    Args:
-        args (`trl.SFTConfig`): a `CLLMConfig`, or an instance of a subclass of it.
-
-    Returns:
-        `dict[str, Any]`: values by name, without those that have no part in the training.
-    """
+    """Options with a part in the training that a config adds to those of transformers, or gives another meaning."""
     kinds = type(args).__mro__[: type(args).__mro__.index(SFTConfig)]
     own = {name: None for kind in reversed(kinds) for name in inspect.get_annotations(kind)}
     names = {entry.name for entry in fields(args)} - _NOT_TRAINING - _NO_PART[getattr(args, "lossless", False)]
@@ -252,10 +257,6 @@ def card_left_alone(model: Any, folder: Path) -> Iterator[None]:
     Keep PEFT from the card of a folder while it saves an adapter: it changes every one that it finds, fails on one
     whose metadata are not valid, and writes one where there is none. So the card is never anywhere but in its place,
     and whatever happens to the process happens to the card of nobody.
-
-    Args:
-        model (`torch.nn.Module`): what is saved, without wrappers.
-        folder (`pathlib.Path`): where to.
     """
     put_card_back(folder)
     if not hasattr(model, _PEFT_CARD):
@@ -273,9 +274,6 @@ def put_card_back(folder: Path) -> None:
     Put back the card of a folder that version 0.1.0 had set aside when it was killed.
 
     It stays aside where something else has its place that was not written by a machine alone.
-
-    Args:
-        folder (`pathlib.Path`): where the model is saved.
     """
     path, aside = folder / _CARD, folder / _ASIDE
     if not aside.is_file() or aside.is_symlink():
@@ -296,11 +294,6 @@ def _is_of_peft(card: str) -> bool:
     """Whether PEFT has written a card, whole or cut, and nobody has filled in anything since."""
     is_cut = not card.strip() or (card.startswith("---\n") and "\n---" not in card)
     return is_cut or ("# Model Card for Model ID" in card and "[More Information Needed]" in card)
-
-
-def read_card(folder: Path) -> str | None:
-    """The text of a folder's model card, or `None` if it has none."""
-    return read_text(folder / _CARD)
 
 
 def _hide_folder(name: str | None) -> str | None:

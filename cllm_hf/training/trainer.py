@@ -17,32 +17,27 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from .._host import base_model_of, count_embeddings
-from ..blocks.limits import check_packable
 from ..cards import CLLM_CITATION
 from ..files import check_writable
 from ..integration import set_jacobi_defaults, set_lossless_defaults
 from .batch import TrainingBatch, count_own_rows, make_collator
-from .callbacks import add_callbacks
+from .callbacks import CollapseCallback
+from .checkpoints import EpochCallback, RunRecordCallback, choose_checkpoint, describe_run, drafter_follows
 from .config import CLLMConfig
 from .drafting import DraftingObjective, PreparedDrafts
 from .inputs import (
     check_datasets,
     check_processes,
-    check_trainable,
     check_vocabulary,
     explained_variants,
-    list_datasets,
+    fit_model,
     load_target,
     load_target_tokenizer,
-    make_lossless_config,
     prepare_dataset,
-    prepare_drafter,
-    set_pad_token,
 )
 from .monitoring import decoding_metrics
 from .objective import ConsistencyObjective, LossTotals, PreparedBatch
-from .resuming import choose_checkpoint, drafter_follows, record_run
-from .saving import RunCard, card_left_alone, check_leftovers, save_beside, wait_for_push
+from .saving import PlotCallback, PushCallback, RunCard, card_left_alone, check_leftovers, save_beside, wait_for_push
 
 
 _REFUSED_ARGUMENTS = (
@@ -52,8 +47,8 @@ _REFUSED_ARGUMENTS = (
     "preprocess_logits_for_metrics",
     "formatting_func",
 )
-# transformers looks into a batch by key on its way to `compute_loss`; this is the only one it finds in training.
 _LOSSLESS_TAGS = ["trl", "lossless"]  # on the Hub; the model does not become a CLLM
+# transformers looks into a batch by key on its way to `compute_loss`; this is the only one it finds in training.
 _PREPARED = "prepared"
 
 
@@ -130,29 +125,28 @@ class CLLMTrainer(SFTTrainer):
         for name in _REFUSED_ARGUMENTS:
             if kwargs.get(name) is not None:
                 raise ValueError(f"`CLLMTrainer` has its own collator, loss and metrics, got a `{name}`. Drop it.")
-        if not isinstance(train_dataset, dict):
-            train_dataset = prepare_dataset(train_dataset, args)
-        eval_dataset = prepare_dataset(eval_dataset, args)
+        train_dataset, eval_dataset = prepare_dataset(train_dataset, args), prepare_dataset(eval_dataset, args)
         dataset_block_size = check_datasets(train_dataset, eval_dataset, args)
         self.block_size = args.block_size_schedule[-1] if args.block_size_schedule else dataset_block_size
+        output_dir = Path(str(args.output_dir))
         if args.should_save:
-            check_writable(Path(str(args.output_dir)))  # before the training, not after it
+            check_writable(output_dir)  # before the training, not after it
         # The records go to our collator as they are; mixture-of-experts models keep their balancing loss out of it.
         args.remove_unused_columns = False
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.router_aux_loss_coef = 0.0
         if args.lossless:
             self._tag_names = _LOSSLESS_TAGS
-        if args.lossless and args.ddp_find_unused_parameters is None:
-            # Every step uses all, and the Markov head outside of `forward`, where a search would not find it.
-            args.ddp_find_unused_parameters = False
+            if args.ddp_find_unused_parameters is None:
+                # Every step uses all, and the Markov head outside of `forward`, where a search would not find it.
+                args.ddp_find_unused_parameters = False
         objective: Any = DraftingObjective if args.lossless else ConsistencyObjective
         self._objective = objective(args, dataset_block_size)
-        self._card = RunCard(self)
+        self._card, self._run_record = RunCard(self), RunRecordCallback()
+        self._loss_totals = {"train": LossTotals(), "eval": LossTotals()}
+        self._step_counts: torch.Tensor | None = None
         collator = make_collator(args, dataset_block_size)
-        target = load_target(model, args, peft_config, kwargs.get("quantization_config"))
-        if args.lossless and not hasattr(target, "peft_config"):
-            peft_config = make_lossless_config(peft_config)
+        target, peft_config = load_target(model, args, peft_config, kwargs.get("quantization_config"))
         with explained_variants() if args.lossless else nullcontext():
             super().__init__(
                 target,
@@ -163,24 +157,32 @@ class CLLMTrainer(SFTTrainer):
                 peft_config=peft_config,
                 **{**kwargs, "data_collator": collator},
             )
-        check_packable(base_model_of(self.model))
-        check_trainable(self.model)
-        if args.lossless:
-            prepare_drafter(self.model, self._objective.num_masks, args.markov_rank)
+        fit_model(self.model, self.processing_class, args, dataset_block_size)
+        base_model = base_model_of(self.model)
         # The collator looks at what is read later: streams, and datasets that `evaluate` is given.
-        collator.vocab_size = count_embeddings(base_model_of(self.model))
-        check_vocabulary(list_datasets(train_dataset, eval_dataset), collator.vocab_size, collator.token_columns)
-        set_pad_token(self.model, self.processing_class, args.pad_token)
+        collator.vocab_size = count_embeddings(base_model)
+        check_vocabulary(train_dataset, eval_dataset, collator.vocab_size, collator.token_columns)
         if args.should_save:
-            check_leftovers(Path(str(args.output_dir)), is_adapter=base_model_of(self.model) is not self.model)
+            check_leftovers(output_dir, is_adapter=base_model is not self.model)
         check_processes(args, self.accelerator)
         if args.lossless:
             set_lossless_defaults(self.model)
         else:
             set_jacobi_defaults(self.model, self.block_size)
-        self._loss_totals = {"train": LossTotals(), "eval": LossTotals()}
-        self._step_counts: torch.Tensor | None = None
-        add_callbacks(self)
+        self._add_callbacks()
+
+    def _add_callbacks(self) -> None:
+        """Those that a run always has, and those that its options ask for, unless they were given."""
+        given = {type(callback) for callback in self.callback_handler.callbacks}
+        self.add_callback(EpochCallback())
+        self.add_callback(self._run_record)
+        # The model of a lossless adapter is frozen, and cannot collapse.
+        can_collapse = not self.args.lossless and self.args.on_collapse != "ignore"
+        if can_collapse and not any(issubclass(kind, CollapseCallback) for kind in given):
+            self.add_callback(CollapseCallback(self.args.on_collapse))
+        if self.args.plot_run and not any(issubclass(kind, PlotCallback) for kind in given):
+            self.add_callback(PlotCallback(self))
+        self.add_callback(PushCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -199,26 +201,15 @@ class CLLMTrainer(SFTTrainer):
             ValueError: if there is no whole checkpoint, none from which the run can go on exactly, or it is of a run
                 with another dataset, seed or size of batches.
         """
-        checkpoint = choose_checkpoint(resume_from_checkpoint, self.args, record_run(self))
-        if self.args.lossless:
-            with drafter_follows(self, checkpoint):
-                return super().train(checkpoint, *args, **kwargs)
-        return super().train(checkpoint, *args, **kwargs)
+        record = self._run_record.record = describe_run(self.args, self.train_dataset)
+        checkpoint = choose_checkpoint(resume_from_checkpoint, self.args, record)
+        with drafter_follows(self, checkpoint) if self.args.lossless else nullcontext():
+            return super().train(checkpoint, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """
-        Fetch the batches of an optimizer step, choose the states to train on, and count the positions of its losses.
-
-        Args:
-            epoch_iterator (`Iterator`): the batches of this epoch.
-            num_batches (`int`): gradient accumulation steps.
-            device (`torch.device`): of the counts.
-
-        Returns:
-            `tuple`: the batches, and what transformers counts.
-        """
+        """Fetch the batches of an optimizer step, choose what it trains on, and count the positions of its losses."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         last = len(batches) - 1
         prepared = [
@@ -240,18 +231,7 @@ class CLLMTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """
-        The loss of one batch: its share of the means over the step in training, its own means in evaluation.
-
-        Args:
-            model (`torch.nn.Module`): the model, possibly wrapped.
-            inputs (`dict`): what the data collator gives, or `get_batch_samples`.
-            return_outputs (`bool`): whether to return the losses by name too.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): not used; see `get_batch_samples`.
-
-        Returns:
-            `torch.Tensor`: the loss, or a `tuple` of it and a `dict` of the two losses.
-        """
+        """The loss of one batch: its share of the means over the step in training, its own means in evaluation."""
         mode = "train" if self.model.training else "eval"
         prepared = inputs.get(_PREPARED)
         is_of_a_step = prepared is not None and mode == "train"
@@ -289,13 +269,7 @@ class CLLMTrainer(SFTTrainer):
         return prepared if num_own else replace(prepared, counts=torch.zeros_like(prepared.counts))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """
-        Log, with the means of both losses since the last log and the numbers of positions they are over.
-
-        Args:
-            logs (`dict[str, float]`): what transformers logs.
-            start_time (`float`, *optional*): of the training.
-        """
+        """Log, with the means of both losses since the last log and the numbers of positions they are over."""
         mode = "train" if self.model.training else "eval"
         totals = self._loss_totals[mode].take(self.accelerator)
         if totals is not None:
@@ -319,18 +293,7 @@ class CLLMTrainer(SFTTrainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
-        """
-        Evaluate a batch: its loss, and no logits, of which there are none for most positions.
-
-        Args:
-            model (`torch.nn.Module`): the model.
-            inputs (`dict`): what the data collator gives.
-            prediction_loss_only (`bool`): not used; it is so always.
-            ignore_keys (`list[str]`, *optional*): not used.
-
-        Returns:
-            `tuple`: the loss, and two times `None`.
-        """
+        """Evaluate a batch: its loss, and no logits, of which there are none for most positions."""
         return super().prediction_step(model, inputs, True, ignore_keys)
 
     def evaluation_loop(
@@ -341,19 +304,7 @@ class CLLMTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """
-        Evaluate the losses, then decode a few prompts; see `cllm_hf.training.monitoring`.
-
-        Args:
-            dataloader (`torch.utils.data.DataLoader`): of the evaluation dataset.
-            description (`str`): for the log of transformers.
-            prediction_loss_only (`bool`, *optional*): whether losses only are gathered.
-            ignore_keys (`list[str]`, *optional*): not used here.
-            metric_key_prefix (`str`): of the names of the metrics.
-
-        Returns:
-            `transformers.trainer_utils.EvalLoopOutput`: with what was measured among its metrics.
-        """
+        """Evaluate the losses, then decode a few prompts; see `cllm_hf.training.monitoring`."""
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )

@@ -15,9 +15,9 @@ from transformers import set_seed
 from cllm_hf._host import base_model_of
 from cllm_hf.loading import load_tokenizer, pick_device
 from cllm_hf.process import Process
+from cllm_hf.training.callbacks import show_progress
+from cllm_hf.training.checkpoints import newest_checkpoint
 from cllm_hf.training.plotting import PLOT_NAME
-from cllm_hf.training.progress import show_progress
-from cllm_hf.training.resuming import newest_checkpoint
 from cllm_hf.training.trainer import CLLMTrainer
 from cllm_hf.trajectories.builder import TrajectoryBuilder
 from cllm_hf.trajectories.command import load_model

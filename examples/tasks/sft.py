@@ -13,8 +13,8 @@ from trl import SFTTrainer
 from cllm_hf.files import save_whole
 from cllm_hf.loading import load_tokenizer
 from cllm_hf.process import Process
-from cllm_hf.training.progress import show_progress
-from cllm_hf.training.resuming import newest_checkpoint
+from cllm_hf.training.callbacks import show_progress
+from cllm_hf.training.checkpoints import newest_checkpoint
 from cllm_hf.trajectories.prompts import encode_prompts, render_chat
 
 from .model_options import ModelOptions

@@ -10,7 +10,7 @@ from watched_runs import BLOCK_SIZE, good_responses, make_dataset, make_trainer
 
 import cllm_hf
 from cllm_hf import CollapseCallback
-from cllm_hf.training.collapse import CollapseDetector, CollapseLimits, find_bad_data
+from cllm_hf.training.callbacks import CollapseDetector, find_bad_data
 
 
 def kinds(signs):
@@ -125,7 +125,7 @@ def test_evaluation_datasets_are_followed_apart():
 )
 def test_limits_that_are_refused(limits):
     with pytest.raises(ValueError, match=f"`{next(iter(limits))}` must be above 0"):
-        CollapseLimits(**limits)
+        CollapseDetector(**limits)
     with pytest.raises(ValueError, match="must be above 0"):
         CollapseCallback(**limits)
 

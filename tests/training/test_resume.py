@@ -14,8 +14,7 @@ import torch
 from training_runs import DEFAULTS, make_dataset, make_trainer, train
 
 from cllm_hf import CLLMConfig
-from cllm_hf.training.checkpoints import find_flaw
-from cllm_hf.training.resuming import choose_checkpoint, describe_run, newest_checkpoint
+from cllm_hf.training.checkpoints import choose_checkpoint, describe_run, find_flaw, newest_checkpoint
 
 
 # 10 records: optimizer steps 1 to 3 are the first epoch, 4 to 6 the second, and so on.
@@ -196,7 +195,7 @@ def test_shards_of_weights_that_are_missing_cut_or_outside_are_noticed(tmp_path)
     [
         ({"dataset": make_dataset(seed=3)}, "other records in the dataset. Pass what"),
         ({"dataset": make_dataset(9)}, "other records in the dataset; `num_records` is 10 there and 9 here"),
-        ({"seed": 7}, "of another run: `seed` is 42 there and 7 here. Pass what"),
+        ({"seed": 7}, "of another run: `seed` is 42 there and 7 here; `data_seed`"),
         ({"data_seed": 7}, "of another run: `data_seed` is 42 there and 7 here"),
         ({"per_device_train_batch_size": 2}, "`per_device_train_batch_size` is 4 there and 2 here"),
         ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` is 1 there and 2 here"),
@@ -243,12 +242,12 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(run, tmp_path, caplo
         make_trainer(tmp_path, lora=lora, max_steps=3).train(resume_from_checkpoint=True)
 
 
-def test_checkpoints_of_the_model_only_are_named_as_such(tmp_path):
+def test_checkpoints_of_the_model_only_are_named_as_such(tmp_path, caplog):
     trainer = make_trainer(tmp_path, save_only_model=True, **SAVING)
     trainer.train()
     assert "holds no state of the optimizer" in find_flaw(tmp_path / "checkpoint-2")
-    for wanted in (True, tmp_path / "checkpoint-2"):
-        with pytest.raises(
-            ValueError, match="must hold the state of the optimizer, got .*2', written with `save_only"
-        ):
-            trainer.train(resume_from_checkpoint=wanted)
+    with pytest.raises(ValueError, match="got none in"):
+        trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-2 is not whole: it holds no state of the optimizer" in caplog.text
+    with pytest.raises(ValueError, match="got .*2', which holds no state of the optimizer: `save_only_model=True`"):
+        trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-2")

@@ -24,9 +24,9 @@ from cllm_hf.blocks.drafter import find_drafter
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.training import command
-from cllm_hf.training.arguments import TrainArguments, parse_train
-from cllm_hf.training.progress import UpdateBar, UpdateLines, format_log
-from cllm_hf.training.resuming import newest_checkpoint
+from cllm_hf.training.callbacks import UpdateBar, UpdateLines, format_log
+from cllm_hf.training.checkpoints import newest_checkpoint
+from cllm_hf.training.command import TrainArguments, parse_train
 
 
 BLOCK_SIZE = 5
@@ -176,8 +176,11 @@ def test_options_that_argparse_refuses(capsys, given, message):
         ([*REQUIRED, "--use_peft", "--load_in_8bit"], "`load_in_8bit` takes a GPU and the package `bitsandbytes`"),
         ([*REQUIRED, "--do_predict"], "makes no predictions"),
         ([*REQUIRED, "--report_to", "nowhere"], "`report_to` must name packages .* got nowhere. .* from none"),
-        ([*REQUIRED, "--resume_from_checkpoint", "last"], "takes a checkpoint in the output folder, got none in 'o'"),
-        ([*REQUIRED, "--resume_from_checkpoint", "c"], "must be the folder of a whole checkpoint, .* got 'c'"),
+        (
+            [*REQUIRED, "--resume_from_checkpoint", "last"],
+            "must hold a whole checkpoint, got none in 'o'",
+        ),
+        ([*REQUIRED, "--resume_from_checkpoint", "c"], "`resume_from_checkpoint` must be a whole checkpoint, got 'c'"),
         (["--config", "missing.yaml"], "`--config` must be a file that can be read, got 'missing.yaml'"),
         (REQUIRED, "`path` must be a folder, or the id of a dataset on the Hub, got 't'"),
     ],

@@ -12,9 +12,9 @@ from test_collapse import decoded
 from transformers import TrainerControl, TrainerState
 from watched_runs import good_responses, make_dataset, make_trainer
 
-from cllm_hf.training import callbacks, plotting
-from cllm_hf.training.callbacks import PlotCallback
+from cllm_hf.training import plotting, saving
 from cllm_hf.training.plotting import PLOT_NAME, plot_run, read_curves
+from cllm_hf.training.saving import PlotCallback
 
 
 def losses(step, consistency=3.0, ar=0.5, prefix=""):
@@ -103,7 +103,7 @@ def test_curves():
 
 def test_a_training_draws_after_each_evaluation_and_at_its_end(word_model, tokenizer, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(callbacks, "plot_run", lambda log, path: drawn.append((list(log), path)))
+    monkeypatch.setattr(saving, "plot_run", lambda log, path: drawn.append((list(log), path)))
     dataset = make_dataset(good_responses(4))
     options = {"eval_strategy": "steps", "eval_steps": 2, "plot_run": True}
     make_trainer(word_model, dataset, tokenizer, tmp_path, dataset, **options).train()
