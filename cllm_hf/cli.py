@@ -26,14 +26,8 @@ _SERVE_HELP = "the OpenAI-compatible server of transformers, with Jacobi decodin
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Run a command.
-
-    Args:
-        arguments (`Sequence[str]`, *optional*): by default those of the process.
-
-    Returns:
-        `int`: exit status: 0, 1 for an error that is explained on stderr or transitions that do not hold, 130 after
-        Ctrl-C.
+    Run a command, by default that of the process. Returns the exit status: 0, 1 for an error that is explained on stderr
+    or transitions that do not hold, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _make_parser()
@@ -44,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.arguments = others  # are for the parsers of the hosts
     elif others and getattr(parsed, "kind", None) not in MOVED:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if parsed.command != "serve":
+        hide_host_warnings()
     return run_safely(lambda: parsed.run(parsed), "cllm")
 
 
@@ -55,14 +51,8 @@ def _with_dashes(argument: str) -> str:
 
 def run_safely(run: Callable[[], int], name: str) -> int:
     """
-    Run a command, and explain on stderr what went wrong.
-
-    Args:
-        run (`Callable[[], int]`): returns the exit status.
-        name (`str`): of the command, in front of what is said.
-
-    Returns:
-        `int`: exit status: that of `run`, 1 for an error, 130 after Ctrl-C.
+    Run a command, `run`, and explain on stderr, after `name`, what goes wrong. Returns the exit status: that of `run`, 1
+    for an error, 130 after Ctrl-C.
     """
     try:
         return run()
@@ -131,7 +121,6 @@ def _block_size(text: str) -> int | str:
 
 
 def _run_demo(parsed: argparse.Namespace) -> int:
-    hide_host_warnings()
     from .demo.run import DemoOptions, run_demo
 
     report = run_demo(DemoOptions(mode=parsed.mode, seed=parsed.seed), parsed.output_dir, color=not parsed.no_color)
@@ -148,7 +137,6 @@ def _run_demo(parsed: argparse.Namespace) -> int:
 
 
 def _run_compare(parsed: argparse.Namespace) -> int:
-    hide_host_warnings()
     from .compare.command import run_compare
 
     run_compare(parsed)
@@ -156,53 +144,41 @@ def _run_compare(parsed: argparse.Namespace) -> int:
 
 
 def _run_benchmark(parsed: argparse.Namespace) -> int:
-    hide_host_warnings()
     from .evaluation.command import run_benchmark
 
-    print(run_benchmark(parsed))
-    return 0
+    return _say(run_benchmark(parsed))
 
 
 def _run_collect(parsed: argparse.Namespace) -> int:
     options = parse_collect(parsed.arguments)
-    hide_host_warnings()
     from .trajectories.command import run_collect
 
     try:
-        _print(run_collect(options))
+        return _say(run_collect(options))
     except KeyboardInterrupt:
-        print("\ncllm: interrupted; the same command continues where it was.", file=sys.stderr)
-        return 130
-    return 0
+        return _say_interrupted("interrupted; the same command continues where it was.")
 
 
 def _run_train(parsed: argparse.Namespace) -> int:
-    hide_host_warnings()
     from .training.command import describe_interruption, parse_train, run_train
 
     options = parse_train(parsed.arguments)
     try:
-        _print(run_train(options))
+        return _say(run_train(options))
     except KeyboardInterrupt:
-        if Process.current().is_first:
-            print(f"\ncllm: {describe_interruption(options.training)}", file=sys.stderr)
-        return 130
-    return 0
+        return _say_interrupted(describe_interruption(options.training) if Process.current().is_first else "")
 
 
 def _run_inspect(parsed: argparse.Namespace) -> int:
     from .show.command import run_inspect
 
-    _print(run_inspect(parsed, _may_color(parsed)))
-    return 0
+    return _say(run_inspect(parsed, _may_color(parsed)))
 
 
 def _run_show(parsed: argparse.Namespace) -> int:
-    hide_host_warnings()
     from .show.command import run_show
 
-    _print(run_show(parsed, _may_color(parsed)))
-    return 0
+    return _say(run_show(parsed, _may_color(parsed)))
 
 
 def _may_color(parsed: argparse.Namespace) -> bool:
@@ -210,24 +186,29 @@ def _may_color(parsed: argparse.Namespace) -> bool:
 
 
 def _run_verify(parsed: argparse.Namespace) -> int:
-    hide_host_warnings()
     from .trajectories.command import run_verify
 
     text, all_hold = run_verify(parsed)
-    _print(text)
+    _say(text)
     return 0 if all_hold else 1
 
 
 def _run_push(parsed: argparse.Namespace) -> int:
     from .trajectories.command import run_push
 
-    _print(run_push(parsed))
+    return _say(run_push(parsed))
+
+
+def _say(text: str) -> int:
+    if text:
+        print(text, flush=True)
     return 0
 
 
-def _print(text: str) -> None:
+def _say_interrupted(text: str) -> int:
     if text:
-        print(text, flush=True)
+        print(f"\ncllm: {text}", file=sys.stderr)
+    return 130
 
 
 def _run_export(parsed: argparse.Namespace) -> int:
@@ -236,8 +217,7 @@ def _run_export(parsed: argparse.Namespace) -> int:
     written = export_custom_generate(
         parsed.folder, block_size=parsed.block_size, overwrite=parsed.overwrite, revision=parsed.revision
     )
-    print(f"Written: {written}\nThe model card says how to decode with it.")
-    return 0
+    return _say(f"Written: {written}\nThe model card says how to decode with it.")
 
 
 def _run_serve(parsed: argparse.Namespace) -> int:

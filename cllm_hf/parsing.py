@@ -1,24 +1,58 @@
-"""TRL's parser, as commands use it: options of dataclasses from the command line and a YAML file."""
+"""How commands read their options: what numbers argparse takes, and options of dataclasses, also from a YAML file."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
-from trl import TrlParser
+from huggingface_hub.dataclasses import type_validator
+from transformers import HfArgumentParser
+
+from .options import JacobiOptions
 
 
-class OptionParser(TrlParser):
+def positive(text: str) -> int:
+    """Read an integer of at least 1, as a `type` of argparse."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """Read an integer of at least 0, as a `type` of argparse."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+    return int(text)
+
+
+def block_size(text: str) -> int | str:
+    """Read a block size, an integer of at least 1 or "auto", as a `type` of argparse."""
+    return text if text == "auto" else positive(text)
+
+
+def num_candidates(text: str) -> int:
+    """Read what `generate` takes as `jacobi_candidates`, as a `type` of argparse."""
+    value: Any = int(text) if text.removeprefix("-").isdecimal() else text
+    try:
+        return JacobiOptions(candidates=value).candidates
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+class OptionParser(HfArgumentParser):
     """
     Reads options from the command line and a YAML file, which have to be right in both.
 
-    TRL's parser takes `--config` itself, but neither lists it nor knows its other spelling, and does not look at the
-    values of the file, which have types of their own.
+    The file has what it has for TRL's parser, `env` for environment variables too.
 
     Args:
         kinds (`Iterable[type]`): dataclasses whose fields are the options.
@@ -48,45 +82,30 @@ class OptionParser(TrlParser):
         self._other_names = dict(other_names or {})
         self._convert = dict(convert or {})
         self._adapt = adapt
-        self._has_read_file = False
         self.add_argument("--config", metavar="FILE", help="YAML file with options by name; those given here win")
         for other, name in self._other_names.items():
             self.add_argument(f"--{other}", dest=name, default=argparse.SUPPRESS, help=f"the same as --{name}")
 
     def read(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """
-        Read the options.
+        Read the options, and make an object of each of the dataclasses.
 
         Args:
             arguments (`Sequence[str]`): what stands after the command. Options win over the file of `--config`.
-
-        Returns:
-            `tuple`: an object of each of the dataclasses.
 
         Raises:
             OSError: if the YAML file cannot be read.
             ValueError: for unknown options, values that a dataclass refuses, or a file that is not YAML.
             SystemExit: after `--help`, and with status 2 for missing options and values that cannot be read.
         """
-        arguments = [part for argument in arguments for part in _split_config(argument)]
-        if arguments[-1:] == ["--config"] or arguments.count("--config") > 1:
+        finder = argparse.ArgumentParser(prog=self.prog, usage=self.usage, add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", action="append")
+        files = finder.parse_known_args(arguments)[0].config or []
+        if len(files) > 1:
             self.error("argument --config: expected one file")
-        file = _file_of(arguments)
-        try:
-            *parsed, _, unknown = self.parse_args_and_config(arguments, return_remaining_strings=True)
-        except (yaml.YAMLError, TypeError, RecursionError) as error:
-            if isinstance(error, TypeError) and (file is None or self._has_read_file):  # not of names that are no text
-                raise
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"The file of `--config` must be YAML with options by name, got {file!r} ({reason})."
-            ) from error
-        except OSError as error:
-            if file is None or error.filename != file:
-                raise
-            raise OSError(
-                f"`--config` must be a file that can be read, got {file!r} ({error.strerror}). Check its name."
-            ) from error
+        unknown = self.take(_read_file(files[0])) if files else []
+        *parsed, _, others = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        unknown += others
         if unknown:
             raise ValueError(
                 f"`{self.prog}` has no such options, got {' '.join(unknown)}. `{self.prog} --help` lists them; in a "
@@ -94,20 +113,13 @@ class OptionParser(TrlParser):
             )
         return tuple(parsed)
 
-    def set_defaults_with_config(self, **values: Any) -> list[str]:
+    def take(self, values: dict[str, Any]) -> list[str]:
         """
-        Take the values of the file as defaults. The parser calls this with what it has read.
-
-        Args:
-            values: options by name.
-
-        Returns:
-            `list[str]`: unknown options.
+        Take values of a file by name as defaults, and return unknown ones as they would be typed.
 
         Raises:
             ValueError: for a value that is not of the type of its option, or an option under two names.
         """
-        self._has_read_file = True
         for other, name in self._other_names.items():
             if other in values:
                 if name in values:
@@ -120,7 +132,11 @@ class OptionParser(TrlParser):
             for field in dataclasses.fields(kind):
                 if field.name in values:
                     values[field.name] = _check_value(field, values[field.name], hints[field.name])
-        return super().set_defaults_with_config(**values)
+        for action in self._actions:
+            if action.dest in values:
+                action.default, action.required = values[action.dest], False
+        known = {action.dest for action in self._actions}
+        return [part for name, value in values.items() if name not in known for part in (f"--{name}", str(value))]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse does; the parser calls this before it makes the dataclasses."""
@@ -130,64 +146,69 @@ class OptionParser(TrlParser):
         return namespace, unknown
 
 
-def _split_config(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def _file_of(arguments: list[str]) -> str | None:
-    return arguments[arguments.index("--config") + 1] if "--config" in arguments else None
+def _read_file(name: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(
+            f"`--config` must be a file that can be read, got {name!r} ({error.strerror}). Check its name."
+        ) from error
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+        values, reason = None, " ".join(str(error).split())
+    else:
+        reason = "it has none"
+    if not isinstance(values, dict) or not all(isinstance(option, str) for option in values):
+        raise ValueError(f"The file of `--config` must be YAML with options by name, got {name!r} ({reason}).")
+    variables = values.pop("env", {})
+    if not isinstance(variables, dict):
+        raise ValueError(f"`env` of the file of `--config` must have variables by name, got {variables!r}.")
+    os.environ.update({str(variable): str(value) for variable, value in variables.items()})
+    return values
 
 
 def _check_value(field: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
     """A value of a file, as the option takes it: YAML has types of its own, which the parser does not look at."""
-    choices = _choices_of(field, hint)
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    choices = _choices_of(field, kinds)
     if value is False and "no" in choices:  # what YAML makes of `save_strategy: no`
         return "no"
     if value is True and field.metadata.get("const") is True:  # a text by its type, as `fsdp`, but set by its name
         return value
-    if not _fits(value, hint) or (isinstance(value, str) and choices and value not in choices):
+    # Texts are read like those of the command line, which checks them.
+    fits = not choices or value in choices if isinstance(value, str) else _is_of(value, hint)
+    if not fits:
         if choices:
             expected = " or ".join(map(repr, choices))
         else:
-            kinds = [kind for kind in _kinds_of(hint) if kind is not type(None)]
-            expected = "of type " + " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+            names = [getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None)]
+            expected = "of type " + " or ".join(names)
         raise ValueError(f"`{field.name}` must be {expected}, got {value!r}.")
     return value
 
 
-def _choices_of(field: dataclasses.Field[Any], hint: Any) -> list[Any]:
+def _choices_of(field: dataclasses.Field[Any], kinds: tuple[Any, ...]) -> list[Any]:
     """All texts that an option takes; none if it takes any."""
     choices = list(field.metadata.get("choices", ()))
-    for kind in _kinds_of(hint):
-        if get_origin(kind) is Literal and str not in _kinds_of(hint):
+    for kind in kinds:
+        if get_origin(kind) is Literal and str not in kinds:
             choices += get_args(kind)
         elif isinstance(kind, type) and issubclass(kind, Enum):
             choices += [member.value for member in kind]
     return choices
 
 
-def _kinds_of(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a file is of a type. Texts are read like those of the command line, which checks them."""
-    return isinstance(value, str) or any(_is_of(value, kind) for kind in _kinds_of(hint))
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    origin = get_origin(kind)
-    if origin is Literal:
-        return value in get_args(kind)
-    if kind is Any:
+def _is_of(value: Any, hint: Any) -> bool:
+    for one in (value, _with_floats(value)):
+        try:
+            type_validator("value", one, hint)
+        except TypeError:
+            continue
         return True
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
-    if kind is float:
-        return type(value) in (int, float)
-    if kind in (bool, int, type(None)):
-        return type(value) is (type(None) if kind is type(None) else kind)
-    if kind is str or isinstance(kind, type) and issubclass(kind, Enum):
-        return False  # texts were taken before
-    return isinstance(value, origin or (kind if isinstance(kind, type) else object))
+    return False
+
+
+def _with_floats(value: Any) -> Any:
+    """The same with its integers as the floats that they are as well."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    return float(value) if type(value) is int else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..argument_types import block_size, positive
+from ..parsing import block_size, positive
 from ..options import JACOBI, LOSSLESS
 
 

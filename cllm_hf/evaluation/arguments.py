@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..argument_types import block_size, natural, num_candidates, positive
+from ..parsing import block_size, natural, num_candidates, positive
 
 
 SHAPE_NAMES = ("4m", "30m", "125m", "0.5b")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..argument_types import natural, positive
+from ..parsing import natural, positive
 
 
 COLLECT_HELP = "build a dataset of trajectories from a model and prompts"
@@ -108,7 +108,7 @@ class CollectArguments:
 
 def parse_collect(arguments: Sequence[str]) -> CollectArguments:
     """
-    Read the options of `cllm collect` from the command line and a YAML file, by TRL's parser.
+    Read the options of `cllm collect` from the command line and a YAML file.
 
     Args:
         arguments (`Sequence[str]`): what stands after `collect`. Options win over the file of `--config`.

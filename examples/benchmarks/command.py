@@ -12,11 +12,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer, GenerationConfig
 
 from cllm_hf._host import base_model_of
-from cllm_hf.argument_types import positive
 from cllm_hf.cli import hide_host_warnings, run_safely
 from cllm_hf.evaluation.arguments import SHAPE_NAMES, add_common, add_source
 from cllm_hf.evaluation.command import check_source, finish, load_model, load_shape, prepare, tokenize
 from cllm_hf.evaluation.shapes import random_prompts
+from cllm_hf.parsing import positive
 from cllm_hf.quiet import quiet_hosts
 from cllm_hf.trajectories.loading import load_trajectories
 from cllm_hf.trajectories.schema import FEATURES

@@ -39,7 +39,7 @@ def read_section(kind: type[_Kind], values: Any, section: str) -> _Kind:
     check_names(values, {field.name for field in dataclasses.fields(kind) if field.init}, section)  # type: ignore[arg-type]
     try:
         parser = _SectionParser([kind], command=section, description="")
-        parser.set_defaults_with_config(**values)
+        parser.take(dict(values))
         return parser.parse_args_into_dataclasses(args=[])[0]
     except ValueError as error:
         raise ValueError(f"Section `{section}`: {error}") from error

@@ -150,7 +150,7 @@ def test_help_explains_every_option(capsys):
         (["--output_dir", "o"], "required: --trajectories"),
         ([*REQUIRED, "--dtype", "half"], "invalid choice: 'half'"),
         ([*REQUIRED, "--max_steps", "many"], "invalid int value: 'many'"),
-        ([*REQUIRED, "--config"], "argument --config: expected one file"),
+        ([*REQUIRED, "--config"], "argument --config: expected one"),
     ],
 )
 def test_options_that_argparse_refuses(capsys, given, message):
