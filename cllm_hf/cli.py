@@ -14,7 +14,6 @@ from typing import Any
 from ._version import __version__
 from .compare.arguments import add_compare_command
 from .evaluation.arguments import MOVED, add_benchmark_commands
-from .process import Process
 from .trajectories.arguments import COLLECT_HELP, add_trajectory_commands, parse_collect
 
 
@@ -26,8 +25,8 @@ _SERVE_HELP = "the OpenAI-compatible server of transformers, with Jacobi decodin
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Run a command, by default that of the process. Returns the exit status: 0, 1 for an error that is explained on stderr
-    or transitions that do not hold, 130 after Ctrl-C.
+    Run a command, by default that of the process, and return the exit status: 0, 1 for an error that is explained on
+    stderr or transitions that do not hold, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _make_parser()
@@ -51,8 +50,8 @@ def _with_dashes(argument: str) -> str:
 
 def run_safely(run: Callable[[], int], name: str) -> int:
     """
-    Run a command, `run`, and explain on stderr, after `name`, what goes wrong. Returns the exit status: that of `run`, 1
-    for an error, 130 after Ctrl-C.
+    Call `run`, explain on stderr, after `name`, what goes wrong, and return the exit status: that of `run`, 1 for an
+    error, 130 after Ctrl-C.
     """
     try:
         return run()
@@ -160,6 +159,7 @@ def _run_collect(parsed: argparse.Namespace) -> int:
 
 
 def _run_train(parsed: argparse.Namespace) -> int:
+    from .process import Process
     from .training.command import describe_interruption, parse_train, run_train
 
     options = parse_train(parsed.arguments)

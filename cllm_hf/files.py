@@ -1,29 +1,48 @@
-"""Folders and files: names that stay inside a folder, checks before the work, and files that are whole after it."""
+"""Files: names that stay inside a folder, checks before the work, whole writes, and texts that users write."""
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 _LONGEST_NAME = 255  # bytes of a part of a path, on all common file systems
 _CACHED_REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")
+# How files that are no plain text begin.
+_BINARY = {
+    b"\x1f\x8b": "it is compressed by gzip: unpack it first",
+    b"BZh": "it is compressed by bzip2: unpack it first",
+    b"\xfd7zXZ\x00": "it is compressed by xz: unpack it first",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd: unpack it first",
+    b"PK\x03\x04": "it is a zip archive, as tables of spreadsheets are too: unpack or convert it first",
+    b"PAR1": "it is a table in the format of Parquet",
+    b"ARROW1": "it is a table in the format of Arrow",
+}
+# The longer ones first: UTF-32 in this byte order begins as UTF-16 does.
+_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_OPEN, _CLOSE = np.frombuffer(b"[{", dtype=np.uint8), np.frombuffer(b"]}", dtype=np.uint8)
+_DEEPEST = 1000
+_BYTES_AT_ONCE = 2**24
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_writable(folder: Path) -> None:
-    """
-    Make a folder and check that files can be written into it.
-
-    Args:
-        folder (`pathlib.Path`): the folder.
-
-    Raises:
-        OSError: if not, saying what to do.
-    """
+    """Make a folder, and check that files can be written into it; an `OSError` says what to do if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -37,20 +56,11 @@ def check_writable(folder: Path) -> None:
 
 def path_inside(folder: Path, name: object) -> Path:
     """
-    Turn a name that was recorded somewhere, as in a manifest or an index of files, into a path inside a folder.
+    Turn a name that was recorded somewhere, with `/` between its parts, into a path inside a folder, where there need
+    not be anything.
 
-    A record may come from anybody: no name, and no symbolic link that it leads through, may lead out of the folder. In
-    the cache of the Hub links lead to the blobs beside the snapshots; those are the files of the folder.
-
-    Args:
-        folder (`pathlib.Path`): the folder.
-        name (`object`): what was recorded, with `/` between its parts.
-
-    Returns:
-        `pathlib.Path`: the path; there need not be anything.
-
-    Raises:
-        ValueError: for a name that is not one of a file inside the folder on every system, or a link that leads out.
+    A record may come from anybody: a `ValueError` for a name, or a symbolic link that it leads through, that leads out
+    of the folder. In the cache of the Hub links lead to the blobs beside the snapshots; those are files of the folder.
     """
     problem = problem_of_name(name)
     if problem is None:
@@ -67,15 +77,7 @@ def path_inside(folder: Path, name: object) -> Path:
 
 
 def problem_of_name(name: object) -> str | None:
-    """
-    Say why a recorded name cannot be that of a file inside a folder, on any system.
-
-    Args:
-        name (`object`): what was recorded, with `/` between its parts.
-
-    Returns:
-        `str`: the problem, as a relative clause; `None` without one.
-    """
+    """Why a recorded name cannot be that of a file inside a folder on any system, as a relative clause."""
     if not isinstance(name, str) or not name:
         return "which is not a name"
     if not name.isprintable():
@@ -100,16 +102,7 @@ def _is_blob_of(snapshot: Path, target: Path) -> bool:
 
 
 def check_file_place(path: Path, remedy: str) -> None:
-    """
-    Check that nothing but a file stands where a file is to be written.
-
-    Args:
-        path (`pathlib.Path`): the file, which need not be there.
-        remedy (`str`): a sentence that says what to do otherwise.
-
-    Raises:
-        OSError: if a folder, a device or the like stands there.
-    """
+    """Check that a regular file or nothing is at a path; the `OSError` ends in `remedy`, a sentence."""
     if os.path.lexists(path) and not path.is_symlink() and not path.is_file():
         kind = "a folder" if path.is_dir() else "no regular file"
         raise OSError(f"{str(path)!r} must be a file, got {kind}. {remedy}")
@@ -117,14 +110,10 @@ def check_file_place(path: Path, remedy: str) -> None:
 
 def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
     """
-    Save into a folder that appears under its name only when it is complete, in place of an earlier one.
+    Save into a folder, by `save`, that appears under its name only when it is complete, in place of an earlier one.
 
     Of a process that is killed at any moment the earlier folder or the new one is left: under its name, or beside it
     as `.NAME.earlier`, which the next call puts back.
-
-    Args:
-        folder (`pathlib.Path`): the folder; its parent exists.
-        save (`Callable[[pathlib.Path], object]`): writes everything into the folder it is given.
     """
     new, earlier = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "earlier"))
     if os.path.lexists(earlier) and not os.path.lexists(folder):  # killed between the two renames
@@ -154,15 +143,7 @@ def _clear(path: Path) -> None:
 
 
 def check_writable_file(path: Path) -> None:
-    """
-    Make the folder of a file and check that the file can be written, or written anew.
-
-    Args:
-        path (`pathlib.Path`): the file.
-
-    Raises:
-        OSError: if not, saying what to do.
-    """
+    """Make the folder of a file, and check that the file can be written; an `OSError` says what to do if not."""
     if path.is_dir():
         raise OSError(f"The output file must be a file, got the folder {str(path)!r}. Name a file in it.")
     check_writable(path.parent)
@@ -170,44 +151,22 @@ def check_writable_file(path: Path) -> None:
 
 def read_text(path: Path) -> str | None:
     """
-    Read a text that others may have written, such that `write_whole` gives the same bytes.
-
-    Args:
-        path (`pathlib.Path`): the file.
-
-    Returns:
-        `str`: the text with its own line ends; bytes that are not UTF-8 are lone surrogates. `None` without a file.
+    Read a text that others may have written, such that `write_whole` gives the same bytes: its line ends stay, and
+    bytes that are not UTF-8 are lone surrogates. `None` without a file.
     """
     if not path.is_file():
         return None
     return path.read_bytes().decode("utf-8", "surrogateescape")
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, unfinished: Path | None = None) -> None:
     """
-    Write a file that appears under its name only when it is complete, in place of an earlier one.
+    Write a file, a text as UTF-8, that appears under its name only when it is complete and on the disk.
 
-    Args:
-        path (`pathlib.Path`): the file; its folder exists.
-        content (`str` or `bytes`): what to write; a text with its own line ends, as UTF-8.
+    It outlives a loss of power, and what a killed process leaves has a known place, where the next one writes:
+    `unfinished`, on the same disk, by default beside the file. If the file cannot be written, neither is left.
     """
-    replace_file(path, content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
-
-
-def replace_file(path: Path, content: bytes, unfinished: Path | None = None) -> None:
-    """
-    Write a file that appears under its name only when it is complete and on the disk, in place of an earlier one.
-
-    It outlives a loss of power, and what a killed process leaves has a known place, where the next one writes.
-
-    Args:
-        path (`pathlib.Path`): the file; its folder exists.
-        content (`bytes`): what to write.
-        unfinished (`pathlib.Path`, *optional*): the file to write first, on the same disk; by default one beside it.
-
-    Raises:
-        OSError: if it cannot be written; then there is no unfinished file either.
-    """
+    content = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     unfinished = unfinished or path.with_name(f".{path.name}.tmp")
     unfinished.unlink(missing_ok=True)
     try:
@@ -224,3 +183,58 @@ def replace_file(path: Path, content: bytes, unfinished: Path | None = None) -> 
         os.fsync(folder)  # the new name
     finally:
         os.close(folder)
+
+
+def decode_text(content: bytes) -> str:
+    """Decode a file of plain text in UTF-8; a `ValueError` for anything else says only the reason."""
+    for start, reason in _BINARY.items():
+        if content.startswith(start):
+            raise ValueError(reason)
+    for mark, name in _ENCODINGS.items():
+        if content.startswith(mark):
+            raise ValueError(f"it is in {name}: save it as UTF-8, such as by `iconv -f {name} -t UTF-8`")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{error.reason} at byte {error.start}") from error
+    if "\0" in text:
+        raise ValueError(f"it holds a zero byte, at character {text.index(chr(0))}, as only binary files do")
+    return text
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON of a user; a `ValueError` also for what is nested too deeply for Python's parser."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply; prompts need lists of messages at most") from error
+
+
+def is_deep(path: Path) -> bool:
+    """
+    Whether a file of JSON is nested more deeply than any data are. Other parsers than Python's end the process at it.
+    """
+    depth = 0
+    with path.open("rb") as file:
+        while lines := file.readlines(_BYTES_AT_ONCE):
+            marks = np.frombuffer(_STRING.sub(b"", b"".join(lines)), dtype=np.uint8)
+            steps = np.isin(marks, _OPEN).astype(np.int64) - np.isin(marks, _CLOSE)
+            depths = depth + np.cumsum(steps)
+            if depths.max(initial=0) > _DEEPEST:
+                return True
+            depth = int(depths[-1]) if len(depths) else depth
+    return False
+
+
+def check_unicode(text: str, name: str) -> None:
+    """
+    Check that a text, which an error calls `name`, can be tokenized and written: a lone surrogate is half of a
+    character, which JSON can escape and no encoding can hold.
+    """
+    found = _SURROGATE.search(text)
+    if found is not None:
+        raise ValueError(
+            f"A text must be valid Unicode, got the lone surrogate {found.group()!r} at character {found.start()} of "
+            f"{name}. It is one half of a character that was cut in two: restore the other half, or take it out with "
+            '`text.encode("utf-8", "ignore").decode()`.'
+        )

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from cllm_hf.names import Name, check_repo_id
-from cllm_hf.process import Process
 
 
 @pytest.fixture(autouse=True)
@@ -74,18 +73,3 @@ def test_a_place_to_write_to_is_an_id_whatever_lies_here():
     check_repo_id("user/model", "model")
     with pytest.raises(ValueError, match="`repo_id` must be the id of a model .*, got 'a b'"):
         check_repo_id("a b", "model")
-
-
-def test_launchers_say_which_process_this_is(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert Process.current() == Process(0, 1, 0) and Process.current().is_first
-    monkeypatch.setenv("RANK", "9")
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert Process.current() == Process(9, 16, 1) and not Process.current().is_first
-    monkeypatch.setenv("LOCAL_RANK", "-1")
-    assert Process.current().local_index == 0
-    monkeypatch.setenv("LOCAL_RANK", "one")
-    with pytest.raises(ValueError, match="`LOCAL_RANK` must be a number, got 'one'"):
-        Process.current()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..parsing import block_size, positive
 from ..options import JACOBI, LOSSLESS
+from ..parsing import block_size, positive
 
 
 MODES = (JACOBI, LOSSLESS)

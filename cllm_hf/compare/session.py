@@ -12,7 +12,7 @@ from .._host import base_model_of, input_device
 from ..blocks.drafter import find_drafter
 from ..loading import load_tokenizer
 from ..options import AUTOREGRESSIVE, JACOBI, LOSSLESS, check_block_size
-from ..quiet import quiet_hosts
+from ..process import quiet_hosts
 from .arguments import DEFAULT_TOKENS, MODES
 from .race import Race, Way
 

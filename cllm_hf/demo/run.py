@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
 from ..files import check_writable, save_whole
-from ..quiet import quiet_hosts
+from ..process import quiet_hosts
 from ..show.picture import token_decoder
 from ..show.terminal import format_blocks
 from ..text import format_table

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from ..files import check_writable_file, write_whole
 from ..loading import load_cllm, load_tokenizer, pick_device
 from ..names import Name
-from ..quiet import quiet_hosts
+from ..process import quiet_hosts
 from ..trajectories.sources import read_prompts, read_prompts_and_answers
 from .comparison import check_assistant, compare_decoding, format_comparison
 from .judgements import Judgement

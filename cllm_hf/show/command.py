@@ -19,7 +19,7 @@ from ..blocks.drafter import find_drafter
 from ..files import check_writable_file, write_whole
 from ..loading import load_tokenizer, pick_device
 from ..names import Name
-from ..quiet import quiet_hosts
+from ..process import quiet_hosts
 from ..trajectories.block import BlockTrajectory
 from ..trajectories.command import load_all, load_model
 from ..trajectories.loading import find_manifest

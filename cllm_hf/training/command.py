@@ -25,8 +25,7 @@ from ..files import check_writable
 from ..loading import load_tokenizer
 from ..names import Name
 from ..parsing import OptionParser
-from ..process import Process
-from ..quiet import quiet_hosts, show_notices
+from ..process import Process, quiet_hosts, show_notices
 from ..trajectories.fingerprints import find_commit, fingerprint_weights, recorded_model
 from ..trajectories.hub import check_can_push
 from ..trajectories.loading import find_manifest, load_trajectories

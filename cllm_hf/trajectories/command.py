@@ -20,8 +20,7 @@ from .._host import base_model_of
 from ..files import check_writable
 from ..loading import load_cllm, load_tokenizer, pick_device
 from ..names import Name
-from ..process import Process
-from ..quiet import quiet_hosts
+from ..process import Process, quiet_hosts
 from .arguments import CollectArguments
 from .builder import TrajectoryBuilder
 from .cleaning import CleaningRules

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from ..files import check_file_place, check_writable, path_inside, read_text, replace_file
+from ..files import check_file_place, check_writable, path_inside, read_text, write_whole
 from ..process import Process
 from .card import PLOT_NAME, make_card, merge_card
 from .journal import Journal
@@ -180,7 +180,7 @@ class OutputFolder:
         for split in reversed(self.splits):  # the first split is written last: with it the shard is complete
             name = self._name(split, number)
             content = to_parquet(tables[split], notes)
-            replace_file(self.path / name, content, self.path / UNFINISHED / Path(name).name)
+            write_whole(self.path / name, content, self.path / UNFINISHED / Path(name).name)
         self.journal(number).clear()
         if self.process.is_first:
             self._write_manifest(complete=False)
@@ -253,7 +253,7 @@ class OutputFolder:
         earlier = read_text(path)
         if earlier is not None:  # of an earlier end: what others have written into it stays
             card = merge_card(earlier, card)
-        replace_file(path, card.encode("utf-8", "surrogateescape"), self.path / UNFINISHED / CARD_NAME)
+        write_whole(path, card.encode("utf-8", "surrogateescape"), self.path / UNFINISHED / CARD_NAME)
         write_manifest(self.path, manifest, self.path / UNFINISHED / MANIFEST_NAME)
 
     def _manifest(self, complete: bool) -> dict[str, Any]:

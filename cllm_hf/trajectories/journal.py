@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files import check_file_place, path_inside, replace_file
+from ..files import check_file_place, path_inside, write_whole
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Journal:
         result = compute()
         content = {"of": of, "digest": _digest([of, result]), "result": result}
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(content, separators=(",", ":")).encode())
+        write_whole(path, json.dumps(content, separators=(",", ":")).encode())
         return result
 
     def clear(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import path_inside, replace_file
+from ..files import path_inside, write_whole
 from ..names import Name, is_absolute
 
 
@@ -224,7 +224,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], unfinished: Path) 
     Raises:
         OSError: if it cannot be written.
     """
-    replace_file(folder / MANIFEST_NAME, render_manifest(manifest), unfinished)
+    write_whole(folder / MANIFEST_NAME, render_manifest(manifest), unfinished)
 
 
 def render_manifest(manifest: Mapping[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..reading import check_unicode
+from ..files import check_unicode
 
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]

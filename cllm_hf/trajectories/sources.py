@@ -10,8 +10,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from ..files import check_unicode, decode_text, is_deep, parse_json
 from ..names import Name
-from ..reading import check_unicode, decode_text, is_deep, parse_json
 from .prompts import check_prompt, is_chat
 
 

@@ -17,7 +17,7 @@ from cllm_hf.evaluation.arguments import SHAPE_NAMES, add_common, add_source
 from cllm_hf.evaluation.command import check_source, finish, load_model, load_shape, prepare, tokenize
 from cllm_hf.evaluation.shapes import random_prompts
 from cllm_hf.parsing import positive
-from cllm_hf.quiet import quiet_hosts
+from cllm_hf.process import quiet_hosts
 from cllm_hf.trajectories.loading import load_trajectories
 from cllm_hf.trajectories.schema import FEATURES
 from cllm_hf.trajectories.sources import read_prompts

@@ -34,7 +34,7 @@ def main(task: type[Task], default_config: str | Path, arguments: Sequence[str] 
     given = {name: getattr(parsed, name) for name in _flags(task)}
     given = {name: value for name, value in given.items() if value is not None}
     try:
-        from cllm_hf.quiet import show_notices
+        from cllm_hf.process import show_notices
 
         from .models import leave_others
         from .options import read_options

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cllm_hf.reading import decode_text, parse_json
+from cllm_hf.files import decode_text, parse_json
 
 
 def read_json(path: str | Path) -> Any:

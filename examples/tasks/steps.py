@@ -12,11 +12,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cllm_hf.files import check_writable
+from cllm_hf.files import check_unicode, check_writable
 from cllm_hf.loading import load_tokenizer
-from cllm_hf.process import Process
-from cllm_hf.quiet import quiet_hosts
-from cllm_hf.reading import check_unicode
+from cllm_hf.process import Process, quiet_hosts
 from cllm_hf.trajectories.prompts import check_prompt
 from cllm_hf.trajectories.shard import count_dropped
 

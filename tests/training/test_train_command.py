@@ -533,7 +533,7 @@ def test_a_bar_for_a_terminal(capsys):
 
 
 def test_notices_of_this_package_are_shown_once(capsys):
-    from cllm_hf.quiet import show_notices
+    from cllm_hf.process import show_notices
 
     logger = logging.getLogger("cllm_hf.training.anything")
     with show_notices():

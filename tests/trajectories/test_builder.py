@@ -338,16 +338,16 @@ def test_a_shard_that_no_manifest_vouches_for_must_be_readable(word_model, token
 
 
 def test_a_full_disk_is_said_and_nothing_is_lost(word_model, tokenizer, prompts, finished, tmp_path, monkeypatch):
-    replace_file, written = folder_module.replace_file, []
+    write_whole, written = folder_module.write_whole, []
 
     def fill(path, content, unfinished=None):
         if Path(path).suffix == ".parquet":
             written.append(path)
             if len(written) == 3:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replace_file(path, content, unfinished)
+        write_whole(path, content, unfinished)
 
-    monkeypatch.setattr(folder_module, "replace_file", fill)
+    monkeypatch.setattr(folder_module, "write_whole", fill)
     with pytest.raises(OSError, match="No space left on device. 2 of 4 shards .* run the same collection again"):
         make_builder(word_model, tokenizer).build(prompts, output_dir=tmp_path)
     for name in ("data/train-00000-of-00004.parquet", "data/train-00001-of-00004.parquet"):
