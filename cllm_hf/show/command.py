@@ -20,12 +20,17 @@ from ..files import check_writable_file, write_whole
 from ..loading import load_tokenizer, pick_device
 from ..names import Name
 from ..process import quiet_hosts
-from ..trajectories.block import BlockTrajectory
 from ..trajectories.command import load_all, load_model
 from ..trajectories.loading import find_manifest
 from ..trajectories.prompts import Prompt
 from ..trajectories.sources import PLACE, apply_template, read_source
-from ..trajectories.statistics import format_histogram, format_statistics, measure_trajectories, plot_statistics
+from ..trajectories.statistics import (
+    BlockTrajectory,
+    format_histogram,
+    format_statistics,
+    measure_trajectories,
+    plot_statistics,
+)
 from .picture import TrajectoryPicture, collect_block, draw_blocks, token_decoder
 from .terminal import format_record, indented
 

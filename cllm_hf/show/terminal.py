@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ..trajectories.block import BlockTrajectory
+from ..trajectories.statistics import BlockTrajectory
 
 
 _LONGEST_TOKEN = 20

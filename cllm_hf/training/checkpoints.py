@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .._host import base_model_of
 from ..blocks.drafter import Drafter, find_drafter
 from ..files import path_inside
-from ..trajectories.fingerprints import fingerprint_records
+from ..trajectories.manifest import fingerprint_records
 
 
 logger = logging.get_logger(__name__)

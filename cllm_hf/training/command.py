@@ -26,9 +26,9 @@ from ..loading import load_tokenizer
 from ..names import Name
 from ..parsing import OptionParser
 from ..process import Process, quiet_hosts, show_notices
-from ..trajectories.fingerprints import find_commit, fingerprint_weights, recorded_model
 from ..trajectories.hub import check_can_push
 from ..trajectories.loading import find_manifest, load_trajectories
+from ..trajectories.manifest import find_commit, fingerprint_weights, recorded_model
 from .callbacks import show_progress
 from .checkpoints import choose_checkpoint, describe_run, newest_checkpoint
 from .config import CLLMConfig

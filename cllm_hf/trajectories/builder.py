@@ -19,15 +19,13 @@ from .._version import __version__
 from ..blocks.limits import check_adapters, check_packable
 from ..process import Process
 from .cleaning import CleaningRules
-from .fingerprints import describe_model, describe_tokenizer
 from .folder import OutputFolder
-from .journal import Journal
-from .manifest import FORMAT, read_manifest
+from .manifest import FORMAT, describe_model, describe_tokenizer, read_manifest
 from .options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
 from .progress import Progress
 from .prompts import Prompt, PromptRow, Response, check_ids, find_duplicates, fingerprint_rows, is_held_out, read_rows
 from .responding import find_stop_ids
-from .shard import ShardCollector, explain_none_left
+from .shard import Journal, ShardCollector, explain_none_left
 from .statistics import measure_trajectories
 
 

@@ -19,8 +19,7 @@ from ..cards import (
     table,
 )
 from ..names import Name
-from .loading import records_by_split
-from .manifest import without_folders
+from .manifest import records_by_split, without_folders
 from .shard import format_near_ties
 from .statistics import TrajectoryStatistics, format_histogram
 

@@ -15,7 +15,7 @@ from .._host import input_device
 from ..blocks.forward import copy_clean, forward_clean, forward_drafts
 from ..blocks.layout import PADDING_SEGMENT, append_drafts, num_blocks
 from ..blocks.rules import count_accepted_in_blocks, count_until_stop, judge_greedy
-from .arrays import piece_starts
+from .schema import piece_starts
 
 
 # Draft tokens that keep a device busy; more are split so that each forward pass reads fewer columns.

@@ -24,10 +24,9 @@ from ..process import Process, quiet_hosts
 from .arguments import CollectArguments
 from .builder import TrajectoryBuilder
 from .cleaning import CleaningRules
-from .fingerprints import fingerprint_weights, recorded_model
 from .hub import check_can_push, push_trajectories
 from .loading import find_manifest, load_trajectories
-from .manifest import read_manifest
+from .manifest import fingerprint_weights, read_manifest, recorded_model
 from .options import CollectionOptions
 from .shard import count_dropped, format_near_ties
 from .sources import read_source

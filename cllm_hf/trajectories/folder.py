@@ -19,16 +19,14 @@ from filelock import FileLock, Timeout
 from ..files import check_file_place, check_writable, path_inside, read_text, write_whole
 from ..process import Process
 from .card import PLOT_NAME, make_card, merge_card
-from .journal import Journal
-from .loading import check_shards
-from .manifest import MANIFEST_NAME, check_whole, describe_difference, read_manifest, write_manifest
-from .shard import explain_none_left
-from .shard_file import read_notes, to_parquet
+from .loading import MAKE_ANEW, UNFINISHED_NAME, check_shards
+from .manifest import MANIFEST_NAME, check_whole, describe_difference, read_manifest, render_manifest
+from .shard import Journal, explain_none_left, read_notes, to_parquet
 from .statistics import TrajectoryStatistics, plot_statistics
 
 
 logger = logging.getLogger(__name__)
-DATA, UNFINISHED, CARD_NAME = "data", ".unfinished", "README.md"
+DATA, CARD_NAME = "data", "README.md"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _WAIT_SECONDS = 0.5
 _IN_THE_WAY = "Remove it and run the same collection again, or choose another `output_dir`."
@@ -70,13 +68,13 @@ class OutputFolder:
                 process.count,
                 self.num_shards,
             )
-        self._lock = FileLock(path / UNFINISHED / f"process-{process.index}.lock", timeout=0)
+        self._lock = FileLock(path / UNFINISHED_NAME / f"process-{process.index}.lock", timeout=0)
         check_writable(path)
         self._check_places()
         self._check_earlier()
 
     def __enter__(self) -> OutputFolder:
-        for folder in (DATA, UNFINISHED):
+        for folder in (DATA, UNFINISHED_NAME):
             (self.path / folder).mkdir(exist_ok=True)
         try:
             self._lock.acquire()
@@ -99,27 +97,14 @@ class OutputFolder:
     def tidy(self) -> None:
         """Remove what unfinished shards had, once there is none."""
         if self.is_complete():
-            shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
+            shutil.rmtree(self.path / UNFINISHED_NAME, ignore_errors=True)
 
     def lock_shard(self, number: int) -> FileLock:
-        """
-        What a process holds while it makes a shard, in case another run divides the work differently.
-
-        Args:
-            number (`int`): of the shard.
-
-        Returns:
-            `filelock.FileLock`, to enter; it waits for a process that makes the same shard.
-        """
-        return FileLock(self.path / UNFINISHED / f"shard-{number:05d}.lock")
+        """What a process holds while it makes a shard, in case another run divides the work differently."""
+        return FileLock(self.path / UNFINISHED_NAME / f"shard-{number:05d}.lock")
 
     def is_complete(self) -> bool:
-        """
-        Whether nothing is left to do.
-
-        Returns:
-            `bool`.
-        """
+        """Whether nothing is left to do."""
         card, plot = self.path / CARD_NAME, self.path / PLOT_NAME
         if not self._has_manifest() or self._missing() or not (read_text(card) or "").strip():
             return False
@@ -129,70 +114,32 @@ class OutputFolder:
         return manifest["complete"] and manifest["prompts"] == self.header["prompts"]
 
     def own_shards(self) -> list[int]:
-        """
-        The shards that this process makes and that are not there yet.
-
-        Returns:
-            `list[int]`.
-        """
+        """The shards that this process makes and that are not there yet."""
         return [number for number in self._missing() if number % self.process.count == self.process.index]
 
     def prompts_of(self, number: int) -> range:
-        """
-        The prompts of a shard.
-
-        Args:
-            number (`int`): of the shard.
-
-        Returns:
-            `range`: of their places.
-        """
+        """The places of the prompts of a shard."""
         return range(number * self._per_shard, min((number + 1) * self._per_shard, self._count))
 
     def journal(self, number: int) -> Journal:
-        """
-        The journal of an unfinished shard.
-
-        Args:
-            number (`int`): of the shard.
-
-        Returns:
-            `Journal`.
-        """
-        return Journal(self.path / UNFINISHED / f"shard-{number:05d}")
+        """The journal of an unfinished shard."""
+        return Journal(self.path / UNFINISHED_NAME / f"shard-{number:05d}")
 
     def write_shard(
         self, number: int, tables: Mapping[str, pa.Table], counts: Mapping[str, int], statistics: Mapping[str, Any]
     ) -> None:
-        """
-        Write a shard, and drop its journal.
-
-        Args:
-            number (`int`): of the shard.
-            tables (`Mapping[str, pyarrow.Table]`): its records, by split.
-            counts (`Mapping[str, int]`): kept and dropped prompts, by reason.
-            statistics (`Mapping[str, Any]`): for each split, `TrajectoryStatistics.to_dict()`.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
+        """Write a shard, with its counts and the `TrajectoryStatistics.to_dict()` of each split; drop its journal."""
         notes = {"shard": number, "counts": dict(counts), "statistics": dict(statistics)}
         for split in reversed(self.splits):  # the first split is written last: with it the shard is complete
             name = self._name(split, number)
-            content = to_parquet(tables[split], notes)
-            write_whole(self.path / name, content, self.path / UNFINISHED / Path(name).name)
+            self._replace(name, to_parquet(tables[split], notes))
         self.journal(number).clear()
         if self.process.is_first:
             self._write_manifest(complete=False)
 
     @contextmanager
     def explained_errors(self) -> Iterator[None]:
-        """
-        Say of an error of the file system what is kept and how to go on.
-
-        Raises:
-            OSError: in place of one within the context.
-        """
+        """Say of an error of the file system within the context what is kept and how to go on."""
         try:
             yield
         except OSError as error:
@@ -205,15 +152,9 @@ class OutputFolder:
 
     def finish(self, wait: bool) -> bool:
         """
-        Merge the shards of all processes: write the plot, the card and the last manifest.
+        Merge the shards of all processes into the plot, the card and the last manifest; say whether that is done.
 
         The first process does it when it has waited for the others. Where nobody waits, the last one to finish does.
-
-        Args:
-            wait (`bool`): whether to wait for the shards of other processes, and until the folder is complete.
-
-        Returns:
-            `bool`: whether the folder is complete.
 
         Raises:
             OSError: if it cannot be written, or a shard is damaged.
@@ -235,7 +176,9 @@ class OutputFolder:
             return True
         if self._missing():
             return False
-        with FileLock(self.path / UNFINISHED / "merge.lock"):  # of processes that do not wait, two may be the last
+        with FileLock(
+            self.path / UNFINISHED_NAME / "merge.lock"
+        ):  # of processes that do not wait, two may be the last
             if not self.is_complete():
                 self._merge()
         return True
@@ -246,15 +189,14 @@ class OutputFolder:
         statistics = {
             split: TrajectoryStatistics.from_dict(values) for split, values in manifest["statistics"].items()
         }
-        plot = self.path / UNFINISHED / PLOT_NAME
+        plot = self.path / UNFINISHED_NAME / PLOT_NAME
         plot_statistics(statistics, plot)
         os.replace(plot, self.path / PLOT_NAME)
-        card, path = make_card({"default": manifest}, None), self.path / CARD_NAME
-        earlier = read_text(path)
+        card, earlier = make_card({"default": manifest}, None), read_text(self.path / CARD_NAME)
         if earlier is not None:  # of an earlier end: what others have written into it stays
             card = merge_card(earlier, card)
-        write_whole(path, card.encode("utf-8", "surrogateescape"), self.path / UNFINISHED / CARD_NAME)
-        write_manifest(self.path, manifest, self.path / UNFINISHED / MANIFEST_NAME)
+        self._replace(CARD_NAME, card.encode("utf-8", "surrogateescape"))
+        self._replace(MANIFEST_NAME, render_manifest(manifest))
 
     def _manifest(self, complete: bool) -> dict[str, Any]:
         """The manifest of the shards that are there."""
@@ -282,8 +224,12 @@ class OutputFolder:
     def _write_manifest(self, complete: bool) -> None:
         # The other processes write nothing but their shards.
         if self.process.is_first or not self._has_manifest():
-            manifest = self._manifest(complete)
-            write_manifest(self.path, manifest, self.path / UNFINISHED / f"{self.process.index}-{MANIFEST_NAME}")
+            self._replace(MANIFEST_NAME, render_manifest(self._manifest(complete)))
+
+    def _replace(self, name: str, content: bytes) -> None:
+        """Write a file, first where no other process writes it and what a killed one leaves is removed at the end."""
+        unfinished = self.path / UNFINISHED_NAME / f"{self.process.index}-{Path(name).name}"
+        write_whole(self.path / name, content, unfinished)
 
     def _read_entry(self, number: int) -> dict[str, Any]:
         files = {}
@@ -293,21 +239,18 @@ class OutputFolder:
             try:
                 num_records, notes = read_notes(content, number)
             except ValueError as error:
-                raise OSError(
-                    f"Shard {name} of {str(self.path)!r} cannot be read ({error}). Delete it and run the same "
-                    "collection again: only that shard is made anew."
-                ) from error
+                raise OSError(f"Shard {name} of {str(self.path)!r} cannot be read ({error}). {MAKE_ANEW}") from error
             digest = hashlib.sha256(content).hexdigest()
             files[name] = {"records": num_records, "bytes": len(content), "sha256": digest}
         return {"files": files, "counts": notes["counts"], "statistics": notes["statistics"]}
 
     def _check_places(self) -> None:
         """Check that what is written, read and removed is inside the folder, and that nothing else is in its place."""
-        for name in (DATA, UNFINISHED):
+        for name in (DATA, UNFINISHED_NAME):
             place = path_inside(self.path, name)
             if os.path.lexists(place) and not place.is_dir():
                 raise OSError(f"{str(place)!r} must be a folder, got something else. {_IN_THE_WAY}")
-        for path in (self.path / UNFINISHED).rglob("*"):  # nothing there is ever made as a link
+        for path in (self.path / UNFINISHED_NAME).rglob("*"):  # nothing there is ever made as a link
             if path.is_symlink():
                 raise ValueError(f"{str(path)!r} must be a file of a collection, got a symbolic link. {_IN_THE_WAY}")
         shards = [self._name(split, number) for split in self.splits for number in range(self.num_shards)]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import (
     Dataset,
     DatasetDict,
@@ -17,20 +21,22 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     load_dataset,
+    load_from_disk,
 )
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import ENDPOINT
 
 from ..files import check_file_place, path_inside, problem_of_name
 from ..names import Name
-from .manifest import MANIFEST_NAME, SHARD_NAME, read_manifest
-from .saved import is_saved, load_saved
-from .schema import check_columns, check_dataset, check_record
+from .manifest import MANIFEST_NAME, read_manifest, shards_by_split
+from .schema import EMPTY, check_columns, check_dataset, check_record
 
 
 UNFINISHED_NAME = ".unfinished"
+# Which files `save_to_disk` leaves for one dataset, and for several splits.
+_STATE_NAME, _INFO_NAME, _SPLITS_NAME = "state.json", "dataset_info.json", "dataset_dict.json"
 _HOMEPAGE = re.compile(rf"{re.escape(ENDPOINT)}/datasets/([^/]+(?:/[^/]+)?)")
-_EMPTY = "The trajectory dataset is empty. Build it from more prompts, or look at its drop counts."
+MAKE_ANEW = "Delete it and run the same collection again: only that shard is made anew."
 
 
 def load_trajectories(
@@ -75,8 +81,8 @@ def load_trajectories(
     folder = found.path
     if folder is not None:
         found.check_hub_options(revision, token)
-        if is_saved(folder):
-            loaded = load_saved(folder, split, name, streaming)
+        if any((folder / file).is_file() for file in (_STATE_NAME, _SPLITS_NAME)):
+            loaded = _load_saved(folder, split, name, streaming)
         else:
             loaded = _load_output(_choose(folder, name), split, streaming, allow_incomplete)
     else:
@@ -84,7 +90,7 @@ def load_trajectories(
     if not isinstance(loaded, dict):
         return _check(loaded)
     if all(isinstance(one, Dataset) and not len(one) for one in loaded.values()):
-        raise ValueError(_EMPTY)
+        raise ValueError(EMPTY)
     # A small dataset may have no row in one of its splits.
     checked = {key: one if isinstance(one, Dataset) and not len(one) else _check(one) for key, one in loaded.items()}
     return IterableDatasetDict(checked) if streaming else DatasetDict(checked)
@@ -99,19 +105,17 @@ def _check(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         check_columns(dataset.features)
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(_EMPTY)
-    return dataset.map(_RowCheck(check_record(first)), features=dataset.features)
+        raise ValueError(EMPTY)
+    check = partial(_check_row, block_size=check_record(first))
+    return dataset.map(check, features=dataset.features)
 
 
-class _RowCheck:
-    """Lets the rows of a stream pass that are trajectories of one block size."""
+def _check_row(record: Mapping[str, Any], block_size: int) -> dict[str, Any]:
+    check_record(record, block_size)
+    return {}  # nothing to change
 
-    def __init__(self, block_size: int):
-        self.block_size = block_size
 
-    def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        check_record(record, self.block_size)
-        return {}  # nothing to change
+# --- the output of a builder ------------------------------------------------------------------------------------
 
 
 def _choose(folder: Path, name: str | None) -> Path:
@@ -139,10 +143,16 @@ def _load_output(
             f"`datasets` reads no files below a folder with `::` in its name, got {str(folder)!r}. Rename it."
         )
     shards = manifest["shards"]
-    files, empty = _files_by_split(folder, manifest)
+    with_rows = {  # `datasets` cannot read splits without rows, and not every file without rows
+        part: [path_inside(folder, shard) for shard in names if shards[shard]["records"]]
+        for part, names in shards_by_split(manifest).items()
+    }
+    empty = [part for part, paths in with_rows.items() if not paths]
+    # It takes names as patterns, which may fit files of other folders too.
+    files = {part: [glob.escape(str(path)) for path in paths] for part, paths in with_rows.items() if paths}
     if split in empty or not files:
-        raise ValueError(_EMPTY)
-    features = _common_features([path_inside(folder, name) for name in sorted(shards) if shards[name]["records"]])
+        raise ValueError(EMPTY)
+    features = _common_features([path for paths in with_rows.values() for path in paths])
     # Datasets are converted into a cache whose key holds the names and times of the files. With what is in them in the
     # key too, new shards can never be mistaken for old ones.
     contents = "".join(f"{shard} {shards[shard].get('sha256')}\n" for shard in sorted(shards))
@@ -168,17 +178,28 @@ def _read_manifest(folder: Path, allow_incomplete: bool) -> dict[str, Any]:
     return manifest
 
 
+def _common_features(files: list[Path]) -> Features:
+    """The columns that all shards have."""
+    common: Features | None = None
+    for file in files:
+        try:
+            features = Features.from_arrow_schema(pq.read_schema(file))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise OSError(
+                f"Shard {str(file)!r} must be a Parquet file, got: {str(error).strip()}. {MAKE_ANEW}"
+            ) from error
+        if common is not None and features != common:
+            raise ValueError(
+                f"All shards must have the same columns, got {', '.join(features)} in {str(file)!r}, and "
+                f"{', '.join(common)} in those before it. Build the dataset again into a new folder."
+            )
+        common = features
+    assert common is not None
+    return common
+
+
 def describe_unfinished(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """
-    Say that a collection is unfinished, and how to finish it.
-
-    Args:
-        folder (`pathlib.Path`): its folder.
-        manifest (`Mapping[str, Any]`): its manifest.
-
-    Returns:
-        `str`: two sentences.
-    """
+    """Say that a collection is unfinished, and how to finish it."""
     count = manifest.get("prompts", {}).get("count", "?")
     return (
         f"{str(folder)!r} is an unfinished collection: {manifest.get('prompts_done', '?')} of {count} prompts are "
@@ -186,14 +207,97 @@ def describe_unfinished(folder: Path, manifest: Mapping[str, Any]) -> str:
     )
 
 
+def check_shards(folder: Path, manifest: Mapping[str, Any], contents: bool = True) -> None:
+    """
+    Compare the shards of a folder with its manifest: by what is in them, or by their sizes alone. Those without
+    records may be missing, as they need not be published.
+
+    Raises:
+        OSError: for the first shard that is missing or differs, with the way to make it anew.
+    """
+    for name, entry in manifest["shards"].items():
+        file = path_inside(folder, name)
+        check_file_place(file, MAKE_ANEW)
+        if not file.is_file():
+            if entry.get("records") == 0:
+                continue
+            raise FileNotFoundError(
+                f"Shard {name} of {str(folder)!r} must be there, as `{MANIFEST_NAME}` says, but is missing. Run the "
+                "same collection again: only that shard is made anew."
+            )
+        size, problem = file.stat().st_size, None
+        if entry.get("bytes") not in (None, size):
+            problem = f"has {size:,} bytes instead of {entry['bytes']:,}"
+        elif contents and entry.get("sha256") not in (None, _sha256(file)):
+            problem = "holds other bytes than were written"
+        if problem:
+            raise OSError(f"Shard {name} of {str(folder)!r} {problem}, as `{MANIFEST_NAME}` says. {MAKE_ANEW}")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+# --- what `save_to_disk` has written ----------------------------------------------------------------------------
+
+
+def _load_saved(
+    folder: Path, split: str | None, name: str | None, streaming: bool
+) -> Dataset | IterableDataset | dict[str, Any]:
+    """Load a folder if it names no files outside itself; `split` and `streaming` as in `load_trajectories`."""
+    if name is not None:
+        raise ValueError(f"{folder} was made by `save_to_disk` and holds one dataset, got `name` {name!r}. Drop it.")
+    _check_saved(folder)
+    try:
+        saved = load_from_disk(str(folder))
+    except Exception as error:  # what the files hold is anybody's
+        raise OSError(
+            f"The dataset in {str(folder)!r} must be whole, got: {str(error).strip()}. Save it again."
+        ) from error
+    # A dataset that never was part of others has no split.
+    splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    if streaming:
+        splits = {key: dataset.to_iterable_dataset() for key, dataset in splits.items() if len(dataset)}
+    if split is None:
+        return splits
+    if split not in splits:
+        raise ValueError(
+            f"`split` must be one of {', '.join(splits)} or `None`, which {str(folder)!r} holds, got {split!r}."
+        )
+    return splits[split]
+
+
+def _check_saved(folder: Path) -> None:
+    """Check that what `save_to_disk` has written names no files outside the folder, which would be read."""
+    try:
+        parts = [""]
+        if path_inside(folder, _SPLITS_NAME).is_file():
+            parts = [f"{split}/" for split in _read_json(folder / _SPLITS_NAME)["splits"]]
+        for part in parts:
+            path_inside(folder, f"{part}{_INFO_NAME}")
+            state = path_inside(folder, f"{part}{_STATE_NAME}")
+            names = [file["filename"] for file in _read_json(state)["_data_files"]] if state.is_file() else []
+            for name in names:
+                check_file_place(path_inside(folder, f"{part}{name}"), "Save the dataset again.")
+                path_inside(folder / part, name)
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise OSError(f"The dataset in {str(folder)!r} must be whole, got: {error!r}. Save it again.") from error
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------
+
+
 def find_manifest(path: str | Path, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """
-    Read the manifest of a dataset of trajectories.
-
-    Args:
-        path (`str` or `pathlib.Path`): folder or Hub id of the dataset.
-        name (`str`, *optional*): which of several configurations.
-        revision (`str`, *optional*): branch, tag or commit of the Hub repository.
+    Read the manifest of a dataset in a folder or on the Hub, or of one of its configurations.
 
     Returns:
         `dict`: the manifest; empty if there is none, as in what `save_to_disk` has written.
@@ -211,111 +315,6 @@ def find_manifest(path: str | Path, name: str | None = None, revision: str | Non
         return read_manifest(Path(file).parent)
     except OSError:
         return {}
-
-
-def check_shards(folder: Path, manifest: Mapping[str, Any], contents: bool = True) -> None:
-    """
-    Compare the shards of a collection with its manifest.
-
-    Args:
-        folder (`pathlib.Path`): the folder of the manifest.
-        manifest (`Mapping[str, Any]`): the manifest. Shards without records may be missing: they need not be
-            published.
-        contents (`bool`): whether to read all shards and compare what is in them, not just their sizes.
-
-    Raises:
-        OSError: for the first shard that is missing or differs, with the way to make it anew.
-    """
-    for name, entry in manifest["shards"].items():
-        file = path_inside(folder, name)
-        check_file_place(file, "Remove it and run the same collection again: only that shard is made anew.")
-        if not file.is_file():
-            if entry.get("records") == 0:
-                continue
-            raise FileNotFoundError(
-                f"Shard {name} of {str(folder)!r} must be there, as `{MANIFEST_NAME}` says, but is missing. Run the "
-                "same collection again: only that shard is made anew."
-            )
-        size, problem = file.stat().st_size, None
-        if entry.get("bytes") not in (None, size):
-            problem = f"has {size:,} bytes instead of {entry['bytes']:,}"
-        elif contents and entry.get("sha256") not in (None, _sha256(file)):
-            problem = "holds other bytes than were written"
-        if problem:
-            raise OSError(
-                f"Shard {name} of {str(folder)!r} {problem}, as `{MANIFEST_NAME}` says. Delete it and run the same "
-                "collection again: only that shard is made anew."
-            )
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def records_by_split(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """
-    Count the records of each split of a collection.
-
-    Args:
-        manifest (`Mapping[str, Any]`): its manifest.
-
-    Returns:
-        `dict[str, int]`: by the name of the split, `"train"` first.
-    """
-    counts: dict[str, int] = {}
-    for name in sorted(manifest["shards"], key=lambda name: (not _split_of(name) == "train", name)):
-        counts[_split_of(name)] = counts.get(_split_of(name), 0) + manifest["shards"][name]["records"]
-    return counts
-
-
-def _split_of(shard: str) -> str:
-    found = SHARD_NAME.fullmatch(shard)
-    assert found is not None  # as `read_manifest` has seen
-    return found[1]
-
-
-def _files_by_split(folder: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
-    """Shards that have records, by split, and the splits that have none."""
-    # The host cannot read splits without rows, and not every file without rows.
-    files: dict[str, list[str]] = {}
-    empty = []
-    for split, records in records_by_split(manifest).items():
-        if not records:
-            empty.append(split)
-            continue
-        shards = sorted(name for name in manifest["shards"] if _split_of(name) == split)
-        # `datasets` takes them as patterns, which may fit files of other folders too.
-        paths = [path_inside(folder, name) for name in shards if manifest["shards"][name]["records"]]
-        files[split] = [glob.escape(str(path)) for path in paths]
-    return files, empty
-
-
-def _common_features(files: list[Path]) -> Features:
-    """The columns that all shards have."""
-    import pyarrow
-    from pyarrow import parquet
-
-    common: Features | None = None
-    for file in files:
-        try:
-            features = Features.from_arrow_schema(parquet.read_schema(file))
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise OSError(
-                f"Shard {str(file)!r} must be a Parquet file, got: {str(error).strip()}. Delete it and run the same "
-                "collection again: only that shard is made anew."
-            ) from error
-        if common is not None and features != common:
-            raise ValueError(
-                f"All shards must have the same columns, got {', '.join(features)} in {str(file)!r}, and "
-                f"{', '.join(common)} in those before it. Build the dataset again into a new folder."
-            )
-        common = features
-    assert common is not None
-    return common
 
 
 def _load_from_hub(
@@ -341,15 +340,7 @@ def _load_from_hub(
 
 
 def hub_id_of(dataset: Any) -> str | None:
-    """
-    Where on the Hub `load_trajectories` has found a dataset.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): the dataset, or a part of it.
-
-    Returns:
-        `str`: its id, or `None` if it is not from the Hub.
-    """
+    """The id on the Hub of what `load_trajectories` has loaded from there, or of a part of it; else `None`."""
     found = _HOMEPAGE.fullmatch(getattr(getattr(dataset, "info", None), "homepage", None) or "")
     return found[1] if found else None
 

@@ -11,14 +11,17 @@ part of its trajectory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from ..blocks.layout import num_blocks
-from .arrays import check_blocks, piece_starts
 
 
 FEATURES = Features(
@@ -33,53 +36,38 @@ FEATURES = Features(
     }
 )
 REQUIRED_COLUMNS = ("prompt_ids", "response_ids", "states")
-# Rows that are checked at once: a few megabytes.
-_ROWS_AT_ONCE = 1000
+EMPTY = "The trajectory dataset is empty. Build it from more prompts, or look at its drop counts."
+_MEASURED_COLUMNS = ("response_ids", "states")
+# Rows that are laid out and checked at once: a few megabytes.
+_ROWS_AT_ONCE = 500
 
 
 def features(augmented: bool = False) -> Features:
-    """
-    The columns of a trajectory dataset.
-
-    Args:
-        augmented (`bool`): whether each block has further states to train on, in the column `augmented_states`.
-
-    Returns:
-        `datasets.Features`: a new one; `FEATURES` are those without `augmented_states`.
-    """
+    """The columns of a trajectory dataset: `FEATURES`, and `augmented_states` if each block has further states."""
     columns = Features(dict(FEATURES))
     if augmented:
         columns["augmented_states"] = List(List(List(Value("int32"))))
     return columns
 
 
-def end_points(states: list[list[list[int]]], response_length: int) -> list[int]:
-    """
-    Join the fixed points of a record's blocks, which is the response if all is right.
+# --- columns ----------------------------------------------------------------------------------------------------
 
-    Args:
-        states (`list[list[list[int]]]`): the states of each block.
-        response_length (`int`): tokens of the response; what stands after is padding.
 
-    Returns:
-        `list[int]`: the tokens.
-    """
-    return [token for block in states for token in block[-1]][:response_length]
+def check_names(columns: Iterable[str], needed: Sequence[str] = REQUIRED_COLUMNS) -> None:
+    """Raise a `ValueError` if a column is missing."""
+    columns = list(columns)
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise ValueError(
+            f"A trajectory record needs the columns {', '.join(needed)}; {', '.join(missing)} missing, got "
+            f"{', '.join(columns) or 'none'}. Build the dataset with `cllm_hf.TrajectoryBuilder`."
+        )
 
 
 def check_columns(columns: Features, names: Iterable[str] | None = None) -> None:
     """
-    Check that a dataset has the columns of trajectories, and that they have the right types.
-
-    Integers may have any width. Further columns may be there; they are not looked at.
-
-    Args:
-        columns (`datasets.Features`): the columns of the dataset.
-        names (`Iterable[str]`, *optional*): which columns to look at, where there are such; by default all that a
-            trajectory dataset may have. Those of `REQUIRED_COLUMNS` must be there.
-
-    Raises:
-        ValueError: for a missing column or one of another type.
+    Raise a `ValueError` for a required column that is missing, and for one of another type; `names` says which ones
+    to look at. Integers may have any width. Further columns may be there; they are not looked at.
     """
     check_names(columns)
     known = features(augmented=True)
@@ -91,69 +79,49 @@ def check_columns(columns: Features, names: Iterable[str] | None = None) -> None
             )
 
 
-def check_names(columns: Iterable[str]) -> None:
-    """
-    Check that there are the columns that training needs.
-
-    Args:
-        columns (`Iterable[str]`): names of the columns.
-
-    Raises:
-        ValueError: for a missing one.
-    """
-    columns = list(columns)
-    missing = [name for name in REQUIRED_COLUMNS if name not in columns]
-    if missing:
-        raise ValueError(
-            f"A trajectory record needs the columns {', '.join(REQUIRED_COLUMNS)}; {', '.join(missing)} missing, got "
-            f"{', '.join(columns)}. Build the dataset with `cllm_hf.TrajectoryBuilder`."
-        )
-
-
 def _same_kind(feature: Any, known: Any) -> bool:
-    import pyarrow.types as kinds
-
-    (depth, leaf), (known_depth, known_leaf) = (_leaf(one) for one in (feature, known))
-    if kinds.is_null(leaf):  # nothing but empty lists: the rows say what is wrong
+    (depth, leaf), (known_depth, known_leaf) = (_depth_and_leaf(one) for one in (feature, known))
+    if pa.types.is_null(leaf):  # nothing but empty lists: the rows say what is wrong
         return depth <= known_depth
-    tests = (kinds.is_integer, kinds.is_boolean, lambda leaf: kinds.is_string(leaf) or kinds.is_large_string(leaf))
+    tests = (
+        pa.types.is_integer,
+        pa.types.is_boolean,
+        lambda leaf: pa.types.is_string(leaf) or pa.types.is_large_string(leaf),
+    )
     return depth == known_depth and any(test(leaf) and test(known_leaf) for test in tests)
 
 
-def _leaf(feature: Any) -> tuple[int, Any]:
+def _depth_and_leaf(feature: Any) -> tuple[int, Any]:
     """How many lists a column nests, and the Arrow type of what is in them."""
-    import pyarrow.types as kinds
-
     inner, depth = Features({"column": feature}).arrow_schema.field(0).type, 0
-    while kinds.is_list(inner) or kinds.is_large_list(inner) or kinds.is_fixed_size_list(inner):
+    while _is_list(inner):
         inner, depth = inner.value_type, depth + 1
     return depth, inner
 
 
+def _is_list(kind: Any) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+# --- single records ---------------------------------------------------------------------------------------------
+
+
 def check_record(record: Mapping[str, Any], block_size: int | None = None) -> int:
     """
-    Check one trajectory record.
-
-    Args:
-        record (`Mapping[str, Any]`): a row with the columns of `REQUIRED_COLUMNS`, and `augmented_states` or
-            not.
-        block_size (`int`, *optional*): what every state must have; by default what the first state has.
-
-    Returns:
-        `int`: the block size.
+    Check one trajectory record, with `augmented_states` or without, and return its block size.
 
     Raises:
-        ValueError: for a missing column, an empty prompt or response, missing values, states of different lengths, a
-            number of blocks that does not cover the response, fixed points that are not the response, or augmented
-            states that do not fit the blocks.
+        ValueError: for a missing column, an empty prompt or response, missing values, states of different lengths or
+            not of `block_size`, a number of blocks that does not cover the response, fixed points that are not the
+            response, or augmented states that do not fit the blocks.
     """
     check_names(record)
     name = record.get("data_id", "?")
     response, states = record["response_ids"], record["states"]
     check_response(record)
     _check_missing(name, states, "`states`")
-    expected = check_blocks(name, len(response), [list(map(len, block)) for block in states], block_size)
-    if end_points(states, len(response)) != list(response):
+    expected = _check_blocks(name, len(response), states, block_size)
+    if [token for block in states for token in block[-1]][: len(response)] != list(response):
         raise ValueError(f"The blocks of record {name} do not end in its response. Drop it from the dataset.")
     augmented = record.get("augmented_states")  # `None` too where datasets with and without it were joined
     if augmented is not None:
@@ -169,15 +137,7 @@ def check_record(record: Mapping[str, Any], block_size: int | None = None) -> in
 
 
 def check_response(record: Mapping[str, Any]) -> None:
-    """
-    Check prompt and response of a record: all that is needed of it where its states are not.
-
-    Args:
-        record (`Mapping[str, Any]`): a row.
-
-    Raises:
-        ValueError: if one of them is missing or empty, or lacks a token.
-    """
+    """Raise a `ValueError` if prompt or response is empty or lacks a token: all that is needed without states."""
     name, prompt, response = (record.get(column) for column in ("data_id", "prompt_ids", "response_ids"))
     name = "?" if name is None else name
     for column, tokens in (("prompt_ids", prompt), ("response_ids", response)):
@@ -189,7 +149,7 @@ def check_response(record: Mapping[str, Any]) -> None:
     _check_missing(name, [[prompt, response]], "`prompt_ids` and `response_ids`")
 
 
-def _check_missing(name: str, blocks: Any, what: str) -> None:
+def _check_missing(name: object, blocks: Any, what: str) -> None:
     is_whole = blocks is not None and all(
         block is not None and all(state is not None and None not in state for state in block) for block in blocks
     )
@@ -197,19 +157,29 @@ def _check_missing(name: str, blocks: Any, what: str) -> None:
         raise ValueError(f"Record {name} has missing values in {what}. Drop it from the dataset.")
 
 
+def _check_blocks(name: object, response_length: int, states: Any, block_size: int | None) -> int:
+    """Check that the states of a record have one size, and that its blocks cover its response; return the size."""
+    lengths = {len(state) for block in states for state in block}
+    expected = block_size if block_size is not None else min(lengths, default=0)
+    if lengths != {expected} or expected < 1:
+        raise ValueError(
+            f"Every state must have `block_size` tokens, {expected or 'at least 1'}, got lengths {sorted(lengths)} in "
+            f"record {name}. States that end early are padded to the block size, and datasets of different block "
+            "sizes are used apart."
+        )
+    blocks = num_blocks(response_length, expected)
+    if len(states) != blocks or not all(map(len, states)):
+        raise ValueError(
+            f"Record {name} has {len(states)} blocks of states, but its response of {response_length} tokens "
+            f"takes {blocks} blocks of {expected}, each with at least one state. Build the dataset again."
+        )
+    return expected
+
+
 def check_tokens(record: Mapping[str, Any], vocab_size: int, columns: Iterable[str], name: object = "?") -> None:
     """
-    Check that all tokens of a good record are in a vocabulary. What stands after the end of its response is padding,
-    which may be any number.
-
-    Args:
-        record (`Mapping[str, Any]`): a row.
-        vocab_size (`int`): tokens that the model has embeddings for.
-        columns (`Iterable[str]`): where to look; those that are missing are left out.
-        name (`object`): what to call a record that has no `data_id`.
-
-    Raises:
-        ValueError: for another token.
+    Raise a `ValueError` if a token of a good record is outside a vocabulary. What stands after the end of its response
+    is padding, which may be any number; columns that are missing are left out.
     """
     length = len(record["response_ids"])
     for column in columns:
@@ -231,130 +201,170 @@ def check_tokens(record: Mapping[str, Any], vocab_size: int, columns: Iterable[s
                 )
 
 
+# --- datasets ---------------------------------------------------------------------------------------------------
+
+
 def check_dataset(dataset: Dataset, block_size: int | None = None) -> int:
     """
-    Check that a dataset holds trajectories of one block size.
-
-    Args:
-        dataset (`datasets.Dataset`): the dataset; all its rows are read, as Arrow tables.
-        block_size (`int`, *optional*): the block size that it must have.
-
-    Returns:
-        `int`: its block size.
+    Check that a dataset holds trajectories of one block size, and return it.
 
     Raises:
         ValueError: if it is empty, a column has another type, or a row is not a trajectory record of that block size.
     """
     if len(dataset) == 0:
-        raise ValueError("The trajectory dataset is empty. Build it from more prompts, or look at its drop counts.")
+        raise ValueError(EMPTY)
+    if dataset.format["type"] == "custom":  # a transform may make the columns that are missing here
+        for record in dataset:
+            block_size = check_record(record, block_size)
+        assert block_size is not None
+        return block_size
     names = [*REQUIRED_COLUMNS, *["augmented_states"] * ("augmented_states" in dataset.column_names)]
-    num_good = 0
-    if dataset.format["type"] != "custom":  # a transform may make the columns that are missing here
-        check_columns(dataset.features, names)
-        dataset = dataset.with_format(None)
-        block_size = check_record(dataset[0], block_size)
-        if all(_holds_integers(dataset.features[name]) for name in names):
-            num_good = _count_good(dataset.select_columns(names).with_format("arrow"), block_size)
-    # Row by row only from the first that is not good, which then says what is wrong with it.
-    for number in range(num_good, len(dataset)):
-        block_size = check_record(dataset[number], block_size)
-    assert block_size is not None
+    check_columns(dataset.features, names)
+    dataset = dataset.with_format(None)
+    block_size = check_record(dataset[0], block_size)
+    tables = dataset.select_columns(names).with_format("arrow").iter(_ROWS_AT_ONCE)
+    for first, table in zip(range(0, len(dataset), _ROWS_AT_ONCE), tables):
+        if not _are_good(table, block_size):  # then one of them says what is wrong
+            for number in range(first, first + len(table)):
+                check_record(dataset[number], block_size)
     return block_size
 
 
-def _holds_integers(feature: Any) -> bool:
-    import pyarrow.types as kinds
+def _are_good(table: pa.Table, block_size: int) -> bool:
+    """Whether all rows of a table are sure to pass `check_record`, all at once."""
+    columns = {name: _open_column(table, name) for name in table.column_names}
+    if any(level.null_count for name in REQUIRED_COLUMNS for level in columns[name]):
+        return False
+    is_greedy = np.ones(len(table), dtype=bool)  # is not looked at
+    arrays = RecordArrays(_to_numpy(columns["response_ids"][0]), is_greedy, *map(_to_numpy, columns["states"]))
+    if not (_to_numpy(columns["prompt_ids"][0]).all() and arrays.response_lengths.all() and arrays.fit(block_size)):
+        return False
+    ends = arrays.tokens.reshape(-1, block_size)[np.cumsum(arrays.num_states) - 1]  # [total_blocks, block_size]
+    is_inside = np.arange(block_size) < arrays.block_lengths(block_size)[:, None]
+    if not np.array_equal(ends[is_inside], _to_numpy(columns["response_ids"][1])):
+        return False
+    if "augmented_states" not in columns:
+        return True
+    per_row, *inner = columns["augmented_states"]  # rows of other datasets may come without the column
+    if any(level.null_count for level in inner):
+        return False
+    has_states = per_row.is_valid().to_numpy(zero_copy_only=False)
+    fits = np.array_equal(_to_numpy(per_row)[has_states], arrays.num_blocks[has_states])
+    return fits and bool((_to_numpy(inner[1]) == block_size).all())
 
-    return kinds.is_integer(_leaf(feature)[1])
+
+@dataclass(frozen=True)
+class RecordArrays:
+    """Records one after another, with the states of all their blocks end to end."""
+
+    response_lengths: np.ndarray  # [num_records]
+    is_greedy: np.ndarray  # [num_records]: whether the response is the model's own greedy output
+    num_blocks: np.ndarray  # [num_records]
+    num_states: np.ndarray  # [total_blocks]
+    state_lengths: np.ndarray  # [total_states]
+    tokens: np.ndarray  # [state_lengths.sum()]
+
+    def fit(self, block_size: int) -> bool:
+        """Whether all states have that size, and the blocks of each record cover its response."""
+        return bool(
+            block_size > 0
+            and (self.state_lengths == block_size).all()
+            and self.num_states.all()
+            and (num_blocks(self.response_lengths, block_size) == self.num_blocks).all()
+        )
+
+    @property
+    def record_of_block(self) -> np.ndarray:
+        """Number of the record of each block, of shape `(total_blocks,)`."""
+        return np.repeat(np.arange(len(self.num_blocks)), self.num_blocks)
+
+    def block_lengths(self, block_size: int) -> np.ndarray:
+        """Tokens of each block that lie in its response, of shape `(total_blocks,)`."""
+        record = self.record_of_block
+        first = (np.arange(len(record)) - piece_starts(self.num_blocks)[record]) * block_size
+        return np.clip(self.response_lengths[record] - first, 0, block_size)
 
 
-def _count_good(tables: Dataset, block_size: int) -> int:
-    """Number of rows before the first that is no trajectory record of the block size."""
-    number = 0
-    for table in tables.iter(_ROWS_AT_ONCE):
-        bad = _bad_rows(table, block_size)
-        if bad.any():
-            return number + int(bad.argmax())
-        number += len(bad)
-    return number
-
-
-def _bad_rows(table: Any, block_size: int) -> np.ndarray:
+def lay_out(
+    records: Iterable[Mapping[str, Any]] | Dataset, block_size: int | None = None
+) -> Iterator[tuple[int, RecordArrays]]:
     """
-    Which rows `check_record` refuses.
+    Lay records out as arrays, some hundred at a time, each with their block size; by default that of the first ones.
+    Of a dataset only the columns that are needed are read. Records without `is_greedy` are taken as greedy.
 
-    Args:
-        table (`pyarrow.Table`): the columns of `REQUIRED_COLUMNS`, and `augmented_states` if there is one.
-        block_size (`int`): of the states.
-
-    Returns:
-        `numpy.ndarray` of shape `(num_rows,)`: booleans.
+    Raises:
+        ValueError: if a column is missing, the states of a record are not of the block size, or its blocks do not
+            cover its response.
     """
-    columns = {name: table[name].combine_chunks() for name in table.column_names}
-    bad = np.zeros(len(table), dtype=bool)
-    rows = np.arange(len(table))
-    prompt_lengths, *_ = _open(columns["prompt_ids"], rows, bad, are_tokens=True)
-    response_lengths, response_tokens, _ = _open(columns["response_ids"], rows, bad, are_tokens=True)
-    bad |= (prompt_lengths == 0) | (response_lengths == 0)
-    needed = num_blocks(response_lengths, block_size)
-
-    block_counts, blocks, row_of_block = _open(columns["states"], rows, bad)
-    state_counts, states, row_of_state = _open(blocks, row_of_block, bad)
-    state_lengths, tokens, _ = _open(states, row_of_state, bad, are_tokens=True)
-    bad |= block_counts != needed
-    bad[row_of_block[state_counts == 0]] = True
-    bad[row_of_state[state_lengths != block_size]] = True
-
-    if "augmented_states" in columns:
-        nothing = np.zeros(len(table), dtype=bool)
-        list_counts, lists, row_of_list = _open(columns["augmented_states"], rows, nothing)
-        _, states, row_of_state = _open(lists, row_of_list, bad)
-        augmented_lengths, *_ = _open(states, row_of_state, bad, are_tokens=True)
-        bad |= (list_counts != needed) & ~nothing  # rows of other datasets may come without the column
-        bad[row_of_state[augmented_lengths != block_size]] = True
-
-    # Where the shapes are right: is the last state of each block its part of the response, token by token?
-    is_good = ~bad[row_of_block]
-    row = row_of_block[is_good]
-    number = (np.arange(len(row_of_block)) - piece_starts(block_counts)[row_of_block])[is_good]
-    offsets = number[:, None] * block_size + np.arange(block_size)
-    in_response = offsets < response_lengths[row][:, None]
-    last_states = (np.cumsum(state_counts) - 1)[is_good]
-    ends = tokens[(piece_starts(state_lengths)[last_states][:, None] + np.arange(block_size))[in_response]]
-    wanted = response_tokens[(piece_starts(response_lengths)[row][:, None] + offsets)[in_response]]
-    bad[np.broadcast_to(row[:, None], offsets.shape)[in_response][ends != wanted]] = True
-    return bad
+    parts: Iterable[Any]
+    if isinstance(records, Dataset):
+        check_names(records.column_names, _MEASURED_COLUMNS)
+        names = [name for name in (*_MEASURED_COLUMNS, "is_greedy") if name in records.column_names]
+        parts = records.select_columns(names).with_format("arrow").iter(_ROWS_AT_ONCE)
+    else:
+        iterator = iter(records)
+        parts = iter(lambda: list(islice(iterator, _ROWS_AT_ONCE)), [])
+    first = 0
+    for part in parts:
+        arrays = _lay_out_rows(part) if isinstance(part, list) else _lay_out_table(part)
+        if block_size is None:
+            block_size = int(arrays.state_lengths.min()) if len(arrays.state_lengths) else 0
+        if not arrays.fit(block_size):
+            for number, row in enumerate(part if isinstance(part, list) else part.to_pylist(), first):
+                _check_missing(number, [[row["response_ids"]]], "`response_ids`")
+                _check_missing(number, row["states"], "`states`")
+                _check_blocks(number, len(row["response_ids"]), row["states"], block_size)
+        yield block_size, arrays
+        first += len(part)
 
 
-def _open(
-    lists: Any, rows: np.ndarray, bad: np.ndarray, are_tokens: bool = False
-) -> tuple[np.ndarray, Any, np.ndarray]:
-    """
-    Open one level of nested lists, and mark the rows in which something is missing.
-
-    Args:
-        lists (`pyarrow.Array` of shape `(num_lists,)`): the lists.
-        rows (`numpy.ndarray` of shape `(num_lists,)`): the row of the table that each lies in.
-        bad (`numpy.ndarray` of shape `(num_rows,)`): booleans; changed in place.
-        are_tokens (`bool`): whether the lists hold tokens.
-
-    Returns:
-        `tuple`: lengths of the lists; what they hold, end to end, tokens as a `numpy.ndarray`; and the rows that this
-        lies in, for tokens without meaning.
-    """
-    import pyarrow.compute as compute
-
-    _mark_missing(lists, rows, bad)
-    lengths = compute.fill_null(compute.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    values = lists.flatten()
-    if not are_tokens:
-        return lengths, values, np.repeat(rows, lengths)
-    if values.null_count:  # there are many tokens, and hardly ever a missing one
-        _mark_missing(values, np.repeat(rows, lengths), bad)
-        values = compute.fill_null(values, 0)
-    return lengths, values.to_numpy(zero_copy_only=False), rows
+def _lay_out_rows(rows: list[Mapping[str, Any]]) -> RecordArrays:
+    for row in rows:
+        check_names(row, _MEASURED_COLUMNS)
+    blocks = [block for row in rows for block in row["states"]]
+    states = [state for block in blocks for state in block]
+    return RecordArrays(
+        response_lengths=np.array([len(row["response_ids"]) for row in rows]),
+        is_greedy=np.array([row.get("is_greedy") is None or bool(row["is_greedy"]) for row in rows]),
+        num_blocks=np.array([len(row["states"]) for row in rows]),
+        num_states=np.array([len(block) for block in blocks], dtype=np.int64),
+        state_lengths=np.array([len(state) for state in states], dtype=np.int64),
+        tokens=np.array([token for state in states for token in state], dtype=np.int64),
+    )
 
 
-def _mark_missing(values: Any, rows: np.ndarray, bad: np.ndarray) -> None:
-    if values.null_count:
-        bad[rows[values.is_null().to_numpy(zero_copy_only=False)]] = True
+def _lay_out_table(table: pa.Table) -> RecordArrays:
+    is_greedy = np.ones(len(table), dtype=bool)
+    if "is_greedy" in table.column_names:
+        is_greedy = table["is_greedy"].fill_null(True).to_numpy().astype(bool)
+    response_lengths, _ = _open_column(table, "response_ids")
+    return RecordArrays(_to_numpy(response_lengths), is_greedy, *map(_to_numpy, _open_column(table, "states")))
+
+
+def _open_column(table: pa.Table, name: str) -> list[pa.Array]:
+    """What `open_lists` makes of a column, also where that has nothing but empty lists."""
+    levels = open_lists(table[name])
+    if pa.types.is_integer(levels[-1].type):
+        return levels
+    kind = pa.list_(pa.int64())
+    if name in ("states", "augmented_states"):
+        kind = pa.list_(pa.list_(kind))
+    return open_lists(table[name].cast(kind))
+
+
+def open_lists(column: pa.ChunkedArray) -> list[pa.Array]:
+    """The lengths of nested lists from the outside in, and last what is in them, end to end."""
+    levels, inner = [], column.combine_chunks()
+    while _is_list(inner.type):
+        levels.append(pc.list_value_length(inner))
+        inner = pc.list_flatten(inner)
+    return [*levels, inner]
+
+
+def _to_numpy(level: pa.Array) -> np.ndarray:
+    return pc.fill_null(level, 0).to_numpy(zero_copy_only=False)
+
+
+def piece_starts(lengths: np.ndarray) -> np.ndarray:
+    """Where each of some pieces that lie end to end begins, of the shape of their lengths."""
+    return np.cumsum(lengths) - lengths

@@ -1,4 +1,4 @@
-"""How fast blocks converge: what a trajectory dataset says about the model that made it."""
+"""How blocks converge: what is counted on a dataset, how that is shown, and the trajectory of a single block."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
+from ..blocks.rules import count_leading
 from ..files import check_writable_file, write_whole
 from ..options import check_block_size
 from ..text import format_table
-from .arrays import RecordArrays, count_by_block, lay_out
+from .schema import RecordArrays, lay_out, piece_starts
 
 
 # Counters of `TrajectoryStatistics`, and what they count.
@@ -201,18 +203,17 @@ def measure_trajectories(
             of the block size or do not cover its response.
     """
     total = None if block_size is None else TrajectoryStatistics(block_size)
-    for arrays in lay_out(records):
-        measured = _measure(arrays, None if total is None else total.block_size)
+    for found_size, arrays in lay_out(records, block_size):
+        measured = _measure(arrays, found_size)
         total = measured if total is None else total + measured
     if total is None:
         raise ValueError("There are no trajectories to measure, got no records. Pass some, or a `block_size`.")
     return total
 
 
-def _measure(arrays: RecordArrays, block_size: int | None) -> TrajectoryStatistics:
-    block_size = arrays.check(block_size)
+def _measure(arrays: RecordArrays, block_size: int) -> TrajectoryStatistics:
     lengths = arrays.block_lengths(block_size)
-    figures = count_by_block(arrays.tokens.reshape(-1, block_size), arrays.num_states, lengths)
+    figures = _count_by_block(arrays.tokens.reshape(-1, block_size), arrays.num_states, lengths)
     is_trajectory = arrays.is_greedy[arrays.record_of_block] | (arrays.num_states > 1)
     counters = {name: _count(figure[is_trajectory]) for name, figure in zip(_COUNTERS, figures)}
     return TrajectoryStatistics(
@@ -225,20 +226,45 @@ def _measure(arrays: RecordArrays, block_size: int | None) -> TrajectoryStatisti
     )
 
 
-def format_statistics(named: Mapping[str, TrajectoryStatistics]) -> str:
+def _count_by_block(
+    states: np.ndarray, num_states: np.ndarray, block_lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Format a Markdown table of the means of one or more datasets.
+    Iterations, fast-forwarded and stationary tokens of each block, as `TrajectoryStatistics` defines them.
 
     Args:
-        named (`Mapping[str, TrajectoryStatistics]`): statistics by the title of their column, such as
-            `{"before": .., "after": ..}`. With two of them the ratio of the second to the first stands in a further
-            column.
+        states (`numpy.ndarray` of shape `(total_states, block_size)`): states of all blocks, one after another.
+        num_states (`numpy.ndarray` of shape `(num_blocks,)`): states of each block, at least one.
+        block_lengths (`numpy.ndarray` of shape `(num_blocks,)`): tokens of each block that lie in its response; what
+            stands after is padding and counts as right.
+    """
+    if not len(num_states):
+        return num_states, num_states, num_states
+    total_states, block_size = states.shape
+    starts, ends = piece_starts(num_states), np.cumsum(num_states) - 1
+    block = np.repeat(np.arange(len(num_states)), num_states)
+    # States are numbered from 1 within their block, so that 0 can stand for none.
+    number = (np.arange(total_states) - starts[block] + 1)[:, None]
+    positions = np.arange(block_size)
+    wrong = (states != states[ends[block]]) & (positions < block_lengths[block][:, None])
+    leading = count_leading(torch.from_numpy(~wrong)).numpy().clip(max=block_lengths[block])
 
-    Returns:
-        `str`.
+    gained = np.diff(leading, append=0) - 1
+    gained[ends] = 0  # after a fixed point stands another block
+    fast_forwarded = np.add.reduceat(np.maximum(gained, 0), starts)
 
-    Raises:
-        ValueError: for none, or for different block sizes.
+    # From the state after the last in which it is wrong, a token is right for good. It is stationary if something
+    # before it is still wrong in that state or a later one.
+    last_wrong = np.maximum.reduceat(np.where(wrong, number, 0), starts)
+    last_behind_wrong = np.maximum.reduceat(np.where(leading[:, None] < positions, number, 0), starts)
+    is_stationary = (last_behind_wrong > last_wrong) & (positions < block_lengths[:, None])
+    return num_states - 1, fast_forwarded, is_stationary.sum(1)
+
+
+def format_statistics(named: Mapping[str, TrajectoryStatistics]) -> str:
+    """
+    A Markdown table of the means of one or more datasets, by the titles of their columns; with two of them the ratio
+    of the second to the first stands in a further column.
     """
     _check_comparable(named)
     columns = list(named.values())
@@ -255,16 +281,8 @@ def format_statistics(named: Mapping[str, TrajectoryStatistics]) -> str:
 
 def format_histogram(statistics: TrajectoryStatistics) -> str:
     """
-    Draw how many blocks take how many iterations, and have how many fast-forwarded and stationary tokens, as text.
-
-    Args:
-        statistics (`TrajectoryStatistics`): of a dataset.
-
-    Returns:
-        `str`: lines of at most 100 columns; the longest bar of a histogram is its most frequent value.
-
-    Raises:
-        ValueError: if there are no blocks.
+    Draw how many blocks take how many iterations, and have how many fast-forwarded and stationary tokens, as lines of
+    at most 100 columns. The longest bar of a histogram is its most frequent value.
     """
     if not statistics.num_blocks:
         raise ValueError("A histogram needs at least one block with a trajectory, got none. Build from more prompts.")
@@ -274,7 +292,7 @@ def format_histogram(statistics: TrajectoryStatistics) -> str:
         lines = [f"{title} (mean {_mean(counter):.2f}, {statistics.num_blocks:,} blocks)"]
         edges = _edges([counter], _MOST_BARS)
         counts = _heights(counter, edges)
-        labels = [_label(low, high - 1) for low, high in zip(edges, edges[1:])]
+        labels = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in zip(edges, edges[1:])]
         width, digits = max(map(len, labels)), len(f"{max(counts):,}")
         first = next(number for number, count in enumerate(counts) if count)
         for label, count in list(zip(labels, counts))[first:]:
@@ -286,15 +304,8 @@ def format_histogram(statistics: TrajectoryStatistics) -> str:
 
 def plot_statistics(named: Mapping[str, TrajectoryStatistics], path: Path) -> None:
     """
-    Plot the shares of blocks by iterations to converge, fast-forwarded and stationary tokens, one panel each.
-
-    Args:
-        named (`Mapping[str, TrajectoryStatistics]`): statistics by their name in the legend, drawn over each other.
-        path (`pathlib.Path`): PNG file to write; the same statistics give the same bytes.
-
-    Raises:
-        OSError: if the file cannot be written.
-        ValueError: for none, or for different block sizes.
+    Plot the shares of blocks by iterations to converge, fast-forwarded and stationary tokens, one panel each, into a
+    PNG file. Statistics are drawn over each other, and the same ones give the same bytes.
     """
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -353,20 +364,13 @@ def _edges(counters: Iterable[Mapping[int, int]], most: int) -> list[int]:
 
 def _heights(counter: Mapping[int, int], edges: list[int]) -> list[int]:
     """Blocks between each two edges."""
-    heights = [0] * (len(edges) - 1)
-    for value, number in counter.items():
-        heights[value // (edges[1] - edges[0])] += number
-    return heights
+    return np.histogram(list(counter), edges, weights=list(counter.values()))[0].tolist()
 
 
 def _bar(share: float, width: int) -> str:
     """A bar of a share of a width, in eighths of a column; a share above 0 shows."""
     eighths = max(round(share * width * 8), 1) if share else 0
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-
-
-def _label(lowest: int, highest: int) -> str:
-    return str(lowest) if lowest == highest else f"{lowest}-{highest}"
 
 
 def _decimals(value: float) -> str:
@@ -398,4 +402,56 @@ def _check_one_block_size(statistics: Iterable[TrajectoryStatistics]) -> None:
         raise ValueError(
             f"Statistics of different block sizes cannot be added or compared, got `block_size` {sizes}. Build both "
             "datasets with the same `block_size`."
+        )
+
+
+@dataclass(frozen=True)
+class BlockTrajectory:
+    """The states of a block, from the first draft to the fixed point, without padding after the response."""
+
+    states: list[list[int]]  # each as long as the block is in its response
+    number: int = 0  # of the block in its response, from 0
+    start: int = 0  # place of its first token in the response, from 0
+    is_trajectory: bool = True  # not if the single state is the response's own tokens, where it is not greedy
+    name: str = ""  # what it is called in a picture, such as the name of the model
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], number: int, name: str = "") -> BlockTrajectory:
+        """Take a block out of a record, counted from 0; without `is_greedy` the record is taken as greedy."""
+        states = record["states"][number]
+        start = number * len(states[0])
+        length = min(len(states[0]), len(record["response_ids"]) - start)
+        is_trajectory = record.get("is_greedy") is not False or len(states) > 1
+        return cls([list(state[:length]) for state in states], number, start, is_trajectory, name)
+
+    @property
+    def span(self) -> str:
+        """Which tokens of the response it holds, counted from 0, such as `"tokens 16 to 31"`."""
+        last = self.start + len(self.states[-1]) - 1
+        return f"tokens {self.start} to {last}" if last > self.start else f"token {self.start}"
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations to converge, the confirming one not counted."""
+        return len(self.states) - 1
+
+    @property
+    def statistics(self) -> TrajectoryStatistics:
+        """What `measure_trajectories` counts on it."""
+        return measure_trajectories([{"response_ids": self.states[-1], "states": [self.states]}])
+
+    @property
+    def wrong(self) -> list[list[bool]]:
+        """Of each token of each state, whether it is another one than at the fixed point."""
+        return [[token != right for token, right in zip(state, self.states[-1])] for state in self.states]
+
+    def describe(self) -> str:
+        """Say how it converges, such as `"3 iterations to converge, 9 fast-forwarded, 4 stationary"`."""
+        if not self.is_trajectory:
+            return "its own tokens, where it is not greedy"
+        figures = self.statistics
+        noun = "iteration" if self.num_iterations == 1 else "iterations"
+        return (
+            f"{self.num_iterations} {noun} to converge, {figures.mean_fast_forwarded:.0f} fast-forwarded, "
+            f"{figures.mean_stationary:.0f} stationary"
         )

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from .._host import input_device, plain_positions
 from ..blocks.rules import gap_to_best, near_tie_bound
 from ..text import format_table
-from .arrays import lay_out
-from .schema import REQUIRED_COLUMNS, check_names
+from .schema import REQUIRED_COLUMNS, check_names, lay_out
 
 
 _FAILURES_SHOWN = 20
@@ -150,8 +149,8 @@ def count_transitions(dataset: Dataset) -> tuple[np.ndarray, int]:
     """
     check_names(dataset.column_names)
     counts, block_size = [np.zeros(0, dtype=np.int64)], None
-    for arrays in lay_out(dataset):
-        block_size = arrays.check(block_size)
+    for size, arrays in lay_out(dataset):
+        block_size = size
         owners = arrays.record_of_block
         # Each state is left once, also the fixed point, which leads to itself.
         is_alone = (arrays.num_states == 1) & ~arrays.is_greedy[owners]

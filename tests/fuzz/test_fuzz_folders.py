@@ -25,8 +25,8 @@ from test_builder import _Stop, make_builder
 import cllm_hf
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.trajectories import hub
-from cllm_hf.trajectories.journal import Journal
 from cllm_hf.trajectories.loading import find_manifest
+from cllm_hf.trajectories.shard import Journal
 
 
 SECRET = "what nobody may see"
@@ -189,12 +189,12 @@ def put_in_the_way(draw, folder, outside):
         "statistics.png",
         "data",
         ".unfinished",
-        ".unfinished/manifest.json",
-        ".unfinished/README.md",
+        ".unfinished/statistics.png",
+        ".unfinished/0-README.md",
     )
     names += (".unfinished/process-0.lock", ".unfinished/0-manifest.json", ".unfinished/shard-00000")
     names += (".README.md.tmp", "custom_generate", "custom_generate/generate.py", "custom_generate/.generate.py.tmp")
-    names += (".unfinished/train-00000-of-00002.parquet", ".unfinished/shard-00000/responses-00000.json")
+    names += (".unfinished/0-train-00000-of-00002.parquet", ".unfinished/shard-00000/responses-00000.json")
     path = draw.choice([*there, *(folder / name for name in names)])
     if not path.parent.is_dir() or path.parent.is_symlink():
         return

@@ -23,9 +23,9 @@ from datasets import Dataset
 from cllm_hf import CleaningRules, TrajectoryBuilder, load_trajectories
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.trajectories import folder as folder_module
-from cllm_hf.trajectories.journal import Journal
 from cllm_hf.trajectories.manifest import describe_difference, read_manifest
 from cllm_hf.trajectories.prompts import is_held_out, read_rows
+from cllm_hf.trajectories.shard import Journal
 
 
 NO_CLEANING = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)

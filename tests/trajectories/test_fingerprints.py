@@ -8,7 +8,7 @@ from conftest import make_model, make_word_model
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 
-from cllm_hf.trajectories.fingerprints import (
+from cllm_hf.trajectories.manifest import (
     describe_model,
     find_commit,
     fingerprint_tokenizer,

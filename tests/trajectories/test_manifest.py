@@ -8,8 +8,7 @@ from collections_on_disk import make_records, write_collection
 from test_files import BAD_NAMES
 
 from cllm_hf.trajectories import hub
-from cllm_hf.trajectories.fingerprints import recorded_model
-from cllm_hf.trajectories.manifest import find_problem, read_manifest, without_folders
+from cllm_hf.trajectories.manifest import find_problem, read_manifest, recorded_model, without_folders
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from peft import IA3Config, get_peft_model
 
 from cllm_hf import FEATURES, CleaningRules, TrajectoryBuilder
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.trajectories import arrays, verification
+from cllm_hf.trajectories import schema, verification
 from cllm_hf.trajectories.verification import (
     VerificationReport,
     count_transitions,
@@ -123,7 +123,7 @@ def test_every_transition_is_counted_and_recomputed(word_model, dataset, monkeyp
         inputs.append((before + record["states"][block][state][:-1], ["position_ids", "use_cache"]))
     assert fed == inputs
     # Neither the number of rows that are read at once nor their order changes what is counted.
-    monkeypatch.setattr(arrays, "_CHUNK", 5)
+    monkeypatch.setattr(schema, "_ROWS_AT_ONCE", 5)
     order = list(range(len(dataset)))[::-1]
     assert count_transitions(dataset.select(order))[0].tolist() == per_record[::-1].tolist()
 
