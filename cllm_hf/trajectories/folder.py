@@ -195,7 +195,7 @@ class OutputFolder:
         card, earlier = make_card({"default": manifest}, None), read_text(self.path / CARD_NAME)
         if earlier is not None:  # of an earlier end: what others have written into it stays
             card = merge_card(earlier, card)
-        self._replace(CARD_NAME, card.encode("utf-8", "surrogateescape"))
+        self._replace(CARD_NAME, card)
         self._replace(MANIFEST_NAME, render_manifest(manifest))
 
     def _manifest(self, complete: bool) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class OutputFolder:
         if self.process.is_first or not self._has_manifest():
             self._replace(MANIFEST_NAME, render_manifest(self._manifest(complete)))
 
-    def _replace(self, name: str, content: bytes) -> None:
+    def _replace(self, name: str, content: str | bytes) -> None:
         """Write a file, first where no other process writes it and what a killed one leaves is removed at the end."""
         unfinished = self.path / UNFINISHED_NAME / f"{self.process.index}-{Path(name).name}"
         write_whole(self.path / name, content, unfinished)
