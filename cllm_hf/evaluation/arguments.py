@@ -16,13 +16,7 @@ MOVED = ("overhead", "collect", "train")
 
 
 def add_benchmark_commands(commands: Any, run: Callable[[argparse.Namespace], int]) -> None:
-    """
-    Add `benchmark decode` and `models` to a parser.
-
-    Args:
-        commands (`argparse._SubParsersAction`): the commands of the parser.
-        run (`Callable[[argparse.Namespace], int]`): runs any of them; `kind` says which.
-    """
+    """Add `benchmark decode` and `models` to the commands of a parser; `run` runs both, and `kind` says which."""
     benchmark = commands.add_parser("benchmark", help="measure how fast models decode, and how well")
     kinds = benchmark.add_subparsers(dest="kind", required=True, metavar="kind")
     _add_decode(kinds)
@@ -33,6 +27,13 @@ def add_benchmark_commands(commands: Any, run: Callable[[argparse.Namespace], in
         kinds.add_parser(name, add_help=False).set_defaults(run=_refuse_moved)
 
 
+def _refuse_moved(parsed: argparse.Namespace) -> int:
+    raise ValueError(
+        f"`cllm benchmark {parsed.kind}` has moved out of the package. Run `python examples/benchmark.py "
+        f"{parsed.kind}` with the same options, in the repository."
+    )
+
+
 def _add_decode(kinds: Any) -> None:
     decode = kinds.add_parser(
         "decode",
@@ -41,12 +42,8 @@ def _add_decode(kinds: Any) -> None:
     )
     add_source(decode, num_prompts=16)
     decode.add_argument("--block-sizes", type=block_size, nargs="+", default=[4, 8, 16, 32, "auto"])
-    _add_candidates(decode)
-    decode.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
-    decode.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     decode.add_argument("--batch-size", type=positive, default=1, help="prompts that are decoded together")
-    decode.add_argument("--repeats", type=positive, default=1, help="rounds over all prompts")
-    decode.add_argument("--compile", action="store_true", help="add rows with a compiled forward pass")
+    _add_decoding(decode)
     add_common(decode)
 
 
@@ -69,35 +66,33 @@ def _add_models(kinds: Any) -> None:
     models.add_argument(
         "--num-more-prompts", type=natural, default=0, help="how many after them are judged too, but not timed"
     )
-    models.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
     models.add_argument("--block-size", type=positive, default=16, help="tokens of a block")
     models.add_argument(
         "--more-block-sizes", type=block_size, nargs="+", default=[], help="further ones, or auto, for rows of both"
     )
-    _add_candidates(models)
-    models.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     models.add_argument("--batch-size", type=positive, default=32, help="of the prompts that are not timed")
-    models.add_argument("--repeats", type=positive, default=1, help="timed rounds over the prompts")
-    models.add_argument("--compile", action="store_true", help="add rows with a compiled forward pass")
+    _add_decoding(models)
     add_common(models)
     models.add_argument("--plot", type=Path, help="PNG file for accuracy over speed, or speed alone")
 
 
-def _refuse_moved(parsed: argparse.Namespace) -> int:
-    raise ValueError(
-        f"`cllm benchmark {parsed.kind}` has moved out of the package. Run `python examples/benchmark.py "
-        f"{parsed.kind}` with the same options, in the repository."
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--candidates",
+        type=num_candidates,
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="values of jacobi_candidates, for a further row each beside every row by Jacobi",
     )
+    parser.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
+    parser.add_argument("--repeats", type=positive, default=1, help="timed rounds over the prompts")
+    parser.add_argument("--compile", action="store_true", help="add rows with a compiled forward pass")
 
 
 def add_source(parser: argparse.ArgumentParser, num_prompts: int) -> None:
-    """
-    Add what is measured: a model with its prompts, or a shape.
-
-    Args:
-        parser (`argparse.ArgumentParser`): of a kind of benchmark.
-        num_prompts (`int`): how many by default.
-    """
+    """Add what is measured, a model with its prompts or a shape, to the parser of a kind of benchmark."""
     parser.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
     parser.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights instead")
     parser.add_argument(
@@ -107,24 +102,8 @@ def add_source(parser: argparse.ArgumentParser, num_prompts: int) -> None:
     parser.add_argument("--num-prompts", type=positive, default=num_prompts, help="how many, the first ones of a file")
 
 
-def _add_candidates(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--candidates",
-        type=num_candidates,
-        nargs="+",
-        default=[],
-        metavar="K",
-        help="values of jacobi_candidates, for a further row each beside every row by Jacobi",
-    )
-
-
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """
-    Add what all benchmarks have: weights, device and files.
-
-    Args:
-        parser (`argparse.ArgumentParser`): of a kind of benchmark.
-    """
+    """Add what all benchmarks have: weights, device and files."""
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),

@@ -29,20 +29,13 @@ _PROCESS = Path("/proc/self")
 
 @dataclass
 class DecodingMethod:
-    """
-    A way to decode.
-
-    Attributes:
-        name (`str`): how tables call it.
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model.
-        options (`dict`): arguments of its `generate`, such as `{"decoding": "jacobi"}`.
-        is_compiled (`bool`): whether the model's forward pass may be compiled. A hook would then become part of the
-            compiled code, so that forward passes are taken from `jacobi_stats`, or else are one a token.
-    """
+    """A way to decode, and how tables call it."""
 
     name: str
-    model: Any
-    options: dict[str, Any]
+    model: Any  # or an adapter
+    options: dict[str, Any]  # of its `generate`, such as `{"decoding": "jacobi"}`
+    # Whether the model's forward pass may be compiled. A hook would then become part of the compiled code, so that
+    # forward passes are taken from `jacobi_stats`, or else are one a token.
     is_compiled: bool = False
 
     @property
@@ -60,27 +53,18 @@ class DecodingMethod:
 @dataclass
 class DecodingResult:
     """
-    What a method did. Prompts are decoded in batches of `batch_size`; a run is one `generate` of one batch.
-
-    Attributes:
-        name (`str`): of the method.
-        responses (`list[list[int]]`): generated token ids, for each prompt, of the first round.
-        num_forwards (`list[int]`): calls of the model, prefill included, for each batch, in the first round.
-        seconds (`list[float]`): time of the whole `generate`, prefill included, for each run: all batches of the first
-            round, then those of the second, and so on.
-        batch_size (`int`): prompts of a batch; the last batch may have fewer.
-        widths (`collections.Counter`): how many forward passes after the prefill fed how many tokens a row; empty for
-            a compiled method.
-        peak_memory (`int`, *optional*): most bytes that tensors took on a CUDA device in a run, weights included.
+    What a method did. Prompts are decoded in batches of `batch_size`; a run is one `generate` of one batch, prefill
+    included.
     """
 
     name: str
-    responses: list[list[int]] = field(default_factory=list)
-    num_forwards: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    responses: list[list[int]] = field(default_factory=list)  # token ids, for each prompt, of the first round
+    num_forwards: list[int] = field(default_factory=list)  # calls of the model, for each batch of the first round
+    seconds: list[float] = field(default_factory=list)  # of each run: all batches of the first round, then the second
     batch_size: int = 1
+    # How many forward passes after the prefill fed how many tokens a row; empty for a compiled method.
     widths: Counter[int] = field(default_factory=Counter)
-    peak_memory: int | None = None
+    peak_memory: int | None = None  # most bytes that tensors took on a CUDA device in a run, weights included
 
     @property
     def tokens_per_forward(self) -> float:
@@ -162,26 +146,11 @@ def benchmark_decoding(
     pad_token_id: int = 0,
 ) -> list[DecodingResult]:
     """
-    Decode the same prompts in several ways, greedily.
+    Decode the same prompts in several ways, greedily, `repeats` times, in batches padded on the left.
 
     The methods take turns on every batch, so that a change of the machine's speed meets all of them, and a ratio is
     taken between neighbors. Before the clocks start, each method decodes the first batch once; a compiled one decodes
     a batch of every shape that comes, since each may be compiled anew. All clocks are around the whole `generate`.
-
-    Args:
-        methods (`Sequence[DecodingMethod]`): what to compare.
-        prompts (`Sequence[list[int]]`): token ids of each prompt.
-        max_new_tokens (`int`): longest response.
-        show_progress (`bool`): whether to draw a progress bar.
-        batch_size (`int`): prompts that are decoded together, padded on the left.
-        repeats (`int`): rounds over all prompts.
-        pad_token_id (`int`): what pads prompts; it is masked.
-
-    Returns:
-        `list[DecodingResult]`: one for each method, in their order.
-
-    Raises:
-        ValueError: if there are no prompts, or `batch_size` or `repeats` is below 1.
     """
     if not prompts:
         raise ValueError("`prompts` must hold at least one prompt, got none.")

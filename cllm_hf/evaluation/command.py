@@ -43,7 +43,7 @@ def _run_decode(options: argparse.Namespace) -> str:
     device = prepare(options)
     assistant, pad_token_id = None, 0
     if options.model is None:
-        model = load_shape(options.shape, options, device)
+        model = make_random_model(options.shape, options.seed, options.dtype, device)
         prompts = random_prompts(model.config.vocab_size, options.num_prompts, options.prompt_length, options.seed)
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -169,18 +169,8 @@ def prepare(options: argparse.Namespace) -> torch.device:
 
 def load_model(name: str, options: argparse.Namespace, device: torch.device) -> Any:
     """Load a model, a CLLM or an adapter, in evaluation mode."""
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model: Any = load_cllm(name, dtype=dtype)
+    model: Any = load_cllm(name, dtype=options.dtype)
     return model.to(device)
-
-
-def load_shape(shape: str, options: argparse.Namespace, device: torch.device) -> Any:
-    """Make a model of a shape with random weights, in evaluation mode."""
-    if options.dtype == "auto":
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    else:
-        dtype = getattr(torch, options.dtype)
-    return make_random_model(shape, options.seed, dtype, device)
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:

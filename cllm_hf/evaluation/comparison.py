@@ -14,7 +14,6 @@ from transformers import DynamicCache
 
 from .._host import base_model_of
 from ..options import JacobiOptions
-from ..text import format_table
 from .benchmark import (
     DecodingMethod,
     DecodingResult,
@@ -23,7 +22,16 @@ from .benchmark import (
     make_methods,
     synchronize,
 )
-from .notes import compile_notes, describe_environment, describe_prompts, format_environment, near_tie_notes
+from .reporting import (
+    compile_notes,
+    describe_environment,
+    describe_prompts,
+    format_environment,
+    format_number,
+    format_rate,
+    format_rows,
+    near_tie_notes,
+)
 
 
 _NUM_AUTO_WIDTHS = 4
@@ -121,36 +129,24 @@ def raw_result(method: DecodingMethod, result: DecodingResult) -> dict[str, Any]
 def format_comparison(report: dict[str, Any]) -> str:
     """Write the result of `compare_decoding`, or what `json.loads` has made of it, as Markdown."""
     settings = report["settings"]
-    with_memory = any(row["peak_memory"] is not None for row in report["rows"])
-    header = [
-        "method",
-        "tokens/s",
-        "tokens per forward pass",
-        "t(n)/t(1)",
-        "limit",
-        "speed-up over generate()",
-        "equal",
-    ]
-    rows = []
-    for row in report["rows"]:
-        cells = [
-            row["name"],
-            f"{row['tokens_per_second']:.{0 if row['tokens_per_second'] >= 100 else 1}f}",
-            f"{row['tokens_per_forward']:.2f}",
-            "-" if row["relative_cost"] is None else f"{row['relative_cost']:.2f}",
-            "-" if row["limit"] is None else f"{row['limit']:.2f}x",
-            f"{row['speedup']:.2f}x",
-            f"{row['num_equal']}/{settings['num_prompts']}",
-        ]
-        if with_memory:
-            cells.append("-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}")
-        rows.append(cells)
+    table = format_rows(
+        report["rows"],
+        {
+            "method": lambda row: row["name"],
+            "tokens/s": format_rate,
+            "tokens per forward pass": lambda row: format_number(row["tokens_per_forward"]),
+            "t(n)/t(1)": lambda row: format_number(row["relative_cost"]),
+            "limit": lambda row: format_number(row["limit"], "x"),
+            "speed-up over generate()": lambda row: format_number(row["speedup"], "x"),
+            "equal": lambda row: f"{row['num_equal']}/{settings['num_prompts']}",
+            "peak MiB": lambda row: None if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}",
+        },
+    )
     setting = (
         f"Prompts: {describe_prompts(report['prompt_lengths'])}, in batches of {settings['batch_size']}. New tokens: "
-        f"at most {settings['max_new_tokens']}. Rounds: {settings['repeats']}. t(n) is behind "
+        f"at most {settings['max_new_tokens']}. Rounds: {settings['repeats']}. t(n) is after "
         f"{report['cache_length']} cached tokens."
     )
-    table = format_table(header + ["peak MiB"] * with_memory, rows)
     return "\n\n".join([table, setting, format_environment(report["environment"]), *report["notes"]])
 
 

@@ -27,7 +27,7 @@ from .benchmark import (
 )
 from .comparison import check_candidates, raw_result
 from .judgements import Judgement, compare_judgements, count_right
-from .notes import (
+from .reporting import (
     collapse_notes,
     compile_notes,
     describe_environment,
@@ -233,8 +233,6 @@ def _check_models(target: Any, cllm: Any, assistant: Any) -> None:
 
 
 def _check_prompts(prompts: Sequence[list[int]], more_prompts: Sequence[list[int]], model: Any) -> None:
-    if not len(prompts):
-        raise ValueError("`prompts` must hold at least one prompt, got none.")
     limit = _vocab_size(model)
     for name, rows in (("prompts", prompts), ("more_prompts", more_prompts)):
         for number, row in enumerate(rows):

@@ -11,7 +11,7 @@ from ..files import check_writable_file, write_whole
 from ..text import format_table
 from ..trajectories.statistics import TrajectoryStatistics, format_statistics
 from .model_comparison import TITLES
-from .notes import describe_prompts, format_environment
+from .reporting import describe_prompts, format_environment, format_number, format_rate, format_rows
 
 
 # Told apart also by those who are color-blind; the shapes of the points tell the ways to decode apart.
@@ -52,44 +52,38 @@ def format_models(report: dict[str, Any]) -> str:
 
 
 def _format_methods(report: dict[str, Any]) -> str:
-    rows = report["rows"]
-    with_accuracy = any(row["accuracy"] is not None for row in rows)
-    with_memory = any(row["peak_memory"] is not None for row in rows)
-    header = [
-        "method",
-        "tokens/s",
-        "over target's generate()",
-        "over own generate()",
-        "tokens per forward pass",
-        "equal to own generate()",
-        *["accuracy"] * with_accuracy,
-        "parameters, M",
-        *["peak MiB"] * with_memory,
-    ]
-    return format_table(
-        header, [_cells(row, report["settings"]["num_prompts"], with_accuracy, with_memory) for row in rows]
+    num_prompts = report["settings"]["num_prompts"]
+    return format_rows(
+        report["rows"],
+        {
+            "method": lambda row: row["name"],
+            "tokens/s": format_rate,
+            "over target's generate()": lambda row: format_number(row["speedup_over_target"], "x"),
+            "over own generate()": lambda row: format_number(row["speedup_over_own"], "x"),
+            "tokens per forward pass": lambda row: format_number(row["tokens_per_forward"]),
+            "equal to own generate()": lambda row: f"{row['num_equal']}/{num_prompts}",
+            "accuracy": _accuracy,
+            "parameters, M": _parameters,
+            "peak MiB": _peak_memory,
+        },
     )
 
 
-def _cells(row: dict[str, Any], num_prompts: int, with_accuracy: bool, with_memory: bool) -> list[str]:
-    rate, accuracy = row["tokens_per_second"], row["accuracy"]
-    cells = [
-        row["name"],
-        f"{rate:.{0 if rate >= 100 else 1}f}",
-        _number(row["speedup_over_target"], "x"),
-        _number(row["speedup_over_own"], "x"),
-        _number(row["tokens_per_forward"]),
-        f"{row['num_equal']}/{num_prompts}",
-    ]
-    if with_accuracy:
-        low, high = accuracy["interval"]
-        cells.append(f"{100 * accuracy['share']:.1f}% ({100 * low:.1f} to {100 * high:.1f})")
+def _accuracy(row: dict[str, Any]) -> str | None:
+    if row["accuracy"] is None:
+        return None
+    share, low, high = (100 * value for value in (row["accuracy"]["share"], *row["accuracy"]["interval"]))
+    return f"{share:.1f}% ({low:.1f} to {high:.1f})"
+
+
+def _parameters(row: dict[str, Any]) -> str:
     sizes = [row["num_parameters"], row["num_assistant_parameters"]]
-    cells.append(" + ".join(_millions(size) for size in sizes if size is not None))
-    if with_memory:
-        peak = row["peak_memory"]
-        cells.append("-" if peak is None else f"{(row['weight_bytes'] + peak) / 2**20:.1f}")
-    return cells
+    millions = [size / 1e6 for size in sizes if size is not None]
+    return " + ".join(f"{size:,.{0 if size >= 1000 else 1 if size >= 10 else 2}f}" for size in millions)
+
+
+def _peak_memory(row: dict[str, Any]) -> str | None:
+    return None if row["peak_memory"] is None else f"{(row['weight_bytes'] + row['peak_memory']) / 2**20:.1f}"
 
 
 def _explain_columns(report: dict[str, Any]) -> str:
@@ -152,10 +146,11 @@ def _explain_responses(compared: dict[str, Any], title: str) -> str:
     )
     if not any(alone):
         return f"{text}."
+    probability = f"{paired['p_value']:.2g}" if paired["p_value"] >= 0.001 else "less than 0.001"
     return (
         f"{text}: a difference of {100 * paired['difference']:+.1f} points for the {title}. A fair coin splits "
         f"{sum(alone):,} {_plural('prompt', sum(alone))} at least as unevenly with a probability of "
-        f"{_probability(paired['p_value'])} (exact two-sided sign test)."
+        f"{probability} (exact two-sided sign test)."
     )
 
 
@@ -182,19 +177,6 @@ def _titles(report: dict[str, Any]) -> dict[str, str]:
     return report.get("titles", TITLES)
 
 
-def _millions(count: int) -> str:
-    millions = count / 1e6
-    return f"{millions:,.0f}" if millions >= 1000 else f"{millions:.1f}" if millions >= 10 else f"{millions:.2f}"
-
-
-def _number(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.2f}{unit}"
-
-
-def _probability(value: float) -> str:
-    return f"{value:.2g}" if value >= 0.001 else "less than 0.001"
-
-
 def _plural(noun: str, count: int) -> str:
     return noun if count == 1 else f"{noun}s"
 
@@ -212,7 +194,6 @@ def plot_models(report: dict[str, Any], path: str | Path) -> None:
         OSError: if the file cannot be written.
     """
     from matplotlib import style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     path = Path(path)
@@ -222,7 +203,6 @@ def plot_models(report: dict[str, Any], path: str | Path) -> None:
     with style.context("default"):  # whatever the user has set for plots of their own
         height = 4.4 if has_accuracy else 1.2 + 0.42 * len(rows)
         figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots()
         if has_accuracy:
             _draw_points(axes, rows)
@@ -253,7 +233,7 @@ def _draw_points(axes: Any, rows: list[dict[str, Any]]) -> None:
             linestyle="none",
             capsize=4,
             elinewidth=1.2,
-            label=_label(row),
+            label=f"{row['name']}: {_speedup(row)}".removesuffix(": "),
         )
     axes.set_ylabel("accuracy, %, with its 95% interval")
     bounds = [100 * bound for row in rows for bound in row["accuracy"]["interval"]]
@@ -285,11 +265,5 @@ def _marker(name: str) -> str:
     return _MARKERS[way.split(" ")[0] if way.startswith(("jacobi", "lossless")) else way]
 
 
-def _label(row: dict[str, Any]) -> str:
-    speedup = _speedup(row)
-    return f"{row['name']}: {speedup}" if speedup else row["name"]
-
-
 def _speedup(row: dict[str, Any]) -> str:
-    value = row["speedup_over_target"]
-    return "" if value is None else f"{value:.2f}x"
+    return format_number(row["speedup_over_target"], "x") or ""

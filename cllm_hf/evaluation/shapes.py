@@ -31,18 +31,18 @@ _SCALE = 4.0
 
 
 def shape_config(shape: str) -> PreTrainedConfig:
-    if shape not in SHAPES:
-        raise ValueError(f"`shape` must be one of {', '.join(SHAPES)}, got {shape!r}.")
     kind: Any = Qwen2Config if shape == "0.5b" else LlamaConfig
     return kind(**SHAPES[shape], **_COMMON)
 
 
-def make_random_model(shape: str, seed: int, dtype: torch.dtype, device: torch.device) -> Any:
+def make_random_model(shape: str, seed: int, dtype: str, device: torch.device) -> Any:
     """Build a model of a shape with random weights, in evaluation mode, whose text never ends by itself."""
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
     config = shape_config(shape)
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name:

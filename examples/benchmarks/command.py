@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from cllm_hf._host import base_model_of
 from cllm_hf.cli import hide_host_warnings, run_safely
 from cllm_hf.evaluation.arguments import SHAPE_NAMES, add_common, add_source
-from cllm_hf.evaluation.command import check_source, finish, load_model, load_shape, prepare, tokenize
-from cllm_hf.evaluation.shapes import random_prompts
+from cllm_hf.evaluation.command import check_source, finish, load_model, prepare, tokenize
+from cllm_hf.evaluation.shapes import make_random_model, random_prompts
 from cllm_hf.parsing import positive
 from cllm_hf.process import quiet_hosts
 from cllm_hf.trajectories.loading import load_trajectories
@@ -152,7 +152,7 @@ def run_overhead(options: argparse.Namespace) -> str:
     reports = []
     for name in options.shape or [options.model]:
         if options.model is None:
-            model = load_shape(name, options, device)
+            model = make_random_model(name, options.seed, options.dtype, device)
         else:
             model = load_model(name, options, device)
             # Every iteration counts, also after the end of the text, and none of the model's own processors.
@@ -186,7 +186,7 @@ def run_collect(options: argparse.Namespace) -> str:
     texts = [] if options.prompts is None else read_prompts(options.prompts, options.num_prompts)
     device = prepare(options)
     if options.model is None:
-        model = load_shape(options.shape, options, device)
+        model = make_random_model(options.shape, options.seed, options.dtype, device)
         tokenizer: Any = make_number_tokenizer(model.config.vocab_size)
         rows = random_prompts(model.config.vocab_size, options.num_prompts, options.prompt_length, options.seed)
         texts = [" ".join(map(str, row)) for row in rows]
@@ -244,7 +244,7 @@ def run_train(options: argparse.Namespace) -> str:
         options.seed,
     )
     if options.model is None:
-        model = load_shape(options.shape, options, device)
+        model = make_random_model(options.shape, options.seed, options.dtype, device)
         vocab_size, count = model.config.vocab_size, setting.batch_size * setting.steps
         tokenizer: Any = make_number_tokenizer(vocab_size)
         tokenizer.pad_token = "0"  # the trainer wants one; padding is masked everywhere

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from cllm_hf._host import base_model_of
 from cllm_hf.evaluation.benchmark import DecodingMethod, synchronize
 from cllm_hf.evaluation.comparison import BareForward
-from cllm_hf.evaluation.notes import compile_notes, describe_environment, format_environment
+from cllm_hf.evaluation.reporting import compile_notes, describe_environment, format_environment
 from cllm_hf.text import format_table
 
 

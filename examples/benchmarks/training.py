@@ -16,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from cllm_hf._host import set_checkpointing
 from cllm_hf.evaluation.benchmark import PeakMemory, synchronize
-from cllm_hf.evaluation.notes import describe_environment, format_environment
+from cllm_hf.evaluation.reporting import describe_environment, format_environment
 from cllm_hf.text import format_table
 from cllm_hf.trajectories.schema import check_dataset
 

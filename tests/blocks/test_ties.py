@@ -15,7 +15,7 @@ from cllm_hf.blocks import rules as ties
 from cllm_hf.blocks.rules import judge_greedy, near_tie_bound
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult
-from cllm_hf.evaluation.notes import near_tie_notes
+from cllm_hf.evaluation.reporting import near_tie_notes
 from cllm_hf.training.monitoring import measure_decoding
 from cllm_hf.trajectories.collector import Request, collect_trajectories, draw_first_states
 from cllm_hf.trajectories.command import format_collection

@@ -14,7 +14,7 @@ from PIL import Image
 from cllm_hf import TrajectoryBuilder, measure_trajectories, set_jacobi_defaults
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.evaluation import model_comparison, model_report, notes
+from cllm_hf.evaluation import model_comparison, model_report, reporting
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, decode_all
 from cllm_hf.evaluation.comparison import compare_decoding
 from cllm_hf.evaluation.judgements import Judgement, wilson_interval
@@ -331,7 +331,7 @@ def test_the_note_has_the_tokens_per_forward_of_what_ends(models):
 )
 def test_how_many_cut_off_are_noted(target, cllm, total, is_noted):
     compared = {"num_cut_off": {"target": target, "cllm": cllm}, "num_responses": total}
-    assert len(notes.collapse_notes(compared, 12, "")) == is_noted
+    assert len(reporting.collapse_notes(compared, 12, "")) == is_noted
 
 
 @pytest.mark.parametrize("has_accuracy", [True, False])

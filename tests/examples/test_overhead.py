@@ -129,7 +129,7 @@ def test_overhead_of_an_adapter(model_folder, tokenizer, tmp_path):
     ],
 )
 def test_errors_are_explained(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(command, "load_shape", None)  # nothing long has begun
+    monkeypatch.setattr(command, "make_random_model", None)  # nothing long has begun
     assert main(["overhead", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("benchmark.py: ") and error.count("\n") == 1 and message in error

@@ -525,7 +525,7 @@ def test_train_of_a_model(tmp_path, tokenizer, dataset, capsys):
 )
 def test_errors_are_explained(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "load_shape", None)  # nothing long has begun
+    monkeypatch.setattr(command, "make_random_model", None)  # nothing long has begun
     assert main(["train", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("benchmark.py: ") and error.count("\n") == 1

@@ -1,9 +1,9 @@
-"""What a report says beside its tables: on what was measured, and what to bear in mind when one reads them."""
+"""What reports consist of: a table of methods, on what was measured, and notes on what to bear in mind."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import transformers
 from .._host import attention_implementation, base_model_of, input_device
 from .._version import __version__
 from ..blocks.rules import judge_greedy
+from ..text import format_table
 from .benchmark import DecodingMethod, DecodingResult
 
 
@@ -20,6 +21,24 @@ from .benchmark import DecodingMethod, DecodingResult
 # responses, and at least how many, since of a few prompts one may be an accident.
 _MANY_CUT_OFF = 0.05
 _FEW_CUT_OFF = 2
+_OPTIONAL_COLUMNS = ("accuracy", "peak MiB")
+
+
+def format_rows(rows: Sequence[dict[str, Any]], columns: Mapping[str, Callable[[dict[str, Any]], str | None]]) -> str:
+    """A table with a function of the row for each column. `None` is "-"; an optional column of these is left out."""
+    cells = {title: [cell(row) for row in rows] for title, cell in columns.items()}
+    shown = {title: column for title, column in cells.items() if title not in _OPTIONAL_COLUMNS or any(column)}
+    return format_table(list(shown), [[cell or "-" for cell in row] for row in zip(*shown.values())])
+
+
+def format_rate(row: dict[str, Any]) -> str:
+    """Tokens per second."""
+    rate = row["tokens_per_second"]
+    return f"{rate:.{0 if rate >= 100 else 1}f}"
+
+
+def format_number(value: float | None, unit: str = "") -> str | None:
+    return None if value is None else f"{value:.2f}{unit}"
 
 
 def describe_environment(model: Any) -> dict[str, Any]:
