@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .training.config import CLLMConfig
     from .training.trainer import CLLMTrainer
     from .trajectories.builder import TrajectoryBuilder
-    from .trajectories.cleaning import CleaningRules
     from .trajectories.hub import push_trajectories
     from .trajectories.loading import load_trajectories
+    from .trajectories.options import CleaningRules
     from .trajectories.schema import FEATURES
     from .trajectories.statistics import TrajectoryStatistics, measure_trajectories
 
@@ -62,7 +62,7 @@ __all__ = [
 _LAZY = {
     "CLLMConfig": ".training.config",
     "CLLMTrainer": ".training.trainer",
-    "CleaningRules": ".trajectories.cleaning",
+    "CleaningRules": ".trajectories.options",
     "CollapseCallback": ".training.callbacks",
     "DecodingSpeed": ".evaluation.metrics",
     "FEATURES": ".trajectories.schema",

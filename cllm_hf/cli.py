@@ -14,7 +14,7 @@ from typing import Any
 from ._version import __version__
 from .compare.arguments import add_compare_command
 from .evaluation.arguments import MOVED, add_benchmark_commands
-from .trajectories.arguments import COLLECT_HELP, add_trajectory_commands, parse_collect
+from .trajectories.options import COLLECT_HELP, add_trajectory_commands, parse_collect
 
 
 _HOSTS = r"(accelerate|datasets|evaluate|huggingface_hub|peft|torch|transformers|trl)(\.|$)"

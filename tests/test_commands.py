@@ -19,12 +19,13 @@ from cllm_hf.demo.problems import make_problems
 from cllm_hf.loading import load_tokenizer
 from cllm_hf.show.picture import draw_blocks, token_decoder
 from cllm_hf.trajectories import command
-from cllm_hf.trajectories.arguments import CollectArguments, parse_collect
+from cllm_hf.trajectories.options import CollectArguments, CollectionOptions, parse_collect
 from cllm_hf.trajectories.sources import apply_template, read_source
 from cllm_hf.trajectories.statistics import BlockTrajectory
 
 
 PROMPTS = [problem.prompt for problem in make_problems(12, seed=3)]
+KINDS = (CollectArguments, CollectionOptions, CleaningRules)
 NO_CLEANING = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
 REQUIRED = ["--model", "m", "--output_dir", "o", "--prompts", "p"]
 
@@ -87,17 +88,24 @@ def test_options_of_the_file_and_the_command_line(tmp_path):
         "model: m\noutput_dir: o\nprompts: p\nmax_new_tokens: 7\nwait: false\ntest_fraction: 0\nlimit: null\n"
     )
     for config in (["--config", str(file)], [f"--config={file}"]):
-        options = parse_collect(config)
-        assert (options.model, options.max_new_tokens, options.wait, options.limit) == ("m", 7, False, None)
-    options = parse_collect(["--config", str(file), "--max-new-tokens", "9", "--model=n", "--block_size", "4"])
-    assert (options.model, options.max_new_tokens, options.block_size, options.prompts) == ("n", 9, 4, "p")
+        arguments, collection, _ = parse_collect(config)
+        assert (arguments.model, arguments.wait, arguments.limit) == ("m", False, None)
+        assert collection.max_new_tokens == 7
+    arguments, collection, _ = parse_collect(
+        ["--config", str(file), "--max-new-tokens", "9", "--model=n", "--block_size", "4"]
+    )
+    assert (arguments.model, arguments.prompts) == ("n", "p")
+    assert (collection.max_new_tokens, collection.block_size) == (9, 4)
 
 
 def test_both_spellings_and_flags():
     with_hyphens = ["--no-wait", "--max-token-run", "0", "--augment", "--drop-duplicates", "false"]
     with_underscores = ["--no_wait", "--max_token_run", "0", "--augment", "true", "--no_drop_duplicates"]
-    values = {"wait": False, "max_token_run": 0, "augment": True, "drop_duplicates": False}
-    expected = CollectArguments(model="m", output_dir="o", prompts="p", **values)
+    expected = (
+        CollectArguments(model="m", output_dir="o", prompts="p", wait=False),
+        CollectionOptions(augment=True, drop_duplicates=False),
+        CleaningRules(max_token_run=None),
+    )
     assert parse_collect([*REQUIRED, *with_hyphens]) == parse_collect([*REQUIRED, *with_underscores]) == expected
 
 
@@ -106,7 +114,7 @@ def test_help_explains_every_option(capsys):
         main(["collect", "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and text.startswith("usage: cllm collect") and "--config FILE" in text
-    for field in dataclasses.fields(CollectArguments):
+    for field in (field for kind in KINDS for field in dataclasses.fields(kind)):
         assert f"--{field.name}" in text and field.metadata["help"]
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -20,8 +20,8 @@ from ..show.picture import token_decoder
 from ..show.terminal import format_blocks
 from ..text import format_table
 from ..trajectories.builder import TrajectoryBuilder
-from ..trajectories.cleaning import KEEP_ALL
 from ..trajectories.loading import load_trajectories
+from ..trajectories.options import KEEP_ALL
 from ..trajectories.statistics import BlockTrajectory
 from .problems import Problem, make_problems, make_tokenizer, read_answer
 from .training import DemoOptions, make_cllm_trainer, make_lossless_trainer, make_model, train_target

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..files import check_writable_file, write_whole
 from ..options import as_integer
 from ..trajectories.builder import TrajectoryBuilder
-from ..trajectories.cleaning import KEEP_ALL
+from ..trajectories.options import KEEP_ALL
 from ..trajectories.prompts import Prompt
 from ..trajectories.statistics import BlockTrajectory
 from .terminal import format_blocks, indented, visible_tokens

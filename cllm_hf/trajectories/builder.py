@@ -18,14 +18,12 @@ from .._host import base_model_of, count_embeddings
 from .._version import __version__
 from ..blocks.limits import check_adapters, check_packable
 from ..process import Process
-from .cleaning import CleaningRules
 from .folder import OutputFolder
 from .manifest import FORMAT, describe_model, describe_tokenizer, read_manifest
-from .options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
-from .progress import Progress
+from .options import DEFAULT_TOKENS_PER_BATCH, CleaningRules, CollectionOptions
 from .prompts import Prompt, PromptRow, Response, check_ids, find_duplicates, fingerprint_rows, is_held_out, read_rows
 from .responding import find_stop_ids
-from .shard import Journal, ShardCollector, explain_none_left
+from .shard import Journal, Progress, ShardCollector, explain_none_left
 from .statistics import measure_trajectories
 
 
@@ -100,10 +98,12 @@ class TrajectoryBuilder:
             prompts_per_shard=prompts_per_shard,
             augment=augment,
             test_fraction=test_fraction,
-            cleaning=CleaningRules() if cleaning is None else cleaning,
             drop_duplicates=drop_duplicates,
-            not_greedy=not_greedy,
+            not_greedy=not_greedy,  # type: ignore[arg-type]
         )
+        self.cleaning = CleaningRules() if cleaning is None else cleaning
+        if not isinstance(self.cleaning, CleaningRules):
+            raise ValueError(f"`cleaning` must be `cllm_hf.CleaningRules`, got {cleaning!r}.")
         check_adapters(getattr(model, "peft_config", {}).values())
         # The layers of an adapter live in its base model; the wrapper has nothing else that is needed here.
         self.model: Any = base_model_of(model)
@@ -260,7 +260,7 @@ class TrajectoryBuilder:
 
     def _collector(self, rows: list[PromptRow]) -> ShardCollector:
         duplicates = find_duplicates(rows) if self.options.drop_duplicates else set()
-        return ShardCollector(self.model, self.processing_class, self.options, duplicates)
+        return ShardCollector(self.model, self.processing_class, self.options, self.cleaning, duplicates)
 
     def _split(self, table: pa.Table) -> dict[str, pa.Table]:
         fraction = self.options.test_fraction
@@ -285,5 +285,5 @@ class TrajectoryBuilder:
                 "source": source,
                 "license": license,
             },
-            "options": self.options.to_dict(),
+            "options": {**vars(self.options), "cleaning": self.cleaning.to_dict()},
         }

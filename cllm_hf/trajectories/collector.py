@@ -24,20 +24,13 @@ _LEAST_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Request:
-    """
-    A response whose trajectory is wanted.
+    """A response whose trajectory is wanted."""
 
-    Attributes:
-        prompt_ids (`list[int]`): tokens of the prompt, at least one.
-        response_ids (`list[int]`): tokens of the response, at least one.
-        seed (`tuple[int, int]`): of its first drafts: seed of the run and number of the prompt.
-        may_stop (`bool`): whether the model's stop token may be missing after the response, as in text from a serving
-            engine. It is added if that is the model's next token.
-    """
-
-    prompt_ids: list[int]
+    prompt_ids: list[int]  # at least one, as of the response
     response_ids: list[int]
-    seed: tuple[int, int]
+    seed: tuple[int, int]  # of its first drafts: seed of the run and number of the prompt
+    # Whether the model's stop token may be missing after the response, as in text from a serving engine. It is added
+    # if that is the model's next token.
     may_stop: bool = False
 
 
@@ -46,19 +39,15 @@ class Trajectory:
     """
     The trajectories of the blocks of a response.
 
-    Attributes:
-        response_ids (`list[int]`): the response, with its stop token if that was missing.
-        is_greedy (`bool`): whether the response is the model's own greedy output, up to near ties; see `blocks.rules`.
-        states (`list[list[list[int]]]`): for each block its states, from the first draft to the fixed point. A block
-            in which the response departs from greedy holds nothing but the response's own tokens. Empty for a response
-            that is not greedy, unless those were asked for.
-        num_near_ties (`int`): tokens of the response that are not the best ones, but count as greedy.
+    `states` holds for each block its states, from the first draft to the fixed point. A block in which the response
+    departs from greedy holds nothing but the response's own tokens. There are none for a response that is not greedy,
+    unless those were asked for.
     """
 
-    response_ids: list[int]
-    is_greedy: bool
+    response_ids: list[int]  # with its stop token if that was missing
+    is_greedy: bool  # whether the response is the model's own greedy output, up to near ties; see `blocks.ties`
     states: list[list[list[int]]]
-    num_near_ties: int = 0
+    num_near_ties: int = 0  # tokens of the response that are not the best ones, but count as greedy
 
 
 def draw_first_states(
@@ -67,15 +56,8 @@ def draw_first_states(
     """
     Draw the first draft of every block at random from the prompt's tokens (CLLM, arXiv 2403.00835, section 3.1).
 
-    Args:
-        prompt_ids (`list[int]`): tokens to draw from, with replacement.
-        response_length (`int`): tokens of the response.
-        block_size (`int`): tokens of a block.
-        pad_id (`int`): stands after the end of the response.
-        seed (`tuple[int, int]`): seed of the run and number of the prompt, so that a draw does not depend on batches.
-
-    Returns:
-        `numpy.ndarray` of shape `(num_blocks, block_size)`.
+    The seed is that of the run and the number of the prompt, so that a draw does not depend on batches. Returns an
+    array of shape `(num_blocks, block_size)`, with `pad_id` after the end of the response.
     """
     blocks = num_blocks(response_length, block_size)
     drawn = np.random.default_rng(seed).choice(np.asarray(prompt_ids, dtype=np.int64), blocks * block_size)
@@ -99,18 +81,8 @@ def collect_trajectories(
     most `block_size` iterations: an iteration makes at least one more leading token right. At a near tie the token of
     the response is right, so that the response is the fixed point. Only what is not settled is computed: the response
     is read once into a cache, the leading tokens of a block that are right already are read from there, and blocks and
-    responses that are done leave the forward pass.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the target model, in evaluation mode.
-        requests (`list[Request]`): the responses.
-        block_size (`int`): tokens of a block.
-        pad_id (`int`): stands after the end of a response.
-        stop_ids (`Collection[int]`): the model's stop tokens.
-        keep_not_greedy (`bool`): whether responses that are not the model's own get states too.
-
-    Returns:
-        `list[Trajectory]`: of each response.
+    responses that are done leave the forward pass. The model is in evaluation mode; responses that are not its own get
+    states only if `keep_not_greedy` says so.
     """
     clean = _read_clean(model, requests, stop_ids)
     kept = [row for row, departures in enumerate(clean.departures) if keep_not_greedy or not departures.any()]
@@ -125,9 +97,7 @@ def collect_trajectories(
 def _bands(blocks: _Blocks) -> list[np.ndarray]:
     """
     Group blocks that stand equally far after their prompts, so that a forward pass reads no more columns than they
-    need.
-
-    A band has enough tokens to keep the device busy, so few responses are one band.
+    need. A band has enough tokens to keep the device busy, so few responses are one band.
     """
     wanted = ~blocks.departed
     count = min(int(blocks.lengths[wanted].sum()) // _LEAST_TOKENS, int(blocks.places.max(initial=0)) + 1)
@@ -156,27 +126,15 @@ def _converge(model: PreTrainedModel, clean: _Clean, blocks: _Blocks) -> list[li
 
 @dataclass
 class _Clean:
-    """
-    The responses after their prompts, read once.
+    """The responses after their prompts, read once; lists have an entry for every request, also for those let go."""
 
-    Attributes:
-        ids (`torch.LongTensor` of shape `(num_rows, clean_length)`): prompts and responses, padded on the right.
-        mask (`torch.LongTensor` of shape `(num_rows, clean_length)`): 1 on tokens, 0 on padding.
-        cache (`transformers.DynamicCache`): their keys and values.
-        rows (`numpy.ndarray` of shape `(num_rows,)`): the requests that are still there.
-        responses (`list[list[int]]`): of all requests, with added stop tokens.
-        departures (`list[numpy.ndarray]`): of all requests: for each token of the response, whether the model would
-            have written another one.
-        num_near_ties (`list[int]`): of all requests: tokens that are not the best ones, but count as greedy.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
+    ids: torch.Tensor  # [R, L]: prompts and responses, padded on the right
+    mask: torch.Tensor  # [R, L]: 1 on tokens, 0 on padding
     cache: DynamicCache
-    rows: np.ndarray
-    responses: list[list[int]]
-    departures: list[np.ndarray]
-    num_near_ties: list[int]
+    rows: np.ndarray  # [R]: the requests that are still there
+    responses: list[list[int]]  # with added stop tokens
+    departures: list[np.ndarray]  # for each token of a response, whether the model would have written another one
+    num_near_ties: list[int]  # tokens that are not the best ones, but count as greedy
 
     def part(self, blocks: _Blocks, band: np.ndarray) -> _Clean:
         """What some of the blocks see of it."""
@@ -202,26 +160,15 @@ class _Clean:
 
 @dataclass
 class _Blocks:
-    """
-    Blocks of all rows, in the order of the rows; `num_blocks` is their number.
+    """B blocks of N tokens of all rows, in the order of the rows."""
 
-    Attributes:
-        rows (`numpy.ndarray` of shape `(num_blocks,)`): the request that a block belongs to.
-        places (`numpy.ndarray` of shape `(num_blocks,)`): number of the block in its response.
-        starts (`numpy.ndarray` of shape `(num_blocks,)`): position of the block's anchor in prompt and response.
-        lengths (`numpy.ndarray` of shape `(num_blocks,)`): tokens of the response in the block.
-        targets (`numpy.ndarray` of shape `(num_blocks, block_size)`): the response's tokens, padded.
-        states (`numpy.ndarray` of shape `(num_blocks, block_size)`): the current states.
-        departed (`numpy.ndarray` of shape `(num_blocks,)`): whether the response is not greedy in this block.
-    """
-
-    rows: np.ndarray
-    places: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    targets: np.ndarray
-    states: np.ndarray
-    departed: np.ndarray
+    rows: np.ndarray  # [B]: the request that a block belongs to
+    places: np.ndarray  # [B]: number of the block in its response
+    starts: np.ndarray  # [B]: position of the block's anchor in prompt and response
+    lengths: np.ndarray  # [B]: tokens of the response in the block
+    targets: np.ndarray  # [B, N]: the response's tokens, padded
+    states: np.ndarray  # [B, N]: the current states
+    departed: np.ndarray  # [B]: whether the response is not greedy in this block
 
     @classmethod
     def of(cls, requests: list[Request], clean: _Clean, rows: list[int], block_size: int, pad_id: int) -> _Blocks:
@@ -298,16 +245,8 @@ def _judge(
     logits: torch.Tensor, written: torch.Tensor, requests: list[Request], dtype: torch.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    What the model finds best at each place, and the near ties within the responses.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(num_rows, num_places, vocab_size)`): from before the first response on.
-        written (`torch.LongTensor` of shape `(num_rows, num_places - 1)`): the tokens that these predict.
-        requests (`list[Request]`): the responses.
-        dtype (`torch.dtype`): of the model.
-
-    Returns:
-        `tuple[numpy.ndarray, numpy.ndarray]`, both of shape `(num_rows, num_places)`.
+    What the model finds best at each place, and the near ties within the responses, both of shape `[R, L]`, for
+    `logits` `[R, L, vocab_size]` from before the first response on and the tokens `written` `[R, L - 1]`.
     """
     written = pad(written, (0, 1)).to(logits.device)
     prompts = torch.tensor([len(request.prompt_ids) for request in requests], device=logits.device)[:, None]
@@ -366,3 +305,30 @@ def _assemble(clean: _Clean, blocks: _Blocks, found: list[list[list[int]]]) -> l
         Trajectory(response, not departures.any(), kept, near)
         for response, departures, kept, near in zip(clean.responses, clean.departures, states, clean.num_near_ties)
     ]
+
+
+def augment_states(trajectory: list[list[int]], length: int, rng: np.random.Generator) -> list[list[int]]:
+    """
+    Make states with more right tokens after wrong ones than the target model's own states have.
+
+    Let `w_1 < .. < w_m` be the positions where a state differs from the fixed point. Of `w_2 .. w_m`, `floor(m / 2)`
+    are drawn, each time from all of them, and get the fixed point's tokens; `w_1` stays wrong, so that no more leading
+    tokens are right than before. This is the data augmentation that the code of CLLM (arXiv 2403.00835) has as an
+    option. The last two states give none: the fixed point, and the one before it, which is nearly right. Nor does a
+    state with one wrong token, and a state that is there already is left out. After the first `length` tokens, which
+    lie in the response, padding stays as it is.
+    """
+    fixed_point = trajectory[-1]
+    seen = {tuple(state) for state in trajectory}
+    augmented = []
+    for state in trajectory[:-2]:
+        wrong = [position for position in range(length) if state[position] != fixed_point[position]]
+        if len(wrong) < 2:
+            continue
+        new = list(state)
+        for position in rng.choice(wrong[1:], len(wrong) // 2).tolist():
+            new[position] = fixed_point[position]
+        if tuple(new) not in seen:
+            seen.add(tuple(new))
+            augmented.append(new)
+    return augmented

@@ -1,4 +1,4 @@
-"""From the options of `cllm collect`, `inspect`, `verify` and `push` to what they say."""
+"""From the options of `cllm collect`, `verify` and `push` to what they say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -21,93 +20,94 @@ from ..files import check_writable
 from ..loading import load_cllm, load_tokenizer, pick_device
 from ..names import Name
 from ..process import Process, quiet_hosts
-from .arguments import CollectArguments
 from .builder import TrajectoryBuilder
-from .cleaning import CleaningRules
 from .hub import check_can_push, push_trajectories
 from .loading import find_manifest, load_trajectories
 from .manifest import fingerprint_weights, read_manifest, recorded_model
-from .options import CollectionOptions
+from .options import CollectCommand
 from .shard import count_dropped, format_near_ties
 from .sources import read_source
-from .statistics import (
-    TrajectoryStatistics,
-    format_statistics,
-)
+from .statistics import TrajectoryStatistics, format_statistics
 from .verification import format_verification, verify_transitions
 
 
-def run_collect(options: CollectArguments) -> str:
+def run_collect(options: CollectCommand) -> str:
     """
-    Run `cllm collect`. All that can be wrong before the model is loaded is found before.
+    Run `cllm collect`: what was collected; nothing in all processes but one.
 
-    Args:
-        options (`CollectArguments`): its options.
-
-    Returns:
-        `str`: what was collected; empty in all processes but one.
-
-    Raises:
-        OSError: if something cannot be read, written or reached.
-        ValueError: for options or prompts that are not usable.
+    All that can be wrong before the model is loaded is found before.
     """
-    Name.find(options.model).check("--model", "model")
+    arguments = options.arguments
+    Name.find(arguments.model).check("--model", "model")
     is_first = Process.current().is_first
-    collection = _collection_options(options)
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
         prompts, responses = read_source(
-            options.prompts,
-            options.dataset_name,
-            options.dataset_config,
-            options.dataset_split,
-            options.prompt_column,
-            options.response_column,
-            options.limit,
-            options.prompt_template,
+            arguments.prompts,
+            arguments.dataset_name,
+            arguments.dataset_config,
+            arguments.dataset_split,
+            arguments.prompt_column,
+            arguments.response_column,
+            arguments.limit,
+            arguments.prompt_template,
         )
-    folder = Path(options.output_dir)
+    folder = Path(arguments.output_dir)
     check_writable(folder)
-    if options.push_to_hub is not None:
-        check_can_push(options.push_to_hub, private=options.private or None, config_name=options.config_name)
-    source = options.source
-    if source is None and options.dataset_name is not None:
-        source = Name.find(options.dataset_name).hub_id
+    hub: dict[str, Any] = {"private": arguments.private or None, "config_name": arguments.config_name}
+    if arguments.push_to_hub is not None:
+        check_can_push(arguments.push_to_hub, **hub)
+    source = arguments.source
+    if source is None and arguments.dataset_name is not None:
+        source = Name.find(arguments.dataset_name).hub_id
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
-        builder = _make_builder(options, collection, show_progress=is_first and sys.stderr.isatty())
+        builder = _make_builder(options, show_progress=is_first and sys.stderr.isatty())
         is_complete = builder.collect(
-            prompts, folder, responses=responses, source=source, license=options.license, wait=options.wait
+            prompts, folder, responses=responses, source=source, license=arguments.license, wait=arguments.wait
         )
     if not is_complete:
         return (
             f"The part of this process is done. The process that ends last completes the dataset in {folder}; if one "
             "was stopped, run the same command again."
         )
-    if options.wait and not is_first:
+    if arguments.wait and not is_first:
         return ""
     published = None
-    if options.push_to_hub is not None:
+    if arguments.push_to_hub is not None:
         try:
-            published = push_trajectories(
-                folder, options.push_to_hub, private=options.private or None, config_name=options.config_name
-            )
+            published = push_trajectories(folder, arguments.push_to_hub, **hub)
         except (OSError, ValueError) as error:
             kind = OSError if isinstance(error, OSError) else ValueError
             raise kind(f"{error} The dataset is complete in {folder}: `cllm push` publishes it.") from error
     return format_collection(folder, read_manifest(folder), published)
 
 
+def _make_builder(options: CollectCommand, show_progress: bool) -> TrajectoryBuilder:
+    arguments = options.arguments
+    device = None
+    if arguments.device_map is None:
+        device = pick_device(f"cuda:{Process.current().local_index}" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(arguments.model, arguments.revision, arguments.trust_remote_code)
+    model = load_model(
+        arguments.model,
+        arguments.dtype,
+        device,
+        arguments.revision,
+        arguments.trust_remote_code,
+        device_map=arguments.device_map,
+        attn_implementation=arguments.attn_implementation,
+    )
+    return TrajectoryBuilder(
+        model,
+        processing_class=tokenizer,
+        cleaning=options.cleaning,
+        revision=arguments.revision,
+        show_progress=show_progress,
+        **vars(options.collection),
+    )
+
+
 def format_collection(folder: Path, manifest: Mapping[str, Any], published: str | None = None) -> str:
-    """
-    Say what a finished folder of trajectories holds, and what can be done with it.
-
-    Args:
-        folder (`pathlib.Path`): the folder.
-        manifest (`Mapping[str, Any]`): its manifest.
-        published (`str`, *optional*): address of the dataset on the Hub.
-
-    Returns:
-        `str`.
-    """
+    """Say what a finished folder of trajectories holds, and what can be done with it; `published` is its address."""
     counts = manifest["counts"]
     greedy = f" ({counts['kept_not_greedy']} of them not greedy)" if counts.get("kept_not_greedy") else ""
     dropped = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in count_dropped(counts).items())
@@ -127,19 +127,7 @@ def format_collection(folder: Path, manifest: Mapping[str, Any], published: str 
 
 
 def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
-    """
-    Run `cllm verify`.
-
-    Args:
-        options (`argparse.Namespace`): its options, by their names.
-
-    Returns:
-        `tuple[str, bool]`: the report, and whether all transitions that were drawn hold.
-
-    Raises:
-        OSError: if the dataset or the model cannot be loaded.
-        ValueError: if the dataset names no model and none is given, or the model does not fit.
-    """
+    """Run `cllm verify`: the report, and whether all transitions that were drawn hold."""
     if options.model is not None:
         Name.find(options.model).check("--model", "model")
     device = pick_device(options.device)
@@ -163,19 +151,7 @@ def run_verify(options: argparse.Namespace) -> tuple[str, bool]:
 
 
 def run_push(options: argparse.Namespace) -> str:
-    """
-    Run `cllm push`.
-
-    Args:
-        options (`argparse.Namespace`): its options, by their names.
-
-    Returns:
-        `str`: where the dataset is.
-
-    Raises:
-        OSError: if the folder cannot be read, or the Hub not be reached.
-        ValueError: if the folder holds no finished dataset, or may not be pushed there.
-    """
+    """Run `cllm push`: where the dataset is."""
     published = push_trajectories(
         options.folder,
         options.repo_id,
@@ -195,22 +171,10 @@ def load_model(
     **options: Any,
 ) -> Any:
     """
-    Load a target model.
+    Load a model, a CLLM or an adapter, in evaluation mode; a `dtype` of "auto" is that of the checkpoint.
 
-    Args:
-        name (`str`): folder or Hub id of a model, a CLLM or an adapter.
-        dtype (`str`): name of the dtype of the weights, or `"auto"` for that of the checkpoint.
-        device (`torch.device`, *optional*): where to put it; none if `device_map` says so.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        trust_remote_code (`bool`): whether code from the model's repository may run.
-        options: passed to `from_pretrained` if they are not `None`.
-
-    Returns:
-        `transformers.PreTrainedModel` or `peft.PeftModel`, in evaluation mode.
-
-    Raises:
-        OSError: if there is no model.
-        ValueError: for a revision of an adapter.
+    Without a device it stays where `device_map` puts it. Further options go to `from_pretrained`, unless they are
+    `None`.
     """
     if revision is not None:
         if find_adapter_config_file(name, revision=revision) is not None:
@@ -230,31 +194,6 @@ def load_model(
     # Found again from anywhere; and with an adapter the base model is no longer what it was loaded as.
     base_model_of(model).name_or_path = Name.find(name).full
     return model if device is None else model.to(device)
-
-
-def _collection_options(options: CollectArguments) -> CollectionOptions:
-    cleaning = CleaningRules.from_options(options)
-    names = [field.name for field in fields(CollectionOptions) if field.name != "cleaning"]
-    return CollectionOptions(cleaning=cleaning, **{name: getattr(options, name) for name in names})
-
-
-def _make_builder(options: CollectArguments, collection: CollectionOptions, show_progress: bool) -> TrajectoryBuilder:
-    device = None
-    if options.device_map is None:
-        device = pick_device(f"cuda:{Process.current().local_index}" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(options.model, options.revision, options.trust_remote_code)
-    model = load_model(
-        options.model,
-        options.dtype,
-        device,
-        options.revision,
-        options.trust_remote_code,
-        device_map=options.device_map,
-        attn_implementation=options.attn_implementation,
-    )
-    return TrajectoryBuilder(
-        model, processing_class=tokenizer, revision=options.revision, show_progress=show_progress, **vars(collection)
-    )
 
 
 def load_all(name: str, options: argparse.Namespace) -> Dataset:

@@ -19,15 +19,10 @@ _MOST_LOGITS = 2**28
 
 def batch_by_tokens(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
     """
-    Put items of similar size together, each batch within a budget of tokens.
+    Put items of similar size together, and return the indices of each batch.
 
-    Args:
-        sizes (`Sequence[tuple[int, int]]`): tokens of two parts of each item, which are padded apart in a batch.
-        budget (`int`): tokens of a batch, padding included; an item that is larger makes a batch of its own.
-
-    Returns:
-        `list[list[int]]`: indices of the items of each batch, largest items first, so that memory that does not
-        suffice shows at once.
+    The two sizes of an item are padded apart in a batch. Padding included, it holds no more tokens than the budget,
+    unless it is one item alone. The largest items come first, so that memory that does not suffice shows at once.
     """
     order = sorted(range(len(sizes)), key=lambda index: (sum(sizes[index]), sizes[index], -index), reverse=True)
     batches: list[list[int]] = []
@@ -43,30 +38,12 @@ def batch_by_tokens(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[
 
 
 def split_batches(rows: Sequence[Any], batch_size: int) -> list[list[Any]]:
-    """
-    Split rows into batches, in their order.
-
-    Args:
-        rows (`Sequence`): what to split.
-        batch_size (`int`): rows of a batch.
-
-    Returns:
-        `list[list]`: the last batch may have fewer rows.
-    """
+    """Split rows into batches, in their order; the last one may be smaller."""
     return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
 def limit_tokens(model: PreTrainedModel, budget: int) -> int:
-    """
-    Lower a budget of tokens to what a forward pass with logits for half of them may hold.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model.
-        budget (`int`): tokens of a batch, padding included.
-
-    Returns:
-        `int`.
-    """
+    """Lower a budget of tokens to what a forward pass with logits for half of them may hold."""
     config: Any = model.config.get_text_config()
     return min(budget, 2 * _MOST_LOGITS // config.vocab_size)
 
@@ -74,19 +51,7 @@ def limit_tokens(model: PreTrainedModel, budget: int) -> int:
 def respond(
     model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], pad_id: int
 ) -> list[list[int]]:
-    """
-    Decode the greedy responses to a batch of prompts, without the processors of the model's generation config.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the target model.
-        prompts (`list[list[int]]`): token ids of each prompt.
-        max_new_tokens (`int`): longest response, in tokens.
-        stop_ids (`list[int]`): tokens that end a response.
-        pad_id (`int`): for padding.
-
-    Returns:
-        `list[list[int]]`: token ids of each response, its stop token included.
-    """
+    """Decode the greedy responses to a batch of prompts, up to their stop tokens, by the plain argmax."""
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -101,16 +66,7 @@ def respond(
 
 
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """
-    Tokens that end a response: those of the model's generation config, otherwise that of the tokenizer.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the model.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): its tokenizer.
-
-    Returns:
-        `list[int]`: empty if there are none.
-    """
+    """Tokens that end a response: those of the model's generation config, otherwise that of the tokenizer."""
     ids = model.generation_config.eos_token_id
     if ids is None:
         ids = tokenizer.eos_token_id
@@ -121,12 +77,7 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 @contextmanager
 def without_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """
-    Leave out the model's own generation defaults: a fixed point is the plain argmax, without any processor.
-
-    Args:
-        model (`transformers.PreTrainedModel`): gets its defaults back at the end.
-    """
+    """Leave out the model's own generation defaults: a fixed point is the plain argmax, without any processor."""
     defaults = model.generation_config
     model.generation_config = GenerationConfig()
     try:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple
@@ -17,14 +18,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._host import count_embeddings
 from ..files import check_file_place, path_inside, write_whole
-from .augmentation import augment_states
-from .collector import Request, Trajectory, collect_trajectories
-from .options import CollectionOptions
-from .progress import Progress
+from .collector import Request, Trajectory, augment_states, collect_trajectories
+from .options import CleaningRules, CollectionOptions
 from .prompts import PromptRow
 from .responding import batch_by_tokens, find_stop_ids, limit_tokens, respond
 from .schema import features
@@ -43,6 +43,42 @@ _NOTES = "cllm_hf"  # key of what a shard says of itself, beside the keys of `da
 _COMPRESSION = 9  # of zstd: 3 to 6% smaller than its default
 
 
+class Progress:
+    """A bar of the prompts of this process, with the rate of response tokens and the number of dropped prompts."""
+
+    def __init__(self, total: int, done: int = 0, show: bool = True):
+        # Without the rate of prompts, which jumps from batch to batch.
+        layout = "{desc}: {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self._bar = tqdm(total=total, initial=done, desc="Collecting", bar_format=layout, disable=not show)
+        self._start = time.perf_counter()
+        self._num_tokens = self._num_dropped = 0
+        self._doing = ""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._doing = "done" if self._bar.n >= self._bar.total else "stopped"
+        self._draw()
+        self._bar.close()
+
+    def say(self, doing: str) -> None:
+        """Say in a few words what is being computed."""
+        self._doing = doing
+        self._draw()
+
+    def advance(self, num_tokens: int = 0, dropped: bool = False) -> None:
+        """Count a prompt as done, by the tokens of its response, or as dropped."""
+        self._num_tokens += num_tokens
+        self._num_dropped += dropped
+        self._draw(refresh=False)
+        self._bar.update()
+
+    def _draw(self, refresh: bool = True) -> None:
+        rate = self._num_tokens / max(time.perf_counter() - self._start, 1e-9)
+        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s, {self._num_dropped} dropped, {self._doing}", refresh)
+
+
 class ShardCollector:
     """
     Collects the records of some prompts; within a `with` statement the model is in evaluation mode.
@@ -56,11 +92,13 @@ class ShardCollector:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         options: CollectionOptions,
+        cleaning: CleaningRules,
         duplicates: Collection[int] = (),
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
+        self.cleaning = cleaning
         self.duplicates = duplicates
         self._schema = features(options.augment).arrow_schema
         self._stop_ids = find_stop_ids(model, tokenizer)
@@ -120,7 +158,7 @@ class ShardCollector:
         return pa.concat_tables(tables).take(np.argsort(places)).combine_chunks(), +counts
 
     def _reason_to_drop_prompt(self, row: PromptRow) -> str | None:
-        rules, longest = self.options.cleaning, self.options.max_new_tokens
+        rules, longest = self.cleaning, self.options.max_new_tokens
         if row.index in self.duplicates:
             return "duplicate"
         if not row.prompt_ids:
@@ -135,7 +173,7 @@ class ShardCollector:
         return "empty" if row.response_ids == [] else None
 
     def _reason_to_drop(self, response: list[int], may_stop: bool = False) -> str | None:
-        reason = self.options.cleaning.reason_to_drop(response, self._text(response), self._stop_ids)
+        reason = self.cleaning.reason_to_drop(response, self._text(response), self._stop_ids)
         return None if reason == "truncated" and may_stop else reason
 
     def _respond(self, rows: list[PromptRow], journal: Journal, progress: Progress) -> dict[int, list[int]]:

@@ -25,61 +25,35 @@ _FAILURES_SHOWN = 20
 
 @dataclass(frozen=True)
 class TransitionFailure:
-    """
-    A transition that the model makes otherwise, at the position where it is furthest from making it.
+    """A transition that the model makes otherwise, at the position where it is furthest from making it."""
 
-    Attributes:
-        data_id (`str`): of the record, or its number if it has none.
-        block (`int`): number of the block in the response.
-        state (`int`): number of the state that was fed.
-        position (`int`): position in the block.
-        expected (`int`): token of the next state in the dataset.
-        got (`int`): token that the model predicts.
-        gap (`float`): how far the logit of `got` lies above that of `expected`.
-        is_near_tie (`bool`): whether rounding alone can cause the gap in the dtype of the model, by the rule of
-            `cllm_hf.blocks.rules`, here and at all other positions. Then the transition holds.
-    """
-
-    data_id: str
-    block: int
-    state: int
-    position: int
-    expected: int
-    got: int
-    gap: float
+    data_id: str  # of the record, or its number if it has none
+    block: int  # number of the block in the response
+    state: int  # number of the state that was fed
+    position: int  # in the block
+    expected: int  # token of the next state in the dataset
+    got: int  # token that the model predicts
+    gap: float  # how far the logit of `got` lies above that of `expected`
+    # Whether rounding alone can cause the gap in the dtype of the model, by the rule of `blocks.ties`, here and at all
+    # other positions. Then the transition holds.
     is_near_tie: bool
 
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """
-    What came out of recomputing transitions.
+    """What came out of recomputing transitions."""
 
-    Attributes:
-        num_transitions (`int`): of the whole dataset.
-        num_requested (`int`): how many were to be checked.
-        num_checked (`int`): how many were; less where the dataset has no more.
-        seed (`int`): of the draw.
-        failures (`list[TransitionFailure]`): those that do not hold, in the order of the dataset.
-        near_ties (`list[TransitionFailure]`): those that hold, but for tokens that rounding has turned over.
-    """
-
-    num_transitions: int
-    num_requested: int
-    num_checked: int
-    seed: int
-    failures: list[TransitionFailure] = field(default_factory=list)
-    near_ties: list[TransitionFailure] = field(default_factory=list)
+    num_transitions: int  # of the whole dataset
+    num_requested: int  # how many were to be checked
+    num_checked: int  # how many were; less where the dataset has no more
+    seed: int  # of the draw
+    failures: list[TransitionFailure] = field(default_factory=list)  # in the order of the dataset
+    near_ties: list[TransitionFailure] = field(default_factory=list)  # what holds but for rounding
 
     @property
     def num_held(self) -> int:
         """Transitions that the model makes just so, or up to near ties."""
         return self.num_checked - len(self.failures)
-
-    @property
-    def num_near_ties(self) -> int:
-        """Transitions that hold up to near ties."""
-        return len(self.near_ties)
 
 
 @torch.no_grad()
@@ -94,20 +68,6 @@ def verify_transitions(
     shared with the packed forward passes that built the dataset. Positions after the end of the response mean nothing
     and are not compared. At a near tie a token holds that is not the best one. Blocks of a single state in records
     whose `is_greedy` is false are no trajectories and are left out.
-
-    Args:
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the target model, as the dataset was built with it.
-        dataset (`datasets.Dataset`): with the columns of `cllm_hf.FEATURES`.
-        count (`int`): how many transitions to check; all, if the dataset has fewer.
-        seed (`int`): of the draw.
-        show_progress (`bool`): whether to draw a progress bar.
-
-    Returns:
-        `VerificationReport`.
-
-    Raises:
-        ValueError: if `count` is below 1, columns are missing, the dataset has no transitions, blocks do not cover
-            their response, states differ in length, or a token is not in the model's vocabulary.
     """
     if count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}. 1000 transitions say much about any dataset.")
@@ -134,19 +94,7 @@ def verify_transitions(
 
 
 def count_transitions(dataset: Dataset) -> tuple[np.ndarray, int]:
-    """
-    Count the transitions of every record, without making Python objects of its states.
-
-    Args:
-        dataset (`datasets.Dataset`): with the columns of `cllm_hf.FEATURES`.
-
-    Returns:
-        `tuple[numpy.ndarray, int]`: an integer for each record, and the block size.
-
-    Raises:
-        ValueError: if columns are missing, the dataset has no transitions, blocks do not cover their response, or
-            states differ in length.
-    """
+    """The number of transitions of every record, without making Python objects of its states, and the block size."""
     check_names(dataset.column_names)
     counts, block_size = [np.zeros(0, dtype=np.int64)], None
     for size, arrays in lay_out(dataset):
@@ -164,15 +112,7 @@ def count_transitions(dataset: Dataset) -> tuple[np.ndarray, int]:
 
 
 def format_verification(report: VerificationReport) -> str:
-    """
-    Say what came out of recomputing transitions.
-
-    Args:
-        report (`VerificationReport`): from `verify_transitions`.
-
-    Returns:
-        `str`: a line, and a table of what does not hold.
-    """
+    """A line on what came out of recomputing transitions, and a table of what does not hold."""
     drawn = f"{report.num_checked} of {report.num_transitions} transitions, drawn at random with seed {report.seed},"
     if report.num_checked == report.num_transitions:
         drawn = f"All {report.num_transitions} transitions"
@@ -180,7 +120,7 @@ def format_verification(report: VerificationReport) -> str:
             drawn += f" (there are fewer than the {report.num_requested} asked for)"
     text = f"{drawn} were recomputed by plain forward passes: {report.num_held} hold, {len(report.failures)} do not."
     if report.near_ties:
-        held = "One of those that hold does" if report.num_near_ties == 1 else f"{report.num_near_ties} that hold do"
+        held = "One of those that hold does" if len(report.near_ties) == 1 else f"{len(report.near_ties)} that hold do"
         text += f" {held} so up to near ties, which the rounding of this dtype can turn over."
     if not report.failures:
         return text

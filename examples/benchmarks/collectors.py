@@ -11,9 +11,8 @@ from datasets import Dataset
 
 from cllm_hf._host import base_model_of
 from cllm_hf.trajectories.builder import TrajectoryBuilder
-from cllm_hf.trajectories.cleaning import CleaningRules
 from cllm_hf.trajectories.collector import draw_first_states
-from cllm_hf.trajectories.options import DEFAULT_TOKENS_PER_BATCH
+from cllm_hf.trajectories.options import DEFAULT_TOKENS_PER_BATCH, CleaningRules
 from cllm_hf.trajectories.responding import find_stop_ids
 from cllm_hf.trajectories.shard import count_dropped
 

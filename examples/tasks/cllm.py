@@ -57,7 +57,7 @@ def collect_trajectories(
         model,
         load_tokenizer(target),
         show_progress=show_bar and Process.current().is_first,
-        **vars(options.collection()),
+        **options.collection(),
     )
     chosen = choose(problems, section.num_prompts, options.seed)
     # The number of its problem is the name of each record.

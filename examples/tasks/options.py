@@ -13,8 +13,7 @@ from trl import SFTConfig
 
 from cllm_hf.options import JacobiOptions, check_block_size
 from cllm_hf.training.config import CLLMConfig
-from cllm_hf.trajectories.cleaning import CleaningRules
-from cllm_hf.trajectories.options import DEFAULT_TOKENS_PER_BATCH, CollectionOptions
+from cllm_hf.trajectories.options import DEFAULT_TOKENS_PER_BATCH, CleaningRules, CollectionOptions
 
 from .model_options import ModelOptions, describe_model, read_model
 from .sections import apply_overrides, changed_values, check_names, closest, read_section
@@ -202,24 +201,25 @@ class Options:
             config.block_size = self.block_size
         return config
 
-    def collection(self) -> CollectionOptions:
+    def collection(self) -> dict[str, Any]:
         """
         Options of the collection.
 
         Returns:
-            `CollectionOptions`.
+            `dict`: arguments of `TrajectoryBuilder`.
 
         Raises:
             ValueError: for a value out of range.
         """
-        section = self.collect
-        cleaning = CleaningRules.from_options(section)
-        shared = {field.name for field in dataclasses.fields(CollectionOptions)} & set(vars(section))
-        values = {name: getattr(section, name) for name in shared - {"max_new_tokens"}}
-        longest = section.max_new_tokens or self.max_new_tokens
-        return CollectionOptions(
-            block_size=self.block_size, max_new_tokens=longest, seed=self.seed, cleaning=cleaning, **values
-        )
+        section = vars(self.collect)
+        rules = {field.name: section[field.name] for field in dataclasses.fields(CleaningRules)}
+        for name in ("max_token_run", "max_sentence_repeats"):  # 0 is no such rule, as of `cllm collect`
+            rules[name] = rules[name] or None
+        shared = {field.name for field in dataclasses.fields(CollectionOptions)} & set(section)
+        values = {name: section[name] for name in shared - {"max_new_tokens"}}
+        longest = self.collect.max_new_tokens or self.max_new_tokens
+        collection = CollectionOptions(block_size=self.block_size, max_new_tokens=longest, seed=self.seed, **values)
+        return {**vars(collection), "cleaning": CleaningRules(**rules)}
 
 
 def read_options(

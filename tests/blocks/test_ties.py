@@ -134,7 +134,7 @@ def test_verifying_goes_by_the_same_rule(dtype, gap, is_near):
     }
     found_there = report.near_ties if is_near else report.failures
     assert {(failure.block, failure.state) for failure in found_there} == differing and differing
-    assert len(report.failures) + report.num_near_ties == len(differing)
+    assert len(report.failures) + len(report.near_ties) == len(differing)
     assert report.num_held == report.num_checked - len(report.failures)
     assert all(one.is_near_tie == is_near and one.gap == gap for one in found_there)
     assert {(one.expected, one.got) for one in found_there} == {(6, 5), (12, 11)}

@@ -22,7 +22,7 @@ from cllm_hf.evaluation.model_comparison import compare_models, measure_converge
 from cllm_hf.evaluation.model_report import format_models, plot_models
 from cllm_hf.evaluation.shapes import random_prompts
 from cllm_hf.training.inputs import make_lossless_config, prepare_drafter
-from cllm_hf.trajectories.cleaning import CleaningRules
+from cllm_hf.trajectories.options import CleaningRules
 from cllm_hf.trajectories.sources import read_prompts_and_answers
 
 

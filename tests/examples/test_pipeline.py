@@ -131,7 +131,7 @@ def test_values_have_the_types_of_their_fields(tmp_path):
     assert config.save_strategy == "no" and config.block_size_schedule == [2, 4] and config.seed == 5
     assert Path(config.output_dir) == tmp_path / "here" and not config.report_to
     assert options.task.count == 3 and options.task.seed == options.seed == 5
-    assert options.collection().cleaning.max_token_run is None and options.collection().block_size == 4
+    assert options.collection()["cleaning"].max_token_run is None and options.collection()["block_size"] == 4
 
 
 def test_sharding_is_an_option_without_a_value(tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import cllm_hf
 from cllm_hf import CleaningRules, CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_cllm
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.trajectories.augmentation import augment_states
+from cllm_hf.trajectories.collector import augment_states
 from cllm_hf.trajectories.schema import features
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cllm_hf import CleaningRules
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.trajectories.cleaning import longest_run, most_repeats
+from cllm_hf.trajectories.options import longest_run, most_repeats
 
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm_hf.trajectories.augmentation import augment_states
+from cllm_hf.trajectories.collector import augment_states
 
 
 def trajectories(block_size=6, tokens=3):
