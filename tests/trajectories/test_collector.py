@@ -80,9 +80,3 @@ def test_padding_stays():
     for seed in range(20):
         (state,) = augment_states(trajectory, 3, np.random.default_rng(seed))
         assert state in ([9, 2, 9, 7], [9, 9, 3, 7])
-
-
-@pytest.mark.parametrize(("trajectory", "length"), [([], 1), ([[1, 2]], 0), ([[1, 2]], 3)])
-def test_what_is_refused(trajectory, length):
-    with pytest.raises(ValueError, match=f"`length={length}`"):
-        augment_states(trajectory, length, np.random.default_rng(0))
