@@ -56,7 +56,7 @@ def push_trajectories(
     because the text of a card is its author's work and ours can be made anew at any time.
 
     Files of the configuration `"default"` lie at the top of the repository, those of others in a folder of their name,
-    in each case just as in `folder`. Shards without records are left out, which the host cannot load.
+    in each case just as in `folder`. Shards without records are left out, which `datasets` cannot load.
 
     Args:
         folder (`str` or `pathlib.Path`): the output folder of a `TrajectoryBuilder`; it is not changed.
@@ -122,17 +122,8 @@ def check_can_push(
     kind: str = "dataset",
 ) -> None:
     """
-    Check that a dataset or a model can be pushed, before the work that leads to it.
-
-    Nothing is made or changed on the Hub.
-
-    Args:
-        repo_id (`str`): id of the repository.
-        token (`str`, *optional*): access token for the Hub; by default the stored one.
-        create_pr (`bool`): whether it is to be a pull request, which anybody may open.
-        private (`bool`, *optional*): whether a new dataset is private.
-        config_name (`str`, *optional*): name of the configuration of a dataset.
-        kind (`str`): what is to be pushed, `"dataset"` or `"model"`.
+    Check that a dataset or a model (`kind`) can be pushed, before the work that leads to it; the arguments are those
+    of `push_trajectories`. Nothing is made or changed on the Hub.
 
     Raises:
         OSError: if there is no token, it is not valid or may not write there, or the Hub cannot be reached.
