@@ -18,10 +18,10 @@ from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.loading import load_tokenizer
 from cllm_hf.show.picture import draw_blocks, token_decoder
+from cllm_hf.show.terminal import BlockTrajectory
 from cllm_hf.trajectories import command
 from cllm_hf.trajectories.options import CollectArguments, CollectionOptions, parse_collect
 from cllm_hf.trajectories.sources import apply_template, read_source
-from cllm_hf.trajectories.statistics import BlockTrajectory
 
 
 PROMPTS = [problem.prompt for problem in make_problems(12, seed=3)]

@@ -17,12 +17,11 @@ from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_dec
 from ..files import check_writable, save_whole
 from ..process import quiet_hosts
 from ..show.picture import token_decoder
-from ..show.terminal import format_blocks
+from ..show.terminal import BlockTrajectory, format_blocks
 from ..text import format_table
 from ..trajectories.builder import TrajectoryBuilder
 from ..trajectories.loading import load_trajectories
 from ..trajectories.options import KEEP_ALL
-from ..trajectories.statistics import BlockTrajectory
 from .problems import Problem, make_problems, make_tokenizer, read_answer
 from .training import DemoOptions, make_cllm_trainer, make_lossless_trainer, make_model, train_target
 

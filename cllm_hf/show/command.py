@@ -24,15 +24,9 @@ from ..trajectories.command import load_all, load_model
 from ..trajectories.loading import find_manifest
 from ..trajectories.prompts import Prompt
 from ..trajectories.sources import PLACE, apply_template, read_source
-from ..trajectories.statistics import (
-    BlockTrajectory,
-    format_histogram,
-    format_statistics,
-    measure_trajectories,
-    plot_statistics,
-)
+from ..trajectories.statistics import format_histogram, format_statistics, measure_trajectories, plot_statistics
 from .picture import TrajectoryPicture, collect_block, draw_blocks, token_decoder
-from .terminal import format_record, indented
+from .terminal import BlockTrajectory, format_record, indented
 
 
 _BLOCK_SIZE = 16  # of models that have no Jacobi defaults

@@ -19,8 +19,7 @@ from ..options import as_integer
 from ..trajectories.builder import TrajectoryBuilder
 from ..trajectories.options import KEEP_ALL
 from ..trajectories.prompts import Prompt
-from ..trajectories.statistics import BlockTrajectory
-from .terminal import format_blocks, indented, visible_tokens
+from .terminal import BlockTrajectory, format_blocks, indented, visible_tokens
 
 
 # Told apart also by those who are color-blind: face, text and corner of a cell. The corner tells them apart in gray.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -11,13 +12,65 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ..trajectories.statistics import BlockTrajectory
+from ..trajectories.statistics import TrajectoryStatistics, measure_trajectories
 
 
 _LONGEST_TOKEN = 20
 _MARGIN = 4  # columns of the number of a state
 _GAP = 4  # columns between two blocks
 _UNLIMITED = 10**6  # columns: blocks are split here, so that no cell is cut or wrapped
+
+
+@dataclass(frozen=True)
+class BlockTrajectory:
+    """The states of a block, from the first draft to the fixed point, without padding after the response."""
+
+    states: list[list[int]]  # each as long as the block is in its response
+    number: int = 0  # of the block in its response, from 0
+    start: int = 0  # place of its first token in the response, from 0
+    is_trajectory: bool = True  # not if the single state is the response's own tokens, where it is not greedy
+    name: str = ""  # what it is called in a picture, such as the name of the model
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], number: int, name: str = "") -> BlockTrajectory:
+        """Take a block out of a record, counted from 0; without `is_greedy` the record is taken as greedy."""
+        states = record["states"][number]
+        start = number * len(states[0])
+        length = min(len(states[0]), len(record["response_ids"]) - start)
+        is_trajectory = record.get("is_greedy") is not False or len(states) > 1
+        return cls([list(state[:length]) for state in states], number, start, is_trajectory, name)
+
+    @property
+    def span(self) -> str:
+        """Which tokens of the response it holds, counted from 0, such as `"tokens 16 to 31"`."""
+        last = self.start + len(self.states[-1]) - 1
+        return f"tokens {self.start} to {last}" if last > self.start else f"token {self.start}"
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations to converge, the confirming one not counted."""
+        return len(self.states) - 1
+
+    @property
+    def statistics(self) -> TrajectoryStatistics:
+        """What `measure_trajectories` counts on it."""
+        return measure_trajectories([{"response_ids": self.states[-1], "states": [self.states]}])
+
+    @property
+    def wrong(self) -> list[list[bool]]:
+        """Of each token of each state, whether it is another one than at the fixed point."""
+        return [[token != right for token, right in zip(state, self.states[-1])] for state in self.states]
+
+    def describe(self) -> str:
+        """Say how it converges, such as `"3 iterations to converge, 9 fast-forwarded, 4 stationary"`."""
+        if not self.is_trajectory:
+            return "its own tokens, where it is not greedy"
+        figures = self.statistics
+        noun = "iteration" if self.num_iterations == 1 else "iterations"
+        return (
+            f"{self.num_iterations} {noun} to converge, {figures.mean_fast_forwarded:.0f} fast-forwarded, "
+            f"{figures.mean_stationary:.0f} stationary"
+        )
 
 
 def format_record(

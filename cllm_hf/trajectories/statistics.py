@@ -1,11 +1,11 @@
-"""How blocks converge: what is counted on a dataset, how that is shown, and the trajectory of a single block."""
+"""How fast blocks converge: what a trajectory dataset says about the model that made it."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,21 +94,10 @@ class TrajectoryStatistics:
             )
 
     def __add__(self, other: object) -> TrajectoryStatistics:
-        """
-        Add the statistics of two parts of a dataset.
-
-        Args:
-            other (`TrajectoryStatistics`): of the same block size.
-
-        Returns:
-            `TrajectoryStatistics`.
-
-        Raises:
-            ValueError: for different block sizes.
-        """
+        """Add the statistics of two parts of a dataset, which have one block size."""
         if not isinstance(other, TrajectoryStatistics):
             return NotImplemented
-        _check_one_block_size([self, other])
+        _check_comparable([self, other])
         added = {name: getattr(self, name) + getattr(other, name) for name in (*_SUMS, *_COUNTERS)}
         return TrajectoryStatistics(self.block_size, **added)
 
@@ -266,7 +255,7 @@ def format_statistics(named: Mapping[str, TrajectoryStatistics]) -> str:
     A Markdown table of the means of one or more datasets, by the titles of their columns; with two of them the ratio
     of the second to the first stands in a further column.
     """
-    _check_comparable(named)
+    _check_comparable(named.values())
     columns = list(named.values())
     rows = [(title, *(f"{getattr(one, name):,}" for one in columns)) for title, name in _SIZES]
     rows += [(title, *(_decimals(getattr(one, name)) for one in columns)) for title, name in _MEANS]
@@ -311,7 +300,7 @@ def plot_statistics(named: Mapping[str, TrajectoryStatistics], path: Path) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    _check_comparable(named)
+    _check_comparable(named.values())
     check_writable_file(path)
     with style.context("default"):  # whatever the user has set for plots of their own
         figure = Figure(figsize=(12, 4), dpi=150, layout="constrained")
@@ -390,68 +379,12 @@ def _mean(counter: Mapping[int, int]) -> float:
     return sum(value * number for value, number in counter.items()) / blocks if blocks else math.nan
 
 
-def _check_comparable(named: Mapping[str, TrajectoryStatistics]) -> None:
-    if not named:
+def _check_comparable(statistics: Collection[TrajectoryStatistics]) -> None:
+    if not statistics:
         raise ValueError("There are no statistics to show, got an empty mapping. Pass those of at least one dataset.")
-    _check_one_block_size(named.values())
-
-
-def _check_one_block_size(statistics: Iterable[TrajectoryStatistics]) -> None:
     sizes = sorted({one.block_size for one in statistics})
     if len(sizes) > 1:
         raise ValueError(
             f"Statistics of different block sizes cannot be added or compared, got `block_size` {sizes}. Build both "
             "datasets with the same `block_size`."
-        )
-
-
-@dataclass(frozen=True)
-class BlockTrajectory:
-    """The states of a block, from the first draft to the fixed point, without padding after the response."""
-
-    states: list[list[int]]  # each as long as the block is in its response
-    number: int = 0  # of the block in its response, from 0
-    start: int = 0  # place of its first token in the response, from 0
-    is_trajectory: bool = True  # not if the single state is the response's own tokens, where it is not greedy
-    name: str = ""  # what it is called in a picture, such as the name of the model
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any], number: int, name: str = "") -> BlockTrajectory:
-        """Take a block out of a record, counted from 0; without `is_greedy` the record is taken as greedy."""
-        states = record["states"][number]
-        start = number * len(states[0])
-        length = min(len(states[0]), len(record["response_ids"]) - start)
-        is_trajectory = record.get("is_greedy") is not False or len(states) > 1
-        return cls([list(state[:length]) for state in states], number, start, is_trajectory, name)
-
-    @property
-    def span(self) -> str:
-        """Which tokens of the response it holds, counted from 0, such as `"tokens 16 to 31"`."""
-        last = self.start + len(self.states[-1]) - 1
-        return f"tokens {self.start} to {last}" if last > self.start else f"token {self.start}"
-
-    @property
-    def num_iterations(self) -> int:
-        """Iterations to converge, the confirming one not counted."""
-        return len(self.states) - 1
-
-    @property
-    def statistics(self) -> TrajectoryStatistics:
-        """What `measure_trajectories` counts on it."""
-        return measure_trajectories([{"response_ids": self.states[-1], "states": [self.states]}])
-
-    @property
-    def wrong(self) -> list[list[bool]]:
-        """Of each token of each state, whether it is another one than at the fixed point."""
-        return [[token != right for token, right in zip(state, self.states[-1])] for state in self.states]
-
-    def describe(self) -> str:
-        """Say how it converges, such as `"3 iterations to converge, 9 fast-forwarded, 4 stationary"`."""
-        if not self.is_trajectory:
-            return "its own tokens, where it is not greedy"
-        figures = self.statistics
-        noun = "iteration" if self.num_iterations == 1 else "iterations"
-        return (
-            f"{self.num_iterations} {noun} to converge, {figures.mean_fast_forwarded:.0f} fast-forwarded, "
-            f"{figures.mean_stationary:.0f} stationary"
         )

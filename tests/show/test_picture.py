@@ -16,8 +16,7 @@ from rich.cells import cell_len
 from cllm_hf import draw_trajectories, set_jacobi_defaults
 from cllm_hf.cli import main
 from cllm_hf.show.picture import TrajectoryPicture, draw_blocks
-from cllm_hf.show.terminal import format_blocks
-from cllm_hf.trajectories.statistics import BlockTrajectory
+from cllm_hf.show.terminal import BlockTrajectory, format_blocks
 
 
 PROMPT = "Mia has 7 apples . Mia buys 5 more . How many apples does Mia have now ?"

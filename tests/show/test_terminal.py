@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from cllm_hf.show.terminal import format_blocks, format_record, visible_token
-from cllm_hf.trajectories.statistics import BlockTrajectory
+from cllm_hf.show.terminal import BlockTrajectory, format_blocks, format_record, visible_token
 
 
 RECORD = {
