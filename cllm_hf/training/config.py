@@ -56,18 +56,18 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool], str]] = {
     "ar_label_smoothing": ("at least 0 and below 1", lambda value: 0 <= value < 1, "0 and 0.1"),
     "position_decay": ("greater than 0", lambda value: value > 0, "4 to 32"),
 }
-# Options of a consistency loss and an AR loss, and the values that ask for nothing.
-NOT_LOSSLESS = {
-    "ar_loss_weight": 1.0,
-    "consistency": "global",
-    "ar_labels": "response",
-    "ar_label_smoothing": 0.0,
-    "states_per_block": 1,
-    "state_sampling": "uniform",
-    "context": "clean",
-}
+# Options of a consistency loss and an AR loss, which must have their defaults in lossless training.
+NOT_LOSSLESS = (
+    "ar_loss_weight",
+    "consistency",
+    "ar_labels",
+    "ar_label_smoothing",
+    "states_per_block",
+    "state_sampling",
+    "context",
+)
 # Options that have a place there alone.
-LOSSLESS_ALONE = {"markov_rank": 64, "drafts_per_response": 12}
+LOSSLESS_ALONE = ("markov_rank", "drafts_per_response")
 
 
 def _option(default: Any, help: str, choices: Iterable[str] = ()) -> Any:
@@ -244,15 +244,14 @@ class CLLMConfig(SFTConfig):
             self.block_size_schedule = sizes
 
     def _check_lossless(self) -> None:
-        table = NOT_LOSSLESS if self.lossless else LOSSLESS_ALONE
         if self.lossless:
             reason = (
                 "has no place with `lossless=True`, which trains no states and leaves the model as it is. Drop one"
             )
         else:
             reason = "has an effect with `lossless=True` alone, got it without. Pass both, or drop this one"
-        for name, neutral in table.items():
-            if getattr(self, name) != neutral:
+        for name in NOT_LOSSLESS if self.lossless else LOSSLESS_ALONE:
+            if getattr(self, name) != CLLMConfig.__dataclass_fields__[name].default:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` {reason}.")
         if not self.lossless:
             return

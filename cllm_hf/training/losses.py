@@ -1,4 +1,12 @@
-"""Per-position losses, as pure functions. Which positions count and how they are summed is decided by the caller."""
+"""
+Per-position losses, as pure functions. Which positions count and how they are summed is decided by the caller.
+
+Each divergence takes the model's `logits` at a state and the target's `target_logits` at the fixed point, both of
+shape `(num_positions, vocab_size)`, and gives a float32 tensor of shape `(num_positions,)`. `p` is the target's
+distribution at a position, and takes no gradient; `q` is the model's. Every divergence is 0 where both agree. Both
+logits are divided by `temperature`, and the divergence is multiplied by its square, which keeps the size of the
+gradient (arXiv 1503.02531, section 2).
+"""
 
 from __future__ import annotations
 
@@ -11,20 +19,11 @@ import torch.nn.functional as F
 
 def forward_kl(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """
-    Forward Kullback-Leibler divergence from the target's distribution, `sum_v p(v) (log p(v) - log q(v))`.
+    Forward Kullback-Leibler divergence from the target's distribution, `sum_v p(v) (log p(v) - log q(v))`, in nats.
 
-    `p` is the target's, and takes no gradient; `q` is the model's. It is 0 where both agree, `-log q(v)` where `p` is
-    sure of `v`, and grows without bound where `q` misses what `p` has. The global consistency loss of CLLM
-    (arXiv 2403.00835, section 3.2) takes `p` at the fixed point and `q` at a state of the trajectory.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
-        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
-        temperature (`float`): both logits are divided by it, and the divergence multiplied by its square, which keeps
-            the size of the gradient (arXiv 1503.02531, section 2).
-
-    Returns:
-        `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
+    It is `-log q(v)` where `p` is sure of `v`, and grows without bound where `q` misses what `p` has. The global
+    consistency loss of CLLM (arXiv 2403.00835, section 3.2) takes `p` at the fixed point and `q` at a state of the
+    trajectory.
     """
     log_p, log_q = _log_probabilities(logits, target_logits, temperature)
     return temperature**2 * _sum_where(log_p, log_p, log_q)
@@ -32,18 +31,10 @@ def forward_kl(logits: torch.Tensor, target_logits: torch.Tensor, temperature: f
 
 def reverse_kl(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """
-    Reverse Kullback-Leibler divergence, `sum_v q(v) (log q(v) - log p(v))`.
+    Reverse Kullback-Leibler divergence, `sum_v q(v) (log q(v) - log p(v))`, in nats.
 
-    `p` is the target's, and takes no gradient; `q` is the model's. It is 0 where both agree, and small where `q` holds
-    to one of several tokens that `p` likes; `q` is punished without bound for what `p` rules out.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
-        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
-        temperature (`float`): as in `forward_kl`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
+    It is small where `q` holds to one of several tokens that `p` likes; `q` is punished without bound for what `p`
+    rules out.
     """
     log_p, log_q = _log_probabilities(logits, target_logits, temperature)
     return temperature**2 * _sum_where(log_q, log_q, log_p)
@@ -51,18 +42,10 @@ def reverse_kl(logits: torch.Tensor, target_logits: torch.Tensor, temperature: f
 
 def jensen_shannon(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """
-    Jensen-Shannon divergence, `KL(p || m) / 2 + KL(q || m) / 2` with `m = (p + q) / 2`.
+    Jensen-Shannon divergence, `KL(p || m) / 2 + KL(q || m) / 2` with `m = (p + q) / 2`, in nats.
 
-    `p` is the target's, and takes no gradient; `q` is the model's. It is 0 where both agree and `log 2` where they
-    have no token in common; it is symmetric, and bounded (arXiv 2306.13649, section 2, with its beta at one half).
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
-        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
-        temperature (`float`): as in `forward_kl`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
+    It is `log 2` where both have no token in common; it is symmetric, and bounded (arXiv 2306.13649, section 2, with
+    its beta at one half).
     """
     log_p, log_q = _log_probabilities(logits, target_logits, temperature)
     # Where both are 0, `logaddexp` has no gradient, not even one that a factor of 0 takes away.
@@ -73,19 +56,11 @@ def jensen_shannon(logits: torch.Tensor, target_logits: torch.Tensor, temperatur
 
 def total_variation(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """
-    Total variation distance, `sum_v |p(v) - q(v)| / 2`.
+    Total variation distance, `sum_v |p(v) - q(v)| / 2`, between 0 and 1 at temperature 1.
 
-    `p` is the target's, and takes no gradient; `q` is the model's. It is 0 where both agree and 1 where they have no
-    token in common. One minus it is the chance that a sample of `q` can pass for one of `p`: the rate of acceptance of
-    speculative sampling (arXiv 2211.17192, section 3.2). Its gradient is small where `q` is far off.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
-        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
-        temperature (`float`): as in `forward_kl`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_positions,)`, float32, between 0 and `temperature**2`.
+    It is 1 where both have no token in common. One minus it is the chance that a sample of `q` can pass for one of
+    `p`: the rate of acceptance of speculative sampling (arXiv 2211.17192, section 3.2). Its gradient is small where
+    `q` is far off.
     """
     log_p, log_q = _log_probabilities(logits, target_logits, temperature)
     return temperature**2 * (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
@@ -95,19 +70,10 @@ def negative_log_acceptance(
     logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """
-    Negative logarithm of the rate of acceptance, `-log sum_v min(p(v), q(v))`.
+    Negative logarithm of the rate of acceptance, `-log sum_v min(p(v), q(v))`, in nats.
 
-    `p` is the target's, and takes no gradient; `q` is the model's. It is 0 where both agree and grows where they have
-    less in common. The rate is that of speculative sampling (arXiv 2211.17192, section 3.2); its logarithm keeps the
-    gradient of `total_variation` alive where `q` is far off.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
-        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
-        temperature (`float`): as in `forward_kl`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_positions,)`, float32, in nats.
+    It grows where both have less in common. The rate is that of speculative sampling (arXiv 2211.17192, section 3.2);
+    its logarithm keeps the gradient of `total_variation` alive where `q` is far off.
     """
     log_p, log_q = _log_probabilities(logits, target_logits, temperature)
     smaller = torch.minimum(log_p, log_q)
@@ -122,16 +88,7 @@ def acceptance_hybrid(logits: torch.Tensor, target_logits: torch.Tensor, tempera
     """
     Forward KL where little is accepted, total variation where much is: `w KL + (1 - w) TV`, `w = exp(-3 a)`.
 
-    `a` is the rate of acceptance, `1 - TV`, without gradient. `p` is the target's, and takes no gradient; `q` is the
-    model's. It is 0 where both agree.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's, at a state.
-        target_logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the target's, at the fixed point.
-        temperature (`float`): as in `forward_kl`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_positions,)`, float32.
+    `a` is the rate of acceptance, `1 - TV`, without gradient.
     """
     log_p, log_q = _log_probabilities(logits, target_logits, temperature)
     distance = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2

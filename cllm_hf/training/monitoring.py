@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -27,85 +26,18 @@ from ..trajectories.statistics import measure_trajectories
 logger = logging.get_logger(__name__)
 NGRAM_LENGTH = 4
 _SEED = 0  # of first drafts, so that two evaluations differ by the model alone
-
-
-@dataclass(frozen=True)
-class DecodingMeasures:
-    """
-    What was counted while some responses were decoded by Jacobi.
-
-    These are sums only, so that those of several processes can be added before anything is divided.
-
-    Attributes:
-        num_responses (`int`): decoded responses.
-        num_tokens (`int`): their tokens.
-        num_forwards (`int`): forward passes that each response took part in, prefill included, summed.
-        num_blocks (`int`): blocks of the decoded responses that have a trajectory of their own.
-        num_fast_forwarded (`int`): fast-forwarded tokens of those blocks.
-        num_stationary (`int`): stationary tokens of those blocks.
-        num_compared (`int`): tokens of the target model's greedy responses.
-        num_agreed (`int`): of those, the ones that the model says too, given the ones before.
-        num_near_ties (`int`): of the others, the ones that it says but for rounding; see `blocks.rules`.
-        num_ngrams (`int`): n-grams of 4 tokens in the decoded responses.
-        num_repeated (`int`): of those, the ones that stood earlier in the same response.
-        num_target_tokens (`int`): tokens of the dataset's responses, cut to as many as may be decoded.
-        num_target_ngrams (`int`): n-grams of 4 tokens in those.
-        num_target_repeated (`int`): of those, the ones that stood earlier in the same response.
-    """
-
-    num_responses: int = 0
-    num_tokens: int = 0
-    num_forwards: int = 0
-    num_blocks: int = 0
-    num_fast_forwarded: int = 0
-    num_stationary: int = 0
-    num_compared: int = 0
-    num_agreed: int = 0
-    num_near_ties: int = 0
-    num_ngrams: int = 0
-    num_repeated: int = 0
-    num_target_tokens: int = 0
-    num_target_ngrams: int = 0
-    num_target_repeated: int = 0
-
-    def __add__(self, other: object) -> DecodingMeasures:
-        """
-        Add the counts of other responses.
-
-        Args:
-            other (`DecodingMeasures`): of the same model.
-
-        Returns:
-            `DecodingMeasures`.
-        """
-        if not isinstance(other, DecodingMeasures):
-            return NotImplemented
-        return DecodingMeasures(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other))))
-
-    def to_metrics(self, prefix: str = "eval") -> dict[str, float]:
-        """
-        Divide.
-
-        Args:
-            prefix (`str`): stands before each name, with an underscore.
-
-        Returns:
-            `dict[str, float]`: `tokens_per_forward`, `fast_forwarded` and `stationary` (tokens a block), `agreement`,
-            `near_ties`, `repetition` and `target_repetition` (shares from 0 to 1), `response_tokens` and
-            `target_response_tokens` (tokens a response). What nothing was counted for is left out.
-        """
-        fractions = {
-            "tokens_per_forward": (self.num_tokens, self.num_forwards),
-            "fast_forwarded": (self.num_fast_forwarded, self.num_blocks),
-            "stationary": (self.num_stationary, self.num_blocks),
-            "agreement": (self.num_agreed, self.num_compared),
-            "near_ties": (self.num_near_ties, self.num_compared),
-            "repetition": (self.num_repeated, self.num_ngrams),
-            "target_repetition": (self.num_target_repeated, self.num_target_ngrams),
-            "response_tokens": (self.num_tokens, self.num_responses),
-            "target_response_tokens": (self.num_target_tokens, self.num_responses if self.num_target_tokens else 0),
-        }
-        return {f"{prefix}_{name}": part / whole for name, (part, whole) in fractions.items() if whole}
+# Each is a part of a whole, and those of several batches and processes are added before anything is divided.
+METRICS = (
+    "tokens_per_forward",  # tokens of the responses / forward passes that each took part in, prefill included
+    "fast_forwarded",  # fast-forwarded tokens / blocks that have a trajectory of their own
+    "stationary",  # stationary tokens / the same blocks
+    "agreement",  # tokens that the model says too, given those before / tokens of the target's greedy responses
+    "near_ties",  # further tokens that it says but for rounding (see `blocks.rules`) / the same tokens
+    "repetition",  # n-grams that stood earlier in the same response / n-grams of the responses
+    "target_repetition",  # the same of the dataset's responses, cut to as many tokens as may be decoded
+    "response_tokens",  # tokens of the responses / responses
+    "target_response_tokens",  # tokens of the dataset's responses, cut so / the same
+)
 
 
 def measure_decoding(
@@ -117,67 +49,46 @@ def measure_decoding(
     max_new_tokens: int | None = None,
     batch_size: int = 8,
     decoding: str = JACOBI,
-) -> DecodingMeasures:
+) -> torch.Tensor:
     """
     Decode the prompts of some records by Jacobi, and compare with the target model's responses; or with a lossless
     adapter, whose text is the target model's own, so that there is nothing to compare.
 
-    The model's text is the plain argmax, without the processors of its generation config. The same weights give the
-    same counts, whatever was drawn at random before, and nothing is drawn from the global generators. The model and
-    its modes are left as they were.
-
-    Args:
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the model, with all its weights on this process.
-        records (`Sequence[Mapping]`): trajectory records of the target model.
-        block_size (`int`): tokens of a block.
-        pad_id (`int`): for padding.
-        stop_ids (`Collection[int]`): tokens that end a response.
-        max_new_tokens (`int`, *optional*): longest response to decode; by default the longest of the records.
-        batch_size (`int`): prompts that are decoded together. Random tokens of first drafts are drawn for a batch as a
-            whole, so that `num_forwards` changes a little with it, and nothing else does.
-        decoding (`str`): `"jacobi"` or `"lossless"`.
+    The model's text is the plain argmax, without the processors of its generation config, and no longer than
+    `max_new_tokens`, by default the longest response of the records. The same weights give the same counts, whatever
+    was drawn at random before, and nothing is drawn from the global generators; but random tokens of first drafts are
+    drawn for a batch as a whole, so that the number of forward passes changes a little with `batch_size`. The model
+    and its modes are left as they were.
 
     Returns:
-        `DecodingMeasures`: all zero without records.
+        `torch.LongTensor` of shape `(len(METRICS), 2)`: parts and wholes.
     """
+    measures = torch.zeros(len(METRICS), 2, dtype=torch.long)
     if not records:
-        return DecodingMeasures()
+        return measures
     model = base_model_of(model)  # with the layers of an adapter in it
     limit = max_new_tokens or max(len(record["response_ids"]) for record in records)
-    measures = DecodingMeasures()
     with torch.no_grad(), _evaluation_mode(model):
         for batch in split_batches(records, batch_size):
-            measures += _measure_batch(model, batch, block_size, pad_id, list(stop_ids), limit, decoding)
+            found = _measure_batch(model, batch, block_size, pad_id, list(stop_ids), limit, decoding)
+            measures += torch.tensor([found.get(name, (0, 0)) for name in METRICS])
     return measures
 
 
+def to_metrics(measures: torch.Tensor, prefix: str = "eval") -> dict[str, float]:
+    """Divide; what nothing was counted for is left out."""
+    return {f"{prefix}_{name}": part / whole for name, (part, whole) in zip(METRICS, measures.tolist()) if whole}
+
+
 def count_repeated(token_ids: Sequence[int], length: int = NGRAM_LENGTH) -> tuple[int, int]:
-    """
-    Count the n-grams that stood earlier in the same text.
-
-    Args:
-        token_ids (`Sequence[int]`): tokens of the text.
-        length (`int`): tokens of an n-gram.
-
-    Returns:
-        `tuple[int, int]`: how many did, and how many n-grams there are. 0 of 0 for a text that is too short.
-    """
+    """How many n-grams stood earlier in the same text, and how many n-grams there are."""
     ngrams = list(zip(*(token_ids[start:] for start in range(length))))
     return len(ngrams) - len(set(ngrams)), len(ngrams)
 
 
 def decoding_metrics(trainer: Any, dataloader: DataLoader, prefix: str) -> dict[str, float]:
     """
-    Measure decoding in an evaluation of `CLLMTrainer`; every process calls it and gets the metrics of all.
-
-    Args:
-        trainer (`CLLMTrainer`): its model is decoded with.
-        dataloader (`torch.utils.data.DataLoader`): of the evaluation; its first records are taken.
-        prefix (`str`): of the names.
-
-    Returns:
-        `dict[str, float]`: see `DecodingMeasures.to_metrics`. Empty with `num_monitored_prompts=0`, and for a model
-        whose weights are spread over processes.
+    Decode the first prompts of an evaluation of `CLLMTrainer`; every process calls this and gets the metrics of all.
     """
     args, accelerator = trainer.args, trainer.accelerator
     if not args.num_monitored_prompts:
@@ -205,9 +116,8 @@ def decoding_metrics(trainer: Any, dataloader: DataLoader, prefix: str) -> dict[
             model, share, trainer.block_size, pad_id, stop_ids, limit, args.per_device_eval_batch_size, decoding
         )
     if accelerator.num_processes > 1:
-        counts = torch.tensor(astuple(measures), device=accelerator.device)
-        measures = DecodingMeasures(*accelerator.reduce(counts, reduction="sum").tolist())
-    return measures.to_metrics(prefix)
+        measures = accelerator.reduce(measures.to(accelerator.device), reduction="sum")
+    return to_metrics(measures, prefix)
 
 
 def _measure_batch(
@@ -218,14 +128,14 @@ def _measure_batch(
     stop_ids: list[int],
     limit: int,
     decoding: str,
-) -> DecodingMeasures:
+) -> dict[str, tuple[int, int]]:
     prompts = [list(map(int, record["prompt_ids"])) for record in records]
     targets = [list(map(int, record["response_ids"])) for record in records]
     responses, num_forwards = _decode(model, prompts, block_size, pad_id, stop_ids, limit, decoding)
+    num_tokens = sum(map(len, responses))
+    speed = {"tokens_per_forward": (num_tokens, num_forwards), "response_tokens": (num_tokens, len(responses))}
     if decoding == LOSSLESS:
-        return DecodingMeasures(
-            num_responses=len(responses), num_tokens=sum(map(len, responses)), num_forwards=num_forwards
-        )
+        return speed
     requests = [Request(prompt, response, (_SEED, 0)) for prompt, response in zip(prompts, responses)]
     # Blocks in which a response is not what one forward pass over all of it says, near ties apart, are not counted.
     trajectories = collect_trajectories(model, requests, block_size, pad_id, stop_ids, keep_not_greedy=True)
@@ -242,26 +152,19 @@ def _measure_batch(
         block_size,
     )
     greedy = [row for row, record in enumerate(records) if record.get("is_greedy") in (None, True)]
-    num_repeated, num_ngrams = _add_up(map(count_repeated, responses))
-    cut = [target[:limit] for target in targets]
-    num_target_repeated, num_target_ngrams = _add_up(map(count_repeated, cut))
+    num_compared = sum(len(targets[row]) for row in greedy)
     num_agreed, num_near_ties = _add_up(_compare_with(model, prompts[row], targets[row]) for row in greedy)
-    return DecodingMeasures(
-        num_responses=len(responses),
-        num_tokens=sum(map(len, responses)),
-        num_forwards=num_forwards,
-        num_blocks=statistics.num_blocks,
-        num_fast_forwarded=_total(statistics.fast_forwarded),
-        num_stationary=_total(statistics.stationary),
-        num_compared=sum(len(targets[row]) for row in greedy),
-        num_agreed=num_agreed,
-        num_near_ties=num_near_ties,
-        num_ngrams=num_ngrams,
-        num_repeated=num_repeated,
-        num_target_tokens=sum(map(len, cut)),
-        num_target_ngrams=num_target_ngrams,
-        num_target_repeated=num_target_repeated,
-    )
+    cut = [target[:limit] for target in targets]
+    return {
+        **speed,
+        "fast_forwarded": (_total(statistics.fast_forwarded), statistics.num_blocks),
+        "stationary": (_total(statistics.stationary), statistics.num_blocks),
+        "agreement": (num_agreed, num_compared),
+        "near_ties": (num_near_ties, num_compared),
+        "repetition": _add_up(map(count_repeated, responses)),
+        "target_repetition": _add_up(map(count_repeated, cut)),
+        "target_response_tokens": (sum(map(len, cut)), len(responses)),
+    }
 
 
 def _decode(
@@ -326,7 +229,7 @@ def _first_records(dataloader: DataLoader, count: int) -> list[Mapping[str, Any]
 
 def _is_spread(trainer: Any) -> bool:
     is_tensor_parallel = (getattr(trainer.model, "tp_size", None) or 1) > 1
-    # The host may also spread a model as it loads it; such parameters can be put together again.
+    # transformers may also spread a model as it loads it; such parameters can be put together again.
     has_parts = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
     return trainer.is_fsdp_enabled or is_tensor_parallel or has_parts or is_deepspeed_zero3_enabled()
 

@@ -28,25 +28,19 @@ _WIDEST_RATIO = 20  # of the values of an axis; beyond, a logarithmic one shows 
 
 @dataclass
 class Curve:
-    """
-    Values over optimizer steps.
-
-    Attributes:
-        updates (`list[int]`): where there is a value.
-        values (`list[float]`): the values; `nan` where one was not finite.
-    """
+    """Values over optimizer steps, `nan` where one was not finite."""
 
     updates: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
     @property
     def last(self) -> float:
-        """`float`: the last value; `nan` without values."""
+        """The last value; `nan` without values."""
         return self.values[-1] if self.values else math.nan
 
     @property
     def finite(self) -> list[float]:
-        """`list[float]`: the values that are numbers."""
+        """The values that are numbers."""
         return [value for value in self.values if math.isfinite(value)]
 
 
@@ -54,16 +48,7 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """
     Plot the losses of a run and, if prompts were decoded in evaluation, tokens per forward pass and quality.
 
-    Args:
-        log_history (`Sequence[Mapping[str, Any]]`): as `trainer.state.log_history` has it.
-        path (`pathlib.Path`): PNG file to write; the same log gives the same bytes.
-
-    Returns:
-        `bool`: whether it was written. It is not if nothing was logged at two optimizer steps or more.
-
-    Raises:
-        ImportError: if there is no matplotlib.
-        OSError: if the file cannot be written.
+    The same log gives the same bytes. Nothing is written if nothing was logged at two optimizer steps or more.
     """
     curves = read_curves(log_history)
     panels = _panels(curves)
@@ -88,14 +73,7 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 def read_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """
-    Sort a log by name.
-
-    Args:
-        log_history (`Sequence[Mapping[str, Any]]`): entries with their `step`, the number of the optimizer step.
-
-    Returns:
-        `dict[str, Curve]`: by name. An optimizer step that was logged twice, as by a run that was resumed, has its
-        last value.
+    Sort a log by name. An optimizer step that was logged twice, as by a run that was resumed, has its last value.
     """
     found: dict[str, dict[int, float]] = {}
     for entry in log_history:
