@@ -179,7 +179,7 @@ def prepare_dataset(dataset: Any, config: CLLMConfig) -> Any:
     if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
         dataset = dataset.with_format(None)  # tensors of "torch" or "numpy" would only be taken apart again
     name = config.length_column_name
-    is_wanted = config.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    is_wanted = config.train_sampling_strategy == "group_by_length"
     if not is_wanted or not isinstance(dataset, Dataset) or name in dataset.column_names:
         return dataset
     plain = dataset.with_format(None).select_columns(["prompt_ids", "response_ids"])

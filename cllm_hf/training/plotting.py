@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,6 @@ _QUALITY = (
     ("target_repetition", "repetition of the dataset", _COLORS[3], ":"),
 )
 _WIDEST_RATIO = 20  # of the values of an axis; beyond, a logarithmic one shows more
-
-
-@dataclass
-class Curve:
-    """Values over optimizer steps, `nan` where one was not finite."""
-
-    updates: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-
-    @property
-    def last(self) -> float:
-        """The last value; `nan` without values."""
-        return self.values[-1] if self.values else math.nan
-
-    @property
-    def finite(self) -> list[float]:
-        """The values that are numbers."""
-        return [value for value in self.values if math.isfinite(value)]
 
 
 def plot_run(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
@@ -62,7 +44,7 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     with style.context("default"):  # whatever the user has set for plots of their own
         figure = Figure(figsize=(5 * len(panels) + 1, 4.2), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
-        most = max(update for curve in curves.values() for update in curve.updates)
+        most = max(step for curve in curves.values() for step in curve)
         for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             _draw_panel(axes, title, lines, most)
         picture = io.BytesIO()
@@ -71,21 +53,18 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     return True
 
 
-def read_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+def read_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
     """
-    Sort a log by name. An optimizer step that was logged twice, as by a run that was resumed, has its last value.
+    Sort a log by name and optimizer step; `nan` is a value that was not finite.
+
+    A step that was logged twice, as by a run that was resumed, has its last value.
     """
-    found: dict[str, dict[int, float]] = {}
+    curves: dict[str, dict[int, float]] = {}
     for entry in log_history:
         for name, value in entry.items():
             if name not in ("step", "epoch") and "step" in entry and isinstance(value, int | float):
-                number = float(value)
-                found.setdefault(name, {})[int(entry["step"])] = number if math.isfinite(number) else math.nan
-    curves = {}
-    for name, values in found.items():
-        updates = sorted(values)
-        curves[name] = Curve(updates, [values[update] for update in updates])
-    return curves
+                curves.setdefault(name, {})[int(entry["step"])] = value if math.isfinite(value) else math.nan
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
 
 
 @dataclass
@@ -93,13 +72,18 @@ class _Line:
     """A curve and how it looks."""
 
     label: str
-    curve: Curve
+    curve: Mapping[int, float]
     color: str
     style: str = "-"
     is_measured: bool = False  # in evaluation: a few points, each worth a mark
 
+    @property
+    def finite(self) -> list[float]:
+        """The values that are numbers."""
+        return [value for value in self.curve.values() if math.isfinite(value)]
 
-def _panels(curves: Mapping[str, Curve]) -> list[tuple[str, list[_Line]]]:
+
+def _panels(curves: Mapping[str, Mapping[int, float]]) -> list[tuple[str, list[_Line]]]:
     """The panels that have something to show, with their lines."""
     losses = []
     for (name, label), color in zip(_LOSSES, _COLORS):
@@ -121,8 +105,8 @@ def _panels(curves: Mapping[str, Curve]) -> list[tuple[str, list[_Line]]]:
         if (curve := curves.get(f"{prefix}_{name}")) is not None
     ]
     panels = [("loss, in nats a token", losses), ("tokens per forward pass", speed), ("share of tokens", quality)]
-    shown = [(title, [line for line in lines if line.curve.finite]) for title, lines in panels]
-    if not any(len(line.curve.updates) > 1 for _, lines in shown for line in lines):
+    shown = [(title, [line for line in lines if line.finite]) for title, lines in panels]
+    if not any(len(line.curve) > 1 for _, lines in shown for line in lines):
         return []
     return [(title, lines) for title, lines in shown if lines]
 
@@ -132,10 +116,11 @@ def _draw_panel(axes: Any, title: str, lines: list[_Line], most: int) -> None:
 
     is_share = title.startswith("share")
     for line in lines:
-        last = f"{line.curve.last:.1%}" if is_share else f"{line.curve.last:.3g}"
+        values = list(line.curve.values())
+        last = f"{values[-1]:.1%}" if is_share else f"{values[-1]:.3g}"
         axes.plot(
-            line.curve.updates,
-            line.curve.values,
+            list(line.curve),
+            values,
             color=line.color,
             linestyle=line.style,
             linewidth=1.6 if line.is_measured else 1.2,
@@ -148,7 +133,7 @@ def _draw_panel(axes: Any, title: str, lines: list[_Line], most: int) -> None:
             label=f"{line.label}, last {last}".replace("$", r"\$"),
             clip_on=False,
         )
-    values = [value for line in lines for value in line.curve.finite]
+    values = [value for line in lines for value in line.finite]
     if is_share:
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

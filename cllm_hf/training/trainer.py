@@ -52,6 +52,18 @@ _LOSSLESS_TAGS = ["trl", "lossless"]  # on the Hub; the model does not become a 
 _PREPARED = "prepared"
 
 
+def _fit_options(args: CLLMConfig) -> None:
+    """Options of transformers and TRL that consistency training needs."""
+    # The records go to our collator as they are; mixture-of-experts models keep their balancing loss out of it.
+    args.remove_unused_columns = False
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    args.router_aux_loss_coef = 0.0
+    args.prediction_loss_only = True  # there are no logits for most positions
+    if args.lossless and args.ddp_find_unused_parameters is None:
+        # Every step uses all, and the Markov head outside of `forward`, where a search would not find it.
+        args.ddp_find_unused_parameters = False
+
+
 class CLLMTrainer(SFTTrainer):
     """
     Trains a model to reach the fixed point of a block from any state of its trajectory (CLLM, arXiv 2403.00835).
@@ -131,20 +143,13 @@ class CLLMTrainer(SFTTrainer):
         output_dir = Path(str(args.output_dir))
         if args.should_save:
             check_writable(output_dir)  # before the training, not after it
-        # The records go to our collator as they are; mixture-of-experts models keep their balancing loss out of it.
-        args.remove_unused_columns = False
-        args.dataset_kwargs = {"skip_prepare_dataset": True}
-        args.router_aux_loss_coef = 0.0
-        if args.lossless:
-            self._tag_names = _LOSSLESS_TAGS
-            if args.ddp_find_unused_parameters is None:
-                # Every step uses all, and the Markov head outside of `forward`, where a search would not find it.
-                args.ddp_find_unused_parameters = False
+        _fit_options(args)
         objective: Any = DraftingObjective if args.lossless else ConsistencyObjective
         self._objective = objective(args, dataset_block_size)
-        self._card, self._run_record = RunCard(self), RunRecordCallback()
         self._loss_totals = {"train": LossTotals(), "eval": LossTotals()}
-        self._step_counts: torch.Tensor | None = None
+        self._card, self._run_record = RunCard(self), RunRecordCallback()
+        if args.lossless:
+            self._tag_names = _LOSSLESS_TAGS
         collator = make_collator(args, dataset_block_size)
         target, peft_config = load_target(model, args, peft_config, kwargs.get("quantization_config"))
         with explained_variants() if args.lossless else nullcontext():
@@ -216,13 +221,13 @@ class CLLMTrainer(SFTTrainer):
             self._prepare_batch(self.model_wrapped, batch, "train", is_last=number == last)
             for number, batch in enumerate(batches)
         ]
-        if prepared:
-            counts = torch.stack([one.counts for one in prepared]).sum(0).to(device)
-            if self.accelerator.num_processes > 1:
-                # Gradients are averaged over processes, so each divides by its share of all positions.
-                counts = self.accelerator.gather(counts[None]).sum(0) / self.accelerator.num_processes
-            self._step_counts = counts
-        return [{_PREPARED: one} for one in prepared], num_items
+        if not prepared:
+            return [], num_items
+        counts = torch.stack([one.counts for one in prepared]).sum(0).to(device)
+        if self.accelerator.num_processes > 1:
+            # Gradients are averaged over processes, so each divides by its share of all positions.
+            counts = self.accelerator.gather(counts[None]).sum(0) / self.accelerator.num_processes
+        return [{_PREPARED: (one, counts)} for one in prepared], num_items
 
     def compute_loss(
         self,
@@ -233,12 +238,12 @@ class CLLMTrainer(SFTTrainer):
     ) -> Any:
         """The loss of one batch: its share of the means over the step in training, its own means in evaluation."""
         mode = "train" if self.model.training else "eval"
-        prepared = inputs.get(_PREPARED)
-        is_of_a_step = prepared is not None and mode == "train"
-        if prepared is None:
+        if _PREPARED in inputs:
+            prepared, denominators = inputs[_PREPARED]
+        else:
             prepared = self._prepare_batch(model, inputs, mode)
+            denominators = prepared.counts
         counts = prepared.counts
-        denominators = self._step_counts if is_of_a_step and self._step_counts is not None else counts
         # A record that is repeated to fill a batch has losses, but no positions.
         sums = self._objective.sum_losses(model, base_model_of(self.model), prepared) * (counts > 0)
         # A process's share of few positions is less than one.
@@ -289,12 +294,6 @@ class CLLMTrainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Make the batches of an evaluation; all is as in `transformers.Trainer.get_eval_dataloader`."""
         return super().get_eval_dataloader(prepare_dataset(eval_dataset, self.args))
-
-    def prediction_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        """Evaluate a batch: its loss, and no logits, of which there are none for most positions."""
-        return super().prediction_step(model, inputs, True, ignore_keys)
 
     def evaluation_loop(
         self,
