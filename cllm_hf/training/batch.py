@@ -77,6 +77,7 @@ def make_collator(config: CLLMConfig, block_size: int) -> TrajectoryCollator:
     )
 
 
+@dataclass
 class TrajectoryCollator:
     """
     Pads the records of a batch to one shape. Nothing is drawn here: that is done anew for every optimizer step.
@@ -84,21 +85,12 @@ class TrajectoryCollator:
     A response that goes beyond `max_length` loses its last blocks.
     """
 
+    block_size: int | None  # by default what the first record has
+    max_length: int | None = None
+    with_states: bool = True
+    with_augmented: bool = True
+    with_labels: bool = False
     vocab_size: int | None = None  # not known before the model is loaded
-
-    def __init__(
-        self,
-        block_size: int | None,
-        max_length: int | None = None,
-        with_states: bool = True,
-        with_augmented: bool = True,
-        with_labels: bool = False,
-    ):
-        self.block_size = block_size
-        self.max_length = max_length
-        self.with_states = with_states
-        self.with_augmented = with_augmented
-        self.with_labels = with_labels
 
     @property
     def token_columns(self) -> list[str]:

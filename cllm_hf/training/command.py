@@ -204,8 +204,7 @@ def _check_options(options: TrainOptions) -> None:
     if model.model_name_or_path is not None:
         Name.find(model.model_name_or_path).check("--model", "model")
     for name, needed in _NEEDED.items():
-        field = ModelConfig.__dataclass_fields__[name]
-        if not getattr(model, needed) and getattr(model, name) != field.default:
+        if not getattr(model, needed) and getattr(model, name) != ModelConfig.__dataclass_fields__[name].default:
             raise ValueError(f"`{name}` has no effect without `{needed}`, got it alone. Pass `--{needed}` too.")
     if model.use_peft and model.lora_task_type != "CAUSAL_LM":
         raise ValueError(f"`lora_task_type` must be CAUSAL_LM here, got {model.lora_task_type!r}. Drop it.")

@@ -38,11 +38,9 @@ class PreparedDrafts:
 
 class DraftingObjective:
     """
-    Chooses after which places of each response tokens are drafted, and sums the loss.
+    Chooses after which places of each response tokens are drafted, and sums the loss: as `ConsistencyObjective` does.
 
-    Args:
-        config (`CLLMConfig`): options.
-        block_size (`int`): tokens of a block: the one that is never drafted, and the drafted ones after it.
+    A block is the token that is never drafted, and the drafted ones after it.
     """
 
     loss_names: ClassVar[tuple[str, str]] = ("drafting_loss", "draft_accuracy")
@@ -60,20 +58,7 @@ class DraftingObjective:
         update: int | None,
         progress: float,
     ) -> PreparedDrafts:
-        """
-        Choose places, spread evenly over each response. The models are not used: a draft stands on the response alone.
-
-        Args:
-            model (`torch.nn.Module`): not used.
-            base_model (`transformers.PreTrainedModel`): not used.
-            batch (`TrainingBatch`): the records.
-            update (`int`, *optional*): number of the optimizer step, from 0 on; the same number, record and seed give
-                the same places. `None` in evaluation, which has places of its own.
-            progress (`float`): share of the training that is done, from 0 to 1.
-
-        Returns:
-            `PreparedDrafts`.
-        """
+        """Choose places, spread evenly over each response. The models are not used: drafts stand on it alone."""
         num_masks = size_at(self.block_sizes, progress) - 1
         lengths = batch.response_lengths
         num_places = (lengths - 1).clamp(min=1)  # the last token has none after it to draft
@@ -92,11 +77,6 @@ class DraftingObjective:
     ) -> torch.Tensor:
         """
         Run the clean sequences and the drafted blocks, and sum the loss.
-
-        Args:
-            model (`torch.nn.Module`): the model, possibly wrapped.
-            base_model (`transformers.PreTrainedModel`): the model in the wrappers, with a drafter.
-            prepared (`PreparedDrafts`): from `prepare`.
 
         Returns:
             `torch.Tensor` of shape `(2,)`: the divergence, and without gradient the tokens that are drafted right,

@@ -53,11 +53,8 @@ class ConsistencyObjective:
     Chooses or makes the states of every batch, and sums its losses: `consistency_loss + ar_loss_weight * ar_loss`,
     each a mean over its own positions.
 
-    A choice follows from the seed, the number of the optimizer step and the record alone.
-
-    Args:
-        config (`CLLMConfig`): options.
-        block_size (`int`): tokens of a block in the dataset.
+    A choice follows from the seed, the number of the optimizer step and the record alone. Models come in their
+    wrappers and without.
     """
 
     loss_names: ClassVar[tuple[str, str]] = ("consistency_loss", "ar_loss")
@@ -82,16 +79,8 @@ class ConsistencyObjective:
         """
         Choose or make the states of a batch.
 
-        Args:
-            model (`torch.nn.Module`): the model that is trained, possibly wrapped.
-            base_model (`transformers.PreTrainedModel`): the model in the wrappers.
-            batch (`TrainingBatch`): the records.
-            update (`int`, *optional*): number of the optimizer step, from 0 on. `None` in evaluation, which has a
-                choice of its own.
-            progress (`float`): share of the training that is done, from 0 to 1.
-
-        Returns:
-            `PreparedBatch`.
+        `update` is the number of the optimizer step, from 0 on, or `None` in evaluation, which has a choice of its
+        own; `progress` is the share of the training that is done, from 0 to 1.
         """
         config = self.config
         own_size = size_at(self.block_sizes, progress)
@@ -111,11 +100,6 @@ class ConsistencyObjective:
         The logits of the responses in the clean sequences are the targets of all states (with successors: those of the
         successors) and give the AR loss. Ground-truth answers, if the batch has them, are one more branch after the
         prompt, and the AR loss is on them instead. No other logits are computed than those that a loss is on.
-
-        Args:
-            model (`torch.nn.Module`): the model, possibly wrapped.
-            base_model (`transformers.PreTrainedModel`): the model in the wrappers.
-            prepared (`PreparedBatch`): from `prepare`.
 
         Returns:
             `torch.Tensor` of shape `(2,)`: consistency loss and AR loss, summed over their positions.
@@ -198,17 +182,10 @@ def weigh_positions(
     batch: TrainingBatch, blocks: DraftBlocks, position_decay: float | None, decay_over: int
 ) -> torch.Tensor:
     """
-    Find the positions of the consistency loss and their weights.
+    Weights of the positions in the consistency loss, `[B, num_blocks, block_size]`: 0 where the context holds no wrong
+    draft token (or, with successors, none that changes) and after the end of the response.
 
-    Args:
-        batch (`TrainingBatch`): the records.
-        blocks (`DraftBlocks`): the states that are trained on.
-        position_decay (`float`, *optional*): see `position_weights`.
-        decay_over (`int`): tokens after which the weight begins anew, for windows of several blocks.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, num_blocks, block_size)`, float32: 0 where the context holds no wrong
-        draft token (or, with successors, none that changes) and after the end of the response.
+    The weights begin anew after `decay_over` tokens, for windows of several blocks.
     """
     block_size = blocks.states.shape[-1]
     targets = blocks.fixed_points if blocks.successors is None else blocks.successors
@@ -275,7 +252,7 @@ def sum_divergence(
     config: CLLMConfig,
 ) -> torch.Tensor:
     """
-    Sum a divergence over positions, a part at a time.
+    The weighted sum of a divergence over positions, a part at a time.
 
     Args:
         logits (`torch.Tensor` of shape `(num_positions, vocab_size)`): the model's.
@@ -283,9 +260,6 @@ def sum_divergence(
         places (`torch.LongTensor` of shape `(num_positions,)`): which target each position has.
         weights (`torch.Tensor` of shape `(num_positions,)`): of the positions.
         config (`CLLMConfig`): which divergence, and its temperature.
-
-    Returns:
-        `torch.Tensor` of shape `()`: the weighted sum.
     """
     divergence = DIVERGENCES[config.divergence]
 

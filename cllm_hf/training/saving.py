@@ -172,12 +172,6 @@ def save_beside(trainer: Any, card: RunCard, folder: Path, is_checkpoint: bool) 
     card.write(folder, earlier)
 
 
-def is_pushing(trainer: Any) -> bool:
-    """Whether a checkpoint is on its way to the Hub, in a thread that reads files of `output_dir`."""
-    push = getattr(trainer, "push_in_progress", None)
-    return push is not None and not push.is_done()
-
-
 def wait_for_push(trainer: Any) -> None:
     """
     Wait for the checkpoint that is on its way to the Hub, before files that it reads are written anew: an upload of a
@@ -225,7 +219,8 @@ class PlotCallback(TrainerCallback):
             (Path(args.output_dir) / PLOT_NAME).unlink(missing_ok=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not is_pushing(self._trainer):
+        push = getattr(self._trainer, "push_in_progress", None)
+        if push is None or push.is_done():  # else a thread reads files of `output_dir`
             self._draw(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
