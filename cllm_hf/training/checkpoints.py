@@ -147,7 +147,7 @@ def choose_checkpoint(
             f"To go on, `output_dir` must hold a whole checkpoint, got none in {str(args.output_dir)!r}. Train "
             "without `resume_from_checkpoint`."
         )
-    flaw = find_flaw(checkpoint)
+    flaw = None if wanted is True else find_flaw(checkpoint)
     if flaw is not None:
         raise ValueError(
             f"`resume_from_checkpoint` must be a whole checkpoint, got {checkpoint!r}, which {flaw}. Pass `True` for "

@@ -186,17 +186,17 @@ def describe_interruption(training: CLLMConfig) -> str:
 
 def _find_checkpoint(training: CLLMConfig) -> str | None:
     """Where to go on."""
-    chosen, folder = training.resume_from_checkpoint, str(training.output_dir)
-    newest = newest_checkpoint(folder)
-    if chosen is None:
-        if newest is not None:
-            logger.warning(
-                "%s is of an earlier run, and this one begins anew. `--resume-from-checkpoint %s` goes on there.",
-                newest,
-                NEWEST,
-            )
-        return None
-    return choose_checkpoint(chosen == NEWEST or chosen, training)
+    chosen = training.resume_from_checkpoint
+    if chosen is not None:
+        return choose_checkpoint(chosen == NEWEST or chosen, training)
+    newest = newest_checkpoint(str(training.output_dir))
+    if newest is not None:
+        logger.warning(
+            "%s is of an earlier run, and this one begins anew. `--resume-from-checkpoint %s` goes on there.",
+            newest,
+            NEWEST,
+        )
+    return None
 
 
 def _check_options(options: TrainOptions) -> None:

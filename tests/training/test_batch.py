@@ -62,7 +62,7 @@ def test_tokens_outside_of_the_vocabulary_are_refused_where_they_are_used(column
         record[column][0] = token
     else:
         record[column][1][0][1] = token
-    with pytest.raises(ValueError, match=f"vocabulary of 60, got {token} in `{column}` of record 0"):
+    with pytest.raises(ValueError, match=f"60.*{token} in `{column}` of record 0"):
         collator([make_record(3, 4), record])
     unused = {"with_states": column not in ("states", "augmented_states"), "with_labels": column != "label_ids"}
     other = TrajectoryCollator(BLOCK_SIZE, **unused)
@@ -118,17 +118,12 @@ def test_augmented_states_are_left_out_where_they_are_not_wanted():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda extra: extra[:-1], "`augmented_states` must have a list of states for each block, with 5 tokens"),
-        (lambda extra: [[[1, 2, 3]], *extra[1:]], r"lengths \[3\] in record"),
-        (lambda extra: [*extra, []], "`augmented_states` must have"),
-    ],
+    "change", [lambda extra: extra[:-1], lambda extra: [[[1, 2, 3]], *extra[1:]], lambda extra: [*extra, []]]
 )
-def test_augmented_states_that_do_not_fit_are_refused(change, message):
+def test_augmented_states_that_do_not_fit_are_refused(change):
     record = make_record(6, 7)
     record = {**record, "augmented_states": change([[] for _ in record["states"]])}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="`augmented_states`"):
         collate([record])
 
 
@@ -155,9 +150,9 @@ def test_long_responses_lose_their_last_blocks(room):
 
 
 def test_a_prompt_that_leaves_no_room_is_refused():
-    with pytest.raises(ValueError, match="prompt of 6 tokens leaves no room for a block of 5 in `max_length=10`"):
+    with pytest.raises(ValueError, match="`max_length=10`"):
         TrajectoryCollator(BLOCK_SIZE, max_length=10).collate([make_record(6, 7)])
-    with pytest.raises(ValueError, match="leaves no room for a block of 1"):
+    with pytest.raises(ValueError, match="`max_length=6`"):
         TrajectoryCollator(BLOCK_SIZE, max_length=6, with_states=False).collate([make_record(6, 7)])
 
 
@@ -167,7 +162,7 @@ def test_without_states_a_record_is_a_prompt_and_a_response():
     assert batch.candidates is None and batch.num_candidates is None
     assert batch.response_lengths.tolist() == [8]  # no blocks to keep whole
     for name in ("prompt_ids", "response_ids"):
-        with pytest.raises(ValueError, match=f"needs tokens in the column `{name}`, got none in record 0"):
+        with pytest.raises(ValueError, match=f"`{name}`.*record 0"):
             TrajectoryCollator(BLOCK_SIZE, with_states=False).collate([{**record, name: []}])
 
 
@@ -179,12 +174,12 @@ def test_ground_truth_answers():
     cut = TrajectoryCollator(BLOCK_SIZE, max_length=12, with_labels=True).collate(longest)
     assert cut.label_ids.tolist() == [[4, 5, 6, 7, 8, 9], [7] + [0] * 5] and cut.label_lengths.tolist() == [6, 1]
     for missing in ([], None):
-        with pytest.raises(ValueError, match="needs tokens in the column `label_ids`, got none in record 0"):
+        with pytest.raises(ValueError, match="`label_ids`.*record 0"):
             TrajectoryCollator(BLOCK_SIZE, with_labels=True).collate([{**records[0], "label_ids": missing}])
 
 
 def test_another_block_size_is_refused():
-    with pytest.raises(ValueError, match="Every state must have `block_size` tokens, 16"):
+    with pytest.raises(ValueError, match="`block_size`"):
         TrajectoryCollator(16).collate(make_records())
     assert TrajectoryCollator(None).collate(make_records()).candidates.shape[-1] == BLOCK_SIZE
 

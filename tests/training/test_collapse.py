@@ -124,14 +124,14 @@ def test_evaluation_datasets_are_followed_apart():
     "limits", [{"ar_loss_rise": 0}, {"agreement_drop": 1.5}, {"repetition_rise": -1}, {"response_share": math.nan}]
 )
 def test_limits_that_are_refused(limits):
-    with pytest.raises(ValueError, match=f"`{next(iter(limits))}` must be above 0"):
+    with pytest.raises(ValueError, match=f"`{next(iter(limits))}`"):
         CollapseDetector(**limits)
-    with pytest.raises(ValueError, match="must be above 0"):
+    with pytest.raises(ValueError, match=f"`{next(iter(limits))}`"):
         CollapseCallback(**limits)
 
 
 def test_actions_that_are_refused():
-    with pytest.raises(ValueError, match='`on_collapse` of a callback must be "warn" or "stop", got \'ignore\''):
+    with pytest.raises(ValueError, match="`on_collapse`.*ignore"):
         CollapseCallback("ignore")
 
 

@@ -136,7 +136,7 @@ def test_one_process_never_uses_torch_distributed(tmp_path):
 def test_options_that_would_let_a_process_wait_for_ever_are_refused(tmp_path):
     accelerator = SimpleNamespace(num_processes=2, parallelism_config=None)
     for option, message in (
-        ("even_batches", "got `even_batches=False`"),
+        ("even_batches", "`even_batches=False`"),
         ("dispatch_batches", "`dispatch_batches=True`"),
     ):
         config = CLLMConfig(str(tmp_path), bf16=False, accelerator_config={option: option == "dispatch_batches"})
@@ -145,7 +145,7 @@ def test_options_that_would_let_a_process_wait_for_ever_are_refused(tmp_path):
         check_processes(config, SimpleNamespace(num_processes=1))
     check_processes(CLLMConfig(str(tmp_path), bf16=False), accelerator)
     accelerator.parallelism_config = SimpleNamespace(tp_size=2, cp_size=1)
-    with pytest.raises(ValueError, match=r"sequence parallelism \(tp_size=2, .*Use DDP or FSDP"):
+    with pytest.raises(ValueError, match="tp_size=2"):
         check_processes(CLLMConfig(str(tmp_path), bf16=False), accelerator)
 
 

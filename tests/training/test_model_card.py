@@ -479,7 +479,7 @@ def test_trained_embeddings_and_heads_are_saved(places, tmp_path, base, options)
 
 
 def test_a_lora_on_the_head_is_refused_by_the_host(places, tmp_path):
-    with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
+    with pytest.raises(ValueError, match="`lm_head`"):
         make_trainer(str(places.base), places.dataset, None, tmp_path, lora(target_modules=["lm_head"]))
 
 
@@ -505,7 +505,7 @@ def test_an_adapter_by_its_name_is_trained_further(places, tmp_path, caplog):
         assert p.requires_grad == is_adapter and torch.equal(p, first[name]) != is_adapter, name
     trainer.save_model()
     assert load_cllm(tmp_path / "second").generation_config.decoding == "jacobi"
-    with pytest.raises(ValueError, match="which is trained further, got a `peft_config` for a new one too"):
+    with pytest.raises(ValueError, match="`peft_config`"):
         make_trainer(str(tmp_path / "first"), places.dataset, None, tmp_path / "third", lora())
 
 

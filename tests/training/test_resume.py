@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
 def test_only_whole_checkpoints_are_gone_on_from(tmp_path, caplog):
     assert newest_checkpoint(tmp_path) is None and newest_checkpoint(tmp_path / "none") is None
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
-    with pytest.raises(ValueError, match="must hold a whole checkpoint, got none in"):
+    with pytest.raises(ValueError, match="`output_dir`"):
         trainer.train(resume_from_checkpoint=True)
     trainer.train()
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
@@ -96,7 +96,7 @@ def test_only_whole_checkpoints_are_gone_on_from(tmp_path, caplog):
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 1')
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert "checkpoint-10 is not whole" in caplog.text
-    with pytest.raises(ValueError, match="must be a whole checkpoint, got .*checkpoint-10'"):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint`.*checkpoint-10"):
         trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-2" / "scheduler.pt").unlink()
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
@@ -112,7 +112,7 @@ def test_an_order_that_does_not_follow_from_the_seed_is_not_gone_on_with(tmp_pat
     dataset = dataset.add_column("length", [len(ids) for ids in dataset["response_ids"]])
     trainer = make_trainer(tmp_path, dataset, max_steps=1, save_strategy="steps", save_steps=1, **options)
     trainer.train()
-    with pytest.raises(ValueError, match="the order of the records must follow from the seed, got `train_sampling"):
+    with pytest.raises(ValueError, match="`train_sampling_strategy="):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -163,12 +163,10 @@ def test_an_explicit_checkpoint_that_is_not_whole_is_refused(run, tmp_path):
     shutil.copytree(folder / "checkpoint-1", tmp_path / "checkpoint-1")
     trainer, path = make_trainer(tmp_path, lora=lora), tmp_path / "checkpoint-1" / "optimizer.pt"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(
-        ValueError, match="must be a whole checkpoint, got .* which has a file that was cut, optimizer"
-    ):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint`.* cut, optimizer"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     path.unlink()
-    with pytest.raises(ValueError, match="must be a whole checkpoint, got .* which has no optimizer.pt"):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint`.* no optimizer.pt"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
@@ -193,10 +191,10 @@ def test_shards_of_weights_that_are_missing_cut_or_outside_are_noticed(tmp_path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dataset": make_dataset(seed=3)}, "other records in the dataset. Pass what"),
-        ({"dataset": make_dataset(9)}, "other records in the dataset; `num_records` is 10 there and 9 here"),
-        ({"seed": 7}, "of another run: `seed` is 42 there and 7 here; `data_seed`"),
-        ({"data_seed": 7}, "of another run: `data_seed` is 42 there and 7 here"),
+        ({"dataset": make_dataset(seed=3)}, "other records in the dataset"),
+        ({"dataset": make_dataset(9)}, "`num_records` is 10 there and 9 here"),
+        ({"seed": 7}, "`seed` is 42 there and 7 here"),
+        ({"data_seed": 7}, "`data_seed` is 42 there and 7 here"),
         ({"per_device_train_batch_size": 2}, "`per_device_train_batch_size` is 4 there and 2 here"),
         ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` is 1 there and 2 here"),
         # The same records in each optimizer step.
@@ -224,7 +222,7 @@ def test_a_trainer_refuses_the_checkpoint_of_another_run(run, tmp_path):
     folder, lora = run
     shutil.copytree(folder / "checkpoint-1", tmp_path / "checkpoint-1")
     trainer = make_trainer(tmp_path, make_dataset(seed=3), lora=lora)
-    with pytest.raises(ValueError, match="is of another run: other records in the dataset. Pass what"):
+    with pytest.raises(ValueError, match="other records in the dataset"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -246,8 +244,8 @@ def test_checkpoints_of_the_model_only_are_named_as_such(tmp_path, caplog):
     trainer = make_trainer(tmp_path, save_only_model=True, **SAVING)
     trainer.train()
     assert "holds no state of the optimizer" in find_flaw(tmp_path / "checkpoint-2")
-    with pytest.raises(ValueError, match="got none in"):
+    with pytest.raises(ValueError, match="`output_dir`"):
         trainer.train(resume_from_checkpoint=True)
     assert "checkpoint-2 is not whole: it holds no state of the optimizer" in caplog.text
-    with pytest.raises(ValueError, match="got .*2', which holds no state of the optimizer: `save_only_model=True`"):
+    with pytest.raises(ValueError, match="`save_only_model=True`"):
         trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-2")

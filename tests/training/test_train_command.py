@@ -166,21 +166,21 @@ def test_options_that_argparse_refuses(capsys, given, message):
         ([*REQUIRED, "--learning_rat", "3"], "`cllm train` has no such options, got --learning_rat 3"),
         ([*REQUIRED, "--mod", "m"], "no such options, got --mod m"),
         ([*REQUIRED, "more"], "no such options, got more"),
-        ([*REQUIRED, "--packing"], "`packing=True` has no place in consistency training"),
-        ([*REQUIRED, "--block_size", "0"], "`block_size` must be"),
-        ([*REQUIRED, "--model", "./none"], "`--model` must be a folder, or the id of a model .*, got './none'"),
-        ([*REQUIRED, "--lora_r", "4"], "`lora_r` has no effect without `use_peft`"),
-        ([*REQUIRED, "--use_dora"], "`use_dora` has no effect without `use_peft`"),
-        ([*REQUIRED, "--bnb_4bit_quant_type", "fp4"], "`bnb_4bit_quant_type` has no effect without `load_in_4bit`"),
-        ([*REQUIRED, "--use_peft", "--lora_task_type", "SEQ_CLS"], "`lora_task_type` must be CAUSAL_LM here"),
-        ([*REQUIRED, "--use_peft", "--load_in_8bit"], "`load_in_8bit` takes a GPU and the package `bitsandbytes`"),
-        ([*REQUIRED, "--do_predict"], "makes no predictions"),
-        ([*REQUIRED, "--report_to", "nowhere"], "`report_to` must name packages .* got nowhere. .* from none"),
+        ([*REQUIRED, "--packing"], "`packing=True`"),
+        ([*REQUIRED, "--block_size", "0"], "`block_size`"),
+        ([*REQUIRED, "--model", "./none"], "`--model`.*./none"),
+        ([*REQUIRED, "--lora_r", "4"], "`lora_r`.*`use_peft`"),
+        ([*REQUIRED, "--use_dora"], "`use_dora`.*`use_peft`"),
+        ([*REQUIRED, "--bnb_4bit_quant_type", "fp4"], "`bnb_4bit_quant_type`.*`load_in_4bit`"),
+        ([*REQUIRED, "--use_peft", "--lora_task_type", "SEQ_CLS"], "`lora_task_type`"),
+        ([*REQUIRED, "--use_peft", "--load_in_8bit"], "`load_in_8bit`.*`bitsandbytes`"),
+        ([*REQUIRED, "--do_predict"], "`do_predict`"),
+        ([*REQUIRED, "--report_to", "nowhere"], "`report_to`.*nowhere"),
         (
             [*REQUIRED, "--resume_from_checkpoint", "last"],
-            "must hold a whole checkpoint, got none in 'o'",
+            "`output_dir`",
         ),
-        ([*REQUIRED, "--resume_from_checkpoint", "c"], "`resume_from_checkpoint` must be a whole checkpoint, got 'c'"),
+        ([*REQUIRED, "--resume_from_checkpoint", "c"], "`resume_from_checkpoint`.*'c'"),
         (["--config", "missing.yaml"], "`--config` must be a file that can be read, got 'missing.yaml'"),
         (REQUIRED, "`path` must be a folder, or the id of a dataset on the Hub, got 't'"),
     ],
@@ -206,7 +206,7 @@ def test_options_that_are_refused_before_anything_happens(tmp_path, monkeypatch,
         ("lora_target_modules: [1]", r"`lora_target_modules` must be of type list.*, got \[1\]"),
         ("model: m\nmodel_name_or_path: n", "`model` and `model_name_or_path` are the same, got both"),
         ("3: 4", "must be YAML with options by name, got 'x.yaml'"),
-        ("packing: true", "`packing=True` has no place"),
+        ("packing: true", "`packing=True`"),
     ],
 )
 def test_files_that_are_refused(tmp_path, monkeypatch, capsys, text, message):
@@ -220,7 +220,7 @@ def test_quantized_weights_take_an_adapter(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr(command, "is_bitsandbytes_available", lambda: True)
     options = parse_train([*REQUIRED, "--load_in_4bit", "--bf16", "false"])
-    with pytest.raises(ValueError, match="got `load_in_4bit` without `use_peft` or `lossless`"):
+    with pytest.raises(ValueError, match="`load_in_4bit`.*`use_peft` or `lossless`"):
         command.run_train(options)
 
 

@@ -357,38 +357,38 @@ def test_augmented_states_of_a_dataset_reach_the_collator(word_model, tokenizer,
 def test_datasets_that_are_refused(word_model, tokenizer, dataset, tmp_path):
     longest = max(dataset, key=lambda record: len(record["response_ids"]))
     for bad, message in (
-        (dataset.remove_columns("states"), "states missing"),
+        (dataset.remove_columns("states"), "states"),
         (dataset.select([]), "empty"),
-        (None, "`train_dataset` is required"),
+        (None, "`train_dataset`"),
         (Dataset.from_list([{**longest, "states": longest["states"][:-1]}]), "blocks of states"),
         (
             Dataset.from_list(
                 [dataset[0], {**dataset[1], "states": [[s[:-1] for s in b] for b in dataset[1]["states"]]}]
             ),
-            "Every state must have `block_size` tokens",
+            "`block_size`",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(word_model, bad, tokenizer, tmp_path)
-    with pytest.raises(ValueError, match=r"`block_size=16` must be that of the trajectories, 5.*schedule=\[16\]"):
+    with pytest.raises(ValueError, match=r"`block_size=16`.*schedule=\[16\]"):
         make_trainer(word_model, dataset, tokenizer, tmp_path, block_size=16)
 
 
 def test_other_arguments_that_are_refused(word_model, tokenizer, dataset, tmp_path):
     from transformers import TrainingArguments
 
-    with pytest.raises(ValueError, match="must be a `cllm_hf.CLLMConfig`, got TrainingArguments"):
+    with pytest.raises(ValueError, match="`args`.*TrainingArguments"):
         CLLMTrainer(word_model, args=TrainingArguments(output_dir=str(tmp_path)), train_dataset=dataset)
-    with pytest.raises(OSError, match="The output folder must be writable, got '/proc/cllm'"):
+    with pytest.raises(OSError, match="/proc/cllm"):
         make_trainer(word_model, dataset, tokenizer, "/proc/cllm")
     args = CLLMConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
     for name in ("data_collator", "compute_loss_func", "compute_metrics", "formatting_func"):
-        with pytest.raises(ValueError, match=f"own collator, loss and metrics, got a `{name}`"):
+        with pytest.raises(ValueError, match=f"`{name}`"):
             CLLMTrainer(word_model, args=args, train_dataset=dataset, **{name: lambda *_: {}})
 
 
 def test_a_dictionary_of_splits_is_refused(word_model, dataset, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="got a dictionary of train, test. Pass one of them"):
+    with pytest.raises(ValueError, match="`train_dataset`.*train, test"):
         make_trainer(word_model, DatasetDict(train=dataset, test=dataset), tokenizer, tmp_path)
 
 
@@ -457,7 +457,7 @@ OUTSIDE = [
 def test_tokens_that_the_model_does_not_have_are_refused(word_model, tokenizer, tmp_path, kind, column, token):
     good = Dataset.from_list([{**TOKENS, **STATES}] * 4)
     bad = Dataset.from_list([{**TOKENS, **STATES}] * 3 + [with_token(column, token)])
-    message = rf"must be in the model's vocabulary of 102, got {token} in `{column}` of record (3|\?|0)"
+    message = rf"102.*{token} in `{column}` of record (3|\?|0)"
 
     def start(train=good, evaluated=None):
         options = {"num_monitored_prompts": 0, **ALL_TOKENS}
@@ -500,7 +500,7 @@ def test_the_vocabulary_is_that_of_the_embeddings(tokenizer, tmp_path):
     """Not that of the tokenizer, which may have fewer tokens or more."""
     dataset = Dataset.from_list([with_token("prompt_ids", 119)])
     make_trainer(make_model("llama", vocab_size=120), dataset, tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="vocabulary of 110, got 119"):
+    with pytest.raises(ValueError, match="110.*119"):
         make_trainer(make_model("llama", vocab_size=110), dataset, tokenizer, tmp_path)
 
 
@@ -524,7 +524,7 @@ def test_the_padding_token_is_set_as_by_the_host(word_model, tokenizer, dataset,
 @pytest.mark.filterwarnings("ignore:`pad_token` is deprecated")
 def test_a_padding_token_that_there_is_not_is_refused(word_model, tokenizer, dataset, tmp_path):
     before = tokenizer.pad_token
-    with pytest.raises(ValueError, match="`pad_token` must be a token of the tokenizer, got 'no such token'"):
+    with pytest.raises(ValueError, match="`pad_token`.*no such token"):
         make_trainer(word_model, dataset, tokenizer, tmp_path, pad_token="no such token")
     make_trainer(word_model, dataset, tokenizer, tmp_path)
     assert tokenizer.pad_token == before
@@ -533,9 +533,9 @@ def test_a_padding_token_that_there_is_not_is_refused(word_model, tokenizer, dat
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"response_ids": []}, {"trajectory_source": "online"}, "needs tokens in the column `response_ids`"),
-        ({"label_ids": []}, {"ar_labels": "ground_truth"}, "needs tokens in the column `label_ids`"),
-        ({"prompt_ids": [3] * 60}, {"max_length": 60}, "`max_length=60`, in row 7"),
+        ({"response_ids": []}, {"trajectory_source": "online"}, "`response_ids`"),
+        ({"label_ids": []}, {"ar_labels": "ground_truth"}, "`label_ids`"),
+        ({"prompt_ids": [3] * 60}, {"max_length": 60}, "`max_length=60`.*7"),
     ],
 )
 def test_bad_records_are_found_before_the_run(word_model, tokenizer, dataset, tmp_path, change, options, message):

@@ -69,14 +69,14 @@ def test_values_that_are_taken(name, value):
 def test_integers_that_are_refused(name, value):
     if name in ("online_iterations", "num_monitored_prompts", "markov_rank") and value == 0:
         pytest.skip("0 iterations are the first drafts, 0 prompts are no measure, rank 0 is no Markov head")
-    with pytest.raises(ValueError, match=rf"`{name}` must be an integer of at least [01], got .*\. Typical"):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         make_config(**{name: value})
 
 
 @pytest.mark.parametrize("value", [-0.5, -1, math.nan, math.inf, "1.0", True, [1.0]], ids=repr)
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_that_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"`{name}` must be .*, got .*\. Typical"):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         make_config(**{name: value})
 
 
@@ -85,20 +85,20 @@ def test_numbers_that_are_refused(name, value):
     [("divergence_temperature", 0), ("position_decay", 0.0), ("ar_label_smoothing", 1.0), ("ar_label_smoothing", 1.5)],
 )
 def test_bounds_that_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"`{name}` must be .*, got {value!r}\. Typical"):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         make_config(**{name: value})
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if None not in GOOD[name] and name not in SWITCHES])
 def test_none_is_refused_where_it_means_nothing(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be .*, got None"):
+    with pytest.raises(ValueError, match=f"`{name}`.* got None"):
         make_config(**{name: None})
 
 
 @pytest.mark.parametrize("value", ["globally", "", 1, True, ["global"], "forward_KL"], ids=repr)
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices_that_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf'`{name}` must be one of "{GOOD[name][0]}", .*, got ') as error:
+    with pytest.raises(ValueError, match=f"`{name}`") as error:
         make_config(**{name: value})
     assert all(f'"{choice}"' in str(error.value) for choice in GOOD[name])
 
@@ -107,30 +107,22 @@ def test_choices_that_are_refused(name, value):
     "value", [[], [0], [8, -1], [8, 16.0], [8, "16"], [True], "8 16", 16, (8, 16), [None]], ids=repr
 )
 def test_schedules_that_are_refused(value):
-    with pytest.raises(ValueError, match=r"`block_size_schedule` must .*, got .*\. (Typical|Pass)"):
+    with pytest.raises(ValueError, match="`block_size_schedule`"):
         make_config(block_size_schedule=value)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options",
     [
-        (
-            {"trajectory_source": "online", "state_sampling": "progressive"},
-            '`state_sampling="progressive"` chooses among stored states, and `trajectory_source="online"` has none',
-        ),
-        (
-            {"trajectory_source": "online", "context": "noisy"},
-            '`context="noisy"` joins the drafts of neighboring blocks, and `trajectory_source="online"` makes',
-        ),
-        (
-            {"consistency": "local", "block_size_schedule": [4, 8]},
-            '`consistency="local"` takes the next state of a whole block, which `block_size_schedule` would cut',
-        ),
+        {"trajectory_source": "online", "state_sampling": "progressive"},
+        {"trajectory_source": "online", "context": "noisy"},
+        {"consistency": "local", "block_size_schedule": [4, 8]},
     ],
 )
-def test_combinations_that_are_refused(options, message):
-    with pytest.raises(ValueError, match=f"{message}.*Drop one of the two"):
+def test_combinations_that_are_refused(options):
+    with pytest.raises(ValueError) as error:
         make_config(**options)
+    assert all(f"`{name}" in str(error.value) for name in options)
     for left_out in options:
         make_config(**{name: value for name, value in options.items() if name != left_out})
 
@@ -158,12 +150,12 @@ def test_combinations_that_are_refused(options, message):
 )
 def test_options_of_the_host_without_effect_are_refused(options):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=f"`{name}={value!r}` has no place in consistency training: .*Drop it"):
+    with pytest.raises(ValueError, match=f"`{name}={value!r}`"):
         make_config(**options)
 
 
 def test_reentrant_checkpointing_is_refused():
-    with pytest.raises(ValueError, match="Re-entrant gradient checkpointing is not supported. Drop `use_reentrant"):
+    with pytest.raises(ValueError, match="`use_reentrant=True`"):
         make_config(gradient_checkpointing_kwargs={"use_reentrant": True})
     make_config(gradient_checkpointing_kwargs={"use_reentrant": False})
 
