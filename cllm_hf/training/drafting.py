@@ -19,8 +19,7 @@ from ..blocks.drafter import AdapterGate, find_drafter
 from ..blocks.forward import forward_clean, forward_drafts
 from ..blocks.layout import Packed, append_drafts
 from .batch import TrainingBatch
-from .config import CLLMConfig
-from .objective import draw_numbers, size_at, sum_divergence
+from .objective import Objective, sum_divergence
 from .states import position_weights
 
 
@@ -36,7 +35,7 @@ class PreparedDrafts:
     counts: torch.Tensor  # [2], what the loss and the share of right tokens are means over
 
 
-class DraftingObjective:
+class DraftingObjective(Objective):
     """
     Chooses after which places of each response tokens are drafted, and sums the loss: as `ConsistencyObjective` does.
 
@@ -45,10 +44,6 @@ class DraftingObjective:
 
     loss_names: ClassVar[tuple[str, str]] = ("drafting_loss", "draft_accuracy")
     second_weight: ClassVar[float] = 0.0  # tokens that are drafted right are counted, not minimised
-
-    def __init__(self, config: CLLMConfig, block_size: int):
-        self.config = config
-        self.block_sizes = config.block_size_schedule or [block_size]
 
     def prepare(
         self,
@@ -59,12 +54,12 @@ class DraftingObjective:
         progress: float,
     ) -> PreparedDrafts:
         """Choose places, spread evenly over each response. The models are not used: drafts stand on it alone."""
-        num_masks = size_at(self.block_sizes, progress) - 1
+        num_masks = self.size_at(progress) - 1
         lengths = batch.response_lengths
         num_places = (lengths - 1).clamp(min=1)  # the last token has none after it to draft
         num_blocks = num_places.clamp(max=self.config.drafts_per_response)
         numbers = torch.arange(int(num_blocks.max()), device=lengths.device)  # [num_blocks]
-        draws = draw_numbers(self.config, batch, update, (len(numbers),))
+        draws = self.draw_numbers(batch, update, (len(numbers),))
         shares = (numbers + draws) / num_blocks[:, None]
         offsets = (shares * num_places[:, None]).long().clamp(max=num_places[:, None] - 1)
         places = offsets[..., None] + 1 + torch.arange(num_masks, device=lengths.device)

@@ -7,7 +7,6 @@ the formulas at each position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,7 +47,33 @@ class PreparedBatch:
     counts: torch.Tensor  # [2], what the losses are means over
 
 
-class ConsistencyObjective:
+class Objective:
+    """What objectives share: the block size of a moment of a run, and random numbers for each record."""
+
+    def __init__(self, config: CLLMConfig, block_size: int):
+        self.config = config
+        self.block_sizes = config.block_size_schedule or [block_size]
+
+    def size_at(self, progress: float) -> int:
+        """The block size when a share of the run is done, which goes through the sizes in equal parts."""
+        return self.block_sizes[min(int(progress * len(self.block_sizes)), len(self.block_sizes) - 1)]
+
+    def draw_numbers(self, batch: TrainingBatch, update: int | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """
+        Draw random numbers in [0, 1) for each record, `[B, *shape]`: the same ones for the same seed, optimizer step
+        and record; a longer shape only has more.
+        """
+        numbers = np.stack([self.generator(update, key).random(shape) for key in batch.record_keys.tolist()])
+        # As float32 the largest number would round to 1.
+        return torch.from_numpy(numbers).clamp(max=1 - 2**-24).float().to(batch.clean_ids.device)
+
+    def generator(self, update: int | None, *key: int) -> np.random.Generator:
+        """Of the random numbers of an optimizer step, or of a record in it; `None` is an evaluation."""
+        seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
+        return np.random.default_rng([seed, 0 if update is None else update + 1, *key])
+
+
+class ConsistencyObjective(Objective):
     """
     Chooses or makes the states of every batch, and sums its losses: `consistency_loss + ar_loss_weight * ar_loss`,
     each a mean over its own positions.
@@ -58,10 +83,6 @@ class ConsistencyObjective:
     """
 
     loss_names: ClassVar[tuple[str, str]] = ("consistency_loss", "ar_loss")
-
-    def __init__(self, config: CLLMConfig, block_size: int):
-        self.config = config
-        self.block_sizes = config.block_size_schedule or [block_size]
 
     @property
     def second_weight(self) -> float:
@@ -83,7 +104,7 @@ class ConsistencyObjective:
         own; `progress` is the share of the training that is done, from 0 to 1.
         """
         config = self.config
-        own_size = size_at(self.block_sizes, progress)
+        own_size = self.size_at(progress)
         # In noisy context, blocks see each other's drafts: a window is one large block.
         block_size = own_size * (config.noise_window if config.context == "noisy" else 1)
         if config.trajectory_source == "online":
@@ -129,7 +150,7 @@ class ConsistencyObjective:
                 candidates, num_candidates, candidates[:, :, -1], config.states_per_block, config.noise_window
             )
         else:
-            draws = draw_numbers(config, batch, update, candidates.shape[1:2])
+            draws = self.draw_numbers(batch, update, candidates.shape[1:2])
             chosen = choose_uniformly(num_candidates, draws, config.states_per_block)
         drafts, successors = take_states(candidates, chosen), None
         if config.consistency == "local":  # after the last state comes the fixed point
@@ -146,36 +167,16 @@ class ConsistencyObjective:
     ) -> DraftBlocks:
         config = self.config
         num_windows = config.states_per_block * -(-batch.response_lengths // block_size)
-        draws = draw_numbers(config, batch, update, (int(num_windows.max()), 1 + block_size))
+        draws = self.draw_numbers(batch, update, (int(num_windows.max()), 1 + block_size))
         # A window reaches no further than the longest response; its tokens in a response are the same.
         block_size = min(block_size, int(batch.response_lengths.max()))
         num_iterations = config.online_iterations
         if update is not None:
-            num_iterations = int(_generator(config, update).integers(config.online_iterations + 1))
+            num_iterations = int(self.generator(update).integers(config.online_iterations + 1))
         draws, is_local = draws[..., : 1 + block_size], config.consistency == "local"
         blocks = make_online_states(model, base_model, batch, draws, block_size, num_iterations, is_local)
         blocks.mask &= torch.arange(draws.shape[1], device=draws.device) < num_windows[:, None]
         return blocks
-
-
-def size_at(block_sizes: Sequence[int], progress: float) -> int:
-    """The block size of a moment of a run, which goes through the sizes in equal parts."""
-    return block_sizes[min(int(progress * len(block_sizes)), len(block_sizes) - 1)]
-
-
-def draw_numbers(config: CLLMConfig, batch: TrainingBatch, update: int | None, shape: tuple[int, ...]) -> torch.Tensor:
-    """
-    Draw random numbers in [0, 1) for each record, `[B, *shape]`: the same ones for the same seed, optimizer step and
-    record; a longer shape only has more.
-    """
-    numbers = np.stack([_generator(config, update, key).random(shape) for key in batch.record_keys.tolist()])
-    # As float32 the largest number would round to 1.
-    return torch.from_numpy(numbers).clamp(max=1 - 2**-24).float().to(batch.clean_ids.device)
-
-
-def _generator(config: CLLMConfig, update: int | None, *key: int) -> np.random.Generator:
-    seed = config.seed if config.data_seed is None else config.data_seed
-    return np.random.default_rng([seed, 0 if update is None else update + 1, *key])
 
 
 def weigh_positions(
