@@ -31,7 +31,7 @@ from ..trajectories.loading import find_manifest, load_trajectories
 from ..trajectories.manifest import find_commit, fingerprint_weights, recorded_model
 from .callbacks import show_progress
 from .checkpoints import choose_checkpoint, describe_run, newest_checkpoint
-from .config import CLLMConfig
+from .config import CLLMConfig, option
 from .trainer import CLLMTrainer
 
 
@@ -52,10 +52,6 @@ _STARTED = time.time()  # this is imported when the command runs
 logger = logging.getLogger(__name__)
 
 
-def _option(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 @dataclasses.dataclass
 class TrainArguments:
     """The options of `cllm train` that say what to train on; each has its meaning in the `help` of its metadata."""
@@ -63,10 +59,10 @@ class TrainArguments:
     trajectories: str = dataclasses.field(
         metadata={"help": "folder or Hub id of the dataset, as `cllm collect` makes it"}
     )
-    trajectories_config: str | None = _option(None, "which configuration, if the dataset has several")
-    trajectories_revision: str | None = _option(None, "branch, tag or commit of the dataset on the Hub")
-    train_split: str = _option("train", "what to train on; a part of it as 'train[:1000]'")
-    eval_split: str | None = _option(
+    trajectories_config: str | None = option(None, "which configuration, if the dataset has several")
+    trajectories_revision: str | None = option(None, "branch, tag or commit of the dataset on the Hub")
+    train_split: str = option("train", "what to train on; a part of it as 'train[:1000]'")
+    eval_split: str | None = option(
         None, "what to evaluate on, if `eval_strategy` or `do_eval` asks for that; by default test"
     )
 

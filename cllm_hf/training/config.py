@@ -70,7 +70,8 @@ NOT_LOSSLESS = (
 LOSSLESS_ALONE = ("markov_rank", "drafts_per_response")
 
 
-def _option(default: Any, help: str, choices: Iterable[str] = ()) -> Any:
+def option(default: Any, help: str, choices: Iterable[str] = ()) -> Any:
+    """A field of a dataclass that a command line and a file can set."""
     return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
 
 
@@ -146,49 +147,49 @@ class CLLMConfig(SFTConfig):
     """
 
     # What the losses were before the first optimizer step is what later ones are compared with.
-    logging_first_step: bool = _option(True, "Log the first optimizer step too.")
-    ar_loss_weight: float = _option(1.0, "Weight of the AR loss: loss = consistency_loss + ar_loss_weight * ar_loss.")
-    block_size: int | None = _option(None, "Tokens of a block. By default what the dataset has.")
-    max_length: int | None = _option(
+    logging_first_step: bool = option(True, "Log the first optimizer step too.")
+    ar_loss_weight: float = option(1.0, "Weight of the AR loss: loss = consistency_loss + ar_loss_weight * ar_loss.")
+    block_size: int | None = option(None, "Tokens of a block. By default what the dataset has.")
+    max_length: int | None = option(
         None, "Longest prompt and response, in tokens; longer responses lose their last blocks."
     )
-    consistency: str = _option("global", "Where a state is drawn to.", ("global", "local"))
-    divergence: str = _option("forward_kl", "Distance of the distributions.", DIVERGENCES)
-    divergence_temperature: float = _option(1.0, "Both logits are divided by it.")
-    ar_labels: str = _option("response", "Tokens of the AR loss.", ("response", "ground_truth"))
-    ar_label_smoothing: float = _option(0.0, "Label smoothing of the AR loss.")
-    position_decay: float | None = _option(
+    consistency: str = option("global", "Where a state is drawn to.", ("global", "local"))
+    divergence: str = option("forward_kl", "Distance of the distributions.", DIVERGENCES)
+    divergence_temperature: float = option(1.0, "Both logits are divided by it.")
+    ar_labels: str = option("response", "Tokens of the AR loss.", ("response", "ground_truth"))
+    ar_label_smoothing: float = option(0.0, "Label smoothing of the AR loss.")
+    position_decay: float | None = option(
         None, "Tokens over which the weight of a position falls to 1/e. By default it does not fall."
     )
-    states_per_block: int = _option(1, "States that each block contributes to an optimizer step.")
-    state_sampling: str = _option("uniform", "How states are chosen.", ("uniform", "progressive"))
-    context: str = _option("clean", "What stands before a block.", ("clean", "noisy"))
-    noise_window: int = _option(16, "Blocks of a cycle of progressive states and of a window of noisy context.")
-    block_size_schedule: list[int] | None = _option(
+    states_per_block: int = option(1, "States that each block contributes to an optimizer step.")
+    state_sampling: str = option("uniform", "How states are chosen.", ("uniform", "progressive"))
+    context: str = option("clean", "What stands before a block.", ("clean", "noisy"))
+    noise_window: int = option(16, "Blocks of a cycle of progressive states and of a window of noisy context.")
+    block_size_schedule: list[int] | None = option(
         None, "Tokens of a block in equal parts of the run, such as 8 16 32."
     )
-    trajectory_source: str = _option("dataset", "Where states are from.", ("dataset", "online"))
-    online_iterations: int = _option(
+    trajectory_source: str = option("dataset", "Where states are from.", ("dataset", "online"))
+    online_iterations: int = option(
         4, "Most iterations that the states of an optimizer step are from their first drafts."
     )
-    lossless: bool = _option(False, "Train an adapter that drafts for the model, whose text stays its own.")
-    markov_rank: int = _option(64, "With --lossless: rank of the term for the token drafted before; 0 for none.")
-    drafts_per_response: int = _option(
+    lossless: bool = option(False, "Train an adapter that drafts for the model, whose text stays its own.")
+    markov_rank: int = option(64, "With --lossless: rank of the term for the token drafted before; 0 for none.")
+    drafts_per_response: int = option(
         12, "With --lossless: places of each response after which a step has tokens drafted."
     )
-    export_custom_generate: bool = _option(
+    export_custom_generate: bool = option(
         False, "Whether to save and push Jacobi decoding for people without this package, too."
     )
-    num_monitored_prompts: int = _option(
+    num_monitored_prompts: int = option(
         8, "Prompts that an evaluation decodes by Jacobi, to log speed and quality. 0 for none."
     )
-    monitored_max_new_tokens: int | None = _option(
+    monitored_max_new_tokens: int | None = option(
         None, "Longest response to decode for that, in tokens. By default the longest in the dataset."
     )
-    on_collapse: str = _option(
+    on_collapse: str = option(
         "warn", "What to do at signs that the model loses its quality.", ("warn", "stop", "ignore")
     )
-    plot_run: bool = _option(
+    plot_run: bool = option(
         True, "Draw losses and tokens per forward pass over optimizer steps, into training.png beside the model."
     )
 
@@ -211,12 +212,12 @@ class CLLMConfig(SFTConfig):
 
     def _check_values(self) -> None:
         for name in CLLMConfig.__annotations__:  # our own
-            value, option = getattr(self, name), CLLMConfig.__dataclass_fields__[name]
-            choices = option.metadata.get("choices")
+            value, entry = getattr(self, name), CLLMConfig.__dataclass_fields__[name]
+            choices = entry.metadata.get("choices")
             if choices and value not in choices:
                 allowed = ", ".join(f'"{choice}"' for choice in choices)
                 raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
-            if value is None and option.default is None:
+            if value is None and entry.default is None:
                 continue
             if name in _INTEGERS:
                 least, typical = _INTEGERS[name]
