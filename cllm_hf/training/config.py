@@ -282,7 +282,7 @@ class CLLMConfig(SFTConfig):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # The host pickles these options into `training_args.bin`, and pushes that.
+        # transformers pickles these options into `training_args.bin`, and pushes that.
         return {**self.__dict__, "hub_token": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CLLMConfig:
