@@ -165,12 +165,12 @@ def benchmark_decoding(
         for turn, batch in itertools.product(range(repeats), batches):
             for method, result in zip(methods, results):
                 run = _run(method, batch, max_new_tokens, pad_token_id)
-                result.seconds.append(run.seconds)
+                result.seconds += run.seconds
                 if run.peak_memory is not None:
                     result.peak_memory = max(run.peak_memory, result.peak_memory or 0)
                 if turn == 0:
                     result.responses += run.responses
-                    result.num_forwards.append(run.num_forwards)
+                    result.num_forwards += run.num_forwards
                     result.widths.update(run.widths)
             progress.update()
     return results
@@ -219,18 +219,8 @@ def check_counts(**counts: int) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
-@dataclass
-class _Run:
+def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pad_token_id: int) -> DecodingResult:
     """One `generate` of one batch."""
-
-    responses: list[list[int]]
-    num_forwards: int
-    seconds: float
-    widths: list[int]
-    peak_memory: int | None
-
-
-def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pad_token_id: int) -> _Run:
     device = method.model.device
     length = max(map(len, batch))
     input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in batch], device=device)
@@ -268,7 +258,8 @@ def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pa
     if len(batch) > 1:  # rows that end early are padded
         stop_ids = method.stop_ids
         responses = [response[: count_until_stop(response, stop_ids)] for response in responses]
-    return _Run(responses, num_forwards, seconds, widths[1:], peak_memory)
+    widths_after = Counter(widths[1:])
+    return DecodingResult(method.name, responses, [num_forwards], [seconds], len(batch), widths_after, peak_memory)
 
 
 def _shapes(batches: list[list[list[int]]]) -> list[list[list[int]]]:

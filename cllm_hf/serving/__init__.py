@@ -34,15 +34,11 @@ def serve(
     limits: ServingLimits | None = None,
 ) -> None:
     """
-    Run the server of transformers until it is stopped by Ctrl-C, as `KeyboardInterrupt`.
+    Run the server of transformers, with the arguments of `transformers serve`, until Ctrl-C.
 
-    Args:
-        arguments (`Sequence[str]`): those of `transformers serve`, the model among them.
-        block_size (`int` or `"auto"`, *optional*): makes Jacobi decoding, with this block size, the default of every
-            model that is loaded; a lossless adapter drafts, with this block size. By default each model keeps the
-            defaults it was saved with.
-        report (`Callable`, *optional*): called with every model that has been loaded.
-        limits (`ServingLimits`, *optional*): of each request; by default there are none.
+    A block size makes Jacobi decoding the default of every model that is loaded; a lossless adapter drafts, with this
+    block size. Without one each model keeps the defaults it was saved with. `report` is called with every model that
+    has been loaded; `limits` are those of each request.
     """
     if block_size is not None:
         block_size = check_block_size(block_size, "block_size", allows_auto=True)
