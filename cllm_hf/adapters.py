@@ -26,19 +26,12 @@ def add_drafter(
     model: PreTrainedModel, adapter_name: str, folder: str, is_trainable: bool = False, **options: Any
 ) -> None:
     """
-    Load the drafter of a lossless adapter that is on a model already.
+    Load the drafter of a lossless adapter whose layers are on a model already, not wrapped, from the adapter's folder
+    or Hub id; `options` are `HUB_OPTIONS`.
 
-    Args:
-        model (`transformers.PreTrainedModel`): the model, not wrapped, with the adapter's layers in it.
-        adapter_name (`str`): the adapter.
-        folder (`str`): folder or Hub id that it was loaded from.
-        is_trainable (`bool`): whether it is to be trained further. Otherwise adapter and drafter get the dtype of the
-            model: PEFT makes those of 16-bit models float32, which decoding would only have to convert.
-        options: `HUB_OPTIONS`.
-
-    Raises:
-        OSError: if there is no drafter.
-        ValueError: if its file is damaged, or of a later format.
+    Unless it is to be trained further, adapter and drafter get the dtype of the model: PEFT makes those of 16-bit
+    models float32, which decoding would only have to convert. An `OSError` if there is no drafter, a `ValueError` if
+    its file is damaged, or of a later format.
     """
     attach_drafter(model, Drafter.load(folder, **options), is_trainable, adapter_name)
     if is_trainable:
@@ -52,13 +45,8 @@ def add_drafter(
 
 def loading_drafters(original: Callable[..., Any]) -> Callable[..., Any]:
     """
-    Make a `load_adapter` of transformers models that loads the drafter of a lossless adapter as well.
-
-    Args:
-        original (`Callable`): that of transformers, which `from_pretrained` calls for an adapter too.
-
-    Returns:
-        `Callable`: of the same signature.
+    Make a `load_adapter` of transformers models that loads the drafter of a lossless adapter as well, from that of
+    transformers, which `from_pretrained` calls for an adapter too.
     """
     signature = inspect.signature(original)
 

@@ -1,4 +1,4 @@
-"""What the cards of models and of datasets share: metadata of the Hub, and how an earlier card is renewed."""
+"""Markdown: what the cards of models and of datasets share, and tables of reports."""
 
 from __future__ import annotations
 
@@ -120,9 +120,23 @@ def _one_line(text: object) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose cells take no more room than they need, for a page that a browser lays out."""
-    return "\n".join(f"| {' | '.join(map(escape_bars, cells))} |" for cells in (header, ("---",) * len(header), *rows))
+    lines = (header, ("---",) * len(header), *rows)
+    return "\n".join(f"| {' | '.join(map(_escape_bars, cells))} |" for cells in lines)
 
 
-def escape_bars(cell: str) -> str:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table; the first column is aligned on the left, the others on the right."""
+    header, *rows = [[_escape_bars(" ".join(cell.splitlines())) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return "| " + " | ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]) + " |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
+
+
+def _escape_bars(cell: str) -> str:
     """The Markdown of a cell of a table with a backslash before each `|` that has none, which so ends no cell."""
     return re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\\|", cell)

@@ -61,22 +61,8 @@ def load_adapter(
     path: str, base_model: PreTrainedModel | None = None, is_trainable: bool = False, **kwargs: Any
 ) -> PeftModel:
     """
-    Load an adapter with the decoding defaults saved beside it.
-
-    Args:
-        path (`str`): folder or Hub id of the adapter.
-        base_model (`transformers.PreTrainedModel`, *optional*): what it goes on; by default the model that it was
-            trained on is loaded.
-        is_trainable (`bool`): whether the adapter is to be trained further.
-        kwargs: as for `load_cllm`.
-
-    Returns:
-        `peft.PeftModel`.
-
-    Raises:
-        OSError: if there is no such base model.
-        ValueError: if the adapter does not fit the base model, or does not name one and none is given, or for `kwargs`
-            for a base model that is loaded already.
+    Load an adapter, by folder or Hub id, with the decoding defaults saved beside it; the arguments are as for
+    `load_cllm`, and `is_trainable` says whether the adapter is to be trained further.
     """
     model: Any = _load_adapter(path, base_model, is_trainable, kwargs)
     if is_lossless(model.active_peft_config):
@@ -153,54 +139,23 @@ def _outline(model: PreTrainedModel) -> Any:
 
     Kinds of adapters that take a part out of the base weights when they are put on would otherwise do so twice.
     """
-    tensors: dict[int, torch.Tensor] = {}
-    modules: dict[int, torch.nn.Module] = {}
-
-    def without_data(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        if id(tensor) not in tensors:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            if isinstance(tensor, torch.nn.Parameter):
-                empty = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            empty.__dict__.update(tensor.__dict__)  # what quantized weights say of themselves
-            tensors[id(tensor)] = empty
-        return tensors[id(tensor)]
-
-    def copy_of(module: torch.nn.Module | None) -> torch.nn.Module | None:
-        if module is None:
-            return None
-        if id(module) not in modules:
-            new = modules[id(module)] = module.__class__.__new__(module.__class__)
-            # Hooks that are added or removed stay with the outline.
-            new.__dict__ = {
-                name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
-                for name, value in vars(module).items()
-            }
-            new._parameters = {name: without_data(tensor) for name, tensor in module._parameters.items()}  # type: ignore
-            new._buffers = {name: without_data(tensor) for name, tensor in module._buffers.items()}
-            new._modules = {name: copy_of(child) for name, child in module._modules.items()}
-        return modules[id(module)]
-
-    outline: Any = copy_of(model)
-    outline.config = copy.deepcopy(model.config)
-    return outline
+    instead: dict[int, Any] = {}  # of what is not copied
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        if isinstance(tensor, torch.nn.Parameter):
+            empty = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        empty.__dict__.update(tensor.__dict__)  # what quantized weights say of themselves
+        instead[id(tensor)] = empty
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):  # of accelerate; may hold all the weights
+            instead[id(module._hf_hook)] = module._hf_hook
+    return copy.deepcopy(model, instead)
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """
-    Load the tokenizer of a model; for an adapter without one that of the model below it.
-
-    Args:
-        name (`str`): folder or Hub id of a model or an adapter.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        trust_remote_code (`bool`): whether code from its repository may run.
-
-    Returns:
-        `transformers.PreTrainedTokenizerBase`.
-
-    Raises:
-        OSError: if there is none.
+    Load the tokenizer of a model, by folder or Hub id; for an adapter without one that of the model below it. An
+    `OSError` if there is none.
     """
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -218,18 +173,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def pick_device(name: str) -> torch.device:
-    """
-    Find a device and check that it works.
-
-    Args:
-        name (`str`): such as `"cpu"` or `"cuda:0"`, or `"auto"` for CUDA if there is one.
-
-    Returns:
-        `torch.device`.
-
-    Raises:
-        ValueError: if this machine has no such device.
-    """
+    """Find a device that works, such as "cpu" or "cuda:0", or "auto" for CUDA if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

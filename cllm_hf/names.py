@@ -23,17 +23,10 @@ _FILE_ENDINGS = (".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".arrow"
 
 @dataclass(frozen=True)
 class Name:
-    """
-    The name of a model or a dataset, and what it is a name of.
+    """The name of a model or a dataset: it has a path or an id on the Hub, or neither if it can be neither."""
 
-    Attributes:
-        text (`str`): the name as it was given.
-        path (`pathlib.Path`, *optional*): where the folder or file is, or would be if it was there.
-        hub_id (`str`, *optional*): id on the Hub. A name has a path or an id, or neither if it can be neither.
-    """
-
-    text: str
-    path: Path | None = None
+    text: str  # as it was given
+    path: Path | None = None  # where the folder or file is, or would be if it was there
     hub_id: str | None = None
 
     @classmethod
@@ -43,12 +36,6 @@ class Name:
 
         A `Path` is a path, and so is a text that is written as one or whose folder or file is there. Any other text is
         an id if the Hub allows it.
-
-        Args:
-            name (`str` or `pathlib.Path`): what a user has passed.
-
-        Returns:
-            `Name`.
         """
         text = str(name)
         if isinstance(name, Path) or text.startswith(_PATH_STARTS) or (text and Path(text).exists()):
@@ -60,13 +47,8 @@ class Name:
         """
         Decide what a name is by its spelling alone: it was recorded somewhere, and others are to read it.
 
-        An id needs its owner here, as a single word may be a folder just as well.
-
-        Args:
-            name (`str`, *optional*): what was recorded.
-
-        Returns:
-            `Name`: with neither path nor id where the spelling leaves it open.
+        An id needs its owner here, as a single word may be a folder just as well. Where the spelling leaves it open,
+        the name has neither path nor id.
         """
         text = name or ""
         is_address = "://" in text and not text.startswith("file:")
@@ -103,15 +85,8 @@ class Name:
 
     def check(self, option: str, kind: str, takes_files: bool = False) -> None:
         """
-        Check that there can be something of this name, before it is looked for on the Hub.
-
-        Args:
-            option (`str`): what the name was passed as, for the error.
-            kind (`str`): what it should be a name of, `"model"` or `"dataset"`.
-            takes_files (`bool`): whether the path of a file will do.
-
-        Raises:
-            FileNotFoundError: for a path without a folder, and a text that is neither a path nor an id.
+        Check that there can be something of this name, before it is looked for on the Hub: a path needs a folder, and
+        any other text must be an id. The error names the `option` and the `kind`, "model" or "dataset".
         """
         if (
             self.hub_id is not None
@@ -130,43 +105,20 @@ class Name:
         )
 
     def check_hub_options(self, revision: str | None, token: str | None) -> None:
-        """
-        Check that what only the Hub takes is not passed for a folder.
-
-        Args:
-            revision (`str`, *optional*): branch, tag or commit.
-            token (`str`, *optional*): access token.
-
-        Raises:
-            ValueError: if it is.
-        """
+        """Check that what only the Hub takes is not passed for a folder."""
         if self.path is not None and (revision is not None or token is not None):
             raise ValueError(f"{self.text} is a folder, got `revision` or `token` for the Hub too. Drop them.")
 
 
 def is_absolute(text: str) -> bool:
-    """
-    Whether a text is spelled as a path that tells the folders of a machine, on this system or another one.
-
-    Args:
-        text (`str`): the text.
-
-    Returns:
-        `bool`.
-    """
+    """Whether a text is spelled as a path that tells the folders of a machine, on this system or another one."""
     return _ABSOLUTE.match(text) is not None
 
 
 def check_repo_id(repo_id: str, kind: str) -> None:
     """
-    Check the id of a repository that is to be written to: there a name is an id, whatever lies on this machine.
-
-    Args:
-        repo_id (`str`): the id.
-        kind (`str`): what it is the id of, `"model"` or `"dataset"`.
-
-    Raises:
-        ValueError: if the Hub does not allow it.
+    Check the id of a repository of a "model" or a "dataset" that is to be written to: there a name is an id, whatever
+    lies on this machine.
     """
     problem = _problem_of(repo_id)
     if problem is not None:

@@ -30,11 +30,11 @@ from stories import agreement, sample_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from cllm_hf import CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_trajectories
+from cllm_hf.cards import format_table
 from cllm_hf.demo.problems import make_problems, read_answer
 from cllm_hf.demo.run import DemoOptions
 from cllm_hf.evaluation.benchmark import DecodingMethod, benchmark_decoding
 from cllm_hf.files import check_writable, write_whole
-from cllm_hf.text import format_table
 
 
 # What a row changes in the options of the trainer. Other block sizes are cut or joined from the trajectories.

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from cllm_hf import CLLMConfig, CLLMTrainer, TrajectoryBuilder
+from cllm_hf.cards import format_table
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
 from cllm_hf.files import check_writable
-from cllm_hf.text import format_table
 
 
 def sample_prompts(

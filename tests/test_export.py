@@ -246,11 +246,8 @@ class FakeHub:
         self.path = path
         self.commits = []
 
-    def list_repo_files(self, repo_id, revision=None):
-        return [file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()]
-
-    def hf_hub_download(self, repo_id, name, revision=None):
-        return str(self.path / name)
+    def snapshot_download(self, repo_id, revision=None, allow_patterns=()):
+        return str(self.path)
 
     def create_commit(self, repo_id, operations, commit_message, revision=None):
         files = {

@@ -13,12 +13,12 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..cards import format_table
 from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
 from ..files import check_writable, save_whole
 from ..process import quiet_hosts
 from ..show.picture import token_decoder
 from ..show.terminal import BlockTrajectory, format_blocks
-from ..text import format_table
 from ..trajectories.builder import TrajectoryBuilder
 from ..trajectories.loading import load_trajectories
 from ..trajectories.options import KEEP_ALL

@@ -6,9 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..cards import code
+from ..cards import code, format_table
 from ..files import check_writable_file, write_whole
-from ..text import format_table
 from ..trajectories.statistics import TrajectoryStatistics, format_statistics
 from .model_comparison import TITLES
 from .reporting import describe_prompts, format_environment, format_number, format_rate, format_rows

@@ -13,7 +13,7 @@ import transformers
 from .._host import attention_implementation, base_model_of, input_device
 from .._version import __version__
 from ..blocks.rules import judge_greedy
-from ..text import format_table
+from ..cards import format_table
 from .benchmark import DecodingMethod, DecodingResult
 
 

@@ -15,9 +15,9 @@ import torch
 from datasets import Dataset
 
 from ..blocks.rules import count_leading
+from ..cards import format_table
 from ..files import check_writable_file, write_whole
 from ..options import check_block_size
-from ..text import format_table
 from .schema import RecordArrays, lay_out, piece_starts
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .._host import input_device, plain_positions
 from ..blocks.rules import gap_to_best, near_tie_bound
-from ..text import format_table
+from ..cards import format_table
 from .schema import REQUIRED_COLUMNS, check_names, lay_out
 
 

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from cllm_hf._host import base_model_of
 from cllm_hf.blocks.limits import check_packable
+from cllm_hf.cards import format_table
 from cllm_hf.evaluation.benchmark import PeakMemory, synchronize
 from cllm_hf.evaluation.reporting import describe_environment, format_environment
-from cllm_hf.text import format_table
 
 from .collectors import (
     BUILDER,

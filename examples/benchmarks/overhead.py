@@ -12,10 +12,10 @@ import torch
 from tqdm.auto import tqdm
 
 from cllm_hf._host import base_model_of
+from cllm_hf.cards import format_table
 from cllm_hf.evaluation.benchmark import DecodingMethod, synchronize
 from cllm_hf.evaluation.comparison import BareForward
 from cllm_hf.evaluation.reporting import compile_notes, describe_environment, format_environment
-from cllm_hf.text import format_table
 
 
 def overhead_methods(model: Any, block_sizes: Sequence[int], is_compiled: bool = False) -> list[DecodingMethod]:

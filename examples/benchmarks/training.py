@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
 from cllm_hf._host import set_checkpointing
+from cllm_hf.cards import format_table
 from cllm_hf.evaluation.benchmark import PeakMemory, synchronize
 from cllm_hf.evaluation.reporting import describe_environment, format_environment
-from cllm_hf.text import format_table
 from cllm_hf.trajectories.schema import check_dataset
 
 from .loss_check import compare_losses, draw_examples

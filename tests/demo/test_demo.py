@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from cllm_hf import CleaningRules, CLLMTrainer, TrajectoryBuilder, load_cllm
+from cllm_hf.cards import format_table
 from cllm_hf.cli import main
 from cllm_hf.demo import run
 from cllm_hf.demo.problems import LARGEST, make_problem, make_problems, make_tokenizer, read_answer
 from cllm_hf.evaluation.benchmark import DecodingResult, benchmark_decoding
 from cllm_hf.files import save_whole
-from cllm_hf.text import format_table
 
 
 TINY = run.DemoOptions(
