@@ -15,7 +15,7 @@ from .integration import register, set_jacobi_defaults, unregister
 
 
 if TYPE_CHECKING:
-    from .decoding.output import JacobiOutput, JacobiStats
+    from .decoding.loop import JacobiOutput, JacobiStats
     from .decoding.rows import Row
     from .decoding.strategy import Proposal, Room, Strategy, register_strategy
     from .evaluation.metrics import DecodingSpeed
@@ -66,8 +66,8 @@ _LAZY = {
     "CollapseCallback": ".training.callbacks",
     "DecodingSpeed": ".evaluation.metrics",
     "FEATURES": ".trajectories.schema",
-    "JacobiOutput": ".decoding.output",
-    "JacobiStats": ".decoding.output",
+    "JacobiOutput": ".decoding.loop",
+    "JacobiStats": ".decoding.loop",
     "Proposal": ".decoding.strategy",
     "Room": ".decoding.strategy",
     "Row": ".decoding.rows",

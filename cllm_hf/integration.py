@@ -1,7 +1,7 @@
 """
 Where `decoding="jacobi"` meets transformers: the only file that touches `GenerationMixin` and `GenerationConfig`.
 
-`register` wraps `GenerationMixin.generate` (a public name) and hands calls with `decoding="jacobi"` to the host's own
+`register` wraps `GenerationMixin.generate` (a public name) and hands calls with `decoding="jacobi"` to its own
 `custom_generate` hook; every other call passes through untouched. It wraps `load_adapter` of transformers models as
 well, so that a lossless adapter comes with its drafter. `unregister` takes both back.
 """
@@ -158,31 +158,17 @@ def _generate(
     decoding: str | None,
     given: dict[str, Any],
 ) -> Any:
-    """Decide which decoding a call of `generate` asks for, and run it."""
+    """Run a call of `generate` by the decoding that it asks for; `given` are its `jacobi_` options."""
     call = _named_arguments(original, model, args, kwargs)
     user_config = call.get("generation_config")
     configs = [config for config in (user_config, model.generation_config) if config is not None]
-    named = [name for name, value in given.items() if _is_wish(name, value)]
     drafts = find_drafter(model) is not None and not is_switched_off(model)
-    default = LOSSLESS if drafts and getattr(user_config, "decoding", None) is None else _decoding_of(configs)
-    if default == LOSSLESS and not drafts:
-        default = None  # within `disable_adapter()`, and for the base model of an adapter
-    if decoding is None and named:
-        decoding = default if drafts else _strategy_of(configs)
-        if decoding == LOSSLESS and not drafts:
-            decoding = JACOBI  # its own defaults are not meant for a model that it does not draft for
-    elif decoding == AUTOREGRESSIVE and named:
-        raise ValueError(f'`{named[0]}` has no effect with `decoding="autoregressive"`. Drop one of the two.')
-    requested = decoding if decoding is not None else default
-    if requested is not None and requested not in decodings():
-        names = " or ".join(f'"{name}"' for name in decodings())
-        raise ValueError(f"`decoding` must be {names}, got {requested!r}.")
-    # The draft model of assisted decoding is called through `generate` too, and must not draft by itself.
-    is_assistant = getattr(user_config, "is_assistant", False)
+    requested, is_default = _choose_decoding(decoding, given, user_config, configs, drafts)
     if (
         requested in (None, AUTOREGRESSIVE)
-        or is_assistant
-        or (decoding is None and call.get("custom_generate") is not None)
+        # The draft model of assisted decoding is called through `generate` too, and must not draft by itself.
+        or getattr(user_config, "is_assistant", False)
+        or (is_default and call.get("custom_generate") is not None)
     ):
         if requested is None:
             warn_without_drafter(model)
@@ -191,10 +177,10 @@ def _generate(
 
     if option_of(call, configs, "cache_implementation") == "static":
         given = {**given, "jacobi_compile": True}
-        call["cache_implementation"] = "dynamic"  # the host's static one has no room for a last full block
+        call["cache_implementation"] = "dynamic"  # transformers' static one has no room for a last full block
     options = _jacobi_options(given, configs)
     if requested == LOSSLESS:
-        _check_drafted(model, given)
+        _check_drafted(model, given["jacobi_block_size"])
     elif options.drafts is not None:
         raise ValueError(
             f'`jacobi_drafts` has an effect with `decoding="lossless"` alone, got it with {requested!r}. Drop it.'
@@ -213,9 +199,61 @@ def _generate(
         return original(model, **call, custom_generate=run)
 
 
-def _check_drafted(model: PreTrainedModel, given: dict[str, Any]) -> None:
-    """Raise a `ValueError` for a block that is longer than the adapter drafts, where a caller asks for it."""
-    drafter, size = find_drafter(model), given["jacobi_block_size"]
+def _named_arguments(
+    original: Callable[..., Any], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    bound = inspect.signature(original).bind_partial(model, *args, **kwargs).arguments
+    bound.pop("self")
+    others = bound.pop("kwargs", {})
+    return {**bound, **others}
+
+
+def _choose_decoding(
+    decoding: str | None, given: dict[str, Any], user_config: Any, configs: list[GenerationConfig], drafts: bool
+) -> tuple[Any, bool]:
+    """Which decoding a call asks for, `None` for that of transformers, and whether it does so by defaults alone."""
+    named = [name for name, value in given.items() if _is_wish(name, value)]
+    default = LOSSLESS if drafts and getattr(user_config, "decoding", None) is None else _decoding_of(configs)
+    if default == LOSSLESS and not drafts:
+        default = None  # within `disable_adapter()`, and for the base model of an adapter
+    if decoding is None and named:
+        decoding = default if drafts else _strategy_of(configs)
+        if decoding == LOSSLESS and not drafts:
+            decoding = JACOBI  # its own defaults are not meant for a model that it does not draft for
+    elif decoding == AUTOREGRESSIVE and named:
+        raise ValueError(f'`{named[0]}` has no effect with `decoding="autoregressive"`. Drop one of the two.')
+    requested = default if decoding is None else decoding
+    if requested is not None and requested not in decodings():
+        names = " or ".join(f'"{name}"' for name in decodings())
+        raise ValueError(f"`decoding` must be {names}, got {requested!r}.")
+    return requested, decoding is None
+
+
+def _decoding_of(configs: list[GenerationConfig]) -> Any:
+    """The decoding that the first config with a `decoding` or a `jacobi_` option asks for."""
+    for number, config in enumerate(configs):
+        decoding = getattr(config, "decoding", None)
+        if decoding is not None:
+            return decoding
+        if any(_is_wish(name, getattr(config, name, None)) for name in OPTION_NAMES):
+            return _strategy_of(configs[number + 1 :])
+    return None
+
+
+def _strategy_of(configs: list[GenerationConfig]) -> Any:
+    """The strategy that a `jacobi_` option is meant for where no `decoding` stands beside it."""
+    decoding = first_set(configs, "decoding")
+    return JACOBI if decoding in (None, AUTOREGRESSIVE) else decoding
+
+
+def _is_wish(name: str, value: Any) -> bool:
+    """Whether an option asks for something that only Jacobi decoding does."""
+    return value is not None and value is not False and (name, value) != ("jacobi_candidates", 0)
+
+
+def _check_drafted(model: PreTrainedModel, size: Any) -> None:
+    """Refuse a block that is longer than the adapter drafts, where a caller asks for it."""
+    drafter = find_drafter(model)
     if drafter is None or size in (None, AUTO):
         return  # a default is cut instead, and a missing drafter is another matter
     largest = drafter.num_masks + 1
@@ -239,10 +277,8 @@ def _custom_generate(
     model: PreTrainedModel, call: dict[str, Any], options: JacobiOptions, strategy_name: str
 ) -> Callable[..., Any]:
     """
-    Build the callable for the host's `custom_generate` hook.
-
-    The hook does not hand over the streamer, so it is bound here. Names of model inputs must not appear in the
-    callable's signature: the host would pass them twice.
+    The callable for transformers' `custom_generate` hook, which does not hand over the streamer. Names of model inputs
+    must not appear in its signature: transformers would pass them twice.
     """
     attention_mask, inputs_embeds = call.get("attention_mask"), call.get("inputs_embeds")
     input_ids = call.get("inputs") if call.get("inputs") is not None else call.get("input_ids")
@@ -287,7 +323,7 @@ def _encoder_ids(model: PreTrainedModel, input_ids: torch.Tensor, prompt: Any) -
 
 
 def _with_stop_strings(call: dict[str, Any], configs: list[GenerationConfig]) -> dict[str, Any]:
-    """Turn `stop_strings` into a criterion: the host hands no tokenizer to a `custom_generate` callable."""
+    """Turn `stop_strings` into a criterion: a `custom_generate` callable is handed no tokenizer."""
     call = dict(call)
     tokenizer = call.pop("tokenizer", None)
     stop_strings = call.pop("stop_strings", None) or first_set(configs, "stop_strings")
@@ -306,33 +342,3 @@ def _with_stop_strings(call: dict[str, Any], configs: list[GenerationConfig]) ->
     if configs[-1].stop_strings:  # the model's own default would be merged in again
         call["stop_strings"] = None
     return call
-
-
-def _named_arguments(
-    original: Callable[..., Any], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    bound = inspect.signature(original).bind_partial(model, *args, **kwargs).arguments
-    bound.pop("self")
-    others = bound.pop("kwargs", {})
-    return {**bound, **others}
-
-
-def _decoding_of(configs: list[GenerationConfig]) -> Any:
-    for number, config in enumerate(configs):
-        decoding = getattr(config, "decoding", None)
-        if decoding is not None:
-            return decoding
-        if any(_is_wish(name, getattr(config, name, None)) for name in OPTION_NAMES):
-            return _strategy_of(configs[number + 1 :])
-    return None
-
-
-def _strategy_of(configs: list[GenerationConfig]) -> Any:
-    """The strategy that a `jacobi_` option is meant for where no `decoding` stands beside it."""
-    decoding = first_set(configs, "decoding")
-    return JACOBI if decoding in (None, AUTOREGRESSIVE) else decoding
-
-
-def _is_wish(name: str, value: Any) -> bool:
-    """Whether an option asks for something that only Jacobi decoding does."""
-    return value is not None and value is not False and (name, value) != ("jacobi_candidates", 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -12,8 +12,6 @@ from typing import Any
 JACOBI, LOSSLESS, AUTOREGRESSIVE = "jacobi", "lossless", "autoregressive"
 DEFAULT_BLOCK_SIZE = 16
 AUTO = "auto"
-# Arguments of `generate` and entries of a generation config; without the prefix, the fields of `JacobiOptions`.
-OPTION_NAMES = ("jacobi_block_size", "jacobi_candidates", "jacobi_seed", "jacobi_compile", "jacobi_drafts")
 
 
 @dataclass(frozen=True)
@@ -40,29 +38,22 @@ class JacobiOptions:
     drafts: int | None = None
 
     def __post_init__(self) -> None:
-        block_size = check_block_size(self.block_size, allows_auto=True)
-        seed, candidates = as_integer(self.seed), as_integer(self.candidates)
-        drafts = as_integer(self.drafts)
-        if self.drafts is not None and (drafts is None or drafts < 1):
-            raise ValueError(
-                f"`jacobi_drafts` must be an integer of at least 1, got {self.drafts!r}. Typical values are 2 to 8."
-            )
-        if self.seed is not None and (seed is None or not 0 <= seed < 2**63):
-            raise ValueError(f"`jacobi_seed` must be an integer of at least 0 and below 2**63, got {self.seed!r}.")
+        values: dict[str, Any] = {
+            "block_size": check_block_size(self.block_size, allows_auto=True),
+            "candidates": _check_integer(self.candidates, "jacobi_candidates", 0, "Typical values are 1 to 4."),
+        }
+        if self.drafts is not None:
+            values["drafts"] = _check_integer(self.drafts, "jacobi_drafts", 1, "Typical values are 2 to 8.")
+        if self.seed is not None:
+            values["seed"] = _check_integer(self.seed, "jacobi_seed", 0, "Pass any number.")
+            if values["seed"] >= 2**63:
+                raise ValueError(
+                    f"`jacobi_seed` must be an integer below 2**63, got {self.seed!r}. Pass a smaller one."
+                )
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # as Python's own, whatever kind of integer was passed
         if not isinstance(self.compile, bool):
             raise ValueError(f"`jacobi_compile` must be `True` or `False`, got {self.compile!r}.")
-        if candidates is None or candidates < 0:
-            raise ValueError(
-                f"`jacobi_candidates` must be an integer of at least 0, got {self.candidates!r}. Typical values are 1 "
-                "to 4."
-            )
-        for name, value in (
-            ("block_size", block_size),
-            ("seed", seed),
-            ("candidates", candidates),
-            ("drafts", drafts),
-        ):
-            object.__setattr__(self, name, value)  # as Python's own, whatever kind of integer was passed
         if self.compile and self.candidates:
             raise ValueError(
                 f"A compiled forward pass has one shape, got `jacobi_candidates={self.candidates}` with "
@@ -75,19 +66,26 @@ class JacobiOptions:
             )
 
 
+# Arguments of `generate` and entries of a generation config.
+OPTION_NAMES = tuple(f"jacobi_{field.name}" for field in fields(JacobiOptions))
+
+
 def check_block_size(value: object, name: str = "jacobi_block_size", allows_auto: bool = False) -> Any:
-    """Validate a block size."""
+    """A block size as an integer of Python, or `"auto"` where that is allowed; an error for anything else."""
     if allows_auto and isinstance(value, str) and value == AUTO:
         return value
-    size = as_integer(value)
-    if size is not None and size >= 1:
-        return size
-    kinds = 'an integer of at least 1 or "auto"' if allows_auto else "an integer of at least 1"
-    raise ValueError(f"`{name}` must be {kinds}, got {value!r}. Typical values are 8 to 64.")
+    return _check_integer(value, name, 1, "Typical values are 8 to 64.", ' or "auto"' if allows_auto else "")
+
+
+def _check_integer(value: Any, name: str, least: int, hint: str, others: str = "") -> int:
+    number = as_integer(value)
+    if number is None or number < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}{others}, got {value!r}. {hint}")
+    return number
 
 
 def as_integer(value: Any) -> int | None:
-    """Read an integer of any kind, such as numpy's."""
+    """An integer of any kind, such as numpy's; `None` for anything else, truth values among them."""
     if isinstance(value, bool):
         return None
     try:
@@ -97,11 +95,11 @@ def as_integer(value: Any) -> int | None:
 
 
 def option_of(call: dict[str, Any], configs: Sequence[Any], name: str) -> Any:
-    """Look up an option of `generate`."""
+    """An option of `generate`: of the call, or else of the first generation config that has it."""
     return call[name] if call.get(name) is not None else first_set(configs, name)
 
 
 def first_set(configs: Sequence[Any], name: str) -> Any:
-    """Look up a default."""
+    """The value of the first generation config that has one."""
     values = (getattr(config, name, None) for config in configs)
     return next((value for value in values if value is not None), None)

@@ -21,7 +21,11 @@ def packed_attention_mask(
     dtype: torch.dtype = torch.float32,
     clean_cache: DynamicCache | None = None,
 ) -> Any:
-    """Build the mask of a packed batch, by the host's own mask functions, for the attention that the model runs."""
+    """
+    Build the `attention_mask` of a packed batch, by transformers' own mask functions, for the attention that the model
+    runs: a mask, or a `dict` of them for models that mix full and sliding attention. With `clean_cache` it has only
+    the rows of the drafts.
+    """
     config = config.get_text_config()
     first = 0 if clean_cache is None else packed.clean_length
     queries, keys = slice(first, None), packed.segment_ids[:, None]
@@ -45,7 +49,13 @@ def tree_attention_mask(
     cache: Any,
     num_cached: int | None = None,
 ) -> Any:
-    """Build the mask of trees of tokens after texts: each token sees its text and the tokens it follows."""
+    """
+    Build the mask of trees of tokens after texts: each token sees its text and the tokens it follows.
+
+    `text_mask`, `[batch_size, num_columns]`, is non-zero on columns before the trees that are text: `num_cached` of
+    them, by default all, are in `cache`, and the others are fed with the trees. `parents` says for each row and place
+    of its tree the place of the token before; -1 for none.
+    """
     config, device = config.get_text_config(), text_mask.device
     num_rows, num_columns = text_mask.shape
     num_cached, num_places = num_columns if num_cached is None else num_cached, len(parents[0])
@@ -89,12 +99,18 @@ def masks_by_layer_type(
     dtype: torch.dtype,
     num_sliding_columns: int | None = None,
 ) -> Any:
-    """Make masks by transformers' own mask functions, for the attention that the model runs."""
+    """
+    Make masks by transformers' own mask functions, for the attention that the model runs.
+
+    `visible` says which pairs see each other where attention is full, `distances` how far a key stands before its
+    query, for models with sliding windows: both `[batch_size, num_queries, num_keys]`. `num_sliding_columns` are the
+    last keys that layers of sliding windows have; by default all.
+    """
 
     implementation = attention_implementation(config)
 
     def build(allowed: torch.Tensor) -> Any:
-        if implementation == "sdpa":  # what the host's function makes of it, in less time
+        if implementation == "sdpa":  # what transformers' function makes of it, in less time
             return allowed[:, None]
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
             batch_size=allowed.shape[0],
@@ -127,19 +143,31 @@ def _has_windows(config: PreTrainedConfig) -> bool:
 def packed_forward(
     model: torch.nn.Module,
     packed: Packed,
-    base_model: PreTrainedModel,
+    base_model: PreTrainedModel | None = None,
     places: torch.Tensor | None = None,
+    clean_cache: DynamicCache | None = None,
 ) -> torch.Tensor:
-    """Run one forward pass over a packed batch."""
+    """
+    Run one forward pass over a packed batch, or over its drafts alone, after clean sequences from `forward_clean`.
+
+    `base_model` is the one in the wrappers of `model` (PEFT, DDP, FSDP), if there are any. Logits are
+    `[batch_size, num_columns, vocab_size]`. With `places`, each `row * num_columns + column`, they are
+    `[num_places, vocab_size]`, and logits of no other place are computed. The cache is left as it was.
+    """
+    inner: Any = base_model or model
+    fed = slice(0 if clean_cache is None else packed.clean_length, None)
     inputs = {
-        "input_ids": packed.input_ids,
-        "attention_mask": packed_attention_mask(base_model.config, packed, base_model.dtype),
-        "position_ids": packed.position_ids,
-        "use_cache": False,
+        "input_ids": packed.input_ids[:, fed],
+        "attention_mask": packed_attention_mask(inner.config, packed, inner.dtype, clean_cache),
+        "position_ids": packed.position_ids[:, fed],
+        "use_cache": clean_cache is not None,
     }
-    if places is None:
-        return model(**inputs).logits
-    return _logits_at(model, inputs, base_model, places)
+    if clean_cache is not None:
+        inputs["past_key_values"] = clean_cache
+    logits = model(**inputs).logits if places is None else _logits_at(model, inputs, inner, places)
+    if clean_cache is not None:
+        clean_cache.crop(packed.clean_length - packed.input_ids.shape[1])
+    return logits
 
 
 def _logits_at(
@@ -148,7 +176,7 @@ def _logits_at(
     """
     Logits of some places only: what goes into the output embeddings is cut to them on the way.
 
-    The hosts have `logits_to_keep`, which keeps the same columns of every row. What models do to logits after their
+    transformers has `logits_to_keep`, which keeps the same columns of every row. What models do to logits after their
     output embeddings (scaling, capping) is done to each element, so it does not matter that there are fewer of them.
     """
     was_cut = False
@@ -177,7 +205,13 @@ def forward_clean(
     base_model: PreTrainedModel | None = None,
     places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, DynamicCache]:
-    """Run clean sequences once, for several forward passes over drafts after them."""
+    """
+    Run clean sequences, `[batch_size, clean_length]` and padded on the right, once for several forward passes over
+    drafts after them.
+
+    Returns logits of the last columns, `[batch_size, num_logits, vocab_size]`, or with `places` as for
+    `packed_forward`, and keys and values of the clean sequences.
+    """
     # Without the config, sliding layers keep everything: early blocks stand far before the end of the sequence.
     cache = DynamicCache()
     inner: Any = base_model or model
@@ -197,32 +231,10 @@ def forward_clean(
 
 
 def copy_clean(clean_cache: DynamicCache, rows: torch.Tensor, num_columns: int) -> DynamicCache:
-    """Copy the beginning of some cached clean sequences."""
+    """The first columns of some cached clean sequences."""
     copied = DynamicCache()
     layers: Any = clean_cache.layers
     for index, layer in enumerate(layers):
         chosen = rows.to(layer.keys.device)
         copied.update(layer.keys[chosen, :, :num_columns], layer.values[chosen, :, :num_columns], index)
     return copied
-
-
-def forward_drafts(
-    model: torch.nn.Module,
-    packed: Packed,
-    clean_cache: DynamicCache,
-    base_model: PreTrainedModel | None = None,
-    places: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Run one forward pass over the drafts of a packed batch, after its cached clean sequences."""
-    drafts = slice(packed.clean_length, None)
-    inner: Any = base_model or model
-    inputs = {
-        "input_ids": packed.input_ids[:, drafts],
-        "attention_mask": packed_attention_mask(inner.config, packed, inner.dtype, clean_cache),
-        "position_ids": packed.position_ids[:, drafts],
-        "past_key_values": clean_cache,
-        "use_cache": True,
-    }
-    logits = model(**inputs).logits if places is None else _logits_at(model, inputs, inner, places)
-    clean_cache.crop(packed.clean_length - packed.input_ids.shape[1])
-    return logits

@@ -111,8 +111,11 @@ class Feed:
         if depth > _LONGEST_DRAFT and not self.memory.fixed_shape:
             depth = min(depth, max(_LONGEST_DRAFT, *(len(row.text) for row in self.rows)))
         if self._num_positions is not None:
+            pending = [row.pending for row in self.rows]
+            first = self.memory.num_cached - 1  # the position before it, where the model is given none
+            foremost = max(one.positions[-1] if one.positions else first + len(one.ids) for one in pending)
             # Only a committed token may go beyond the last position, where transformers says what it has to say.
-            depth = min(depth, max(self._num_positions - 1 - max(map(self._position, self.rows)), 0))
+            depth = min(depth, max(self._num_positions - 1 - foremost, 0))
         return Room(depth, self._needs_tree and self._has_room_for_tree(), self.memory.fixed_shape)
 
     def forward(self, proposals: list[Proposal]) -> torch.Tensor:
@@ -181,12 +184,6 @@ class Feed:
                 "not have here. Drop what turns it off (`use_cache=False`, `jacobi_compile=True`, a static cache), or "
                 'what asks for trees (`jacobi_candidates`, `decoding="lossless"`).'
             )
-
-    def _position(self, row: Row) -> int:
-        """Position of the anchor."""
-        if row.pending.positions is not None:
-            return row.pending.positions[-1]
-        return self.memory.num_cached + len(row.pending.ids) - 1
 
     def _has_room_for_tree(self) -> bool:
         if not self._is_prefill:
@@ -301,25 +298,15 @@ def _make_rows(
     if context_ids is not None:
         # A decoder may know fewer tokens than its encoder, and any guess will do.
         contexts = (context_ids % model.config.get_text_config(decoder=True).vocab_size).tolist()
-    ids = input_ids[:, -num_new:].tolist()
-    all_positions, all_types = (
-        _last_columns(values, num_new, batch_size) for values in (growing.positions, growing.token_types)
-    )
+
+    def last_columns(values: torch.Tensor | None) -> list[Any]:
+        return [None] * batch_size if values is None else values[:, -num_new:].expand(batch_size, -1).tolist()
+
+    fed = zip(*map(last_columns, (input_ids, growing.positions, growing.token_types)))
     return [
-        Row(
-            index,
-            list(texts[index]),
-            contexts[index],
-            length,
-            Pending(ids[index], all_positions[index], all_types[index]),
-            num_padding[index],
-        )
-        for index in range(batch_size)
+        Row(index, list(texts[index]), contexts[index], length, Pending(*parts), num_padding[index])
+        for index, parts in enumerate(fed)
     ]
-
-
-def _last_columns(values: torch.Tensor | None, length: int, batch_size: int) -> list[Any]:
-    return [None] * batch_size if values is None else values[:, -length:].expand(batch_size, -1).tolist()
 
 
 def _rows_of(value: Any, indices: torch.Tensor) -> Any:
@@ -351,17 +338,14 @@ class GrowingInputs:
         prefix = "decoder_" if model.config.is_encoder_decoder else ""
         names = (prefix + "attention_mask", prefix + "position_ids", "token_type_ids", "inputs_embeds")
         mask, positions, token_types, embeds = (model_kwargs.pop(name, None) for name in names)
-        zeros = tuple(name for name in _MODAL_TYPES if _is_zero(model_kwargs.get(name)))
+        types = {name: model_kwargs.get(name) for name in _MODAL_TYPES}
+        zeros = tuple(name for name, value in types.items() if isinstance(value, torch.Tensor) and not value.any())
         for name in zeros:
             del model_kwargs[name]
         num_axes = 0
         if positions is not None and positions.dim() == 3:
             num_axes, positions = len(positions), _on_one_axis(positions, mask)
         return cls(prefix, mask, positions, num_axes, token_types, zeros, embeds)
-
-
-def _is_zero(values: Any) -> bool:
-    return isinstance(values, torch.Tensor) and not bool(values.any())
 
 
 def _on_one_axis(positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -75,7 +75,7 @@ class Verifier:
         scores = self._process(logits)
         predictions = self._predict(rows, proposals, scores).tolist()  # the only host sync of an iteration
         paths = [_follow(proposal, tokens) for proposal, tokens in zip(proposals, predictions)]
-        verdicts = (self._verify_together if self.leave_together else self._verify_apart)(rows, paths, predictions)
+        verdicts = self._judge(rows, paths, predictions)
         if self.streamer is not None:
             for token in verdicts[0].token_ids:
                 self.streamer.put(torch.tensor([token]))
@@ -120,27 +120,16 @@ class Verifier:
         no_text: Any = torch.empty((0, 0), dtype=torch.long, device=logits.device)
         return self.logits_processor(no_text, scores.flatten(0, 1)).view(logits.shape)
 
-    def _verify_apart(self, rows: list[Row], paths: list[list[int]], predictions: list[list[int]]) -> list[Verdict]:
-        together = min(map(len, paths)) if self.same_length else self.max_length
-        verdicts = []
-        for row, path, predicted in zip(rows, paths, predictions):
-            tokens = [predicted[place] for place in path]
-            until_stop = count_until_stop(tokens, self.stop_ids)
-            count = min(len(path), until_stop, self.max_length - row.length, together)
-            is_stopped = count == until_stop or row.length + count == self.max_length
-            verdicts.append(Verdict(tokens[:count], count, path[:count], predicted, is_stopped))
-        return verdicts
-
-    def _verify_together(self, rows: list[Row], paths: list[list[int]], predictions: list[list[int]]) -> list[Verdict]:
-        """Commit as many tokens to every row as the slowest one takes; rows that have stopped take padding."""
+    def _judge(self, rows: list[Row], paths: list[list[int]], predictions: list[list[int]]) -> list[Verdict]:
         texts = [[predicted[place] for place in path] for path, predicted in zip(paths, predictions)]
         until_stop = [0 if row.is_stopped else count_until_stop(text, self.stop_ids) for row, text in zip(rows, texts)]
-        count = min(len(path) for row, path in zip(rows, paths) if not row.is_stopped)
-        count = min(count, self.max_length - rows[0].length)
-        if max(until_stop) <= count:  # the last of them ends the batch
-            count = max(until_stop)
+        # Rows of one length take as many tokens as the slowest of them.
+        together = min((len(path) for row, path in zip(rows, paths) if not row.is_stopped), default=0)
         verdicts = []
         for row, path, text, predicted, until in zip(rows, paths, texts, predictions, until_stop):
+            count = min(together if self.same_length else len(path), self.max_length - row.length)
+            # A row that has ended takes padding where it stays in the batch, until the last one ends.
+            count = min(count, max(until_stop) if self.leave_together else until)
             num_own = min(count, until)
             tokens = text[:num_own] + [self.pad_id] * (count - num_own)
             is_stopped = num_own == until or row.length + count == self.max_length

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..blocks.drafter import AdapterGate, find_drafter
-from ..blocks.forward import forward_clean, forward_drafts
+from ..blocks.forward import forward_clean, packed_forward
 from ..blocks.layout import Packed, append_drafts
 from .batch import TrainingBatch
 from .objective import Objective, sum_divergence
@@ -98,7 +98,7 @@ class DraftingObjective(Objective):
                 gate.open(list(range(num_masks)) * weights.shape[1])
                 packed = lay_out_blocks(batch, prepared.offsets, num_masks)
                 places = row * num_columns + block * num_masks + distance
-                logits = forward_drafts(model, packed, cache, base_model, places)
+                logits = packed_forward(model, packed, base_model, places, cache)
         finally:
             model.train(was_training)
         logits = drafter.correct(logits, batch.clean_ids[row, columns])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..blocks.forward import forward_clean, forward_drafts
+from ..blocks.forward import forward_clean, packed_forward
 from ..blocks.layout import Drafts, pack
 from ..blocks.rules import count_accepted_in_blocks, next_drafts
 from .batch import TrainingBatch
@@ -171,7 +171,7 @@ def make_online_states(
         for iteration in range(num_iterations + with_successors):
             drafts = Drafts(states, batch.anchors(offsets), mask, batch.last_positions)
             packed = pack(batch.clean_ids, batch.clean_mask, drafts)
-            predicted = forward_drafts(model, packed, cache, base_model).argmax(-1).view_as(states)
+            predicted = packed_forward(model, packed, base_model, clean_cache=cache).argmax(-1).view_as(states)
             # The last token of a state is not fed, so nothing checks it.
             num_committed = 1 + count_accepted_in_blocks(states[..., :-1], right)
             if iteration < num_iterations:

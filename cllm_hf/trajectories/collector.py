@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from .._host import input_device
-from ..blocks.forward import copy_clean, forward_clean, forward_drafts
+from ..blocks.forward import copy_clean, forward_clean, packed_forward
 from ..blocks.layout import PADDING_SEGMENT, append_drafts, num_blocks
 from ..blocks.rules import count_accepted_in_blocks, count_until_stop, judge_greedy
 from .schema import piece_starts
@@ -291,7 +291,7 @@ def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np
         lay_out(block + 1, PADDING_SEGMENT),
         lay_out((blocks.starts + settled + 1)[block], 0),
     )
-    predicted = forward_drafts(model, packed, clean.cache).argmax(-1).cpu().numpy()
+    predicted = packed_forward(model, packed, clean_cache=clean.cache).argmax(-1).cpu().numpy()
     states[asked] = predicted[row, column]
     return states
 

@@ -5,7 +5,7 @@ import torch
 from architectures import CANNOT_BUILD, MODEL_TYPES, make_architecture
 from conftest import CONFIGS, VOCAB_SIZE, make_model
 
-from cllm_hf.blocks.forward import copy_clean, forward_clean, forward_drafts, packed_forward
+from cllm_hf.blocks.forward import copy_clean, forward_clean, packed_forward
 from cllm_hf.blocks.layout import Drafts, Packed, append_drafts, fill_rows, pack
 from cllm_hf.blocks.limits import check_packable
 
@@ -54,7 +54,7 @@ def test_packed_equals_unpacked(name, attention):
         logits = packed_forward(model, packed, model)
         clean, blocks = logits[:, : packed.clean_length], logits[:, packed.columns()]
         last, cache = forward_clean(model, *batch[:2], num_logits=4)
-        cached = forward_drafts(model, packed, cache).unflatten(1, (-1, BLOCK_SIZE))
+        cached = packed_forward(model, packed, clean_cache=cache).unflatten(1, (-1, BLOCK_SIZE))
     expected_clean, expected_blocks = unpacked_logits(model, *batch)
     for row, expected in enumerate(expected_clean):
         torch.testing.assert_close(clean[row, : len(expected)], expected, atol=1e-4, rtol=0)
@@ -69,9 +69,9 @@ def test_clean_cache_is_left_as_it_was(llama):
     packed = pack(clean_ids, clean_mask, Drafts(*rest))
     with torch.no_grad():
         _, cache = forward_clean(llama, clean_ids, clean_mask, 1)
-        first = forward_drafts(llama, packed, cache)
+        first = packed_forward(llama, packed, clean_cache=cache)
         assert cache.get_seq_length() == packed.clean_length
-        torch.testing.assert_close(forward_drafts(llama, packed, cache), first)
+        torch.testing.assert_close(packed_forward(llama, packed, clean_cache=cache), first)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -90,7 +90,7 @@ def test_blocks_of_any_length_behind_the_beginning_of_some_sequences(name):
     )
     with torch.no_grad():
         _, cache = forward_clean(model, clean_ids, clean_mask, 1)
-        logits = forward_drafts(model, packed, copy_clean(cache, torch.tensor([1]), 12))
+        logits = packed_forward(model, packed, clean_cache=copy_clean(cache, torch.tensor([1]), 12))
         for anchor, columns in anchors:
             alone = model(torch.cat([clean_ids[1:, :anchor], states[:, columns]], dim=1)).logits
             torch.testing.assert_close(logits[:, columns], alone[:, anchor:], atol=1e-4, rtol=0)
@@ -149,7 +149,7 @@ def test_draft_tokens_need_not_be_whole_blocks(name):
     states[0, 1, :2] = clean_ids[0, anchor + 1 : anchor + 3]
     whole = pack(clean_ids, clean_mask, Drafts(states, anchors, block_mask))
     _, cache = forward_clean(model, clean_ids, clean_mask, num_logits=1)
-    expected = forward_drafts(model, whole, cache).unflatten(1, (-1, BLOCK_SIZE))[0, 1, 2:]
+    expected = packed_forward(model, whole, clean_cache=cache).unflatten(1, (-1, BLOCK_SIZE))[0, 1, 2:]
     columns = torch.arange(2, BLOCK_SIZE)
     rest = append_drafts(
         clean_ids[:1],
@@ -159,7 +159,7 @@ def test_draft_tokens_need_not_be_whole_blocks(name):
         torch.ones(1, len(columns), dtype=torch.long),
         torch.full((1, len(columns)), anchor + 2),
     )
-    logits = forward_drafts(model, rest, copy_clean(cache, torch.tensor([0]), clean_ids.shape[1]))
+    logits = packed_forward(model, rest, clean_cache=copy_clean(cache, torch.tensor([0]), clean_ids.shape[1]))
     torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=0)
 
 
