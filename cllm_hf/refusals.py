@@ -31,7 +31,7 @@ def check_supported(
     def option(name: str) -> Any:
         return option_of(call, configs, name)
 
-    def refuse(what: str, got: Any, remedy: str) -> None:
+    def refuse(what: str, got: Any, remedy: str = f"drop it or {_GREEDY}") -> None:
         raise ValueError(f'`decoding="{decoding}"` does not support {what}, got {got}. To go on, {remedy}.')
 
     if call.get("custom_generate") is not None:
@@ -42,32 +42,23 @@ def check_supported(
         refuse("beam search", f"num_beams={option('num_beams')}", f"pass `num_beams=1` or {_GREEDY}")
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if option(name) is not None:
-            refuse(
-                f"`{name}`, which is another way to decode several tokens per forward pass",
-                "both",
-                f"drop it or {_GREEDY}",
-            )
+            refuse(f"`{name}`, which is another way to decode several tokens per forward pass", "both")
     for name in ("penalty_alpha", "dola_layers", "prefill_chunk_size", "token_healing"):
         if option(name):
-            refuse(f"`{name}`", repr(option(name)), f"drop it or {_GREEDY}")
+            refuse(f"`{name}`", repr(option(name)))
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if option(name):
-            refuse(f"`{name}` yet", f"True{_asked_by(model)}", f"drop it or {_GREEDY}")
+            refuse(f"`{name}` yet", f"True{_asked_by(model)}")
     for name, value in call.items():
         if not model.config.is_encoder_decoder and _is_read_with_prompt(name, value, configs[-1]):
-            refuse(f"the model input `{name}` yet", "one", f"drop it or {_GREEDY}")
-    if limits_of(model).has_own_state and (option("guidance_scale") or 1) != 1:
-        refuse(
-            f"`guidance_scale` with {type(model).__name__}, whose one state two texts would share",
-            option("guidance_scale"),
-            f"drop it or {_GREEDY}",
-        )
+            refuse(f"the model input `{name}` yet", "one")
+    scale = option("guidance_scale")
+    if limits_of(model).has_own_state and (scale or 1) != 1:
+        refuse(f"`guidance_scale` with {type(model).__name__}, whose one state two texts would share", scale)
     if option("cache_implementation") not in (None, "dynamic", "hybrid", "static"):
-        refuse("this cache yet", f"cache_implementation={option('cache_implementation')!r}", f"drop it or {_GREEDY}")
+        refuse("this cache yet", f"cache_implementation={option('cache_implementation')!r}")
     if _runs_in_step(call.get("synced_gpus"), model):
-        refuse(
-            "generation that keeps several processes in step (`synced_gpus`, ZeRO-3, FSDP) yet", "such a run", _GREEDY
-        )
+        refuse("generation that keeps processes in step (`synced_gpus`, ZeRO-3, FSDP) yet", "such a run", _GREEDY)
     adapters = [config for config in _peft_configs(model) if not is_lossless(config)]
     for adapter in adapters:
         reason = why_adapter_refused(adapter)

@@ -54,7 +54,7 @@ def test_unregister_leaves_the_wrapper_of_another_library(monkeypatch):
     monkeypatch.setattr(
         GenerationMixin, "generate", functools.wraps(ours)(lambda *args, **kwargs: ours(*args, **kwargs))
     )
-    with pytest.raises(RuntimeError, match="wrapped again"):
+    with pytest.raises(RuntimeError, match="`GenerationMixin.generate`"):
         cllm_hf.unregister()
 
 
@@ -79,21 +79,21 @@ def test_statistics_agree_with_each_other(llama):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decoding": "jacoby"}, 'must be "jacobi" or "lossless" or "autoregressive", got \'jacoby\''),
-        ({"jacobi_block_size": 0}, 'integer of at least 1 or "auto", got 0. Typical values'),
-        ({"jacobi_block_size": "16"}, "integer of at least 1 or \"auto\", got '16'"),
-        ({"jacobi_block_size": True}, 'integer of at least 1 or "auto", got True'),
-        ({"decoding": "autoregressive", "jacobi_block_size": 8}, "Drop one of the two"),
-        ({"decoding": "autoregressive", "jacobi_seed": 8}, "Drop one of the two"),
-        ({"jacobi_compile": 1}, "`jacobi_compile` must be `True` or `False`, got 1"),
+        ({"decoding": "jacoby"}, "`decoding`"),
+        ({"jacobi_block_size": 0}, "`jacobi_block_size`"),
+        ({"jacobi_block_size": "16"}, "`jacobi_block_size`"),
+        ({"jacobi_block_size": True}, "`jacobi_block_size`"),
+        ({"decoding": "autoregressive", "jacobi_block_size": 8}, "`jacobi_block_size`"),
+        ({"decoding": "autoregressive", "jacobi_seed": 8}, "`jacobi_seed`"),
+        ({"jacobi_compile": 1}, "`jacobi_compile`"),
         ({"decoding": "jacobi", "num_beams": 3}, "num_beams=1"),
-        ({"decoding": "jacobi", "prompt_lookup_num_tokens": 3}, "drop it"),
+        ({"decoding": "jacobi", "prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens`"),
         ({"decoding": "jacobi", "penalty_alpha": 0.5, "top_k": 4}, "penalty_alpha"),
         ({"decoding": "jacobi", "output_scores": True}, "output_scores"),
         ({"decoding": "jacobi", "cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"decoding": "jacobi", "prefill_chunk_size": 4}, "prefill_chunk_size"),
         ({"decoding": "jacobi", "synced_gpus": True}, "synced_gpus"),
-        ({"decoding": "jacobi", "custom_generate": print}, "only one of the two"),
+        ({"decoding": "jacobi", "custom_generate": print}, "`custom_generate`"),
         ({"decoding": "jacobi", "stop_strings": ["x"]}, "tokenizer=tokenizer"),
     ],
     ids=str,
@@ -116,7 +116,7 @@ def test_an_assistant_model_is_refused_but_may_itself_have_jacobi_defaults(llama
 def test_model_inputs_that_cannot_be_extended_are_refused(llama):
     ids, _ = make_prompts(1)
     positions = torch.stack([torch.arange(9), torch.arange(9) // 2, torch.arange(9) % 3])[:, None]  # of an image
-    with pytest.raises(ValueError, match="positions of text.* along each of 3 axes"):
+    with pytest.raises(ValueError, match="positions of text"):
         llama.generate(ids, position_ids=positions, decoding="jacobi", max_new_tokens=3)
 
 
@@ -146,7 +146,7 @@ def test_defaults_are_saved_with_the_model(llama, tmp_path):
     assert not isinstance(
         loaded.generate(ids, generation_config=config, decoding="autoregressive"), cllm_hf.JacobiOutput
     )
-    with pytest.raises(ValueError, match='`block_size` must be an integer of at least 1 or "auto", got 0'):
+    with pytest.raises(ValueError, match="`block_size`"):
         cllm_hf.set_jacobi_defaults(llama, block_size=0)
 
 
@@ -227,7 +227,7 @@ def test_caches_of_other_kinds_are_refused(llama):
     ids, _ = make_prompts(1)
     options = {"decoding": "jacobi", "max_new_tokens": 3}
     cache = StaticCache(config=llama.config, max_cache_len=32)
-    with pytest.raises(ValueError, match="needs a dynamic key/value cache, got StaticCache"):
+    with pytest.raises(ValueError, match="StaticCache"):
         llama.generate(ids, past_key_values=cache, **options)
     for name, message in (("qwen3_next", "such `past_key_values`, to be extended"), ("jamba", "feeds the whole")):
         model = make_architecture(name)
@@ -287,7 +287,7 @@ def test_embeddings_that_would_be_forgotten_are_refused():
 
     model = make_architecture("jamba")
     embeds = model.get_input_embeddings()(make_prompts(1)[0])
-    with pytest.raises(ValueError, match="got a prompt of `inputs_embeds`"):
+    with pytest.raises(ValueError, match="`inputs_embeds`"):
         model.generate(inputs_embeds=embeds, decoding="jacobi", max_new_tokens=3)
 
 
@@ -357,7 +357,7 @@ def test_integers_of_numpy(llama):
     cllm_hf.set_jacobi_defaults(llama, block_size=np.int64(4))
     assert type(llama.generation_config.jacobi_block_size) is int
     for name, value in (("jacobi_block_size", np.float64(4)), ("jacobi_block_size", True), ("jacobi_seed", "3")):
-        with pytest.raises(ValueError, match=f"`{name}` must be an integer"):
+        with pytest.raises(ValueError, match=f"`{name}`"):
             llama.generate(ids, do_sample=True, max_new_tokens=3, **{"decoding": "jacobi", name: value})
 
 

@@ -25,18 +25,16 @@ def num_blocks(response_length: Any, block_size: int) -> Any:
 
 @dataclass
 class Packed:
-    """Clean sequences and draft tokens after them, `packed_length` columns in all."""
+    """Clean sequences and draft tokens after them. The tensors are `[batch_size, packed_length]`."""
 
-    input_ids: torch.Tensor  # (batch_size, packed_length): clean tokens, then draft tokens
-    position_ids: torch.Tensor  # (batch_size, packed_length): positions in the clean sequence
-    # (batch_size, packed_length): 0 for clean tokens, a number from 1 on for tokens of the same block, -1 for padding
-    segment_ids: torch.Tensor
-    # (batch_size, packed_length): for a token of a block the position of its anchor, from which on it sees the block
-    # instead of the clean sequence; 0 elsewhere
+    input_ids: torch.Tensor  # clean tokens, then draft tokens
+    position_ids: torch.Tensor  # positions in the clean sequence
+    segment_ids: torch.Tensor  # 0 for clean tokens, a number from 1 on for tokens of the same block, -1 for padding
+    # For a token of a block the position of its anchor, from which on it sees the block instead of the clean sequence;
+    # 0 elsewhere.
     anchor_positions: torch.Tensor
     clean_length: int  # columns of the clean sequence
-    # (batch_size, packed_length): for rows that hold several clean sequences with their drafts, which of them a token
-    # belongs to. By default a row holds one
+    # For rows that hold several clean sequences with their drafts, which of them a token belongs to.
     sequence_ids: torch.Tensor | None = None
 
 
@@ -44,11 +42,11 @@ class Packed:
 class Drafts:
     """Draft states of equally many tokens, each after an anchor in its clean sequence."""
 
-    states: torch.Tensor  # (batch_size, num_blocks, block_size): a draft state of each block
-    anchors: torch.Tensor  # (batch_size, num_blocks): position of the token before each block
-    mask: torch.Tensor  # (batch_size, num_blocks): non-zero where there is a block
-    # (batch_size,): where a sequence ends. What of its blocks lies beyond means nothing, and is put there, so that no
-    # position is needed that the sequence itself does not have. By default blocks go on as far as they go
+    states: torch.Tensor  # [batch_size, num_blocks, block_size]
+    anchors: torch.Tensor  # [batch_size, num_blocks]: position of the token before each block
+    mask: torch.Tensor  # [batch_size, num_blocks]: non-zero where there is a block
+    # [batch_size]: where a sequence ends. What of its blocks lies beyond means nothing, and is put there, so that no
+    # position is needed that the sequence itself does not have. By default blocks go on as far as they go.
     last_positions: torch.Tensor | None = None
 
 
@@ -58,52 +56,43 @@ class PackedBatch(Packed):
     Clean sequences and groups of draft blocks: `clean_length` columns, then `num_blocks * block_size` a group.
 
     A block takes `block_size` columns: its anchor and all but the last token of its state. Blocks are segments 1, 2
-    and so on, through all groups. The other attributes are those of `Packed`.
+    and so on, through all groups.
     """
 
     group_shapes: list[tuple[int, int]]  # number of blocks and block size of each group
 
     def columns(self, group: int = 0) -> torch.Tensor:
-        """Find the columns of a group's blocks."""
+        """Columns of a group's blocks, `[num_blocks, block_size]`; column `i` of a block predicts token `i` of it."""
         start = self.clean_length + sum(blocks * size for blocks, size in self.group_shapes[:group])
         blocks, size = self.group_shapes[group]
         return torch.arange(start, start + blocks * size, device=self.input_ids.device).view(blocks, size)
 
 
 def pack(clean_ids: torch.Tensor, clean_mask: torch.Tensor, *groups: Drafts) -> PackedBatch:
-    """Lay out clean sequences and draft blocks after them."""
-    for drafts in groups:
-        _check_shapes(clean_ids, clean_mask, drafts)
-    device, clean_length = clean_ids.device, clean_ids.shape[1]
-    is_clean = clean_mask.bool()
-    positions = torch.arange(clean_length, device=device).expand_as(clean_ids)
-    input_ids, position_ids = [clean_ids * is_clean], [positions * is_clean]
-    segment_ids = [_clean_segments(clean_mask)]
-    anchor_positions = [torch.zeros_like(clean_ids)]
+    """Lay out clean sequences, `[batch_size, clean_length]` and padded on the right, and groups of draft blocks."""
+    columns: list[tuple[torch.Tensor, ...]] = [(clean_ids[:, :0],) * 4]
     first_segment = 1
     for drafts in groups:
-        count, block_size = drafts.states.shape[1:]
-        is_block = drafts.mask.bool()[..., None].expand_as(drafts.states)
-        anchor_ids = clean_ids.gather(1, drafts.anchors.clamp(0, clean_length - 1))  # missing blocks may lie outside
-        block_ids = torch.cat([anchor_ids[..., None], drafts.states[..., :-1]], dim=-1)
-        anchors = drafts.anchors[..., None]
-        segments = first_segment + torch.arange(count, device=device)[None, :, None]
-        input_ids.append((block_ids * is_block).flatten(1))
-        block_positions = anchors + torch.arange(block_size, device=device)
-        if drafts.last_positions is not None:
-            block_positions = torch.minimum(block_positions, drafts.last_positions[:, None, None])
-        position_ids.append((block_positions * is_block).flatten(1))
-        segment_ids.append(torch.where(is_block, segments, PADDING_SEGMENT).flatten(1))
-        anchor_positions.append((anchors * is_block).flatten(1))
-        first_segment += count
-    return PackedBatch(
-        input_ids=torch.cat(input_ids, dim=1),
-        position_ids=torch.cat(position_ids, dim=1),
-        segment_ids=torch.cat(segment_ids, dim=1),
-        anchor_positions=torch.cat(anchor_positions, dim=1),
-        clean_length=clean_length,
-        group_shapes=[(drafts.states.shape[1], drafts.states.shape[2]) for drafts in groups],
-    )
+        columns.append(_columns_of(drafts, clean_ids, first_segment))
+        first_segment += drafts.states.shape[1]
+    packed = append_drafts(clean_ids, clean_mask, *(torch.cat(parts, dim=1) for parts in zip(*columns)))
+    shapes = [(drafts.states.shape[1], drafts.states.shape[2]) for drafts in groups]
+    return PackedBatch(**vars(packed), group_shapes=shapes)
+
+
+def _columns_of(drafts: Drafts, clean_ids: torch.Tensor, first_segment: int) -> tuple[torch.Tensor, ...]:
+    """Draft tokens of all blocks, with their positions, segments and positions of anchors: `[batch_size, columns]`."""
+    count, block_size = drafts.states.shape[1:]
+    is_block = drafts.mask.bool()[..., None].expand_as(drafts.states)
+    anchors = drafts.anchors[..., None]
+    anchor_ids = clean_ids.gather(1, drafts.anchors.clamp(0, clean_ids.shape[1] - 1))  # missing ones may lie outside
+    ids = torch.cat([anchor_ids[..., None], drafts.states[..., :-1]], dim=-1)
+    positions = anchors + torch.arange(block_size, device=clean_ids.device)
+    if drafts.last_positions is not None:
+        positions = torch.minimum(positions, drafts.last_positions[:, None, None])
+    segments = first_segment + torch.arange(count, device=clean_ids.device)[None, :, None]
+    segments = torch.where(is_block, segments, PADDING_SEGMENT)
+    return tuple(part.flatten(1) for part in (ids * is_block, positions * is_block, segments, anchors * is_block))
 
 
 def append_drafts(
@@ -115,32 +104,19 @@ def append_drafts(
     anchor_positions: torch.Tensor,
 ) -> Packed:
     """
-    Lay out clean sequences and draft tokens of any number of blocks, and of any number of each, in columns after them.
-
-    The clean columns are there for the mask: they are meant to be read from a cache.
+    Lay out clean sequences and draft tokens of any number of blocks, and of any number of each, in columns after them:
+    `[batch_size, clean_length]` and `[batch_size, num_columns]`, those of a block in order.
     """
-    clean_positions = torch.arange(clean_ids.shape[1], device=clean_ids.device).expand_as(clean_ids)
+    is_clean = clean_mask.bool()
+    clean_positions = torch.arange(clean_ids.shape[1], device=clean_ids.device) * is_clean
+    clean_segments = torch.where(is_clean, CLEAN_SEGMENT, PADDING_SEGMENT)
     return Packed(
-        input_ids=torch.cat([clean_ids, input_ids], dim=1),
+        input_ids=torch.cat([clean_ids * is_clean, input_ids], dim=1),
         position_ids=torch.cat([clean_positions, position_ids], dim=1),
-        segment_ids=torch.cat([_clean_segments(clean_mask), segment_ids], dim=1),
+        segment_ids=torch.cat([clean_segments, segment_ids], dim=1),
         anchor_positions=torch.cat([torch.zeros_like(clean_ids), anchor_positions], dim=1),
         clean_length=clean_ids.shape[1],
     )
-
-
-def _clean_segments(clean_mask: torch.Tensor) -> torch.Tensor:
-    return torch.where(clean_mask.bool(), CLEAN_SEGMENT, PADDING_SEGMENT)
-
-
-def _check_shapes(clean_ids: torch.Tensor, clean_mask: torch.Tensor, drafts: Drafts) -> None:
-    blocks_fit = drafts.anchors.shape == drafts.mask.shape == drafts.states.shape[:2]
-    if clean_ids.shape != clean_mask.shape or len(clean_ids) != len(drafts.states) or not blocks_fit:
-        raise ValueError(
-            "`clean_ids` and `clean_mask`, and the first two dimensions of `states`, `anchors` and `mask` must agree, "
-            f"got {tuple(clean_ids.shape)}, {tuple(clean_mask.shape)}, {tuple(drafts.states.shape)}, "
-            f"{tuple(drafts.anchors.shape)} and {tuple(drafts.mask.shape)}."
-        )
 
 
 def fill_rows(packed: Packed) -> tuple[Packed, torch.Tensor]:

@@ -134,14 +134,11 @@ def count_positions(model: PreTrainedModel) -> int | None:
         return None
     counts = [getattr(config, name, None) for name in _POSITION_COUNTS]
     found = [count for count in counts if isinstance(count, int) and count > 0]
+    if found:
+        return found[0]
     # Configs of remote code have names of their own.
-    return found[0] if found else min(_lengths_of_tables(model), default=None)
-
-
-def _lengths_of_tables(model: PreTrainedModel) -> Iterator[int]:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and _NAMES_POSITIONS.search(name):
-            yield module.num_embeddings
+    tables = [module for name, module in model.named_modules() if _NAMES_POSITIONS.search(name)]
+    return min((table.num_embeddings for table in tables if isinstance(table, torch.nn.Embedding)), default=None)
 
 
 def _configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

@@ -14,7 +14,7 @@ A recurrent state cannot be rolled back. It is saved before a forward pass, and 
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
@@ -94,12 +94,6 @@ def roll_back(cache: Cache, num_rejected: list[int]) -> None:
             _roll_back_rows(layer, num_rejected)
     else:
         cache.crop(-fewest)
-
-
-def select_rows(cache: Cache, indices: torch.Tensor) -> None:
-    """Keep some rows of a cache only."""
-    # Recurrent layers have no method to select rows, but one to reorder them, for beams.
-    cache.reorder_cache(cast(torch.LongTensor, indices))
 
 
 def drop_leading_columns(cache: Cache, count: int) -> None:

@@ -215,9 +215,9 @@ class JacobiOutput(GenerateDecoderOnlyOutput):
     Attributes:
         sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`): prompt and generated tokens; rows that
             ended early are padded on the right.
-        past_key_values (`transformers.Cache` or `None`): for one row, the cache of all tokens but the last, as the
-            host returns it. `None` for a batch, whose rows leave the cache as they finish, and for recurrent states,
-            which may lag behind the text.
+        past_key_values (`transformers.Cache` or `None`): for one row, the cache of all tokens but the last, as
+            transformers returns it. `None` for a batch, whose rows leave the cache as they finish, and for recurrent
+            states, which may lag behind the text.
         jacobi_stats (`JacobiStats`): forward passes and accepted tokens of this call. An attribute alone, not among
             the items: models that decode a recording piece by piece (Whisper) split every item by rows.
     """

@@ -2,9 +2,12 @@
 Lossless decoding: an adapter drafts, and the base model verifies, in one forward pass.
 
 Each forward pass holds the anchor and a draft, which the base weights verify, and after their places blocks of masks,
-on which the adapter acts. Wherever acceptance ends, the block after that place has drafted what follows, on accepted
-tokens alone (Apple, arXiv 2507.11851). Keys and values of the masks are dropped. What is committed has only ever been
-said by the base model.
+on which the adapter acts. Of a draft of two tokens:
+
+    anchor  draft 1  draft 2 | after the anchor: mask mask | after draft 1: mask mask | after draft 2: mask mask
+
+Wherever acceptance ends, the block after that place has drafted what follows, on accepted tokens alone (Apple, arXiv
+2507.11851). Keys and values of the masks are dropped. What is committed has only ever been said by the base model.
 """
 
 from __future__ import annotations
@@ -100,6 +103,7 @@ class LosslessStrategy:
         pass  # `draft` has seen more
 
     def draft(self, rows: Sequence[Row], verdicts: Sequence[Verdict], logits: torch.Tensor, guess: Guess) -> None:
+        # By row, the number of the block of masks after the last accepted place, where there is one.
         blocks = {
             number: row.notes.places.index(verdict.path[-1])
             for number, (row, verdict) in enumerate(zip(rows, verdicts))

@@ -13,7 +13,7 @@ What a model remembers of the tokens it has been fed, and how it forgets the rej
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
@@ -39,7 +39,6 @@ from .caches import (
     rolls_back_rows,
     save_start,
     save_states,
-    select_rows,
     stop_recording,
 )
 
@@ -52,9 +51,10 @@ _LENGTH_SO_FAR = "_cllm_hf_cache_length"  # attribute of a model
 
 
 class Memory:
-    """What the loop asks of a memory; this one remembers nothing."""
+    """What the loop asks of a memory; this one has no cache, and remembers nothing."""
 
     cache: Cache | None = None  # handed to the model
+    cache_name = "past_key_values"  # the model's name for it
     same_length = False  # whether all rows must commit equally many tokens
     drafts_in_prefill = True  # whether a draft may follow the prompt in the first forward pass
     fixed_shape = False  # whether all forward passes after the prefill must be over equally many tokens
@@ -65,12 +65,12 @@ class Memory:
     @property
     def num_cached(self) -> int:
         """Tokens that need not be fed again."""
-        return 0
+        return 0 if self.cache is None else self.cache.get_seq_length()
 
     @property
     def model_inputs(self) -> dict[str, Any]:
         """Arguments of the forward pass."""
-        return {"use_cache": False}
+        return {"use_cache": False} if self.cache is None else {self.cache_name: self.cache, "use_cache": True}
 
     @property
     def keeps_places(self) -> bool:
@@ -102,6 +102,9 @@ class Memory:
 
     def select(self, indices: torch.Tensor) -> None:
         """Keep these rows only."""
+        if self.cache is not None:
+            # Recurrent layers have no method to select rows, but one to reorder them, for beams.
+            self.cache.reorder_cache(cast(torch.LongTensor, indices))
 
     def drop_leading(self, count: int) -> None:
         """Forget this many first columns, which are padding in all rows."""
@@ -121,14 +124,6 @@ class CroppedMemory(Memory):
         self._is_recording = False
         self._start = save_start(cache) if is_user_cache else None
         self.same_length = batch_size > 1 and not rolls_back_rows(cache)
-
-    @property
-    def num_cached(self) -> int:
-        return self.cache.get_seq_length()
-
-    @property
-    def model_inputs(self) -> dict[str, Any]:
-        return {"past_key_values": self.cache, "use_cache": True}
 
     @property
     def keeps_places(self) -> bool:
@@ -153,9 +148,6 @@ class CroppedMemory(Memory):
             )
         return self
 
-    def select(self, indices: torch.Tensor) -> None:
-        select_rows(self.cache, indices)
-
     def drop_leading(self, count: int) -> None:
         drop_leading_columns(self.cache, count)
 
@@ -177,7 +169,7 @@ class ReplayedMemory(Memory):
     def __init__(self, name: str, cache: Cache, batch_size: int):
         self.cache: Cache = cache
         self.same_length = batch_size > 1
-        self._name, self._batch_size = name, batch_size
+        self.cache_name, self._batch_size = name, batch_size
         self._saved: list[dict[str, Any]] | None = None
 
     @property
@@ -185,10 +177,6 @@ class ReplayedMemory(Memory):
         # Recurrent states do not say how many tokens they hold.
         has_attention = any(isinstance(layer, DynamicLayer) for layer in self.cache.layers)
         return self.cache.get_seq_length() if has_attention else 0
-
-    @property
-    def model_inputs(self) -> dict[str, Any]:
-        return {self._name: self.cache, "use_cache": True}
 
     def begin(self, draft_length: int) -> None:
         self._saved = save_states(self.cache) if draft_length else None
@@ -207,9 +195,6 @@ class ReplayedMemory(Memory):
         cropped = CroppedMemory(self.cache, self._batch_size)
         cropped.begin(0)
         return cropped
-
-    def select(self, indices: torch.Tensor) -> None:
-        select_rows(self.cache, indices)
 
 
 def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_user_cache: bool) -> Memory:
@@ -282,10 +267,6 @@ class StaticMemory(Memory):
     @property
     def hides_places(self) -> bool:
         return True
-
-    @property
-    def model_inputs(self) -> dict[str, Any]:
-        return {"past_key_values": self.cache, "use_cache": True}
 
     def call(self, model: Any, **inputs: Any) -> Any:
         # The prompt has a length of its own in every call.

@@ -219,12 +219,12 @@ def test_layers_that_see_rows_elsewhere_are_refused(reshape):
     with gate.installed():
         run(model, ids)  # no drafter's rows, nothing to get wrong
         gate.open([0, 1])
-        with pytest.raises(ValueError, match="must be on layers that see each row of a forward pass in its place"):
+        with pytest.raises(ValueError, match="`target_modules`"):
             run(model, ids)
 
 
 def test_experts_are_refused_when_they_are_decoded_with():
-    with pytest.raises(ValueError, match="Leave such layers .experts, poolers. out of `target_modules`"):
+    with pytest.raises(ValueError, match="`target_modules`"):
         _, model, _ = make_pair("opt")  # its layers after attention see tokens without rows too
         model.generate(make_prompts(1)[0], max_new_tokens=4)
 

@@ -97,16 +97,6 @@ def test_blocks_of_any_length_behind_the_beginning_of_some_sequences(name):
     assert cache.get_seq_length() == clean_ids.shape[1]
 
 
-def test_shapes_that_do_not_fit_are_refused():
-    clean_ids, clean_mask, states, anchors, block_mask = make_batch()
-    with pytest.raises(ValueError, match="must agree"):
-        pack(clean_ids, clean_mask, Drafts(states, anchors[:, :2], block_mask))
-    with pytest.raises(ValueError, match="must agree"):
-        pack(clean_ids, clean_mask[:, 1:], Drafts(states, anchors, block_mask))
-    with pytest.raises(ValueError, match="must agree"):
-        pack(clean_ids, clean_mask, Drafts(states, anchors, block_mask[:, :2]))
-
-
 def test_models_that_cannot_be_packed_are_refused(llama):
     from peft import LoraConfig, get_peft_model
     from transformers import (

@@ -35,7 +35,7 @@ def test_count_accepted_of_an_empty_draft_is_zero():
 
 
 def test_count_accepted_refuses_other_lengths():
-    with pytest.raises(ValueError, match="exactly one token longer"):
+    with pytest.raises(ValueError, match="`predicted`"):
         count_accepted([1, 2], [1, 2])
 
 
@@ -75,7 +75,7 @@ def test_what_stands_after_a_wrong_token_does_not_count():
 
 
 def test_fewer_predictions_than_draft_tokens_are_refused():
-    with pytest.raises(ValueError, match="at least as long"):
+    with pytest.raises(ValueError, match="`predicted`"):
         count_accepted_in_blocks(random_ids(2, 5), random_ids(2, 4))
 
 

@@ -109,15 +109,15 @@ def test_encoder_decoder_models_are_refused():
 
 @pytest.mark.parametrize("value", [-1, 1.5, "2", True])
 def test_numbers_that_make_no_sense_are_refused(llama, value):
-    with pytest.raises(ValueError, match="`jacobi_candidates` must be an integer of at least 0"):
+    with pytest.raises(ValueError, match="`jacobi_candidates`"):
         generate(llama, make_prompts(1)[0], jacobi_candidates=value)
 
 
 def test_candidates_and_what_they_cannot_be_combined_with(llama):
     input_ids, _ = make_prompts(1)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="`jacobi_candidates=2`"):
         generate(llama, input_ids, jacobi_candidates=2, jacobi_compile=True, jacobi_block_size=8)
-    with pytest.raises(ValueError, match="has no effect"):
+    with pytest.raises(ValueError, match="`jacobi_candidates`"):
         generate(llama, input_ids, jacobi_candidates=2, decoding="autoregressive")
     # None asked for is no wish for Jacobi decoding.
     assert not hasattr(generate(llama, input_ids, jacobi_candidates=0), "jacobi_stats")

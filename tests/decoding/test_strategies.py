@@ -164,16 +164,16 @@ def test_the_example_decodes_exactly_and_in_fewer_forward_passes(monkeypatch, re
 @pytest.mark.parametrize(
     ("proposal", "message"),
     [
-        (Proposal([]), r"must begin with the anchor, here \[1\], got \[\]"),
-        (Proposal([2, 3]), r"must begin with the anchor, here \[1\], got \[2\]"),
+        (Proposal([]), "`row.anchor`"),
+        (Proposal([2, 3]), "`row.anchor`"),
         (Proposal([1, 2, 3, 4, 5]), "room.depth=3"),
-        (Proposal([1, 2, 3], [-1, 0]), "a parent for each of its 3 tokens"),
-        (Proposal([1, 2], [-1, 0], [False]), "a parent for each of its 2 tokens"),
-        (Proposal([1, 2, 3], [-1, 2, 0]), "one before it as its parent"),
-        (Proposal([1, 2, 3], [-1, -1, 0]), "one before it as its parent"),
-        (Proposal([1, 2], [-1, 0], [True, True]), "the anchor is none"),
-        (Proposal([1, 2, 3], [-1, 0, 1], [False, True, False]), "only places for the drafter"),
-        (Proposal([1, 2, 3, 4, 5], [-1, 0, 1, 2, 3]), "a branch of 4 tokens"),
+        (Proposal([1, 2, 3], [-1, 0]), "parent"),
+        (Proposal([1, 2], [-1, 0], [False]), "`is_drafter`"),
+        (Proposal([1, 2, 3], [-1, 2, 0]), "parents"),
+        (Proposal([1, 2, 3], [-1, -1, 0]), "parents"),
+        (Proposal([1, 2], [-1, 0], [True, True]), "drafter"),
+        (Proposal([1, 2, 3], [-1, 0, 1], [False, True, False]), "drafter"),
+        (Proposal([1, 2, 3, 4, 5], [-1, 0, 1, 2, 3]), "room.depth=3"),
     ],
 )
 def test_proposals_that_make_no_sense_are_refused(proposal, message):
@@ -184,9 +184,9 @@ def test_proposals_that_make_no_sense_are_refused(proposal, message):
 
 def test_trees_are_refused_where_there_is_no_room_for_them():
     tree = Proposal([1, 2], [-1, 0])
-    with pytest.raises(ValueError, match="must be a chain here"):
+    with pytest.raises(ValueError, match="`needs_tree = True`"):
         check_proposals([tree], [1], Room(3, is_tree=False), RandomTrees([]))
-    with pytest.raises(ValueError, match="must make 2 proposals here, got 1"):
+    with pytest.raises(ValueError, match="2 proposals"):
         check_proposals([tree], [1, 1], Room(3, is_tree=True), RandomTrees([]))
 
 
@@ -199,9 +199,9 @@ def test_shorter_proposals_are_filled_up():
 
 
 def test_names_of_strategies(llama):
-    with pytest.raises(ValueError, match="built in"):
+    with pytest.raises(ValueError, match="`name`"):
         register_strategy("jacobi", lambda options: RandomTrees([]))
-    with pytest.raises(ValueError, match='must be "jacobi" or "lossless" or "autoregressive", got \'unknown\''):
+    with pytest.raises(ValueError, match="`decoding`"):
         generate(llama, make_prompts(1), decoding="unknown")
 
 
@@ -218,7 +218,7 @@ def test_a_strategy_of_trees_is_refused_by_models_that_take_none(register):
 def test_trees_without_a_dynamic_cache_are_refused_before_the_model_runs(register, llama, options):
     register(RandomTrees([]))
     llama.register_forward_pre_hook(lambda *args: pytest.fail("the model ran"))
-    with pytest.raises(ValueError, match="Drop what turns it off"):
+    with pytest.raises(ValueError, match="`use_cache=False`"):
         generate(llama, make_prompts(1), decoding="test", jacobi_block_size=4, **options)
 
 
