@@ -135,7 +135,7 @@ def test_the_models_mode_is_restored_also_after_an_error(llama, monkeypatch, tra
         assert not llama.training
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(states, "forward_drafts", fail)
+    monkeypatch.setattr(states, "packed_forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         make_online_states(llama, llama, collate(make_records()), make_draws(), BLOCK_SIZE, 2)
     assert llama.training == training
