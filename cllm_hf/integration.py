@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -28,6 +27,7 @@ from transformers.integrations import PeftAdapterMixin
 from ._host import mark_as_edited
 from .adapters import loading_drafters
 from .blocks.drafter import find_drafter, is_switched_off, without_adapters
+from .decoding.loop import decode
 from .decoding.lossless import warn_without_drafter
 from .decoding.strategy import decodings
 from .options import (
@@ -276,50 +276,25 @@ def _jacobi_options(given: dict[str, Any], configs: list[GenerationConfig]) -> J
 def _custom_generate(
     model: PreTrainedModel, call: dict[str, Any], options: JacobiOptions, strategy_name: str
 ) -> Callable[..., Any]:
-    """
-    The callable for transformers' `custom_generate` hook, which does not hand over the streamer. Names of model inputs
-    must not appear in its signature: transformers would pass them twice.
-    """
+    """The callable for transformers' `custom_generate` hook, with what that does not hand over."""
     attention_mask, inputs_embeds = call.get("attention_mask"), call.get("inputs_embeds")
     input_ids = call.get("inputs") if call.get("inputs") is not None else call.get("input_ids")
     prompt = inputs_embeds if inputs_embeds is not None else input_ids
-    num_given = attention_mask if attention_mask is not None else prompt
+    given = attention_mask if attention_mask is not None else prompt
+    encoder_ids = None
     if model.config.is_encoder_decoder:
-        num_given = None
-
-    def run(
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Any:
-        from .decoding.loop import decode
-
-        return decode(
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            options=options,
-            strategy_name=strategy_name,
-            context_ids=_encoder_ids(model, input_ids, prompt),
-            streamer=call.get("streamer"),
-            num_given=None if num_given is None else num_given.shape[1],
-            is_user_cache=call.get("past_key_values") is not None,
-            **model_kwargs,
-        )
-
-    return run
-
-
-def _encoder_ids(model: PreTrainedModel, input_ids: torch.Tensor, prompt: Any) -> torch.Tensor | None:
-    """What the encoder has read, for each decoded row: the decoder's own prompt is too short to draw from."""
-    if not model.config.is_encoder_decoder or prompt is None or prompt.dim() != 2 or prompt.is_floating_point():
-        return None
-    return prompt.repeat_interleave(input_ids.shape[0] // prompt.shape[0], dim=0).to(input_ids.device)
+        given = None
+        if prompt is not None and prompt.dim() == 2 and not prompt.is_floating_point():
+            encoder_ids = prompt
+    return functools.partial(
+        decode,
+        options=options,
+        strategy_name=strategy_name,
+        streamer=call.get("streamer"),
+        encoder_ids=encoder_ids,
+        num_given=None if given is None else given.shape[1],
+        is_user_cache=call.get("past_key_values") is not None,
+    )
 
 
 def _with_stop_strings(call: dict[str, Any], configs: list[GenerationConfig]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Feed:
         max_block_size: int,
         num_new_tokens: int,
         compile_options: GenerationConfig | None,  # has forward passes compiled, where the model can
-        context_ids: torch.Tensor | None,  # [batch_size, context_length]: what an encoder has read
+        encoder_ids: torch.Tensor | None,  # [num_prompts, length]: what an encoder has read
         num_given: int | None,  # length of the prompt with its cached part, where `input_ids` lacks that
         is_user_cache: bool,
     ):
@@ -85,7 +85,7 @@ class Feed:
         self._mask = mask  # of remembered and new columns
         # A tree's anchor sees itself, which one that is padding does not.
         self._ends_in_padding = mask is not None and not bool(mask[:, -1].all())
-        self.rows = _make_rows(input_ids, growing, context_ids, num_new, model)
+        self.rows = _make_rows(input_ids, growing, encoder_ids, num_new, model)
         # A fixed shape reaches beyond it, where nothing is committed and there may be no position.
         last = [row.pending.positions[-1] for row in self.rows if row.pending.positions is not None]
         self._last_position = num_new_tokens + (max(last) if last else self.memory.num_cached + num_new - 1)
@@ -283,7 +283,7 @@ def _count_new(num_prompt: int, num_cached: int, num_given: int | None) -> int:
 
 
 def _make_rows(
-    input_ids: torch.Tensor, growing: GrowingInputs, context_ids: torch.Tensor | None, num_new: int, model: Any
+    input_ids: torch.Tensor, growing: GrowingInputs, encoder_ids: torch.Tensor | None, num_new: int, model: Any
 ) -> list[Row]:
     mask = growing.mask
     batch_size, length = input_ids.shape
@@ -295,9 +295,11 @@ def _make_rows(
         kept = mask[:, mask.shape[1] - length :].bool().tolist()
         texts = [[token for token, is_kept in zip(*row) if is_kept] for row in zip(texts, kept)]
     contexts = texts
-    if context_ids is not None:
-        # A decoder may know fewer tokens than its encoder, and any guess will do.
-        contexts = (context_ids % model.config.get_text_config(decoder=True).vocab_size).tolist()
+    if encoder_ids is not None:
+        # The decoder's own prompt is too short to draw from. It may know fewer tokens than its encoder, and any guess
+        # will do.
+        known = encoder_ids % model.config.get_text_config(decoder=True).vocab_size
+        contexts = known.repeat_interleave(batch_size // len(known), dim=0).tolist()
 
     def last_columns(values: torch.Tensor | None) -> list[Any]:
         return [None] * batch_size if values is None else values[:, -num_new:].expand(batch_size, -1).tolist()

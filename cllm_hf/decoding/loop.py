@@ -46,7 +46,7 @@ def decode(
     options: JacobiOptions,
     strategy_name: str,
     streamer: BaseStreamer | None,
-    context_ids: torch.Tensor | None,  # [batch_size, context_length]: what an encoder has read, to draw drafts from
+    encoder_ids: torch.Tensor | None,  # [num_prompts, length]: what an encoder has read, to draw first drafts from
     num_given: int | None,  # length of the attention mask that the user passed, cached tokens included
     is_user_cache: bool,  # whether `past_key_values` comes from the user
     **model_kwargs: Any,
@@ -54,6 +54,8 @@ def decode(
     """
     Decode several tokens a forward pass, and return exactly the tokens of decoding one at a time:
     `[batch_size, sequence_length]`, in a `JacobiOutput` with `return_dict_in_generate`.
+
+    No argument has the name of a model input: transformers would pass it twice.
     """
     batch_size, prompt_length = input_ids.shape
     strategy = make_strategy(strategy_name, options, model)
@@ -68,7 +70,7 @@ def decode(
         max_block_size=pace.max_block_size,
         num_new_tokens=max_length - prompt_length,
         compile_options=generation_config if options.compile else None,
-        context_ids=context_ids,
+        encoder_ids=encoder_ids,
         num_given=num_given,
         is_user_cache=is_user_cache,
     )
