@@ -160,14 +160,14 @@ def _generate(
 ) -> Any:
     """Run a call of `generate` by the decoding that it asks for; `given` are its `jacobi_` options."""
     call = _named_arguments(original, model, args, kwargs)
-    user_config = call.get("generation_config")
-    configs = [config for config in (user_config, model.generation_config) if config is not None]
+    # Where defaults stand, the first ones first: those of the caller, if any, and those of the model.
+    configs = [one for one in (call.get("generation_config"), model.generation_config) if one is not None]
     drafts = find_drafter(model) is not None and not is_switched_off(model)
-    requested, is_default = _choose_decoding(decoding, given, user_config, configs, drafts)
+    requested, is_default = _choose_decoding(decoding, given, configs, drafts)
     if (
         requested in (None, AUTOREGRESSIVE)
         # The draft model of assisted decoding is called through `generate` too, and must not draft by itself.
-        or getattr(user_config, "is_assistant", False)
+        or first_set(configs[:-1], "is_assistant")
         or (is_default and call.get("custom_generate") is not None)
     ):
         if requested is None:
@@ -209,11 +209,11 @@ def _named_arguments(
 
 
 def _choose_decoding(
-    decoding: str | None, given: dict[str, Any], user_config: Any, configs: list[GenerationConfig], drafts: bool
+    decoding: str | None, given: dict[str, Any], configs: list[GenerationConfig], drafts: bool
 ) -> tuple[Any, bool]:
     """Which decoding a call asks for, `None` for that of transformers, and whether it does so by defaults alone."""
     named = [name for name, value in given.items() if _is_wish(name, value)]
-    default = LOSSLESS if drafts and getattr(user_config, "decoding", None) is None else _decoding_of(configs)
+    default = LOSSLESS if drafts and first_set(configs[:-1], "decoding") is None else _decoding_of(configs)
     if default == LOSSLESS and not drafts:
         default = None  # within `disable_adapter()`, and for the base model of an adapter
     if decoding is None and named:

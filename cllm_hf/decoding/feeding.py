@@ -26,7 +26,7 @@ from ..blocks.limits import (
     needs_same_length,
 )
 from .caches import roll_back_columns
-from .memory import choose_memory, make_static_memory
+from .memory import choose_memory
 from .rows import Pending, Row, Verdict
 from .strategy import Proposal, Room, Strategy, is_drafting
 
@@ -62,34 +62,33 @@ class Feed:
         is_user_cache: bool,
     ):
         self.model, self._device, batch_size = model, input_ids.device, input_ids.shape[0]
-        self._growing = growing = GrowingInputs.taken_from(model, model_kwargs)
-        mask, embeds = growing.mask, growing.embeds
         self._needs_tree, self._drafts_in_prefill = strategy.needs_tree, is_drafting(strategy)
         self._keeps_branches = strategy.keeps_branches if is_drafting(strategy) else strategy.needs_tree
-        check_model(model, batch_size, is_padded=mask is not None)
+        self._growing = growing = GrowingInputs.taken_from(model, model_kwargs)
+        self._mask, embeds = growing.mask, growing.embeds  # the mask is of remembered and new columns
+        check_model(model, batch_size, is_padded=self._mask is not None)
+
         num_prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
-        static = None
-        if compile_options is not None:
-            max_columns = num_prompt + num_new_tokens + max_block_size
-            num_drafting = strategy.count_drafting(max_block_size) if is_drafting(strategy) else 0
-            static = make_static_memory(
-                model, model_kwargs, batch_size, max_columns, num_drafting, is_user_cache, compile_options
-            )
-        self.memory = static or choose_memory(model, model_kwargs, batch_size, is_user_cache)
+        max_columns = num_prompt + num_new_tokens + max_block_size
+        num_drafting = strategy.count_drafting(max_block_size) if is_drafting(strategy) else 0
+        self.memory = choose_memory(
+            model, model_kwargs, batch_size, is_user_cache, compile_options, max_columns, num_drafting
+        )
         check_model_inputs(model, model_kwargs)
         check_embeds(model, embeds, self.memory.cache is not None)
-        self._kwargs = model_kwargs
+        self._kwargs = model_kwargs  # what does not grow
 
         num_new = _count_new(num_prompt, self.memory.num_cached, num_given)
-        self._embeds = None if embeds is None else embeds[:, -num_new:]
-        self._mask = mask  # of remembered and new columns
-        # A tree's anchor sees itself, which one that is padding does not.
-        self._ends_in_padding = mask is not None and not bool(mask[:, -1].all())
         self.rows = _make_rows(input_ids, growing, encoder_ids, num_new, model)
-        # A fixed shape reaches beyond it, where nothing is committed and there may be no position.
+        self._embeds = None if embeds is None else embeds[:, -num_new:]
+        # A tree's anchor sees itself, which one that is padding does not.
+        self._ends_in_padding = self._mask is not None and not bool(self._mask[:, -1].all())
+        # A fixed shape reaches beyond the last position, where nothing is committed and there may be none.
         last = [row.pending.positions[-1] for row in self.rows if row.pending.positions is not None]
         self._last_position = num_new_tokens + (max(last) if last else self.memory.num_cached + num_new - 1)
+        self._num_positions = count_positions(model)
         check_positions(model, self._last_position + 1)
+
         self._is_prefill = True
         self._num_fed = 1  # anchor and draft, or tree, of the last forward pass
         counts_columns = needs_same_length(model) or self._drops_positions()
@@ -98,7 +97,6 @@ class Feed:
             self._check_keeps_places()
         self.same_length = self.memory.same_length or counts_columns
         self._is_ragged = batch_size > 1 and not self.same_length
-        self._num_positions = count_positions(model)
 
     def room(self, block_size: int) -> Room:
         """What can be proposed for a forward pass that checks so many positions: nothing where it would not pay."""

@@ -8,7 +8,7 @@ What a model remembers of the tokens it has been fed, and how it forgets the rej
 - `ReplayedMemory`: a recurrent state, which is put back when a token was rejected; the tokens since then are fed again
   together with the next draft.
 
-`make_static_memory` makes a fourth one, a cache of fixed shape for a compiled model, where the model allows it.
+A compiled model gets a `StaticMemory`, a cache of fixed shape, where it allows one.
 """
 
 from __future__ import annotations
@@ -197,12 +197,27 @@ class ReplayedMemory(Memory):
         return cropped
 
 
-def choose_memory(model: Any, model_kwargs: dict[str, Any], batch_size: int, is_user_cache: bool) -> Memory:
+def choose_memory(
+    model: Any,
+    model_kwargs: dict[str, Any],
+    batch_size: int,
+    is_user_cache: bool,
+    compile_options: GenerationConfig | None,
+    max_columns: int,
+    num_drafting: int,
+) -> Memory:
     """
     Choose how a model's rejected tokens are forgotten; the cache and `use_cache` are taken out of `model_kwargs`.
 
-    A batch works on a copy of a cache of the user, since its rows leave the cache as they finish.
+    A batch works on a copy of a cache of the user, since its rows leave the cache as they finish. With
+    `compile_options` the cache is static where the model allows it: `max_columns` is the most that it will hold,
+    without `num_drafting` of a drafter, at positions that others have too.
     """
+    if compile_options is not None:
+        static = _make_static(model, batch_size, is_user_cache, compile_options, max_columns, num_drafting)
+        if static is not None:
+            _take_cache(model_kwargs)  # ours replaces it
+            return static
     name, cache, use_cache = _take_cache(model_kwargs)
     if not use_cache or cache is None or limits_of(model).no_later_steps:
         if is_user_cache:
@@ -289,21 +304,15 @@ class StaticMemory(Memory):
         return self
 
 
-def make_static_memory(
+def _make_static(
     model: Any,
-    model_kwargs: dict[str, Any],
     batch_size: int,
-    max_columns: int,
-    num_drafting: int,
     is_user_cache: bool,
     options: GenerationConfig,
+    max_columns: int,
+    num_drafting: int,
 ) -> StaticMemory | None:
-    """
-    Make a static memory, or say once why this model has to go without one.
-
-    `max_columns` is the most that the cache will hold, without `num_drafting` of a drafter, at positions that others
-    have too. The cache that transformers made is taken out of `model_kwargs` if ours replaces it.
-    """
+    """Make a static memory, or say once why this model has to go without one."""
     reason = _why_not_compiled(model, options, is_user_cache) or _why_too_long(model, max_columns)
     needed = -(-(max_columns + num_drafting) // _LENGTH_STEP) * _LENGTH_STEP
     length = max(needed, vars(model).get(_LENGTH_SO_FAR, 0), options.max_cache_len or 0)
@@ -316,7 +325,6 @@ def make_static_memory(
         message = f"{type(model).__name__} decodes by Jacobi without being compiled: {reason}."
         logging.get_logger(__name__).warning_once(message)
         return None
-    _take_cache(model_kwargs)
     setattr(model, _LENGTH_SO_FAR, length)
     return StaticMemory(model, cache, batch_size, options.compile_config)
 
