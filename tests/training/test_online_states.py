@@ -131,7 +131,7 @@ def test_the_models_mode_is_restored_also_after_an_error(llama, monkeypatch, tra
     make_online_states(llama, llama, collate(make_records()), make_draws(), BLOCK_SIZE, 2)
     assert llama.training == training and all(module.training == training for module in llama.modules())
 
-    def fail(*_):
+    def fail(*_, **__):
         assert not llama.training
         raise RuntimeError("out of memory")
 
