@@ -123,13 +123,14 @@ class Verifier:
     def _judge(self, rows: list[Row], paths: list[list[int]], predictions: list[list[int]]) -> list[Verdict]:
         texts = [[predicted[place] for place in path] for path, predicted in zip(paths, predictions)]
         until_stop = [0 if row.is_stopped else count_until_stop(text, self.stop_ids) for row, text in zip(rows, texts)]
-        # Rows of one length take as many tokens as the slowest of them.
-        together = min((len(path) for row, path in zip(rows, paths) if not row.is_stopped), default=0)
+        together = None  # what rows that stay at one length take: as many tokens as the slowest of them
+        if self.same_length:
+            together = min(len(path) for row, path in zip(rows, paths) if not row.is_stopped)
         verdicts = []
         for row, path, text, predicted, until in zip(rows, paths, texts, predictions, until_stop):
-            count = min(together if self.same_length else len(path), self.max_length - row.length)
             # A row that has ended takes padding where it stays in the batch, until the last one ends.
-            count = min(count, max(until_stop) if self.leave_together else until)
+            end = max(until_stop) if self.leave_together else until
+            count = min(together or len(path), end, self.max_length - row.length)
             num_own = min(count, until)
             tokens = text[:num_own] + [self.pad_id] * (count - num_own)
             is_stopped = num_own == until or row.length + count == self.max_length
