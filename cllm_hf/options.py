@@ -45,7 +45,7 @@ class JacobiOptions:
         if self.drafts is not None:
             values["drafts"] = _check_integer(self.drafts, "jacobi_drafts", 1, "Typical values are 2 to 8.")
         if self.seed is not None:
-            values["seed"] = _check_integer(self.seed, "jacobi_seed", 0, "Pass any number.")
+            values["seed"] = _check_integer(self.seed, "jacobi_seed", 0, "Pass a number such as 0.")
             if values["seed"] >= 2**63:
                 raise ValueError(
                     f"`jacobi_seed` must be an integer below 2**63, got {self.seed!r}. Pass a smaller one."
