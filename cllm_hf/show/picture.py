@@ -178,15 +178,9 @@ def collect_block(
     if number is None or number < 0:
         raise ValueError(f"`block` must be an integer of at least 0, got {block!r}.")
     longest = (number + 1) * block_size if max_new_tokens is None else max_new_tokens
+    # Whatever the model says is kept.
     builder = TrajectoryBuilder(
-        model,
-        processing_class,
-        block_size,
-        longest,
-        seed,
-        cleaning=KEEP_ALL,  # whatever the model says
-        not_greedy="keep",
-        show_progress=False,
+        model, processing_class, block_size, longest, seed, cleaning=KEEP_ALL, not_greedy="keep", show_progress=False
     )
     try:
         record: dict[str, Any] = builder.build([prompt])[0]
@@ -350,7 +344,6 @@ class _Pen:
         )
 
     def fill(self, shapes: list[list[tuple[float, float]]], colors: list[str] | str, edge: str = "white") -> None:
-        """Polygons."""
         from matplotlib.collections import PolyCollection
 
         if shapes:
