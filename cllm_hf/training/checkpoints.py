@@ -124,20 +124,8 @@ def choose_checkpoint(
     wanted: str | Path | bool | None, args: Any, record: Mapping[str, Any] | None = None
 ) -> str | None:
     """
-    Find the checkpoint that a run goes on from, and check that it can do so exactly.
-
-    Args:
-        wanted (`str`, `pathlib.Path` or `bool`, *optional*): a checkpoint, or `True` for the newest whole one of
-            `output_dir`.
-        args (`CLLMConfig`): options of the run.
-        record (`Mapping[str, Any]`, *optional*): what `describe_run` says of the run.
-
-    Returns:
-        `str`: its folder, or `None` for a run from scratch.
-
-    Raises:
-        ValueError: if there is no whole checkpoint, none from which the run can go on exactly, or it is of a run with
-            another dataset, seed or size of batches.
+    Find the checkpoint that a run goes on from, and check that it can do so exactly: the one that is wanted, with
+    `True` the newest whole one of `output_dir`. `record` is what `describe_run` says of the run.
     """
     if not wanted:
         return None
