@@ -45,7 +45,7 @@ class Trajectory:
     """
 
     response_ids: list[int]  # with its stop token if that was missing
-    is_greedy: bool  # whether the response is the model's own greedy output, up to near ties; see `blocks.ties`
+    is_greedy: bool  # whether the response is the model's own greedy output, up to near ties; see `blocks.rules`
     states: list[list[list[int]]]
     num_near_ties: int = 0  # tokens of the response that are not the best ones, but count as greedy
 

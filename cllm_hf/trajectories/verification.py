@@ -34,8 +34,8 @@ class TransitionFailure:
     expected: int  # token of the next state in the dataset
     got: int  # token that the model predicts
     gap: float  # how far the logit of `got` lies above that of `expected`
-    # Whether rounding alone can cause the gap in the dtype of the model, by the rule of `blocks.ties`, here and at all
-    # other positions. Then the transition holds.
+    # Whether rounding alone can cause the gap in the dtype of the model, by the rule of `blocks.rules`, here and at
+    # all other positions. Then the transition holds.
     is_near_tie: bool
 
 
