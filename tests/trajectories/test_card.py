@@ -133,7 +133,7 @@ def test_plots_that_are_not_there_are_not_shown(manifest):
 
 
 def test_no_manifest():
-    with pytest.raises(ValueError, match="at least one configuration, got none"):
+    with pytest.raises(ValueError, match="at least one"):
         make_card({}, None)
 
 
@@ -215,7 +215,7 @@ Words.
 
 @pytest.mark.parametrize("earlier", ["---\na: [\n---\nText", "---\n- a\n- b\n---\nText"])
 def test_metadata_that_is_not_valid(manifest, earlier):
-    with pytest.raises(ValueError, match="must be valid YAML, got"):
+    with pytest.raises(ValueError, match="valid YAML"):
         merge_card(earlier, make_card({"default": manifest}, None))
 
 

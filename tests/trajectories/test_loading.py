@@ -258,7 +258,7 @@ def test_a_folder_with_the_name_of_a_pattern_is_that_folder(folder, tmp_path, na
 
 def test_a_folder_that_cannot_be_named_is_refused(folder, tmp_path):
     folder.rename(tmp_path / "a::b")
-    with pytest.raises(ValueError, match="no files below a folder with `::` in its name, got .* Rename it."):
+    with pytest.raises(ValueError, match="`::`"):
         load_trajectories(tmp_path / "a::b")
 
 
@@ -266,7 +266,7 @@ def test_a_folder_that_cannot_be_named_is_refused(folder, tmp_path):
 def test_the_name_of_a_configuration_leads_nowhere_else(folder, tmp_path, name):
     (tmp_path / "empty").mkdir()
     for read in (load_trajectories, find_manifest):
-        with pytest.raises(ValueError, match="got '.*', which"):
+        with pytest.raises(ValueError, match="got '.*'"):
             read(tmp_path / "empty", name=name) if name else read(tmp_path / "empty", name="..")
 
 
@@ -285,7 +285,7 @@ def test_what_save_to_disk_has_written_names_no_files_outside(tmp_path, place, n
     else:
         state["_data_files"][0]["filename"] = name
     file.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="must be that of a file inside it, got"):
+    with pytest.raises(ValueError, match="recorded in .*saved"):
         load_trajectories(tmp_path / "saved")
 
 
@@ -294,16 +294,14 @@ def test_shards_that_are_not_whole(folder):
     data = shard.read_bytes()
     shard.write_bytes(data[:-50])
     for streaming in (False, True):
-        with pytest.raises(
-            OSError, match="train-00002-of-00003.parquet .* bytes instead of .*only that shard is made"
-        ):
+        with pytest.raises(OSError, match="train-00002-of-00003.parquet .* bytes"):
             load_trajectories(folder, streaming=streaming)
     middle = len(data) // 2
     shard.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
-    with pytest.raises(OSError, match="train-00002-of-00003.parquet .* holds other bytes.*Delete it and run the same"):
+    with pytest.raises(OSError, match="train-00002-of-00003.parquet .* Delete it"):
         load_trajectories(folder)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match="train-00002-of-00003.parquet .* is missing. Run the same collection"):
+    with pytest.raises(FileNotFoundError, match="train-00002-of-00003.parquet .* Run the same collection"):
         load_trajectories(folder)
     shard.write_bytes(data)
     (folder / "data" / "train-00001-of-00003.parquet").unlink()  # it has no records
@@ -313,11 +311,11 @@ def test_shards_that_are_not_whole(folder):
 def test_shards_that_do_not_belong_together(folder):
     shard = folder / "data" / "train-00002-of-00003.parquet"
     change_manifest(folder, shard, b"no parquet at all")
-    with pytest.raises(OSError, match="train-00002-of-00003.parquet' must be a Parquet file"):
+    with pytest.raises(OSError, match="train-00002-of-00003.parquet"):
         load_trajectories(folder)
     write_shard(folder / "other.parquet", make_records(9, augmented=True), augmented=True)
     change_manifest(folder, shard, (folder / "other.parquet").read_bytes())
-    with pytest.raises(ValueError, match="All shards must have the same columns"):
+    with pytest.raises(ValueError, match="augmented_states.*train-00002-of-00003.parquet"):
         load_trajectories(folder)
 
 
@@ -333,11 +331,11 @@ def test_rows_that_are_no_trajectories(tmp_path):
     bad = make_records(9)
     bad[6]["response_ids"][-1] += 1
     write_collection(tmp_path / "made", {"train": [bad]})
-    with pytest.raises(ValueError, match="blocks of record 6 do not end in its response"):
+    with pytest.raises(ValueError, match="record 6 "):
         load_trajectories(tmp_path / "made")
     stream = iter(load_trajectories(tmp_path / "made", streaming=True))
     assert [next(stream) for _ in range(6)] == bad[:6]
-    with pytest.raises(ValueError, match="blocks of record 6 do not end in its response"):
+    with pytest.raises(ValueError, match="record 6 "):
         next(stream)
 
 
@@ -360,15 +358,13 @@ def test_unfinished_collections(folder):
     manifest |= {"complete": False, "prompts_done": 12, "prompts": prompts, "shards": done}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for streaming in (False, True):
-        with pytest.raises(
-            ValueError, match="12 of 40 prompts are done. Run the same `build` or `cllm collect` again"
-        ):
+        with pytest.raises(ValueError, match="12 of 40 .*`cllm collect`"):
             load_trajectories(folder, streaming=streaming)
     assert rows(load_trajectories(folder, allow_incomplete=True)) == RECORDS[:9]
     assert list(load_trajectories(folder, streaming=True, allow_incomplete=True)) == RECORDS[:9]
     (folder / "manifest.json").unlink()
     (folder / ".unfinished").mkdir()
-    with pytest.raises(ValueError, match="no shard is done yet"):
+    with pytest.raises(ValueError, match="`cllm collect`"):
         load_trajectories(folder, allow_incomplete=True)
 
 
@@ -378,7 +374,7 @@ def test_configurations_in_folders(tmp_path):
     write_collection(tmp_path / "code", {"train": [RECORDS[4:9]]})
     assert rows(load_trajectories(tmp_path)) == rows(load_trajectories(tmp_path, name="default")) == RECORDS[:4]
     assert rows(load_trajectories(tmp_path, name="code")) == RECORDS[4:9]
-    with pytest.raises(ValueError, match="`name` must be one of code, .*got 'maths'"):
+    with pytest.raises(ValueError, match="`name` .*code.*'maths'"):
         load_trajectories(tmp_path, name="maths")
 
 
@@ -398,54 +394,54 @@ def test_folders_of_save_to_disk(tmp_path):
     assert list(load_trajectories(tmp_path / "one", split=None)) == ["train"]
     assert rows(load_trajectories(tmp_path / "two", "test")) == RECORDS[9:12]
     assert list(load_trajectories(tmp_path / "two", None)) == ["train", "test"]
-    with pytest.raises(ValueError, match="`split` must be one of train, test or `None`.*got 'dev'"):
+    with pytest.raises(ValueError, match="`split` .*train, test.*'dev'"):
         load_trajectories(tmp_path / "two", "dev")
-    with pytest.raises(ValueError, match="holds one dataset, got `name` 'code'"):
+    with pytest.raises(ValueError, match="`name` 'code'"):
         load_trajectories(tmp_path / "two", name="code")
     for file in (tmp_path / "one").glob("*.arrow"):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(OSError, match="must be whole, got.*Save it again"):
+    with pytest.raises(OSError, match="one' .*Save it again"):
         load_trajectories(tmp_path / "one")
 
 
 def test_datasets_of_something_else(tmp_path):
     Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "texts"))
     for streaming in (False, True):
-        with pytest.raises(ValueError, match="prompt_ids, response_ids, states missing, got text"):
+        with pytest.raises(ValueError, match="prompt_ids, response_ids, states missing.*text"):
             load_trajectories(tmp_path / "texts", streaming=streaming)
 
 
 def test_paths_that_are_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("text")
-    with pytest.raises(FileNotFoundError, match="must hold `manifest.json` of `TrajectoryBuilder`"):
+    with pytest.raises(FileNotFoundError, match="`manifest.json`"):
         load_trajectories(tmp_path / "empty")
     for nothing in (tmp_path / "file", str(tmp_path / "file"), tmp_path / "nowhere", str(tmp_path / "nowhere")):
-        with pytest.raises(FileNotFoundError, match="must be a folder, or the id of a dataset on the Hub"):
+        with pytest.raises(FileNotFoundError, match="`path`"):
             load_trajectories(nothing)
-    with pytest.raises(FileNotFoundError, match="'a/b/c', which is not there and cannot be an id"):
+    with pytest.raises(FileNotFoundError, match="`path` .*'a/b/c'"):
         load_trajectories("a/b/c")
     # The tests run with HF_HUB_OFFLINE=1.
-    with pytest.raises(ConnectionError, match="'runs/nowhere'. There is no such folder, and the Hub did not answer"):
+    with pytest.raises(ConnectionError, match="`path` .*'runs/nowhere'.*`HF_HUB_OFFLINE`"):
         load_trajectories("runs/nowhere")
-    with pytest.raises(ValueError, match="is a folder, got `revision` or `token`"):
+    with pytest.raises(ValueError, match="`revision`"):
         load_trajectories(tmp_path / "empty", revision="main")
 
 
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        (None, FileNotFoundError, "must hold `manifest.json`, got none"),
-        ("{", ValueError, "must be JSON, got"),
-        (b"\xff\xfe", ValueError, "must be JSON, got"),
-        ("[]", ValueError, "must be the manifest of a trajectory dataset"),
-        ('{"format": 1}', ValueError, "must be the manifest of a trajectory dataset"),
+        (None, FileNotFoundError, "`manifest.json`.*`output_dir`"),
+        ("{", ValueError, "manifest.json must be JSON"),
+        (b"\xff\xfe", ValueError, "manifest.json must be JSON"),
+        ("[]", ValueError, "`format` and `shards`"),
+        ('{"format": 1}', ValueError, "`format` and `shards`"),
         (
             '{"format": 1, "shards": {"data/a.parquet": {}}}',
             ValueError,
-            "must be the manifest of a trajectory dataset",
+            "`format` and `shards`",
         ),
-        ('{"format": 2, "shards": []}', ValueError, "`format` 1 or older, got 2.*update `cllm_hf`"),
+        ('{"format": 2, "shards": []}', ValueError, "`format` 1 .*2.*update `cllm_hf`"),
     ],
 )
 def test_manifests_that_are_refused(tmp_path, text, error, message):
@@ -457,7 +453,7 @@ def test_manifests_that_are_refused(tmp_path, text, error, message):
 
 def test_a_manifest_that_cannot_be_read(tmp_path):
     (tmp_path / "manifest.json").mkdir()
-    with pytest.raises(OSError, match="must be readable, got"):
+    with pytest.raises(OSError, match="manifest.json .*permissions"):
         read_manifest(tmp_path)
 
 

@@ -52,18 +52,18 @@ NAMES += ["data/train-\uff10-of-1.parquet", "data/train-0-of-1.parquet\n", "data
 @pytest.mark.parametrize("name", [*(name for name in BAD_NAMES if isinstance(name, str)), *NAMES])
 def test_nothing_but_shards_is_named(folder, name):
     rewrite(folder, lambda manifest: manifest["shards"].update({name: {"records": 0}}))
-    with pytest.raises(ValueError, match="must be the manifest of a trajectory dataset.* got the shard"):
+    with pytest.raises(ValueError, match="got the shard"):
         read_manifest(folder)
 
 
 def test_names_twice_are_refused(folder):
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace('"shards": {', '"shards": {"a": 1, "a": 2}, "shards": {'))
-    with pytest.raises(ValueError, match="must be JSON, got: an object with the entry '(a|shards)' twice"):
+    with pytest.raises(ValueError, match="'(a|shards)' twice"):
         read_manifest(folder)
     (folder / "manifest.json").write_text(text)
     rewrite(folder, lambda manifest: manifest["shards"].update({"data/Train-00000-of-00001.parquet": {"records": 0}}))
-    with pytest.raises(ValueError, match="got names of shards that differ by case alone"):
+    with pytest.raises(ValueError, match="differ by case"):
         read_manifest(folder)
 
 
@@ -71,7 +71,7 @@ def test_names_twice_are_refused(folder):
 def test_links_out_of_the_folder_are_refused(folder, tmp_path, where):
     (folder / where).rename(tmp_path / "moved")
     (folder / where).symlink_to(tmp_path / "moved")
-    with pytest.raises(ValueError, match="which is a link to"):
+    with pytest.raises(ValueError, match="a link to"):
         read_manifest(folder)
 
 
@@ -124,7 +124,7 @@ def test_a_published_manifest_tells_no_folders(folder, name, shown):
     assert published["model"]["revision"] == "refs/pr/1" and published["shards"] == read_manifest(folder)["shards"]
     if shown == "path/to/llama":
         assert "me" not in json.dumps(published["options"]["else"]) or name == "runs/me/llama"
-        with pytest.raises(OSError, match="was made by the model path/to/llama, which is not there. Pass it as"):
+        with pytest.raises(OSError, match="path/to/llama.*`--model`"):
             recorded_model("user/data", published["model"])
 
 

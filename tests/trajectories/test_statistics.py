@@ -214,7 +214,7 @@ def test_different_block_sizes_are_refused(tmp_path):
         lambda: format_statistics({"a": small, "b": large}),
         lambda: plot_statistics({"a": small, "b": large}, tmp_path / "a.png"),
     ):
-        with pytest.raises(ValueError, match=r"got `block_size` \[4, 8\]"):
+        with pytest.raises(ValueError, match=r"`block_size` \[4, 8\]"):
             combine()
     with pytest.raises(TypeError):
         small + 1
@@ -228,7 +228,7 @@ def test_nothing_to_show_is_refused(tmp_path):
         format_histogram(TrajectoryStatistics(4))
     with pytest.raises(ValueError, match="no records"):
         measure_trajectories([])
-    with pytest.raises(OSError, match="must be a file"):
+    with pytest.raises(OSError, match="output file"):
         plot_statistics({"a": TrajectoryStatistics(4)}, tmp_path)
 
 
@@ -255,7 +255,7 @@ def test_wrong_block_size_and_missing_columns_are_refused():
     rows = random_records(3)
     with pytest.raises(ValueError, match=r"`block_size` tokens, 16, got lengths \[5\]"):
         measure_trajectories(rows, 16)
-    with pytest.raises(ValueError, match="states missing, got prompt_ids, response_ids"):
+    with pytest.raises(ValueError, match="states missing"):
         measure_trajectories([{"prompt_ids": [1], "response_ids": [1]}])
     with pytest.raises(ValueError, match="states missing"):
         measure_trajectories(Dataset.from_list(rows).remove_columns("states"))
@@ -264,11 +264,11 @@ def test_wrong_block_size_and_missing_columns_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_size": 0}, "`block_size` must be an integer of at least 1, got 0"),
-        ({"num_tokens": -1}, "`num_tokens` must be at least 0, got -1"),
-        ({"iterations": {"-1": 1}}, "`iterations` must map"),
-        ({"stationary": {"0": 2}}, "same number of blocks, got 1, 1, 2"),
-        ({"extra": 0}, "have the entries block_size"),
+        ({"block_size": 0}, "`block_size`.* 0"),
+        ({"num_tokens": -1}, "`num_tokens`.* -1"),
+        ({"iterations": {"-1": 1}}, "`iterations`"),
+        ({"stationary": {"0": 2}}, "`stationary` .*1, 1, 2"),
+        ({"extra": 0}, "entries block_size.*extra"),
     ],
 )
 def test_statistics_that_are_refused(change, message):

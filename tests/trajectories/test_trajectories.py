@@ -210,13 +210,13 @@ def test_check_record_accepts_a_record():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"states": [[[1, 1], [3]], [[5, 0]]]}, "Every state must have `block_size` tokens"),
+        ({"states": [[[1, 1], [3]], [[5, 0]]]}, "`block_size`"),
         ({"states": [[[1, 1, 1], [3, 4, 1]]]}, r"2, got lengths \[3\]"),
-        ({"states": [[[1, 1], [3, 4]]]}, "1 blocks of states, but its response of 3 tokens takes 2"),
+        ({"states": [[[1, 1], [3, 4]]]}, "1 blocks .* 3 tokens takes 2"),
         ({"states": [[[3, 4]], []]}, "each with at least one state"),
         ({"states": []}, "block_size"),
-        ({"states": [[[1, 1], [3, 4]], [[2, 0], [6, 0]]]}, "do not end in its response"),
-        ({"response_ids": []}, "needs tokens in the column `response_ids`"),
+        ({"states": [[[1, 1], [3, 4]], [[2, 0], [6, 0]]]}, "record .* response"),
+        ({"response_ids": []}, "`response_ids`"),
     ],
 )
 def test_check_record_refuses(change, message):
@@ -244,7 +244,7 @@ def test_records_at_once_are_checked_as_single_ones_are(change):
 
 def test_check_dataset_names_missing_columns():
     dataset = Dataset.from_list([RECORD]).remove_columns("states")
-    with pytest.raises(ValueError, match="states missing, got .*Build the dataset with"):
+    with pytest.raises(ValueError, match="states missing"):
         check_dataset(dataset)
     with pytest.raises(ValueError, match="empty"):
         check_dataset(Dataset.from_list([RECORD]).select([]))
