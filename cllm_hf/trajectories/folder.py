@@ -40,11 +40,8 @@ class OutputFolder:
     name when it is complete, so what is there is finished, and what is not is made by the next run. All else is
     derived from the shards: each says in its footer what was counted and measured while it was made.
 
-    Args:
-        path (`pathlib.Path`): the folder.
-        header (`dict`): the parts of the manifest that say what is collected, by which model and how.
-        splits (`tuple[str, ...]`): names of the splits.
-        process (`Process`): of several processes each makes every `count`-th shard.
+    `header` are the parts of the manifest that say what is collected, by which model and how. Of several processes
+    each makes every `process.count`-th shard.
 
     Raises:
         OSError: if the folder is not writable, another run is writing into it, a finished shard is damaged, or
@@ -131,8 +128,7 @@ class OutputFolder:
         """Write a shard, with its counts and the `TrajectoryStatistics.to_dict()` of each split; drop its journal."""
         notes = {"shard": number, "counts": dict(counts), "statistics": dict(statistics)}
         for split in reversed(self.splits):  # the first split is written last: with it the shard is complete
-            name = self._name(split, number)
-            self._replace(name, to_parquet(tables[split], notes))
+            self._replace(self._name(split, number), to_parquet(tables[split], notes))
         self.journal(number).clear()
         if self.process.is_first:
             self._write_manifest(complete=False)
@@ -176,9 +172,8 @@ class OutputFolder:
             return True
         if self._missing():
             return False
-        with FileLock(
-            self.path / UNFINISHED_NAME / "merge.lock"
-        ):  # of processes that do not wait, two may be the last
+        # Of processes that do not wait, two may be the last.
+        with FileLock(self.path / UNFINISHED_NAME / "merge.lock"):
             if not self.is_complete():
                 self._merge()
         return True
@@ -186,9 +181,7 @@ class OutputFolder:
     def _merge(self) -> None:
         manifest = self._manifest(complete=True)
         _check_kept(manifest)
-        statistics = {
-            split: TrajectoryStatistics.from_dict(values) for split, values in manifest["statistics"].items()
-        }
+        statistics = {name: TrajectoryStatistics.from_dict(values) for name, values in manifest["statistics"].items()}
         plot = self.path / UNFINISHED_NAME / PLOT_NAME
         plot_statistics(statistics, plot)
         os.replace(plot, self.path / PLOT_NAME)

@@ -297,14 +297,12 @@ def plot_statistics(named: Mapping[str, TrajectoryStatistics], path: Path) -> No
     PNG file. Statistics are drawn over each other, and the same ones give the same bytes.
     """
     from matplotlib import style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     _check_comparable(named.values())
     check_writable_file(path)
     with style.context("default"):  # whatever the user has set for plots of their own
         figure = Figure(figsize=(12, 4), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
         block_size = next(iter(named.values())).block_size
         figure.suptitle(f"How blocks of {block_size} tokens converge", fontsize=12)
         panels = figure.subplots(1, len(_TITLES), squeeze=False)[0]
