@@ -13,8 +13,14 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 
 
+# The name of the key/value cache among the inputs of a model and in what `generate` returns, which transformers 5.24
+# has changed.
+CACHE_NAME = "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters else "past_key_values"
+# All names that the caches of models have or have had.
+CACHE_NAMES = tuple(dict.fromkeys((CACHE_NAME, "past_key_values", "cache_params")))
 # Layer types whose masks this project knows; the host names others for chunked, linear and sparse attention.
 PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.integrations import PeftAdapterMixin
 
-from ._host import mark_as_edited
+from ._host import CACHE_NAME, mark_as_edited
 from .adapters import loading_drafters
 from .blocks.drafter import find_drafter, is_switched_off, without_adapters
 from .decoding.loop import decode
@@ -159,6 +159,7 @@ def _generate(
     given: dict[str, Any],
 ) -> Any:
     """Run a call of `generate` by the decoding that it asks for; `given` are its `jacobi_` options."""
+    kwargs = {CACHE_NAME if name == "past_key_values" else name: value for name, value in kwargs.items()}
     call = _named_arguments(original, model, args, kwargs)
     # Where defaults stand, the first ones first: those of the caller, if any, and those of the model.
     configs = [one for one in (call.get("generation_config"), model.generation_config) if one is not None]
@@ -293,7 +294,7 @@ def _custom_generate(
         streamer=call.get("streamer"),
         encoder_ids=encoder_ids,
         num_given=None if given is None else given.shape[1],
-        is_user_cache=call.get("past_key_values") is not None,
+        is_user_cache=call.get(CACHE_NAME) is not None,
     )
 
 

@@ -30,6 +30,7 @@ from transformers.masking_utils import create_causal_mask
 from trl import SFTTrainer
 
 from cllm_hf._host import (
+    CACHE_NAME,
     adapter_layers,
     attention_implementation,
     compiles_whole,
@@ -82,7 +83,7 @@ def test_custom_generate_gets_prepared_inputs_and_loses_the_streamer(llama):
 
     ids, mask = make_prompts(2)
     llama.generate(ids, attention_mask=mask, max_new_tokens=5, custom_generate=loop, streamer=Streamer())
-    assert isinstance(seen["past_key_values"], DynamicCache) and seen["past_key_values"].get_seq_length() == 0
+    assert isinstance(seen[CACHE_NAME], DynamicCache) and seen[CACHE_NAME].get_seq_length() == 0
     assert seen["logits_to_keep"] == 1 and seen["use_cache"] is True and seen["max_length"] == 14
     assert torch.equal(seen["attention_mask"], mask) and seen["position_ids"].shape == ids.shape
     assert torch.equal(seen["streamed"], ids) and "streamer" not in seen
@@ -246,3 +247,15 @@ def test_masks_are_those_of_the_hosts_own_function(attention, cached):
     embeddings = torch.zeros(2, 12 if cached else 20, 0)
     expected = create_causal_mask(model.config, embeddings, None, cache, and_mask_function=allowed)
     assert torch.equal(packed_attention_mask(model.config, packed, torch.float32, cache), expected)
+
+
+def test_the_cache_has_the_name_that_models_and_outputs_give_it():
+    """Version 5.24 of transformers has renamed `past_key_values`."""
+    from transformers.generation import GenerateDecoderOnlyOutput
+
+    llama = make_model("llama")
+    assert CACHE_NAME in inspect.signature(llama.forward).parameters
+    assert CACHE_NAME in inspect.signature(GenerateDecoderOnlyOutput).parameters
+    cache = DynamicCache()
+    llama(torch.tensor([[5, 6, 7]]), **{CACHE_NAME: cache})
+    assert cache.get_seq_length() == 3

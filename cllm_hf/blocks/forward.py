@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .._host import attention_implementation
+from .._host import CACHE_NAME, attention_implementation
 from .layout import CLEAN_SEGMENT, Packed
 
 
@@ -163,7 +163,7 @@ def packed_forward(
         "use_cache": clean_cache is not None,
     }
     if clean_cache is not None:
-        inputs["past_key_values"] = clean_cache
+        inputs[CACHE_NAME] = clean_cache
     logits = model(**inputs).logits if places is None else _logits_at(model, inputs, inner, places)
     if clean_cache is not None:
         clean_cache.crop(packed.clean_length - packed.input_ids.shape[1])
@@ -219,7 +219,7 @@ def forward_clean(
         "input_ids": clean_ids,
         "attention_mask": clean_mask,
         "position_ids": torch.arange(clean_ids.shape[1], device=clean_ids.device).expand_as(clean_ids),
-        "past_key_values": cache,
+        CACHE_NAME: cache,
         "use_cache": True,
     }
     if places is not None:

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from .._host import CACHE_NAME
 from ..options import JacobiOptions
 from .block_size import Pace, make_pace
 from .feeding import Feed
@@ -100,7 +101,7 @@ def decode(
         # A recurrent state may lag behind the text, and the cache of a batch has lost the rows that finished.
         cache = feed.memory.cache if batch_size == 1 and not feed.memory.replays else None
         stats = JacobiStats(num_forwards, [row.gains for row in all_rows])
-        return JacobiOutput(sequences=cast(torch.LongTensor, sequences), past_key_values=cache, jacobi_stats=stats)
+        return JacobiOutput(sequences=cast(torch.LongTensor, sequences), jacobi_stats=stats, **{CACHE_NAME: cache})
     except BaseException:  # Ctrl-C too
         feed.memory.abandon()
         raise

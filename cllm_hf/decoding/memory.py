@@ -26,7 +26,7 @@ from transformers.cache_utils import (
 )
 from transformers.utils import logging
 
-from .._host import attention_implementation, compiles_whole
+from .._host import CACHE_NAME, CACHE_NAMES, attention_implementation, compiles_whole
 from ..blocks.limits import count_positions, limits_of
 from .caches import (
     copy_cache,
@@ -43,8 +43,6 @@ from .caches import (
 )
 
 
-# transformers gives the caches of some models another name.
-_CACHE_NAMES = ("past_key_values", "cache_params")
 # A compiled graph depends on the length of the cache: round it up, and never shorten it, so that calls share a graph.
 _LENGTH_STEP = 256
 _LENGTH_SO_FAR = "_cllm_hf_cache_length"  # attribute of a model
@@ -54,7 +52,7 @@ class Memory:
     """What the loop asks of a memory; this one has no cache, and remembers nothing."""
 
     cache: Cache | None = None  # handed to the model
-    cache_name = "past_key_values"  # the model's name for it
+    cache_name = CACHE_NAME  # the model's name for it
     same_length = False  # whether all rows must commit equally many tokens
     drafts_in_prefill = True  # whether a draft may follow the prompt in the first forward pass
     fixed_shape = False  # whether all forward passes after the prefill must be over equally many tokens
@@ -252,7 +250,7 @@ def choose_memory(
 
 def _take_cache(model_kwargs: dict[str, Any]) -> tuple[str, Any, bool]:
     """Take the cache out of model inputs: its name, the cache, and whether it is to be used."""
-    found = [(name, model_kwargs.pop(name, None)) for name in _CACHE_NAMES]
+    found = [(name, model_kwargs.pop(name, None)) for name in CACHE_NAMES]
     name, cache = next(((name, cache) for name, cache in found if cache is not None), ("", None))
     return name, cache, model_kwargs.pop("use_cache", True)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from .._host import base_model_of
+from .._host import CACHE_NAME, base_model_of
 from ..options import JacobiOptions
 from .benchmark import (
     DecodingMethod,
@@ -223,12 +223,12 @@ class BareForward:
             self._cache.crop(-max(surplus, 0))
         if surplus < 0:
             filler = self._ids.repeat(1, -(surplus // self.width))[:, :-surplus]
-            self._forward(filler, past_key_values=self._cache, use_cache=True)
+            self._forward(filler, **{CACHE_NAME: self._cache}, use_cache=True)
             self._cache.crop(0)  # lets go of what has left a window
         device = self._ids.device
         synchronize(device)
         start = time.perf_counter()
-        self._forward(self._ids, past_key_values=self._cache, use_cache=True)
+        self._forward(self._ids, **{CACHE_NAME: self._cache}, use_cache=True)
         synchronize(device)
         return time.perf_counter() - start
 

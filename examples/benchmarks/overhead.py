@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from cllm_hf._host import base_model_of
+from cllm_hf._host import CACHE_NAME, base_model_of
 from cllm_hf.cards import format_table
 from cllm_hf.evaluation.benchmark import DecodingMethod, synchronize
 from cllm_hf.evaluation.comparison import BareForward
@@ -183,7 +183,7 @@ def _paired_iterations(method: DecodingMethod, prompt: list[int], iterations: in
         # Near the end there is less left to guess, and forward passes are narrower.
         if not is_prefill and kwargs["input_ids"].shape[1] == width and len(pairs["forward_seconds"]) < iterations:
             is_bare = True
-            pairs["forward_seconds"].append(bare.seconds(kwargs["past_key_values"].get_seq_length()))
+            pairs["forward_seconds"].append(bare.seconds(kwargs[CACHE_NAME].get_seq_length()))
             is_bare = False
             start = time.perf_counter()
         is_prefill = False

@@ -6,6 +6,7 @@ from architectures import make_architecture
 from conftest import make_model, make_prompts
 
 import cllm_hf  # noqa: F401
+from cllm_hf._host import CACHE_NAME
 from cllm_hf.decoding.caches import restore_states, save_states
 
 
@@ -15,7 +16,7 @@ def watch(model):
 
     def note(module, args, kwargs, output):
         widths.append(tuple(kwargs["input_ids"].shape))
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
         cached.append(0 if cache is None else cache.get_seq_length())
 
     model.register_forward_hook(note, with_kwargs=True)

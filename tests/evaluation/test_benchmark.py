@@ -10,6 +10,7 @@ from architectures import make_architecture
 from conftest import VOCAB_SIZE, make_model, make_word_model
 from peft import LoraConfig, get_peft_model
 
+from cllm_hf._host import CACHE_NAME
 from cllm_hf.cli import main
 from cllm_hf.evaluation import command, comparison, reporting, shapes
 from cllm_hf.evaluation.arguments import SHAPE_NAMES
@@ -110,7 +111,7 @@ def test_forwards_see_the_cache_lengths_asked_for():
         model, seen = make_model(name), []
 
         def look(module, args, kwargs, seen=seen):
-            seen.append((kwargs["past_key_values"].get_seq_length(), args[0].shape))
+            seen.append((kwargs[CACHE_NAME].get_seq_length(), args[0].shape))
 
         handle = model.register_forward_pre_hook(look, with_kwargs=True)
         bare = BareForward(model, 4, batch_size=2)

@@ -10,6 +10,7 @@ from benchmarks.command import main
 from conftest import VOCAB_SIZE, make_model
 from peft import LoraConfig, get_peft_model
 
+from cllm_hf._host import CACHE_NAME
 from cllm_hf.evaluation import shapes
 
 
@@ -38,7 +39,7 @@ def test_overhead_compares_the_same_forwards(monkeypatch, pairs):
     seen = []
 
     def look(module, args, kwargs):
-        seen.append((kwargs["input_ids"].shape[1], kwargs["past_key_values"].get_seq_length()))
+        seen.append((kwargs["input_ids"].shape[1], kwargs[CACHE_NAME].get_seq_length()))
 
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     ids = torch.tensor([prompt])
