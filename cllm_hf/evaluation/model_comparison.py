@@ -139,22 +139,11 @@ def compare_models(
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=repeats)
     _check_models(target, cllm, assistant)
     _check_prompts(prompts, more_prompts, target)
-    block_sizes = list(dict.fromkeys([block_size, *more_block_sizes]))
     sides = _list_sides(target, cllm)
-    refusals, runs = [], []
+    ways: dict[str, Any] = {"assistant": assistant, "is_compiled": is_compiled, "candidates": candidates}
+    methods = {side.name: _list_methods(side, [block_size, *more_block_sizes], **ways) for side in sides}
     with _evaluation_mode(target, cllm, assistant):
-        for side in sides:
-            methods = _list_methods(side, block_sizes, assistant, is_compiled, candidates)
-            methods, refusal = leave_out_refused(methods, prompts, max_new_tokens, pad_token_id)
-            if refusal is not None:
-                refusals.append(f"Candidates are left out for the {side.title}: {refusal}")
-            runs += [_Run(side, method, DecodingResult(method.name)) for method in methods]
-        methods = [run.method for run in runs]
-        results = benchmark_decoding(
-            methods, prompts, max_new_tokens, show_progress, repeats=repeats, pad_token_id=pad_token_id
-        )
-        for run, result in zip(runs, results):
-            run.result = result
+        runs, refusals = _decode(sides, methods, prompts, max_new_tokens, repeats, pad_token_id, show_progress)
         # The first of each model is `generate()`.
         own = {side.name: next(run for run in runs if run.side is side) for side in sides}
         for run in own.values():
@@ -187,7 +176,7 @@ def compare_models(
                 {side.title: side.model for side in sides}, max(map(len, [*prompts, *more_prompts])), max_new_tokens
             ),
             *notes,
-            *compile_notes(methods),
+            *compile_notes([run.method for run in runs]),
             *refusals,
             *collapse_notes(compared, max_new_tokens, _describe_ended(runs, max_new_tokens)),
         ],
@@ -258,8 +247,32 @@ def _list_methods(
 ) -> list[DecodingMethod]:
     is_target = side.name == "target"
     assistant = assistant if is_target else None
+    block_sizes = list(dict.fromkeys(block_sizes))
     methods = make_methods(side.model, block_sizes, assistant, is_target, is_compiled, candidates)
     return [replace(method, name=f"{side.title}, {method.name}") for method in methods]
+
+
+def _decode(
+    sides: Sequence[_Side],
+    methods: dict[str, list[DecodingMethod]],
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    repeats: int,
+    pad_token_id: int,
+    show_progress: bool,
+) -> tuple[list[_Run], list[str]]:
+    """Decode the timed prompts in all ways that the models take, and say which they do not."""
+    known, refusals = [], []
+    for side in sides:
+        taken, refusal = leave_out_refused(methods[side.name], prompts, max_new_tokens, pad_token_id)
+        if refusal is not None:
+            refusals.append(f"Candidates are left out for the {side.title}: {refusal}")
+        known += [(side, method) for method in taken]
+    timed = [method for _, method in known]
+    results = benchmark_decoding(
+        timed, prompts, max_new_tokens, show_progress, repeats=repeats, pad_token_id=pad_token_id
+    )
+    return [_Run(side, method, result) for (side, method), result in zip(known, results)], refusals
 
 
 @contextmanager
