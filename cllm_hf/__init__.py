@@ -16,8 +16,7 @@ from .integration import register, set_jacobi_defaults, unregister
 
 if TYPE_CHECKING:
     from .decoding.loop import JacobiOutput, JacobiStats
-    from .decoding.rows import Row
-    from .decoding.strategy import Proposal, Room, Strategy, register_strategy
+    from .decoding.strategy import Proposal, Room, Row, Strategy, register_strategy
     from .evaluation.metrics import DecodingSpeed
     from .export import export_custom_generate
     from .loading import load_cllm
@@ -70,7 +69,7 @@ _LAZY = {
     "JacobiStats": ".decoding.loop",
     "Proposal": ".decoding.strategy",
     "Room": ".decoding.strategy",
-    "Row": ".decoding.rows",
+    "Row": ".decoding.strategy",
     "Strategy": ".decoding.strategy",
     "register_strategy": ".decoding.strategy",
     "TrajectoryBuilder": ".trajectories.builder",

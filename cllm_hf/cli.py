@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .compare.arguments import add_compare_command
 from .evaluation.arguments import MOVED, add_benchmark_commands
+from .options import JACOBI, LOSSLESS
+from .parsing import block_size, positive
 from .trajectories.options import COLLECT_HELP, add_trajectory_commands, parse_collect
 
 
 _HOSTS = r"(accelerate|datasets|evaluate|huggingface_hub|peft|torch|transformers|trl)(\.|$)"
 # Commands whose options the parsers of the hosts read, which know both spellings where there are two.
 _OF_HOSTS = ("serve", "collect", "train")
+_COMPARE_HELP = "decode a prompt by generate() and by Jacobi side by side, here or on a page"
 _SERVE_HELP = "the OpenAI-compatible server of transformers, with Jacobi decoding"
 
 
@@ -88,7 +90,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
     demo.set_defaults(run=_run_demo)
-    add_compare_command(commands).set_defaults(run=_run_compare)
+    _add_compare(commands)
     add_benchmark_commands(commands, run=_run_benchmark)
     collect = commands.add_parser("collect", help=COLLECT_HELP, add_help=False, allow_abbrev=False)
     collect.set_defaults(run=_run_collect)
@@ -115,6 +117,33 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help=_COMPARE_HELP,
+        description=f"Side by side: {_COMPARE_HELP}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    compare.add_argument("--model", required=True, help="folder or Hub id of a model, a CLLM or an adapter")
+    compare.add_argument("--target", help="model that generate() decodes with; if not given, the same")
+    compare.add_argument("--prompt", help="what is decoded; `--web` asks for it on the page")
+    compare.add_argument("--web", action="store_true", help="open a page (takes the extra `demo`: gradio)")
+    compare.add_argument(
+        "--mode", choices=(JACOBI, LOSSLESS), help="lossless if the model has a lossless adapter, else jacobi"
+    )
+    compare.add_argument("--block-size", type=block_size, default="auto", help="tokens of a block, or `auto`")
+    compare.add_argument("--max-new-tokens", type=positive, help="longest response; 160 by default")
+    compare.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy")
+    compare.add_argument("--no-chat", action="store_true", help="give the prompt as it is, without a chat template")
+    compare.add_argument("--device", default="auto", help="such as cpu or cuda:0")
+    compare.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of weights"
+    )
+    compare.add_argument("--host", default="127.0.0.1", help="address that the page is served at: this machine alone")
+    compare.add_argument("--port", type=int, help="of the page; if not given, a free one from 7860 on")
+    compare.set_defaults(run=_run_compare)
+
+
 def _block_size(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
 
@@ -136,7 +165,7 @@ def _run_demo(parsed: argparse.Namespace) -> int:
 
 
 def _run_compare(parsed: argparse.Namespace) -> int:
-    from .compare.command import run_compare
+    from .show.compare import run_compare
 
     run_compare(parsed)
     return 0

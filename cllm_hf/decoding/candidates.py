@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .jacobi import JacobiNotes, JacobiStrategy
-from .rows import Row
-from .strategy import Proposal, Room
+from .strategy import Proposal, Room, Row
 
 
 # Longest and shortest run of tokens by which a place of the text is found again, and places that are kept of each.

@@ -27,8 +27,7 @@ from ..blocks.limits import (
 )
 from .caches import roll_back_columns
 from .memory import choose_memory
-from .rows import Pending, Row, Verdict
-from .strategy import Proposal, Room, Strategy, is_drafting
+from .strategy import Pending, Proposal, Room, Row, Strategy, Verdict, is_drafting
 
 
 # Memory follows the text, not a number of the caller: a draft beyond this is at most as long as the text before it.

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..blocks.rules import next_draft
-from .rows import Row
-from .strategy import Proposal, Room
+from .strategy import Proposal, Room, Row
 
 
 # The text does not depend on the first guess, only the number of forward passes does: keep that repeatable.

@@ -31,9 +31,8 @@ from .._host import CACHE_NAME
 from ..options import JacobiOptions
 from .block_size import Pace, make_pace
 from .feeding import Feed
-from .rows import Row
 from .sampling import GumbelNoise
-from .strategy import Proposal, Room, Strategy, check_proposals, is_drafting, level, make_strategy
+from .strategy import Proposal, Room, Row, Strategy, check_proposals, is_drafting, level, make_strategy
 from .verify import Verifier, make_verifier
 
 

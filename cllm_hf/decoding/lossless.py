@@ -23,8 +23,7 @@ from transformers.utils import logging
 
 from ..blocks.drafter import AdapterGate, Drafter, active_lossless_adapter, find_drafter, is_lossless
 from ..options import JacobiOptions
-from .rows import Row, Verdict
-from .strategy import Guess, Proposal, Room
+from .strategy import Guess, Proposal, Room, Row, Verdict
 
 
 # A CPU pays for every row, and with two places hardly fewer tokens are accepted than with all (docs/lossless.md); on a

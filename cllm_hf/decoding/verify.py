@@ -26,9 +26,8 @@ from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
 
 from ..blocks.rules import accepted_path, confirmed_by, count_accepted, count_until_stop
-from .rows import Row, Verdict
 from .sampling import GumbelNoise
-from .strategy import Proposal
+from .strategy import Proposal, Row, Verdict
 
 
 # Processors of transformers that treat every row of scores alike, whatever the text before it.

@@ -12,8 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ..loading import load_cllm, pick_device
-from .race import Snapshot, compare
-from .session import Question, Session
+from .race import DEFAULT_TOKENS, Question, Session, Snapshot, compare
 
 
 _COLORS = ("cyan", "magenta", "green", "yellow", "blue")
@@ -47,7 +46,9 @@ def run_compare(options: argparse.Namespace) -> None:
     if options.prompt is None:
         raise ValueError("`--prompt` must hold a text, got none. Write one, or open a page by `--web`.")
     is_chat = False if options.no_chat else None
-    question = Question(options.prompt, options.mode, size, options.max_new_tokens, options.temperature, is_chat)
+    question = Question(
+        options.prompt, options.mode, size, options.max_new_tokens or DEFAULT_TOKENS, options.temperature, is_chat
+    )
     race = session.prepare(question, options.model, options.target)
     console = Console()
     sides: list[Snapshot] = []

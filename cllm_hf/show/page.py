@@ -9,9 +9,7 @@ from typing import Any
 
 import gradio
 
-from .arguments import DEFAULT_TOKENS, MODES
-from .race import Race, Snapshot, compare
-from .session import Question, Session
+from .race import DEFAULT_TOKENS, MODES, Question, Race, Session, Snapshot, compare
 
 
 _DEFAULT_MODE = "as the model is"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lossless_models import add_random_adapter
 
-from cllm_hf.compare.race import Race, Snapshot, Way, compare, split_by_forward
+from cllm_hf.show.race import Race, Snapshot, Way, compare, split_by_forward
 
 
 PROMPT = [5, 9, 12, 7]

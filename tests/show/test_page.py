@@ -5,8 +5,7 @@ import shutil
 import pytest
 from conftest import make_model
 
-from cllm_hf.compare.race import Snapshot
-from cllm_hf.compare.session import Session
+from cllm_hf.show.race import Session, Snapshot
 
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra `demo`")
@@ -27,7 +26,7 @@ def side(**changes):
 
 
 def test_a_side_is_shown_with_its_figures_and_what_it_says_as_text():
-    from cllm_hf.compare.page import format_side
+    from cllm_hf.show.page import format_side
 
     shown = format_side(side())
     assert "&lt;b&gt;" in shown and "<b>2.0</b> tokens/s" in shown and "<i>" not in shown
@@ -50,7 +49,7 @@ def browser():
 
 @pytest.fixture
 def address(tmp_path, tokenizer):
-    from cllm_hf.compare.page import launch_page, make_page
+    from cllm_hf.show.page import launch_page, make_page
 
     tokenizer.save_pretrained(tmp_path)
     model = make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
