@@ -108,6 +108,51 @@ def check_candidates(candidates: Sequence[object]) -> None:
         JacobiOptions(candidates=count)  # type: ignore[arg-type]
 
 
+def _vocab_size(model: Any) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def check_models(target: Any, cllm: Any, assistant: Any) -> None:
+    """Check that models can be compared with each other."""
+    if target is not cllm and base_model_of(target) is base_model_of(cllm):
+        raise ValueError(
+            "The target model and the CLLM must not share their weights, got an adapter on the very model that it is "
+            "compared with: its layers would act in both. Load the target model a second time."
+        )
+    size = _vocab_size(target)
+    if size != _vocab_size(cllm):
+        raise ValueError(
+            f"The target model and the CLLM must have the same vocabulary, got {size} and {_vocab_size(cllm)} tokens. "
+            "Pass the model that the CLLM was trained from."
+        )
+    if assistant is None:
+        return
+    if base_model_of(assistant) in (base_model_of(target), base_model_of(cllm)):
+        raise ValueError(
+            "The assistant must be a model of its own, got one of the two that are compared, whose forward passes "
+            "could not be told apart. Load it a second time."
+        )
+    if _vocab_size(assistant) != size:
+        raise ValueError(
+            f"The assistant must have the tokenizer of the target model, of {size} tokens, got one of "
+            f"{_vocab_size(assistant)} tokens. Pass a smaller model of the same family, or none."
+        )
+
+
+def check_prompts(prompts: Sequence[list[int]], more_prompts: Sequence[list[int]], model: Any) -> None:
+    """Check that there are prompts, and that the model has their tokens."""
+    limit = _vocab_size(model)
+    for name, rows in (("prompts", prompts), ("more_prompts", more_prompts)):
+        for number, row in enumerate(rows):
+            if not len(row):
+                raise ValueError(f"Every prompt must have at least one token, got none in `{name}[{number}]`.")
+            if not 0 <= min(row) <= max(row) < limit:
+                raise ValueError(
+                    f"The tokens of a prompt must be of the models' vocabulary, from 0 to {limit - 1}, got {min(row)} "
+                    f"to {max(row)} in `{name}[{number}]`. Use the models' own tokenizer."
+                )
+
+
 def raw_result(method: DecodingMethod, result: DecodingResult) -> dict[str, Any]:
     """What a method did, ready for JSON; a model among its options is put down by name."""
     options = {

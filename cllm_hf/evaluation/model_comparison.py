@@ -25,7 +25,7 @@ from .benchmark import (
     leave_out_refused,
     make_methods,
 )
-from .comparison import check_candidates, raw_result
+from .comparison import check_candidates, check_models, check_prompts, raw_result
 from .judgements import Judgement, compare_judgements, count_right
 from .reporting import (
     collapse_notes,
@@ -137,8 +137,8 @@ def compare_models(
         check_block_size(size, "more_block_sizes", allows_auto=True)
     check_candidates(candidates)
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, repeats=repeats)
-    _check_models(target, cllm, assistant)
-    _check_prompts(prompts, more_prompts, target)
+    check_models(target, cllm, assistant)
+    check_prompts(prompts, more_prompts, target)
     sides = _list_sides(target, cllm)
     ways: dict[str, Any] = {"assistant": assistant, "is_compiled": is_compiled, "candidates": candidates}
     methods = {side.name: _list_methods(side, [block_size, *more_block_sizes], **ways) for side in sides}
@@ -186,52 +186,6 @@ def compare_models(
         "comparison": compared,
         "methods": [_raw(run) for run in runs],
     }
-
-
-# What is checked
-
-
-def _vocab_size(model: Any) -> int:
-    return model.config.get_text_config().vocab_size
-
-
-def _check_models(target: Any, cllm: Any, assistant: Any) -> None:
-    if target is not cllm and base_model_of(target) is base_model_of(cllm):
-        raise ValueError(
-            "The target model and the CLLM must not share their weights, got an adapter on the very model that it is "
-            "compared with: its layers would act in both. Load the target model a second time."
-        )
-    size = _vocab_size(target)
-    if size != _vocab_size(cllm):
-        raise ValueError(
-            f"The target model and the CLLM must have the same vocabulary, got {size} and {_vocab_size(cllm)} tokens. "
-            "Pass the model that the CLLM was trained from."
-        )
-    if assistant is None:
-        return
-    if base_model_of(assistant) in (base_model_of(target), base_model_of(cllm)):
-        raise ValueError(
-            "The assistant must be a model of its own, got one of the two that are compared, whose forward passes "
-            "could not be told apart. Load it a second time."
-        )
-    if _vocab_size(assistant) != size:
-        raise ValueError(
-            f"The assistant must have the tokenizer of the target model, of {size} tokens, got one of "
-            f"{_vocab_size(assistant)} tokens. Pass a smaller model of the same family, or none."
-        )
-
-
-def _check_prompts(prompts: Sequence[list[int]], more_prompts: Sequence[list[int]], model: Any) -> None:
-    limit = _vocab_size(model)
-    for name, rows in (("prompts", prompts), ("more_prompts", more_prompts)):
-        for number, row in enumerate(rows):
-            if not len(row):
-                raise ValueError(f"Every prompt must have at least one token, got none in `{name}[{number}]`.")
-            if not 0 <= min(row) <= max(row) < limit:
-                raise ValueError(
-                    f"The tokens of a prompt must be of the models' vocabulary, from 0 to {limit - 1}, got {min(row)} "
-                    f"to {max(row)} in `{name}[{number}]`. Use the models' own tokenizer."
-                )
 
 
 # What is measured

@@ -26,74 +26,17 @@ _CSS = """
 
 def make_page(session: Session, model: str, target: str | None = None, block_size: int | str = "auto") -> Any:
     """
-    Make the page.
+    Make the page, a `gradio.Blocks` for `launch_page`.
 
-    Args:
-        session (`Session`): loads the models, and sets races up.
-        model (`str`): the model that is chosen at first.
-        target (`str`, *optional*): the model on the left, if not the same.
-        block_size (`int` or `"auto"`): what is chosen at first.
-
-    Returns:
-        `gradio.Blocks`: to be launched by `launch_page`.
+    `model`, `target` (of the left side; by default the same) and `block_size` are what is chosen at first.
     """
-    races: dict[str, Race] = {}
-    one_at_a_time = threading.Lock()  # or the clocks would show each other's work
-
-    def run(
-        model: str,
-        target: str,
-        prompt: str,
-        mode: str,
-        block_size: Any,
-        temperature: float,
-        tokens: float,
-        chat: bool,
-        request: gradio.Request,
-    ) -> Iterator[tuple[str, str, str]]:
-        question = Question(
-            prompt,
-            None if mode == _DEFAULT_MODE else mode,
-            _read_block_size(block_size),
-            int(tokens),
-            float(temperature),
-            None if chat else False,
-        )
-        with one_at_a_time:
-            yield _waiting("loading"), _waiting("loading"), ""
-            try:
-                race = session.prepare(question, model.strip(), target.strip() or None)
-            except (OSError, ValueError) as error:
-                raise gradio.Error(str(error), print_exception=False) from None
-            races[str(request.session_hash)] = race
-            for left, right in race.watch():
-                lines = [html.escape(line) for line in compare(left, right, question.is_sampled)]
-                yield format_side(left), format_side(right), "<br>".join(lines)
-
-    def stop(request: gradio.Request) -> None:
-        race = races.pop(str(request.session_hash), None)
-        if race is not None:
-            race.stop()
-
+    races = _Races(session)
     with gradio.Blocks(title="cllm compare", analytics_enabled=False) as page:
         gradio.Markdown(
             "## Decoding side by side\nEach color is one forward pass. The sides take turns on the device, and each "
             "clock counts its own time alone."
         )
-        with gradio.Row():
-            model_box = gradio.Textbox(model, label="Model", info="folder or Hub id; an adapter too")
-            target_box = gradio.Textbox(target or "", label="Model on the left", info="empty for the same one")
-            mode_box = gradio.Dropdown([_DEFAULT_MODE, *MODES], value=_DEFAULT_MODE, label="Mode")
-            size_box = gradio.Dropdown(
-                ["auto", "4", "8", "16", "32", "64"],
-                value=str(block_size),
-                label="Block size",
-                allow_custom_value=True,
-            )
-        with gradio.Row():
-            temperature_box = gradio.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 is greedy")
-            tokens_box = gradio.Slider(16, 1024, DEFAULT_TOKENS, step=16, label="Longest response, in tokens")
-            chat_box = gradio.Checkbox(True, label="Chat", info="where the tokenizer has a chat template")
+        inputs = _make_choices(model, target, block_size)
         prompt_box = gradio.Textbox(label="Prompt", lines=3, elem_id="prompt")
         with gradio.Row():
             run_button = gradio.Button("Run", variant="primary", elem_id="run")
@@ -102,14 +45,69 @@ def make_page(session: Session, model: str, target: str | None = None, block_siz
         with gradio.Row():
             left_box = gradio.HTML(_waiting("generate()"), elem_id="left")
             right_box = gradio.HTML(_waiting("Jacobi decoding"), elem_id="right")
-        inputs = [
-            model_box, target_box, prompt_box, mode_box, size_box, temperature_box, tokens_box, chat_box
-        ]  # fmt: skip
         outputs = [left_box, right_box, verdict_box]
-        gradio.on([run_button.click, prompt_box.submit], run, inputs, outputs, show_progress="hidden")
-        stop_button.click(stop, None, None, queue=False)
-        page.unload(stop)
+        gradio.on(
+            [run_button.click, prompt_box.submit], races.run, [prompt_box, *inputs], outputs, show_progress="hidden"
+        )
+        stop_button.click(races.stop, None, None, queue=False)
+        page.unload(races.stop)
     return page
+
+
+def _make_choices(model: str, target: str | None, block_size: int | str) -> list[Any]:
+    with gradio.Row():
+        model_box = gradio.Textbox(model, label="Model", info="folder or Hub id; an adapter too")
+        target_box = gradio.Textbox(target or "", label="Model on the left", info="empty for the same one")
+        mode_box = gradio.Dropdown([_DEFAULT_MODE, *MODES], value=_DEFAULT_MODE, label="Mode")
+        sizes = ["auto", "4", "8", "16", "32", "64"]
+        size_box = gradio.Dropdown(sizes, value=str(block_size), label="Block size", allow_custom_value=True)
+    with gradio.Row():
+        temperature_box = gradio.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 is greedy")
+        tokens_box = gradio.Slider(16, 1024, DEFAULT_TOKENS, step=16, label="Longest response, in tokens")
+        chat_box = gradio.Checkbox(True, label="Chat", info="where the tokenizer has a chat template")
+    return [model_box, target_box, mode_box, size_box, temperature_box, tokens_box, chat_box]
+
+
+class _Races:
+    """The races of all visitors, one after the other, or the clocks would show each other's work."""
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._running: dict[str, Race] = {}  # by visitor
+        self._one_at_a_time = threading.Lock()
+
+    def run(
+        self,
+        prompt: str,
+        model: str,
+        target: str,
+        mode: str,
+        block_size: Any,
+        temperature: float,
+        tokens: float,
+        chat: bool,
+        request: gradio.Request,
+    ) -> Iterator[tuple[str, str, str]]:
+        """Run a race, and show both sides as they come, as HTML, and in the end what is to be said of them."""
+        chosen = None if mode == _DEFAULT_MODE else mode
+        size, is_chat = _read_block_size(block_size), None if chat else False
+        question = Question(prompt, chosen, size, int(tokens), float(temperature), is_chat)
+        with self._one_at_a_time:
+            yield _waiting("loading"), _waiting("loading"), ""
+            try:
+                race = self._session.prepare(question, model.strip(), target.strip() or None)
+            except (OSError, ValueError) as error:
+                raise gradio.Error(str(error), print_exception=False) from None
+            self._running[str(request.session_hash)] = race
+            for left, right in race.watch():
+                lines = [html.escape(line) for line in compare(left, right, question.is_sampled)]
+                yield format_side(left), format_side(right), "<br>".join(lines)
+
+    def stop(self, request: gradio.Request) -> None:
+        """Stop what this visitor has started."""
+        race = self._running.pop(str(request.session_hash), None)
+        if race is not None:
+            race.stop()
 
 
 def launch_page(page: Any, host: str, port: int | None, wait: bool = True) -> str:

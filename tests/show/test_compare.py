@@ -5,6 +5,7 @@ import sys
 import pytest
 from conftest import make_model
 
+import cllm_hf.show
 from cllm_hf.cli import main
 from cllm_hf.show.race import Question, Session
 
@@ -56,6 +57,7 @@ def test_a_missing_model_is_an_error_of_one_line(tmp_path, capsys):
 def test_the_page_needs_gradio(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "cllm_hf.show.page", raising=False)
+    monkeypatch.delattr(cllm_hf.show, "page", raising=False)
     assert main(["compare", "--model", folder, "--web"]) == 1
     assert "pip install cllm_hf[demo]" in capsys.readouterr().err
 
