@@ -21,7 +21,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 CACHE_NAME = "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters else "past_key_values"
 # All names that the caches of models have or have had.
 CACHE_NAMES = tuple(dict.fromkeys((CACHE_NAME, "past_key_values", "cache_params")))
-# Layer types whose masks this project knows; the host names others for chunked, linear and sparse attention.
+# Layer types whose masks this project knows; transformers names others for chunked, linear and sparse attention.
 PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
 
 
@@ -40,7 +40,7 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
 
 
 def compiles_whole(model: PreTrainedModel) -> bool:
-    """Whether the host says that this architecture compiles into one graph."""
+    """Whether transformers says that this architecture compiles into one graph."""
     return model._can_compile_fullgraph
 
 
@@ -117,7 +117,7 @@ def adapter_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 
 
 def set_checkpointing(model: PreTrainedModel, is_on: bool) -> None:
-    """Whether a model in training keeps its activations or computes them anew; the host's names change with v6."""
+    """Whether a model in training keeps its activations or computes them anew; its names change with v6 of transformers."""
     action = "enable" if is_on else "disable"
     method = getattr(model, f"activation_checkpointing_{action}", None)
     method = method or getattr(model, f"gradient_checkpointing_{action}")

@@ -253,7 +253,7 @@ def _run_serve(parsed: argparse.Namespace) -> int:
     from .serving import ServingLimits, serve
 
     if {"-h", "--help"} & set(parsed.arguments):
-        print(f"cllm serve: {_SERVE_HELP}. To the options of the host, below, it adds\n")
+        print(f"cllm serve: {_SERVE_HELP}. To the options of transformers, below, it adds\n")
         print("  --block-size N        decode by Jacobi with this block size, whatever the model's defaults are")
         print("  --max-new-tokens N    refuse requests for more tokens")
         print("  --max-block-size N    refuse requests for larger blocks, times one more than `jacobi_candidates`")

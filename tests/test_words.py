@@ -19,6 +19,7 @@ WORDS = {
     r"\b(an|each|every|one) update\b": "optimizer step",
     r"\bupdates of\b": "optimizer steps",
     r"\boptions? that there (is|are) not\b": "unknown option",
+    r"\bthe host('s\b|\b)(?! (libraries|packages))": "transformers",
     r"\b(stands?|token|tokens|after|lies|word) behind\b": "after",
 }
 

@@ -1,5 +1,5 @@
 """
-`transformers serve` with Jacobi decoding: the host's OpenAI-compatible server, where this package has been imported.
+`transformers serve` with Jacobi decoding: its OpenAI-compatible server, where this package has been imported.
 
 Models with Jacobi defaults then decode by it without anything else, and lossless adapters draft. A block size makes
 Jacobi decoding the default of every other model that the server loads. What a request cannot have reaches its client

@@ -314,7 +314,7 @@ def _host_config(kind: type[Any], values: Any, section: str, folder: Path, seed:
     usual: dict[str, Any] = {"report_to": "none", "save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 2}
     usual |= {"seed": seed, "output_dir": str(folder)}
     if kind is SFTConfig and "fp16" not in values:
-        # The host's default is True even where it is refused, or slow.
+        # TRL's default is True even where it is refused, or slow.
         usual["bf16"] = is_torch_bf16_gpu_available() and not values.get("use_cpu")
     _check_not_refused(values, section)
     return read_section(kind, {**usual, **values}, section)

@@ -96,7 +96,7 @@ def train_by_sft(
     args = options.sft_config(checkpoints, model.sft)
     dataset = make_sft_dataset(problems, tokenizer, args.max_length)
     if args.completion_only_loss is None:
-        args.completion_only_loss = True  # the host sees no `prompt` among the columns
+        args.completion_only_loss = True  # TRL sees no `prompt` among the columns
     adapter = make_adapter(model)
     if model.name is not None:
         args.model_init_kwargs = loading_options(model)
@@ -115,7 +115,7 @@ def make_sft_dataset(
     """
     Make a dataset of prompts and completions, without those that are too long: cut ones would teach to end anywhere.
 
-    Texts are turned into tokens here, all at once, since the host does so one by one.
+    Texts are turned into tokens here, all at once, since TRL does so one by one.
 
     Args:
         problems (`Sequence[Problem]`): training problems.
