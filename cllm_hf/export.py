@@ -27,7 +27,7 @@ from .options import JACOBI, LOSSLESS, check_block_size
 
 
 # Lower bounds as in `pyproject.toml`; transformers compares one bound a line and installs nothing.
-REQUIREMENTS = ("torch>=2.6", "transformers>=5.20")
+REQUIREMENTS = ("torch>=2.6", "transformers>=5.23")
 _OF_ADAPTERS = ("peft>=0.20",)
 TAG = "custom_generate"
 _GENERATE = "custom_generate/generate.py"

@@ -17,7 +17,9 @@ def watch(model):
     def note(module, args, kwargs, output):
         widths.append(tuple(kwargs["input_ids"].shape))
         cache = kwargs.get(CACHE_NAME)
-        cached.append(0 if cache is None else cache.get_seq_length())
+        # Recurrent layers do not say how many tokens they hold.
+        is_known = cache is not None and not all(cache.is_linear)
+        cached.append(cache.get_seq_length() if is_known else 0)
 
     model.register_forward_hook(note, with_kwargs=True)
     return widths, cached
