@@ -117,7 +117,7 @@ def adapter_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 
 
 def set_checkpointing(model: PreTrainedModel, is_on: bool) -> None:
-    """Whether a model in training keeps its activations or computes them anew; its names change with v6 of transformers."""
+    """Whether a model in training keeps its activations or computes them anew; v6 of transformers has new names."""
     action = "enable" if is_on else "disable"
     method = getattr(model, f"activation_checkpointing_{action}", None)
     method = method or getattr(model, f"gradient_checkpointing_{action}")
