@@ -14,14 +14,14 @@ from typing import Any
 from ._version import __version__
 from .evaluation.arguments import MOVED, add_benchmark_commands
 from .options import JACOBI, LOSSLESS
-from .parsing import block_size, positive
+from .parsing import HelpFormatter, block_size, positive
 from .trajectories.options import COLLECT_HELP, add_trajectory_commands, parse_collect
 
 
 _HOSTS = r"(accelerate|datasets|evaluate|huggingface_hub|peft|torch|transformers|trl)(\.|$)"
 # Commands whose options the parsers of the hosts read, which know both spellings where there are two.
 _OF_HOSTS = ("serve", "collect", "train")
-_COMPARE_HELP = "decode a prompt by generate() and by Jacobi side by side, here or on a page"
+_COMPARE_HELP = "decode a prompt by generate() and by Jacobi side by side, in the terminal or on a web page"
 _SERVE_HELP = "the OpenAI-compatible server of transformers, with Jacobi decoding"
 
 
@@ -80,33 +80,55 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser(
         "demo",
-        help="train a small model, make it a CLLM and train a lossless adapter on it, and measure all, in minutes",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="train a small model, make it a CLLM, train a lossless adapter on it, and measure both, in minutes",
+        description="Train a small model on word problems, make it a CLLM, train a lossless adapter on it, and "
+        "measure both. Needs no network; takes more than ten minutes on two CPU cores.",
+        formatter_class=HelpFormatter,
     )
-    demo.add_argument("--seed", type=int, default=0, help="of the problems, the weights and the order of the data")
-    demo.add_argument("--output-dir", type=Path, help="where to keep the models and the trajectories")
     demo.add_argument(
-        "--mode", choices=("both", "cllm", "lossless"), default="both", help="what is made of the small model"
+        "--seed", type=int, default=0, help="seed of the problems, the weights and the order of the data"
     )
-    demo.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
+    demo.add_argument(
+        "--output-dir",
+        type=Path,
+        help="folder to keep the models and the trajectories in; by default they are not kept",
+    )
+    demo.add_argument(
+        "--mode",
+        choices=("both", "cllm", "lossless"),
+        default="both",
+        help="what to make of the small model: a CLLM, a lossless adapter, or both",
+    )
+    demo.add_argument("--no-color", action="store_true", help="mark wrong tokens with brackets instead of colors")
     demo.set_defaults(run=_run_demo)
     _add_compare(commands)
     add_benchmark_commands(commands, run=_run_benchmark)
     collect = commands.add_parser("collect", help=COLLECT_HELP, add_help=False, allow_abbrev=False)
     collect.set_defaults(run=_run_collect)
     train = commands.add_parser(
-        "train", help="train a model on a dataset of trajectories: make it a CLLM", add_help=False, allow_abbrev=False
+        "train",
+        help="train a CLLM, or a lossless adapter, on a dataset of trajectories",
+        add_help=False,
+        allow_abbrev=False,
     )
     train.set_defaults(run=_run_train)
     add_trajectory_commands(commands, inspect=_run_inspect, show=_run_show, verify=_run_verify, push=_run_push)
     export = commands.add_parser(
         "export",
         help="put Jacobi decoding beside a saved model, for people who have not installed cllm_hf",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Put a folder custom_generate beside a saved model: it then decodes by Jacobi for people who "
+        "have transformers, but not cllm_hf.",
+        formatter_class=HelpFormatter,
     )
     export.add_argument("folder", help="folder of a saved model or adapter, or its id on the Hub")
-    export.add_argument("--block-size", type=_block_size, help="if not that of the model's generation_config.json")
-    export.add_argument("--overwrite", action="store_true", help="replace a custom_generate that is not from here")
+    export.add_argument(
+        "--block-size",
+        type=_block_size,
+        help="default block size; without it, that of the model's generation_config.json",
+    )
+    export.add_argument(
+        "--overwrite", action="store_true", help="replace a custom_generate that cllm_hf did not write"
+    )
     export.add_argument("--revision", help="branch of the Hub repository")
     export.set_defaults(run=_run_export)
     serve = commands.add_parser("serve", help=_SERVE_HELP, add_help=False, allow_abbrev=False)
@@ -121,26 +143,39 @@ def _add_compare(commands: Any) -> None:
     compare = commands.add_parser(
         "compare",
         help=_COMPARE_HELP,
-        description=f"Side by side: {_COMPARE_HELP}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=f"{_COMPARE_HELP[0].upper()}{_COMPARE_HELP[1:]}.",
+        formatter_class=HelpFormatter,
     )
     compare.add_argument("--model", required=True, help="folder or Hub id of a model, a CLLM or an adapter")
-    compare.add_argument("--target", help="model that generate() decodes with; if not given, the same")
-    compare.add_argument("--prompt", help="what is decoded; `--web` asks for it on the page")
-    compare.add_argument("--web", action="store_true", help="open a page (takes the extra `demo`: gradio)")
+    compare.add_argument("--target", help="another model for the side of generate(); by default the same one")
+    compare.add_argument("--prompt", help="prompt to decode; with `--web` you enter it on the page")
     compare.add_argument(
-        "--mode", choices=(JACOBI, LOSSLESS), help="lossless if the model has a lossless adapter, else jacobi"
+        "--web", action="store_true", help="serve a web page (takes gradio: pip install 'cllm_hf[demo]')"
+    )
+    compare.add_argument(
+        "--mode",
+        choices=(JACOBI, LOSSLESS),
+        help="how the other side decodes; by default lossless if the model has a lossless adapter, else jacobi",
     )
     compare.add_argument("--block-size", type=block_size, default="auto", help="tokens of a block, or `auto`")
     compare.add_argument("--max-new-tokens", type=positive, help="longest response; 160 by default")
-    compare.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy")
-    compare.add_argument("--no-chat", action="store_true", help="give the prompt as it is, without a chat template")
+    compare.add_argument(
+        "--temperature", type=float, default=0.0, help="temperature of sampling; 0 is greedy decoding"
+    )
+    compare.add_argument("--no-chat", action="store_true", help="use the prompt as it is, without the chat template")
     compare.add_argument("--device", default="auto", help="such as cpu or cuda:0")
     compare.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of weights"
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="dtype of the weights; auto: that of the checkpoint",
     )
-    compare.add_argument("--host", default="127.0.0.1", help="address that the page is served at: this machine alone")
-    compare.add_argument("--port", type=int, help="of the page; if not given, a free one from 7860 on")
+    compare.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address that the page is served at; by default this machine alone can open it",
+    )
+    compare.add_argument("--port", type=int, help="port of the page; by default the first free one from 7860 on")
     compare.set_defaults(run=_run_compare)
 
 
@@ -253,10 +288,12 @@ def _run_serve(parsed: argparse.Namespace) -> int:
     from .serving import ServingLimits, serve
 
     if {"-h", "--help"} & set(parsed.arguments):
-        print(f"cllm serve: {_SERVE_HELP}. To the options of transformers, below, it adds\n")
+        print(f"cllm serve: {_SERVE_HELP}. It has the options of `transformers serve`, below, and\n")
         print("  --block-size N        decode by Jacobi with this block size, whatever the model's defaults are")
         print("  --max-new-tokens N    refuse requests for more tokens")
-        print("  --max-block-size N    refuse requests for larger blocks, times one more than `jacobi_candidates`")
+        print(
+            "  --max-block-size N    refuse requests for larger blocks; with K candidates a block counts K + 1 times"
+        )
         print("  --max-cache-length N  refuse requests with more tokens of prompt and response together\n")
     try:
         limits = ServingLimits(parsed.max_new_tokens, parsed.max_block_size, parsed.max_cache_length)

@@ -48,6 +48,14 @@ def num_candidates(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there is one to show: not `None`, nor that a flag is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default is not None and action.default is not False and action.default != []
+        return super()._get_help_string(action) if has_default else action.help
+
+
 class OptionParser(HfArgumentParser):
     """
     Reads options from the command line and a YAML file, which have to be right in both.
@@ -77,12 +85,24 @@ class OptionParser(HfArgumentParser):
         adapt: Callable[[argparse.Namespace, argparse.ArgumentParser], None] | None = None,
     ):
         kinds = list(kinds)
-        super().__init__(kinds, prog=command, usage=usage, description=description, allow_abbrev=False)
+        super().__init__(
+            kinds,
+            prog=command,
+            usage=usage,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+        )
+        for action in self._actions:
+            if isinstance(action, argparse._StoreFalseAction):  # that HfArgumentParser adds where the default is true
+                action.help = f"switch --{action.dest} off"
         self._kinds = kinds
         self._other_names = dict(other_names or {})
         self._convert = dict(convert or {})
         self._adapt = adapt
-        self.add_argument("--config", metavar="FILE", help="YAML file with options by name; those given here win")
+        self.add_argument(
+            "--config", metavar="FILE", help="YAML file with options by name; options of the command line win over it"
+        )
         for other, name in self._other_names.items():
             self.add_argument(f"--{other}", dest=name, default=argparse.SUPPRESS, help=f"the same as --{name}")
 

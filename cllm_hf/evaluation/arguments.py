@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..parsing import block_size, natural, num_candidates, positive
+from ..parsing import HelpFormatter, block_size, natural, num_candidates, positive
 
 
 SHAPE_NAMES = ("4m", "30m", "125m", "0.5b")
@@ -38,10 +38,16 @@ def _add_decode(kinds: Any) -> None:
     decode = kinds.add_parser(
         "decode",
         help="compare generate(), prompt lookup, assisted and Jacobi decoding on the same prompts",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_source(decode, num_prompts=16)
-    decode.add_argument("--block-sizes", type=block_size, nargs="+", default=[4, 8, 16, 32, "auto"])
+    decode.add_argument(
+        "--block-sizes",
+        type=block_size,
+        nargs="+",
+        default=[4, 8, 16, 32, "auto"],
+        help="block sizes to compare, numbers or auto",
+    )
     decode.add_argument("--batch-size", type=positive, default=1, help="prompts that are decoded together")
     _add_decoding(decode)
     add_common(decode)
@@ -51,7 +57,7 @@ def _add_models(kinds: Any) -> None:
     models = kinds.add_parser(
         "models",
         help="compare a target model and its CLLM: speed, accuracy and convergence of every way to decode",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     models.add_argument("--target", required=True, help="folder or Hub id of the target model")
     models.add_argument("--model", required=True, help="folder or Hub id of the CLLM, whole or an adapter")
@@ -62,15 +68,23 @@ def _add_models(kinds: Any) -> None:
         help="file with a prompt a line, as text or JSON (`prompt`, `question`); with `answer` or `response` for "
         "accuracy",
     )
-    models.add_argument("--num-prompts", type=positive, default=64, help="how many, the first ones of the file")
     models.add_argument(
-        "--num-more-prompts", type=natural, default=0, help="how many after them are judged too, but not timed"
+        "--num-prompts", type=positive, default=64, help="how many prompts, the first ones of the file"
+    )
+    models.add_argument(
+        "--num-more-prompts", type=natural, default=0, help="how many prompts after these are judged, but not timed"
     )
     models.add_argument("--block-size", type=positive, default=16, help="tokens of a block")
     models.add_argument(
-        "--more-block-sizes", type=block_size, nargs="+", default=[], help="further ones, or auto, for rows of both"
+        "--more-block-sizes",
+        type=block_size,
+        nargs="+",
+        default=[],
+        help="further block sizes, numbers or auto: a row each for both models",
     )
-    models.add_argument("--batch-size", type=positive, default=32, help="of the prompts that are not timed")
+    models.add_argument(
+        "--batch-size", type=positive, default=32, help="batch size for the prompts that are not timed"
+    )
     _add_decoding(models)
     add_common(models)
     models.add_argument("--plot", type=Path, help="PNG file for accuracy over speed, or speed alone")
@@ -83,7 +97,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="K",
-        help="values of jacobi_candidates, for a further row each beside every row by Jacobi",
+        help="values of jacobi_candidates: each adds a row beside every row of Jacobi decoding",
     )
     parser.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
@@ -94,12 +108,16 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 def add_source(parser: argparse.ArgumentParser, num_prompts: int) -> None:
     """Add what is measured, a model with its prompts or a shape, to the parser of a kind of benchmark."""
     parser.add_argument("--model", help="folder or Hub id of a model, a CLLM or an adapter")
-    parser.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights instead")
+    parser.add_argument(
+        "--shape", choices=SHAPE_NAMES, help="model with random weights, of this size, instead of --model"
+    )
     parser.add_argument(
         "--prompts", type=Path, help="file with a prompt a line, as text or JSON (`prompt`, `question`)"
     )
     parser.add_argument("--prompt-length", type=positive, default=64, help="tokens of the random prompts of a shape")
-    parser.add_argument("--num-prompts", type=positive, default=num_prompts, help="how many, the first ones of a file")
+    parser.add_argument(
+        "--num-prompts", type=positive, default=num_prompts, help="how many prompts, the first ones of a file"
+    )
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -108,10 +126,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the weights; auto: that of the checkpoint, for shapes float32 on CPU and bfloat16 elsewhere",
+        help="dtype of the weights; auto: that of the checkpoint, for shapes float32 on a CPU and bfloat16 elsewhere",
     )
     parser.add_argument("--device", default="auto", help="such as cpu or cuda:0; auto: cuda if there is one")
-    parser.add_argument("--threads", type=positive, help="CPU threads of torch; by default as torch chooses")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--threads", type=positive, help="number of CPU threads of torch; by default torch chooses")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--json", type=Path, help="file for everything that was measured")
     parser.add_argument("--markdown", type=Path, help="file for the command and the table")

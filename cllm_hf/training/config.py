@@ -149,36 +149,58 @@ class CLLMConfig(SFTConfig):
     # What the losses were before the first optimizer step is what later ones are compared with.
     logging_first_step: bool = option(True, "Log the first optimizer step too.")
     ar_loss_weight: float = option(1.0, "Weight of the AR loss: loss = consistency_loss + ar_loss_weight * ar_loss.")
-    block_size: int | None = option(None, "Tokens of a block. By default what the dataset has.")
+    block_size: int | None = option(
+        None, "Tokens of a block. By default that of the dataset's states, or 16 without states."
+    )
     max_length: int | None = option(
         None, "Longest prompt and response, in tokens; longer responses lose their last blocks."
     )
-    consistency: str = option("global", "Where a state is drawn to.", ("global", "local"))
-    divergence: str = option("forward_kl", "Distance of the distributions.", DIVERGENCES)
-    divergence_temperature: float = option(1.0, "Both logits are divided by it.")
-    ar_labels: str = option("response", "Tokens of the AR loss.", ("response", "ground_truth"))
+    consistency: str = option(
+        "global",
+        "What a state is trained towards: the fixed point (global) or the next state (local).",
+        ("global", "local"),
+    )
+    divergence: str = option(
+        "forward_kl", "Distance between the distributions at a state and at the fixed point.", DIVERGENCES
+    )
+    divergence_temperature: float = option(1.0, "Temperature of that distance: both logits are divided by it.")
+    ar_labels: str = option(
+        "response",
+        "What the AR loss is on: the dataset's responses, or the tokens of its column label_ids (ground_truth).",
+        ("response", "ground_truth"),
+    )
     ar_label_smoothing: float = option(0.0, "Label smoothing of the AR loss.")
     position_decay: float | None = option(
-        None, "Tokens over which the weight of a position falls to 1/e. By default it does not fall."
+        None, "Tokens over which the weight of a position in its block falls to 1/e. By default all weigh the same."
     )
     states_per_block: int = option(1, "States that each block contributes to an optimizer step.")
-    state_sampling: str = option("uniform", "How states are chosen.", ("uniform", "progressive"))
-    context: str = option("clean", "What stands before a block.", ("clean", "noisy"))
+    state_sampling: str = option(
+        "uniform",
+        "How states are chosen: any (uniform), or with noise that rises from block to block (progressive).",
+        ("uniform", "progressive"),
+    )
+    context: str = option(
+        "clean",
+        "What a block sees before it: the response (clean), or drafts of earlier blocks (noisy).",
+        ("clean", "noisy"),
+    )
     noise_window: int = option(16, "Blocks of a cycle of progressive states and of a window of noisy context.")
     block_size_schedule: list[int] | None = option(
         None, "Tokens of a block in equal parts of the run, such as 8 16 32."
     )
-    trajectory_source: str = option("dataset", "Where states are from.", ("dataset", "online"))
-    online_iterations: int = option(
-        4, "Most iterations that the states of an optimizer step are from their first drafts."
+    trajectory_source: str = option(
+        "dataset",
+        "Where states are from: the dataset, or the model's own decoding while it is trained (online).",
+        ("dataset", "online"),
     )
+    online_iterations: int = option(4, "With online states: at most so many iterations after the first draft.")
     lossless: bool = option(False, "Train an adapter that drafts for the model, whose text stays its own.")
     markov_rank: int = option(64, "With --lossless: rank of the term for the token drafted before; 0 for none.")
     drafts_per_response: int = option(
         12, "With --lossless: places of each response after which a step has tokens drafted."
     )
     export_custom_generate: bool = option(
-        False, "Whether to save and push Jacobi decoding for people without this package, too."
+        False, "Save and push custom_generate/ too: Jacobi decoding for people without this package."
     )
     num_monitored_prompts: int = option(
         8, "Prompts that an evaluation decodes by Jacobi, to log speed and quality. 0 for none."
@@ -187,7 +209,9 @@ class CLLMConfig(SFTConfig):
         None, "Longest response to decode for that, in tokens. By default the longest in the dataset."
     )
     on_collapse: str = option(
-        "warn", "What to do at signs that the model loses its quality.", ("warn", "stop", "ignore")
+        "warn",
+        "What to do at signs of collapse, which is a loss of quality: warn, stop the training too, or ignore.",
+        ("warn", "stop", "ignore"),
     )
     plot_run: bool = option(
         True, "Draw losses and tokens per forward pass over optimizer steps, into training.png beside the model."

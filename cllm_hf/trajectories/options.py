@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..options import as_integer, check_block_size
-from ..parsing import natural, positive
+from ..parsing import HelpFormatter, natural, positive
 
 
 DEFAULT_TOKENS_PER_BATCH = 16384
@@ -66,16 +66,17 @@ class CleaningRules:
     """
 
     max_token_run: int | None = field(
-        default=10, metadata={"help": "drop responses in which a token stands so often in a row; 0: keep them"}
+        default=10,
+        metadata={"help": "drop responses that have one token this many times or more in a row; 0: keep them"},
     )
     max_sentence_repeats: int | None = field(
-        default=3, metadata={"help": "drop responses in which a sentence stands more often; 0: keep them"}
+        default=3, metadata={"help": "drop responses that have one sentence more than this many times; 0: keep them"}
     )
-    drop_empty: bool = field(default=True, metadata={"help": "whether to drop responses without text"})
+    drop_empty: bool = field(default=True, metadata={"help": "drop responses without text"})
     drop_truncated: bool = field(
-        default=False, metadata={"help": "whether to drop responses that do not end within `max_new_tokens`"}
+        default=False, metadata={"help": "drop responses that do not end within `max_new_tokens`"}
     )
-    max_prompt_tokens: int | None = field(default=None, metadata={"help": "drop longer prompts"})
+    max_prompt_tokens: int | None = field(default=None, metadata={"help": "drop prompts of more tokens than this"})
 
     def __post_init__(self) -> None:
         # A run of one token is every token.
@@ -149,16 +150,17 @@ class CollectionOptions:
 
     block_size: int = _option(16, "tokens of a block")
     max_new_tokens: int = _option(512, "longest response, in tokens; longer ones are cut there")
-    seed: int = _option(0, "of the first drafts")
+    seed: int = _option(0, "seed of the first drafts")
     max_tokens_per_batch: int = _option(
-        DEFAULT_TOKENS_PER_BATCH, "tokens computed together; more are faster until the memory is full"
+        DEFAULT_TOKENS_PER_BATCH,
+        "tokens of prompts, responses and drafts that are computed together; more are faster until the memory is full",
     )
-    prompts_per_shard: int = _option(1000, "prompts of a file of the dataset")
+    prompts_per_shard: int = _option(1000, "number of prompts in each file of the dataset")
     augment: bool = _option(False, "add states with some wrong tokens made right, for training")
-    test_fraction: float = _option(0.0, "part of the prompts that goes to a test split")
-    drop_duplicates: bool = _option(True, "whether to drop prompts that were there before")
+    test_fraction: float = _option(0.0, "share of the prompts that goes to a split `test`, such as 0.05")
+    drop_duplicates: bool = _option(True, "drop prompts that are in the list already, token for token")
     not_greedy: Literal["drop", "keep"] = _option(
-        "drop", "what to do with given responses that are not the model's own greedy output"
+        "drop", "what to do with responses that you pass and that are not the model's own greedy output"
     )
 
     def __post_init__(self) -> None:
@@ -190,14 +192,14 @@ class CollectArguments:
 
     model: str = field(metadata={"help": "folder or Hub id of a model, a CLLM or an adapter"})
     output_dir: str = field(
-        metadata={"help": "folder of the dataset; the same command continues what was interrupted"}
+        metadata={"help": "folder of the dataset; after an interruption, the same command goes on where it was"}
     )
     prompts: str | None = _option(
         None,
         "file with a prompt a line, as text or as JSON with a field `prompt` or `question`, and `response` where "
         "responses are given, or a JSON array of such objects",
     )
-    dataset_name: str | None = _option(None, "prompts from a dataset instead: a Hub id, a folder or a file")
+    dataset_name: str | None = _option(None, "dataset to take the prompts from instead: a Hub id, a folder or a file")
     dataset_config: str | None = _option(None, "configuration of that dataset")
     dataset_split: str = _option("train", "split of that dataset")
     prompt_column: str | None = _option(
@@ -209,24 +211,28 @@ class CollectArguments:
         "column or JSON field of responses, texts or token ids, that the model has given already; by default the "
         "model writes them, unless JSON lines have a field `response`",
     )
-    limit: int | None = _option(None, "how many prompts, the first ones")
+    limit: int | None = _option(None, "how many prompts to take, the first ones; by default all")
     prompt_template: str = _option(
         "{prompt}", "text around a prompt, such as 'Question: {prompt}\\nAnswer:'; \\n is a new line"
     )
     revision: str | None = _option(None, "branch, tag or commit of the model on the Hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "float32",
-        "of the weights; auto: that of the checkpoint. In 16 bits more tokens are tied but for rounding; such tokens "
+        "dtype of the weights; auto: that of the checkpoint. In 16 bits, more tokens are tied within rounding; these "
         "count as greedy",
     )
     device_map: str | None = _option(
-        None, "such as auto, to spread the model over devices; by default each process takes one"
+        None, "auto spreads the model over several devices; by default each process takes one"
     )
-    attn_implementation: str | None = _option(None, "such as sdpa or eager")
+    attn_implementation: str | None = _option(
+        None, "implementation of attention, sdpa or eager; by default as transformers chooses"
+    )
     trust_remote_code: bool = _option(False, "run code from the model's repository")
     source: str | None = _option(None, "where the prompts come from, for the card; by default `dataset_name`")
-    license: str | None = _option(None, "of the prompts, for the card, such as mit")
-    push_to_hub: str | None = _option(None, "repository of the Hub, such as user/name, for the finished dataset")
+    license: str | None = _option(None, "license of the prompts, for the card, such as mit")
+    push_to_hub: str | None = _option(
+        None, "push the finished dataset to this repository of the Hub, such as user/name"
+    )
     private: bool = _option(False, "make that repository private")
     config_name: str | None = _option(None, "configuration of the dataset in that repository")
     wait: bool = _option(
@@ -286,12 +292,19 @@ def _add_inspect(commands: Any) -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--record", type=natural, help="number of the record; by default 0")
     which.add_argument("--data-id", help="the record with this `data_id` instead")
-    which.add_argument("--statistics", action="store_true", help="how the blocks of the whole dataset converge")
+    which.add_argument("--statistics", action="store_true", help="show how the blocks of the whole dataset converge")
     parser.add_argument("--block", type=natural, nargs="+", help="numbers of the blocks, from 0; by default all")
-    parser.add_argument("--compare", metavar="OTHER", help="a dataset made after training, for the statistics")
+    parser.add_argument(
+        "--compare",
+        metavar="OTHER",
+        help="compare the statistics with those of this dataset, such as one of the CLLM after training",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG file for a plot of the statistics")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="PNG file for a picture of the blocks of --block; by default of 0"
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="PNG file for a picture of the blocks that --block names; by default of block 0",
     )
     parser.add_argument("--tokenizer", help="folder or Hub id; by default that of the dataset")
     _add_color(parser)
@@ -303,7 +316,7 @@ def _add_show(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder or Hub id of a CLLM, or any other model")
     parser.add_argument("--target", help="folder or Hub id of its target model; by default the one that it names")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="what to answer")
+    prompt.add_argument("--prompt", help="prompt to decode")
     prompt.add_argument("--prompts", type=Path, metavar="FILE", help="file with a prompt a line, as of `cllm collect`")
     parser.add_argument("--number", type=positive, help="which prompt of the file, from 1; by default the first")
     parser.add_argument(
@@ -316,8 +329,8 @@ def _add_show(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="PNG file for a picture")
     _add_color(parser)
-    parser.add_argument("--seed", type=natural, default=0, help="of the first draft")
-    _add_loading(parser, "auto", "of the weights; auto: that of the checkpoint")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the first draft")
+    _add_loading(parser, "auto", "dtype of the weights; auto: that of the checkpoint")
     return parser
 
 
@@ -325,9 +338,11 @@ def _add_verify(commands: Any) -> argparse.ArgumentParser:
     parser = _add(commands, "verify", "recompute transitions of a dataset of trajectories by plain forward passes")
     _add_dataset(parser)
     parser.add_argument("--model", help="folder or Hub id of the target model; by default that of the dataset")
-    parser.add_argument("--transitions", type=positive, default=1000, help="how many, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    _add_loading(parser, None, "of the weights; by default that in which the dataset was built, else float32")
+    parser.add_argument(
+        "--transitions", type=positive, default=1000, help="how many transitions to recompute, drawn at random"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    _add_loading(parser, None, "dtype of the weights; by default the one that the dataset was built in, else float32")
     return parser
 
 
@@ -342,17 +357,19 @@ def _add_push(commands: Any) -> argparse.ArgumentParser:
 
 
 def _add(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    return commands.add_parser(
+        name, help=help, description=f"{help[0].upper()}{help[1:]}.", formatter_class=HelpFormatter
+    )
 
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="folder or Hub id of the dataset")
-    parser.add_argument("--split", help="such as train or test; by default all")
+    parser.add_argument("--split", help="split, such as train or test; by default all")
     parser.add_argument("--config-name", help="which configuration, if the dataset has several")
 
 
 def _add_color(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no-color", action="store_true", help="mark wrong tokens by brackets instead of colors")
+    parser.add_argument("--no-color", action="store_true", help="mark wrong tokens with brackets instead of colors")
 
 
 def _add_loading(parser: argparse.ArgumentParser, dtype: str | None, help: str) -> None:
