@@ -94,7 +94,7 @@ class OptionParser(HfArgumentParser):
             formatter_class=HelpFormatter,
         )
         for action in self._actions:
-            if isinstance(action, argparse._StoreFalseAction):  # that HfArgumentParser adds where the default is true
+            if action.nargs == 0 and action.const is False:  # that HfArgumentParser adds where the default is true
                 action.help = f"switch --{action.dest} off"
         self._kinds = kinds
         self._other_names = dict(other_names or {})
