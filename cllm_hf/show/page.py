@@ -59,8 +59,7 @@ def _make_choices(model: str, target: str | None, block_size: int | str) -> list
         model_box = gradio.Textbox(model, label="Model", info="folder or Hub id; an adapter too")
         target_box = gradio.Textbox(target or "", label="Model on the left", info="empty for the same one")
         mode_box = gradio.Dropdown([_DEFAULT_MODE, *MODES], value=_DEFAULT_MODE, label="Mode")
-        sizes = ["auto", "4", "8", "16", "32", "64"]
-        size_box = gradio.Dropdown(sizes, value=str(block_size), label="Block size", allow_custom_value=True)
+        size_box = gradio.Textbox(str(block_size), label="Block size", info="a number, or auto")
     with gradio.Row():
         temperature_box = gradio.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 is greedy")
         tokens_box = gradio.Slider(16, 1024, DEFAULT_TOKENS, step=16, label="Longest response, in tokens")
