@@ -78,6 +78,29 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cllm", description="Consistency LLMs for Hugging Face transformers.")
     parser.add_argument("--version", action="version", version=f"cllm_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_demo(commands)
+    _add_compare(commands)
+    add_benchmark_commands(commands, run=_run_benchmark)
+    collect = commands.add_parser("collect", help=COLLECT_HELP, add_help=False, allow_abbrev=False)
+    collect.set_defaults(run=_run_collect)
+    train = commands.add_parser(
+        "train",
+        help="train a CLLM, or a lossless adapter, on a dataset of trajectories",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    train.set_defaults(run=_run_train)
+    add_trajectory_commands(commands, inspect=_run_inspect, show=_run_show, verify=_run_verify, push=_run_push)
+    _add_export(commands)
+    serve = commands.add_parser("serve", help=_SERVE_HELP, add_help=False, allow_abbrev=False)
+    serve.add_argument("--block-size", type=_block_size)
+    for name in ("--max-new-tokens", "--max-block-size", "--max-cache-length"):
+        serve.add_argument(name, type=int)
+    serve.set_defaults(run=_run_serve)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a small model, make it a CLLM, train a lossless adapter on it, and measure both, in minutes",
@@ -101,42 +124,6 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--no-color", action="store_true", help="mark wrong tokens with brackets instead of colors")
     demo.set_defaults(run=_run_demo)
-    _add_compare(commands)
-    add_benchmark_commands(commands, run=_run_benchmark)
-    collect = commands.add_parser("collect", help=COLLECT_HELP, add_help=False, allow_abbrev=False)
-    collect.set_defaults(run=_run_collect)
-    train = commands.add_parser(
-        "train",
-        help="train a CLLM, or a lossless adapter, on a dataset of trajectories",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    train.set_defaults(run=_run_train)
-    add_trajectory_commands(commands, inspect=_run_inspect, show=_run_show, verify=_run_verify, push=_run_push)
-    export = commands.add_parser(
-        "export",
-        help="put Jacobi decoding beside a saved model, for people who have not installed cllm_hf",
-        description="Put a folder custom_generate beside a saved model: it then decodes by Jacobi for people who "
-        "have transformers, but not cllm_hf.",
-        formatter_class=HelpFormatter,
-    )
-    export.add_argument("folder", help="folder of a saved model or adapter, or its id on the Hub")
-    export.add_argument(
-        "--block-size",
-        type=_block_size,
-        help="default block size; without it, that of the model's generation_config.json",
-    )
-    export.add_argument(
-        "--overwrite", action="store_true", help="replace a custom_generate that cllm_hf did not write"
-    )
-    export.add_argument("--revision", help="branch of the Hub repository")
-    export.set_defaults(run=_run_export)
-    serve = commands.add_parser("serve", help=_SERVE_HELP, add_help=False, allow_abbrev=False)
-    serve.add_argument("--block-size", type=_block_size)
-    for name in ("--max-new-tokens", "--max-block-size", "--max-cache-length"):
-        serve.add_argument(name, type=int)
-    serve.set_defaults(run=_run_serve)
-    return parser
 
 
 def _add_compare(commands: Any) -> None:
@@ -177,6 +164,27 @@ def _add_compare(commands: Any) -> None:
     )
     compare.add_argument("--port", type=int, help="port of the page; by default the first free one from 7860 on")
     compare.set_defaults(run=_run_compare)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="put Jacobi decoding beside a saved model, for people who have not installed cllm_hf",
+        description="Put a folder custom_generate beside a saved model: it then decodes by Jacobi for people who "
+        "have transformers, but not cllm_hf.",
+        formatter_class=HelpFormatter,
+    )
+    export.add_argument("folder", help="folder of a saved model or adapter, or its id on the Hub")
+    export.add_argument(
+        "--block-size",
+        type=_block_size,
+        help="default block size; without it, that of the model's generation_config.json",
+    )
+    export.add_argument(
+        "--overwrite", action="store_true", help="replace a custom_generate that cllm_hf did not write"
+    )
+    export.add_argument("--revision", help="branch of the Hub repository")
+    export.set_defaults(run=_run_export)
 
 
 def _block_size(text: str) -> int | str:
