@@ -210,8 +210,7 @@ def _run_demo(parsed: argparse.Namespace) -> int:
 def _run_compare(parsed: argparse.Namespace) -> int:
     from .show.compare import run_compare
 
-    run_compare(parsed)
-    return 0
+    return _say(run_compare(parsed))
 
 
 def _run_benchmark(parsed: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import os
 import re
@@ -183,6 +184,13 @@ def write_whole(path: Path, content: str | bytes, unfinished: Path | None = None
         os.fsync(folder)  # the new name
     finally:
         os.close(folder)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as a PNG file; the same figure gives the same bytes."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    write_whole(path, picture.getvalue())
 
 
 def decode_text(content: bytes) -> str:

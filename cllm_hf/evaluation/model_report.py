@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from ..cards import code, format_table
-from ..files import check_writable_file, write_whole
+from ..files import check_writable_file, save_figure
 from ..trajectories.statistics import TrajectoryStatistics, format_statistics
 from .model_comparison import TITLES
 from .reporting import describe_prompts, format_environment, format_number, format_rate, format_rows
@@ -172,7 +171,7 @@ def _format_settings(report: dict[str, Any]) -> str:
 
 
 def _titles(report: dict[str, Any]) -> dict[str, str]:
-    """What the two models are called; results of versions before 0.3 do not say it."""
+    """What the two models are called; results of version 0.1.0 do not say it."""
     return report.get("titles", TITLES)
 
 
@@ -211,9 +210,7 @@ def plot_models(report: dict[str, Any], path: str | Path) -> None:
         axes.set_xlim(0, 1.1 * max(max(row["tokens_per_second"] for row in rows), 1e-9))
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", metadata={"Software": None})
-    write_whole(path, picture.getvalue())
+        save_figure(figure, path)
 
 
 def _draw_points(axes: Any, rows: list[dict[str, Any]]) -> None:

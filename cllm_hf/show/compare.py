@@ -18,17 +18,19 @@ from .race import DEFAULT_TOKENS, Question, Session, Snapshot, compare
 _COLORS = ("cyan", "magenta", "green", "yellow", "blue")
 
 
-def run_compare(options: argparse.Namespace) -> None:
+def run_compare(options: argparse.Namespace) -> str:
     """
-    Run `cllm compare`.
+    Run `cllm compare`. With `--web` it returns when the page is closed by Ctrl-C.
 
     Args:
         options (`argparse.Namespace`): its options, by their names.
 
+    Returns:
+        `str`: what is to be said of both sides, with their texts where no terminal has shown them.
+
     Raises:
-        ImportError: for a page without gradio.
         OSError: if a model cannot be loaded.
-        ValueError: for options that are out of range.
+        ValueError: for options that are out of range, or for a page without gradio.
     """
     device = pick_device(options.device)
 
@@ -40,9 +42,8 @@ def run_compare(options: argparse.Namespace) -> None:
     size = options.block_size
     if options.web:
         page = _import_page()
-        print("Ctrl-C ends it.", flush=True)
         page.launch_page(page.make_page(session, options.model, options.target, size), options.host, options.port)
-        return
+        return ""
     if options.prompt is None:
         raise ValueError("`--prompt` must hold a text, got none. Write one, or open a page by `--web`.")
     is_chat = False if options.no_chat else None
@@ -55,13 +56,11 @@ def run_compare(options: argparse.Namespace) -> None:
     with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
         for sides in race.watch():
             live.update(Columns([_panel(side, console.width // 2 - 1) for side in sides]), refresh=console.is_terminal)
-    if not console.is_terminal:  # a file gets the end alone
-        for side in sides:
-            print(f"{_title(side)}\n{''.join(text for text, _ in side.pieces)}\n")
     problems = [f"{side.name}: {side.problem}" for side in sides if side.problem]
     if problems:
         raise ValueError(" ".join(problems))
-    print("\n".join(compare(sides[0], sides[1], question.is_sampled)))
+    texts = [] if console.is_terminal else [_plain(side) for side in sides]
+    return "\n\n".join([*texts, "\n".join(compare(sides[0], sides[1], question.is_sampled))])
 
 
 def _import_page() -> Any:
@@ -80,6 +79,10 @@ def _title(side: Snapshot) -> str:
         f"{side.name}: {side.tokens_per_second:.1f} tokens/s, {len(side.token_ids)} tokens in {side.num_forwards} "
         f"forward passes ({side.tokens_per_forward:.2f} each), {side.seconds:.1f} s"
     )
+
+
+def _plain(side: Snapshot) -> str:
+    return f"{_title(side)}\n{''.join(text for text, _ in side.pieces)}"
 
 
 def _panel(side: Snapshot, width: int) -> Panel:

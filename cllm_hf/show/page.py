@@ -13,6 +13,7 @@ from .race import DEFAULT_TOKENS, MODES, Question, Race, Session, Snapshot, comp
 
 
 _DEFAULT_MODE = "as the model is"
+_SECONDS_A_PICTURE = 0.25  # making and sending them takes time from the decoding
 _CSS = """
 .cllm-text {white-space: pre-wrap; line-height: 1.7; min-height: 14em; padding: .6em; overflow-wrap: anywhere}
 .cllm-text span, .cllm-block span {color: #111; border-radius: 3px; padding: 1px 0}
@@ -98,13 +99,16 @@ class _Races:
             except (OSError, ValueError) as error:
                 raise gradio.Error(str(error), print_exception=False) from None
             self._running[str(request.session_hash)] = race
-            for left, right in race.watch():
-                lines = [html.escape(line) for line in compare(left, right, question.is_sampled)]
-                yield format_side(left), format_side(right), "<br>".join(lines)
+            try:
+                for left, right in race.watch(_SECONDS_A_PICTURE):
+                    lines = [html.escape(line) for line in compare(left, right, question.is_sampled)]
+                    yield format_side(left), format_side(right), "<br>".join(lines)
+            finally:
+                self._running.pop(str(request.session_hash), None)
 
     def stop(self, request: gradio.Request) -> None:
         """Stop what this visitor has started."""
-        race = self._running.pop(str(request.session_hash), None)
+        race = self._running.get(str(request.session_hash))
         if race is not None:
             race.stop()
 

@@ -147,6 +147,7 @@ class _Side(BaseStreamer):
         self._gains: list[int] = []  # tokens of each forward pass
         self._token_ids: list[int] = []
         self._fed: list[int] = []
+        self._pieces = Pieces(tokenizer)
         self._problem: str | None = None
         self._lock = threading.Lock()
         self.seconds, self.since, self.is_done = 0.0, 0.0, False
@@ -194,7 +195,7 @@ class _Side(BaseStreamer):
         accepted = max(gains[-1] - 1, 0) if gains else 0
         return Snapshot(
             name=self._way.name,
-            pieces=list(split_by_forward(token_ids, gains, self._tokenizer, is_done)),
+            pieces=self._pieces.of(token_ids, gains, is_done),
             token_ids=token_ids,
             num_forwards=len(gains),
             seconds=self.seconds,
@@ -214,19 +215,31 @@ def _verified(fed: torch.Tensor, positions: torch.Tensor | None) -> list[int]:
     return ids[: 1 + sum(1 for _ in takewhile(lambda step: step == 1, steps))]
 
 
-def split_by_forward(
-    token_ids: Sequence[int], gains: Sequence[int], tokenizer: PreTrainedTokenizerBase, is_done: bool
-) -> Iterator[tuple[str, int]]:
-    """Split a text into what each forward pass has brought. A character that is not whole yet waits for its rest."""
-    shown, end = 0, 0
-    for gain in gains:
-        end += gain
-        text = str(tokenizer.decode(list(token_ids[:end]), skip_special_tokens=True))
-        is_last = is_done and end == len(token_ids)
-        whole = text if is_last else text.rstrip(_UNFINISHED)
-        if gain:
-            yield whole[shown:], gain
-        shown = max(shown, len(whole))
+class Pieces:
+    """
+    A growing text, split into what each forward pass has brought. A character that is not whole waits for its rest.
+
+    What earlier forward passes have brought is not decoded again: that would take time from the decoding itself.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._settled: list[tuple[str, int]] = []  # text of each forward pass but the last, and its number of tokens
+        self._num_tokens = self._num_shown = 0  # in those: tokens, and characters
+
+    def of(self, token_ids: list[int], gains: Sequence[int], is_done: bool) -> list[tuple[str, int]]:
+        """The pieces of a text that has grown; of `gains`, the tokens of each forward pass, the last may grow too."""
+        for gain in gains[len(self._settled) : -1]:
+            self._num_tokens += gain
+            text = self._decode(token_ids[: self._num_tokens])
+            self._settled.append((text[self._num_shown :], gain))
+            self._num_shown = max(self._num_shown, len(text))
+        last = self._decode(token_ids, keep_unfinished=is_done)[self._num_shown :]
+        return [piece for piece in (*self._settled, *((last, gain) for gain in gains[-1:])) if piece[1]]
+
+    def _decode(self, token_ids: list[int], keep_unfinished: bool = False) -> str:
+        text = str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        return text if keep_unfinished else text.rstrip(_UNFINISHED)
 
 
 def _twin(model: Any) -> Any:
@@ -316,6 +329,7 @@ class Session:
     def _get(self, name: str, keep: set[str | None]) -> Any:
         if name not in self._models:
             self._models = {other: model for other, model in self._models.items() if other in keep}
+            self._warm.clear()  # a new model may have the identity of one that was let go
             self._models[name] = self.load(name)
         return self._models[name]
 

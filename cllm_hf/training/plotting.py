@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import check_writable_file, write_whole
+from ..files import check_writable_file, save_figure
 
 
 PLOT_NAME = "training.png"
@@ -37,19 +36,15 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     if not panels:
         return False
     from matplotlib import style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     check_writable_file(path)
     with style.context("default"):  # whatever the user has set for plots of their own
         figure = Figure(figsize=(5 * len(panels) + 1, 4.2), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
         most = max(step for curve in curves.values() for step in curve)
         for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             _draw_panel(axes, title, lines, most)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", metadata={"Software": None})
-    write_whole(path, picture.getvalue())
+        save_figure(figure, path)
     return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -16,7 +15,7 @@ from datasets import Dataset
 
 from ..blocks.rules import count_leading
 from ..cards import format_table
-from ..files import check_writable_file, write_whole
+from ..files import check_writable_file, save_figure
 from ..options import check_block_size
 from .schema import RecordArrays, lay_out, piece_starts
 
@@ -309,9 +308,7 @@ def plot_statistics(named: Mapping[str, TrajectoryStatistics], path: Path) -> No
         for axes, (name, title) in zip(panels, _TITLES.items()):
             _draw_panel(axes, title, {label: getattr(one, name) for label, one in named.items()})
         panels[0].set_ylabel("share of blocks")
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", metadata={"Software": None})
-    write_whole(path, picture.getvalue())
+        save_figure(figure, path)
 
 
 def _draw_panel(axes: Any, title: str, counters: Mapping[str, Mapping[int, int]]) -> None:

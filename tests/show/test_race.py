@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lossless_models import add_random_adapter
 
-from cllm_hf.show.race import Race, Snapshot, Way, compare, split_by_forward
+from cllm_hf.show.race import Pieces, Race, Snapshot, Way, compare
 
 
 PROMPT = [5, 9, 12, 7]
@@ -110,16 +110,37 @@ def test_pieces_put_together_are_the_text(byte_tokenizer, text, cuts):
     ids = byte_tokenizer(text)["input_ids"]
     edges = sorted({0, len(ids), *(min(cut, len(ids)) for cut in cuts)})
     gains = [after - before for before, after in zip(edges, edges[1:])]
-    pieces = list(split_by_forward(ids, gains, byte_tokenizer, is_done=True))
+    growing = Pieces(byte_tokenizer)
+    for number in range(1, len(gains)):  # looked at after each forward pass, and while the next one goes on
+        seen = growing.of(ids[: sum(gains[:number])], gains[:number], is_done=False)
+        assert byte_tokenizer.decode(ids).startswith("".join(piece for piece, _ in seen))
+        growing.of(ids[: sum(gains[:number])], [*gains[:number], 0], is_done=False)
+    pieces = growing.of(ids, gains, is_done=True)
     assert "".join(piece for piece, _ in pieces) == byte_tokenizer.decode(ids, skip_special_tokens=True)
     assert [gain for _, gain in pieces] == gains
+    assert pieces == Pieces(byte_tokenizer).of(ids, gains, is_done=True)
 
 
 def test_half_a_character_waits_for_its_rest(byte_tokenizer):
     ids = byte_tokenizer("aé")["input_ids"]
     assert len(ids) == 3
-    assert [text for text, _ in split_by_forward(ids[:2], [1, 1], byte_tokenizer, is_done=False)] == ["a", ""]
-    assert [text for text, _ in split_by_forward(ids, [1, 1, 1], byte_tokenizer, is_done=False)] == ["a", "", "é"]
+    pieces = Pieces(byte_tokenizer)
+    assert [text for text, _ in pieces.of(ids[:2], [1, 1], is_done=False)] == ["a", ""]
+    assert [text for text, _ in pieces.of(ids, [1, 1, 1], is_done=False)] == ["a", "", "é"]
+
+
+def test_a_text_is_not_decoded_anew_for_each_look(byte_tokenizer):
+    decoded = []
+
+    class Counting:
+        def decode(self, ids, **options):
+            decoded.append(len(ids))
+            return byte_tokenizer.decode(ids, **options)
+
+    pieces, ids = Pieces(Counting()), byte_tokenizer("a" * 50)["input_ids"]
+    for end in range(1, 51):
+        pieces.of(ids[:end], [1] * end, is_done=False)
+    assert len(decoded) == 50 + 49  # the last piece in each look, and every piece once when it is settled
 
 
 def test_what_is_said_of_two_sides():

@@ -126,7 +126,7 @@ def fill_disk(monkeypatch):
     def write(path, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(plotting, "write_whole", write)
+    monkeypatch.setattr(plotting, "save_figure", write)
 
 
 def lose_matplotlib(monkeypatch):
