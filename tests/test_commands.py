@@ -371,7 +371,13 @@ def test_all_options_reach_the_builder(recording, model_folder, tmp_path, capsys
     }
     assert recording.seen == {
         **{"block_size": 4, "max_new_tokens": 9, "seed": 3, "max_tokens_per_batch": 64, "prompts_per_shard": 5},
-        **{"augment": True, "test_fraction": 0.25, "drop_duplicates": False, "not_greedy": "keep"},
+        **{
+            "augment": True,
+            "test_fraction": 0.25,
+            "drop_duplicates": False,
+            "not_greedy": "keep",
+            "responses_only": False,
+        },
         **{"show_progress": False, "prompts": ["Mia .", "Ben ."], "responses": ["has", "buys"]},
         **{"output_dir": tmp_path / "out", "source": "here", "license": "mit", "wait": False, "revision": None},
     }

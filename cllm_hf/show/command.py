@@ -23,6 +23,7 @@ from ..process import quiet_hosts
 from ..trajectories.command import load_all, load_model
 from ..trajectories.loading import find_manifest
 from ..trajectories.prompts import Prompt
+from ..trajectories.schema import check_names
 from ..trajectories.sources import PLACE, apply_template, read_source
 from ..trajectories.statistics import format_histogram, format_statistics, measure_trajectories, plot_statistics
 from .picture import TrajectoryPicture, collect_block, draw_blocks, token_decoder
@@ -69,6 +70,8 @@ def _statistics_of(dataset: Dataset, options: argparse.Namespace) -> str:
 def _record_of(dataset: Dataset, options: argparse.Namespace, color: bool) -> str:
     decode, note = _find_decoder(options)
     record = dataset[_find_row(dataset, options.record or 0, options.data_id)]
+    if options.picture is not None:
+        check_names(record)
     parts = [*note, format_record(record, decode, color, options.block)]
     if options.picture is not None:
         blocks = [BlockTrajectory.of(record, number, f"Block {number}") for number in options.block or [0]]

@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from ..trajectories.schema import check_names
 from ..trajectories.statistics import TrajectoryStatistics, measure_trajectories
 
 
@@ -81,27 +82,46 @@ def format_record(
     width: int | None = None,
 ) -> str:
     """
-    Draw a trajectory record: its prompt, its response, and the states of its blocks, a line each.
+    Draw a trajectory record: its prompt, its response, and the states of its blocks, a line each; of one without
+    states the tokens of both instead.
 
     `blocks` are the numbers of those to draw, by default all. Padding after the end of the response is left out, and
     blocks wider than the terminal are drawn in several parts, one below the other.
     """
+    if "states" not in record:
+        return _format_response(record, decode, blocks)
     states = record["states"]
     numbers = range(len(states)) if blocks is None else blocks
     outside = [number for number in numbers if not 0 <= number < len(states)]
     if outside:
         raise ValueError(f"`blocks` must be from 0 to {len(states) - 1}, got {outside[0]}. Choose one of those.")
     greedy = "" if record.get("is_greedy") is not False else ", not all of it greedy"
-    parts = [
-        f"`data_id` {record.get('data_id', '?')}: a prompt of {len(record['prompt_ids'])} tokens, a response of "
-        f"{len(record['response_ids'])} tokens{greedy}",
-        f"Prompt:\n{indented(record.get('prompt', ''))}",
-        f"Response:\n{indented(record.get('response', ''))}",
-    ]
+    parts = _head(record, greedy)
     for number in numbers:
         block = BlockTrajectory.of(record, number)
         drawn = _render(_draw_states(block, decode, color, width or terminal_width()), color)
         parts.append(f"Block {number}, {block.span} of the response: {block.describe()}\n{drawn}")
+    return "\n\n".join(parts)
+
+
+def _head(record: Mapping[str, Any], note: str) -> list[str]:
+    """The paragraphs of a record before its states; `note` ends the first one."""
+    return [
+        f"`data_id` {record.get('data_id', '?')}: a prompt of {len(record['prompt_ids'])} tokens, a response of "
+        f"{len(record['response_ids'])} tokens{note}",
+        f"Prompt:\n{indented(record.get('prompt', ''))}",
+        f"Response:\n{indented(record.get('response', ''))}",
+    ]
+
+
+def _format_response(record: Mapping[str, Any], decode: Callable[[int], str], blocks: Sequence[int] | None) -> str:
+    """A record without states: its text, and its tokens as ids and text."""
+    if blocks is not None:
+        check_names(record)
+    parts = _head(record, ", no states (it is of a dataset of responses alone)")
+    for name in ("prompt_ids", "response_ids"):
+        tokens = " ".join(f"{token}:{visible_token(decode(token))}" for token in record[name])
+        parts.append(f"`{name}`:\n{indented(tokens)}")
     return "\n\n".join(parts)
 
 

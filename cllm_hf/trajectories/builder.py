@@ -1,4 +1,4 @@
-"""`TrajectoryBuilder`: from prompts to a dataset of trajectories."""
+"""`TrajectoryBuilder`: from prompts to a dataset of trajectories, or of responses alone."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ class TrajectoryBuilder:
         not_greedy (`str`): what to do with a response that is not the model's own greedy output, as it is from
             elsewhere: `"drop"` it, or `"keep"` it without states in the blocks in which it departs. A token that is
             the best one but for rounding in the model's dtype, a near tie, counts as greedy.
+        responses_only (`bool`): whether to collect the model's responses without the states of their blocks, which
+            take most of the time. Lossless training, and training with `trajectory_source="online"`, need no states.
         revision (`str`, *optional*): branch, tag or commit of the Hub that the model was loaded from, if not the main
             branch, for the manifest and the card.
         show_progress (`bool`): whether to draw a progress bar.
@@ -87,6 +89,7 @@ class TrajectoryBuilder:
         cleaning: CleaningRules | None = None,
         drop_duplicates: bool = True,
         not_greedy: str = "drop",
+        responses_only: bool = False,
         revision: str | None = None,
         show_progress: bool = True,
     ):
@@ -100,6 +103,7 @@ class TrajectoryBuilder:
             test_fraction=test_fraction,
             drop_duplicates=drop_duplicates,
             not_greedy=not_greedy,  # type: ignore[arg-type]
+            responses_only=responses_only,
         )
         self.cleaning = CleaningRules() if cleaning is None else cleaning
         if not isinstance(self.cleaning, CleaningRules):
@@ -128,7 +132,8 @@ class TrajectoryBuilder:
         Without an `output_dir` they are kept in memory only, and each of several processes collects all of them.
 
         Returns:
-            `datasets.Dataset`: one record a response, in the order of the prompts, with `cllm_hf.FEATURES`; a
+            `datasets.Dataset`: one record a response, in the order of the prompts, with `cllm_hf.FEATURES` (without
+            `states` and `is_greedy` with `responses_only`); a
             `datasets.DatasetDict` of `train` and `test` with a `test_fraction`.
 
         Raises:
@@ -222,6 +227,7 @@ class TrajectoryBuilder:
     def _read(self, prompts: Iterable[Prompt] | Dataset, responses: Iterable[Response] | None) -> list[PromptRow]:
         rows = read_rows(prompts, responses, self.processing_class)
         check_ids(rows, count_embeddings(self.model))
+        self.options.check_responses(rows[0].response_ids is not None)
         return rows
 
     def _make_shards(self, folder: OutputFolder, rows: list[PromptRow]) -> None:
@@ -238,11 +244,13 @@ class TrajectoryBuilder:
                     part = [rows[index] for index in folder.prompts_of(number)]
                     table, counts = collector.collect(part, folder.journal(number), progress)
                     tables = self._split(table)
-                    statistics = {
-                        split: measure_trajectories(Dataset(found), self.options.block_size).to_dict()
-                        for split, found in tables.items()
-                    }
-                    folder.write_shard(number, tables, counts, statistics)
+                    folder.write_shard(number, tables, counts, self._measure(tables))
+
+    def _measure(self, tables: dict[str, pa.Table]) -> dict[str, Any]:
+        if self.options.responses_only:
+            return {}
+        size = self.options.block_size
+        return {split: measure_trajectories(Dataset(found), size).to_dict() for split, found in tables.items()}
 
     def _build_in_memory(self, rows: list[PromptRow]) -> dict[str, Dataset]:
         size = self.options.prompts_per_shard
@@ -285,5 +293,5 @@ class TrajectoryBuilder:
                 "source": source,
                 "license": license,
             },
-            "options": {**vars(self.options), "cleaning": self.cleaning.to_dict()},
+            "options": {**self.options.to_dict(), "cleaning": self.cleaning.to_dict()},
         }

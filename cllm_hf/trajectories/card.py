@@ -20,7 +20,7 @@ from ..cards import (
     table,
 )
 from ..names import Name
-from .manifest import records_by_split, without_folders
+from .manifest import has_no_states, records_by_split, without_folders
 from .shard import format_near_ties
 from .statistics import TrajectoryStatistics, format_histogram
 
@@ -69,18 +69,24 @@ def make_card(
     configurations = []
     for name, manifest in manifests.items():
         heading = "" if names == [DEFAULT_CONFIG] else f": {code(name)}"
-        plot = place(name, PLOT_NAME) if plots is None or name in plots else None
+        has_plot = not has_no_states(manifest) and (plots is None or name in plots)
+        plot = place(name, PLOT_NAME) if has_plot else None
         configurations.append({**manifest, **_describe(manifest), "heading": heading, "plot": plot})
+    has_states = not all(map(has_no_states, manifests.values()))
     option = "" if names[0] == DEFAULT_CONFIG else f", name={quoted(names[0])}"
     card = DatasetCard.from_template(
         _metadata(manifests),
         template_path=str(Path(__file__).with_name("card.md.jinja")),
         begin=BEGIN,
         end=END,
-        title=plain(repo_id.split("/")[-1]) if repo_id else "Trajectories",
+        title=plain(repo_id.split("/")[-1]) if repo_id else "Trajectories" if has_states else "Responses",
+        has_states=has_states,
+        has_responses_alone=any(map(has_no_states, manifests.values())),
+        # The first configuration is the one that the example trains on.
+        trains_on_states=not has_no_states(manifests[names[0]]),
         models=dict.fromkeys(one["model_name"] for one in configurations),
         num_records=_count_records(manifests),
-        block_sizes=sorted({manifest["options"]["block_size"] for manifest in manifests.values()}),
+        block_sizes=sorted({one["options"]["block_size"] for one in manifests.values() if not has_no_states(one)}),
         is_augmented=any(manifest["options"].get("augment") for manifest in manifests.values()),
         configurations=configurations,
         load_call=f"load_trajectories({quoted(repo_id or 'path/to/this/folder')}{option})",
@@ -103,6 +109,7 @@ def _describe(manifest: Mapping[str, Any]) -> dict[str, Any]:
     order = [*(name for name in _COUNTS if name in counts), *sorted(set(counts) - {*_COUNTS, "near_ties"})]
     total, records = prompts["count"], records_by_split(manifest)
     return {
+        "has_states": not has_no_states(manifest),
         "model_name": code(name) if name else "a model without a name",
         "options": [code(f"{name}={value!r}") for name, value in options.items()],
         "versions": [plain(f"{name} {version}") for name, version in manifest["made_with"].items()],
@@ -182,11 +189,12 @@ def _metadata(manifests: Mapping[str, Mapping[str, Any]]) -> DatasetCardData:
     licenses = list(dict.fromkeys(one["license"] for one in prompts if one.get("license")))
     sources = dict.fromkeys(filter(None, (Name.recorded(one.get("source")).hub_id for one in prompts)))
     number = _count_records(manifests)
+    tags = TAGS if not all(map(has_no_states, manifests.values())) else tuple(t for t in TAGS if t != "trajectories")
     return DatasetCardData(
         source_datasets=list(sources) or None,
         size_categories=[next((size for size, limit in _SIZES if number < limit), "n>10M")],
         task_categories=["text-generation"],
-        tags=list(TAGS),
+        tags=list(tags),
         configs=[_config(name, manifest) for name, manifest in manifests.items()],
         **license_metadata(licenses),
     )

@@ -23,7 +23,7 @@ from ..process import Process, quiet_hosts
 from .builder import TrajectoryBuilder
 from .hub import check_can_push, push_trajectories
 from .loading import find_manifest, load_trajectories
-from .manifest import fingerprint_weights, read_manifest, recorded_model
+from .manifest import fingerprint_weights, has_no_states, read_manifest, recorded_model
 from .options import CollectCommand
 from .shard import count_dropped, format_near_ties
 from .sources import read_source
@@ -51,6 +51,7 @@ def run_collect(options: CollectCommand) -> str:
             arguments.limit,
             arguments.prompt_template,
         )
+    options.collection.check_responses(responses is not None)
     folder = Path(arguments.output_dir)
     check_writable(folder)
     hub: dict[str, Any] = {"private": arguments.private or None, "config_name": arguments.config_name}
@@ -117,7 +118,11 @@ def format_collection(folder: Path, manifest: Mapping[str, Any], published: str 
     if splits:
         parts.append(format_statistics({"dataset": reduce(add, splits)}))
     name = shlex.quote(str(folder))
-    following = [f"Look at it with `cllm inspect {name}`", f"check it with `cllm verify {name}`"]
+    following = [f"Look at it with `cllm inspect {name}`"]
+    if has_no_states(manifest):
+        following.append(f"train on it with `cllm train --lossless --trajectories {name} --output-dir FOLDER`")
+    else:
+        following.append(f"check it with `cllm verify {name}`")
     if published is None:
         following.append(f"publish it with `cllm push {name} USER/NAME`")
     parts.append(f"Written: {folder}\n{', '.join(following)}.")

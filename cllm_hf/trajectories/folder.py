@@ -20,7 +20,14 @@ from ..files import check_file_place, check_writable, path_inside, read_text, wr
 from ..process import Process
 from .card import PLOT_NAME, make_card, merge_card
 from .loading import MAKE_ANEW, UNFINISHED_NAME, check_shards
-from .manifest import MANIFEST_NAME, check_whole, describe_difference, read_manifest, render_manifest
+from .manifest import (
+    MANIFEST_NAME,
+    check_whole,
+    describe_difference,
+    has_no_states,
+    read_manifest,
+    render_manifest,
+)
 from .shard import Journal, explain_none_left, read_notes, to_parquet
 from .statistics import TrajectoryStatistics, plot_statistics
 
@@ -57,6 +64,7 @@ class OutputFolder:
         self.process = process
         self._count = header["prompts"]["count"]
         self._per_shard = header["options"]["prompts_per_shard"]
+        self._has_states = not has_no_states(header)
         self.num_shards = -(-self._count // self._per_shard)
         self._entries: dict[int, dict[str, Any]] = {}
         if process.count > self.num_shards:
@@ -105,7 +113,7 @@ class OutputFolder:
         card, plot = self.path / CARD_NAME, self.path / PLOT_NAME
         if not self._has_manifest() or self._missing() or not (read_text(card) or "").strip():
             return False
-        if not plot.is_file() or not plot.read_bytes().startswith(_PNG):
+        if self._has_states and not (plot.is_file() and plot.read_bytes().startswith(_PNG)):
             return False
         manifest = read_manifest(self.path)
         return manifest["complete"] and manifest["prompts"] == self.header["prompts"]
@@ -182,9 +190,10 @@ class OutputFolder:
         manifest = self._manifest(complete=True)
         _check_kept(manifest)
         statistics = {name: TrajectoryStatistics.from_dict(values) for name, values in manifest["statistics"].items()}
-        plot = self.path / UNFINISHED_NAME / PLOT_NAME
-        plot_statistics(statistics, plot)
-        os.replace(plot, self.path / PLOT_NAME)
+        if self._has_states:
+            plot = self.path / UNFINISHED_NAME / PLOT_NAME
+            plot_statistics(statistics, plot)
+            os.replace(plot, self.path / PLOT_NAME)
         card, earlier = make_card({"default": manifest}, None), read_text(self.path / CARD_NAME)
         if earlier is not None:  # of an earlier end: what others have written into it stays
             card = merge_card(earlier, card)
@@ -196,7 +205,10 @@ class OutputFolder:
         shards: dict[str, Any] = {}
         counts: Counter[str] = Counter()
         done = 0
-        statistics = {split: TrajectoryStatistics(self.header["options"]["block_size"]) for split in self.splits}
+        statistics: dict[str, TrajectoryStatistics] = {}
+        if self._has_states:
+            size = self.header["options"]["block_size"]
+            statistics = {split: TrajectoryStatistics(size) for split in self.splits}
         for number in sorted(set(range(self.num_shards)) - set(self._missing())):
             entry = self._entries.get(number) or self._read_entry(number)
             self._entries[number] = entry

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,15 @@ from huggingface_hub.constants import ENDPOINT
 from ..files import check_file_place, path_inside, problem_of_name
 from ..names import Name
 from .manifest import MANIFEST_NAME, read_manifest, shards_by_split
-from .schema import EMPTY, check_columns, check_dataset, check_record
+from .schema import (
+    EMPTY,
+    RESPONSE_COLUMNS,
+    check_columns,
+    check_dataset,
+    check_record,
+    check_response,
+    check_responses,
+)
 
 
 UNFINISHED_NAME = ".unfinished"
@@ -50,7 +58,7 @@ def load_trajectories(
     allow_incomplete: bool = False,
 ) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
     """
-    Load a dataset of trajectories and check that it is one.
+    Load a dataset of trajectories, or of responses alone, and check that it is one.
 
     The columns are always checked. Every row is too: at once by default, and with `streaming=True` as it comes. The
     shards of a collection are compared with its manifest first, with `streaming=True` by their sizes alone, so that a
@@ -73,8 +81,9 @@ def load_trajectories(
 
     Raises:
         OSError: if there is no such folder or dataset, the Hub cannot be reached, or a shard is missing or damaged.
-        ValueError: if it does not hold trajectories of one block size, the collection is unfinished, there is no such
-            split or configuration, or an argument is given that only the other kind of `path` takes.
+        ValueError: if it holds neither trajectories of one block size nor responses as tokens, the collection is
+            unfinished, there is no such split or configuration, or an argument is given that only the other kind of
+            `path` takes.
     """
     found = Name.find(path)
     found.check("path", "dataset")
@@ -98,20 +107,29 @@ def load_trajectories(
 
 def _check(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     if isinstance(dataset, Dataset):
-        check_columns(dataset.features)
-        check_dataset(dataset)
+        if _has_responses_alone(dataset.column_names):
+            check_responses(dataset)
+        else:
+            check_columns(dataset.features)
+            check_dataset(dataset)
         return dataset
-    if dataset.features is not None:
-        check_columns(dataset.features)
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(EMPTY)
-    check = partial(_check_row, block_size=check_record(first))
-    return dataset.map(check, features=dataset.features)
+    if _has_responses_alone(first):
+        return dataset.map(partial(_check_row, check=check_response), features=dataset.features)
+    if dataset.features is not None:
+        check_columns(dataset.features)
+    check = partial(check_record, block_size=check_record(first))
+    return dataset.map(partial(_check_row, check=check), features=dataset.features)
 
 
-def _check_row(record: Mapping[str, Any], block_size: int) -> dict[str, Any]:
-    check_record(record, block_size)
+def _has_responses_alone(columns: Collection[str]) -> bool:
+    return "states" not in columns and all(name in columns for name in RESPONSE_COLUMNS)
+
+
+def _check_row(record: Mapping[str, Any], check: Callable[[Mapping[str, Any]], object]) -> dict[str, Any]:
+    check(record)
     return {}  # nothing to change
 
 

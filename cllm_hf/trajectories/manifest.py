@@ -125,6 +125,8 @@ def find_problem(manifest: Any, is_whole: bool = False) -> str | None:
         return "names of shards that differ by case alone"
     for kind, name in ((kind, name) for kind, names in _KINDS.items() for name in names):
         value = _value_of(manifest, name)
+        if name == "options.block_size" and value is None and has_no_states(manifest):
+            continue
         if not _is(kind, value) and (value is not None or (is_whole and name in _NEEDED)):
             return f"`{name}` {value!r}"
     for part, kind in (("counts", int), ("made_with", str), ("statistics", dict)):
@@ -132,6 +134,11 @@ def find_problem(manifest: Any, is_whole: bool = False) -> str | None:
         if wrong:
             return f"`{part}.{wrong[0]}` {manifest[part][wrong[0]]!r}"
     return None
+
+
+def has_no_states(manifest: Mapping[str, Any]) -> bool:
+    """Whether a collection is of responses alone."""
+    return _value_of(manifest, "options.responses_only") is True
 
 
 def check_whole(folder: Path, manifest: Mapping[str, Any]) -> None:

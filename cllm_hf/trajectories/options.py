@@ -26,6 +26,8 @@ _Run = Callable[[argparse.Namespace], int]
 _SENTENCE_END = re.compile(r"[!?！？。｡।؟…\n]|\.(?!\w)|(?<=[a-z])\.(?=[A-Z])|．(?!\d)")
 # Nor does one after a title, or after what is written short in the middle of a sentence.
 _ABBREVIATION = re.compile(r"\b(?:(?:Mr|Mrs|Ms|Dr|Prof|St)\.(?=\s+[A-Z])|(?:vs|approx|e\.g|i\.e)\.)")
+# Options of `CollectionOptions` that are about states alone.
+_OF_STATES = ("block_size", "seed", "augment", "not_greedy")
 _WORDS = re.compile(r"\w(?:.*\w)?")
 _SHORTEST_SENTENCE = 10
 
@@ -162,6 +164,9 @@ class CollectionOptions:
     not_greedy: Literal["drop", "keep"] = _option(
         "drop", "what to do with responses that you pass and that are not the model's own greedy output"
     )
+    responses_only: bool = _option(
+        False, "collect responses without states, all that lossless training and online states need, in less time"
+    )
 
     def __post_init__(self) -> None:
         counts = {"block_size": check_block_size(self.block_size, "block_size")}
@@ -172,13 +177,33 @@ class CollectionOptions:
             counts[name] = value
         for name, value in counts.items():
             object.__setattr__(self, name, value)  # as Python's own, ready for JSON
-        _check_truths(self, "augment", "drop_duplicates")
+        _check_truths(self, "augment", "drop_duplicates", "responses_only")
         if isinstance(self.test_fraction, bool) or not isinstance(self.test_fraction, (int, float)):
             raise ValueError(f"`test_fraction` must be a number, got {self.test_fraction!r}.")
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"`test_fraction` must be at least 0 and below 1, got {self.test_fraction}.")
         if self.not_greedy not in ("drop", "keep"):
             raise ValueError(f'`not_greedy` must be "drop" or "keep", got {self.not_greedy!r}.')
+        for name in _OF_STATES if self.responses_only else ():
+            if getattr(self, name) != CollectionOptions.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is about states, of which `responses_only=True` collects none. "
+                    "Drop one of the two."
+                )
+
+    def check_responses(self, are_given: bool) -> None:
+        """Refuse given responses where nothing would be done with them."""
+        if self.responses_only and are_given:
+            raise ValueError(
+                "Given responses are not decoded again, so that `responses_only=True` must get prompts alone, got "
+                "responses too. Train on both as they are (`cllm train --lossless --trajectories FILE`), or leave the "
+                "responses out to have the model write its own."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Those that have an effect, by name, as a dataset's manifest has them."""
+        left_out = _OF_STATES if self.responses_only else ("responses_only",)
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -35,16 +35,23 @@ FEATURES = Features(
         "is_greedy": Value("bool"),
     }
 )
-REQUIRED_COLUMNS = ("prompt_ids", "response_ids", "states")
+RESPONSE_COLUMNS = ("prompt_ids", "response_ids")
+REQUIRED_COLUMNS = (*RESPONSE_COLUMNS, "states")
+# Columns of trajectories that a dataset of responses alone lacks.
+_OF_STATES = ("states", "is_greedy")
 EMPTY = "The trajectory dataset is empty. Build it from more prompts, or look at its drop counts."
 _MEASURED_COLUMNS = ("response_ids", "states")
 # Rows that are laid out and checked at once: a few megabytes.
 _ROWS_AT_ONCE = 500
 
 
-def features(augmented: bool = False) -> Features:
-    """The columns of a trajectory dataset: `FEATURES`, and `augmented_states` if each block has further states."""
-    columns = Features(dict(FEATURES))
+def features(augmented: bool = False, responses_only: bool = False) -> Features:
+    """
+    The columns of a trajectory dataset: `FEATURES`, and `augmented_states` if each block has further states; those of
+    responses alone lack states and what is said of them.
+    """
+    left_out = _OF_STATES if responses_only else ()
+    columns = Features({name: feature for name, feature in FEATURES.items() if name not in left_out})
     if augmented:
         columns["augmented_states"] = List(List(List(Value("int32"))))
     return columns
@@ -57,6 +64,11 @@ def check_names(columns: Iterable[str], needed: Sequence[str] = REQUIRED_COLUMNS
     """Raise a `ValueError` if a column is missing."""
     columns = list(columns)
     missing = [name for name in needed if name not in columns]
+    if missing == ["states"]:
+        raise ValueError(
+            f"States are needed here, got a dataset without, with the columns {', '.join(columns)}. Collect without "
+            "`responses_only`; or train with `--trajectory-source online` or `--lossless`, which need no states."
+        )
     if missing:
         raise ValueError(
             f"A trajectory record needs the columns {', '.join(needed)}; {', '.join(missing)} missing, got "
@@ -64,12 +76,14 @@ def check_names(columns: Iterable[str], needed: Sequence[str] = REQUIRED_COLUMNS
         )
 
 
-def check_columns(columns: Features, names: Iterable[str] | None = None) -> None:
+def check_columns(
+    columns: Features, names: Iterable[str] | None = None, needed: Sequence[str] = REQUIRED_COLUMNS
+) -> None:
     """
-    Raise a `ValueError` for a required column that is missing, and for one of another type; `names` says which ones
+    Raise a `ValueError` for a needed column that is missing, and for one of another type; `names` says which ones
     to look at. Integers may have any width. Further columns may be there; they are not looked at.
     """
-    check_names(columns)
+    check_names(columns, needed)
     known = features(augmented=True)
     for name in known if names is None else names:
         if name in columns and not _same_kind(columns[name], known[name]):
@@ -202,6 +216,27 @@ def check_tokens(record: Mapping[str, Any], vocab_size: int, columns: Iterable[s
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------
+
+
+def check_responses(dataset: Dataset) -> None:
+    """
+    Check that a dataset without states holds prompts and responses as tokens.
+
+    Raises:
+        ValueError: if it is empty, a column is missing or of another type, or a row has no prompt or no response.
+    """
+    if len(dataset) == 0:
+        raise ValueError(EMPTY)
+    check_columns(dataset.features, RESPONSE_COLUMNS, RESPONSE_COLUMNS)
+    dataset = dataset.with_format(None)
+    tables = dataset.select_columns(RESPONSE_COLUMNS).with_format("arrow").iter(_ROWS_AT_ONCE)
+    for first, table in zip(range(0, len(dataset), _ROWS_AT_ONCE), tables):
+        columns = [_open_column(table, name) for name in RESPONSE_COLUMNS]
+        if not all(
+            _to_numpy(lengths).all() and not (lengths.null_count or ids.null_count) for lengths, ids in columns
+        ):
+            for number in range(first, first + len(table)):
+                check_response(dataset[number])
 
 
 def check_dataset(dataset: Dataset, block_size: int | None = None) -> int:

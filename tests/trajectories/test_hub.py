@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 from collections_on_disk import make_records, write_collection
+from conftest import make_word_model
 from huggingface_hub import DatasetCard
 from loopback_hub import LoopbackHub
 
+from cllm_hf import TrajectoryBuilder
+from cllm_hf.demo.problems import make_problems
 from cllm_hf.trajectories.hub import check_can_push, push_trajectories
 
 
@@ -111,6 +114,21 @@ result.append([list(load_dataset("user/first")[split]) for split in ("train", "t
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in ("train", "test")]
     assert card.data.configs == [{"config_name": "default", "data_files": files}]
     assert 'load_trajectories("user/first")' in card.text and "](statistics.png)" in card.text
+
+
+def test_responses_alone_are_pushed_and_loaded(client, hub, tokenizer, tmp_path):
+    builder = TrajectoryBuilder(
+        make_word_model(tokenizer), tokenizer, max_new_tokens=17, responses_only=True, show_progress=False
+    )
+    builder.collect([problem.prompt for problem in make_problems(28, seed=3)], tmp_path / "made")
+    client.push(tmp_path / "made", "user/responses")
+    files = hub.repositories["user/responses"].files()
+    files = {name: data for name, data in files.items() if name not in (".gitattributes", "README.md")}
+    assert files == published(tmp_path / "made") and "statistics.png" not in files
+    code = 'result = [list(load_trajectories("user/responses", streaming=streaming)) for streaming in (False, True)]'
+    whole, stream = client.run(code)
+    assert whole == stream and len(whole) == builder.counts["kept"] and "states" not in whole[0]
+    assert "# responses" in card_of(hub, "user/responses").text
 
 
 def test_pushing_again_changes_nothing(client, hub, folder):

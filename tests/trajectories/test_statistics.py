@@ -255,9 +255,9 @@ def test_wrong_block_size_and_missing_columns_are_refused():
     rows = random_records(3)
     with pytest.raises(ValueError, match=r"`block_size` tokens, 16, got lengths \[5\]"):
         measure_trajectories(rows, 16)
-    with pytest.raises(ValueError, match="states missing"):
+    with pytest.raises(ValueError, match="States are needed here"):
         measure_trajectories([{"prompt_ids": [1], "response_ids": [1]}])
-    with pytest.raises(ValueError, match="states missing"):
+    with pytest.raises(ValueError, match="States are needed here"):
         measure_trajectories(Dataset.from_list(rows).remove_columns("states"))
 
 

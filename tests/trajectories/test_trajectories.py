@@ -244,7 +244,7 @@ def test_records_at_once_are_checked_as_single_ones_are(change):
 
 def test_check_dataset_names_missing_columns():
     dataset = Dataset.from_list([RECORD]).remove_columns("states")
-    with pytest.raises(ValueError, match="states missing"):
+    with pytest.raises(ValueError, match="States are needed here"):
         check_dataset(dataset)
     with pytest.raises(ValueError, match="empty"):
         check_dataset(Dataset.from_list([RECORD]).select([]))

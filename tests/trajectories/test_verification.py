@@ -258,7 +258,7 @@ def test_datasets_that_are_refused():
     model, dataset = make_model("llama"), Dataset.from_list([RECORD])
     with pytest.raises(ValueError, match="`count` must be at least 1, got 0"):
         verify_transitions(model, dataset, count=0)
-    with pytest.raises(ValueError, match="states missing, got data_id, prompt_ids, response_ids. Build"):
+    with pytest.raises(ValueError, match="States are needed here, got .*data_id, prompt_ids, response_ids. Collect"):
         verify_transitions(model, dataset.remove_columns("states"))
     with pytest.raises(ValueError, match="got none in its 0 records"):
         verify_transitions(model, dataset.select([]))
