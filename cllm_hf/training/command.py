@@ -27,8 +27,9 @@ from ..names import Name
 from ..parsing import OptionParser
 from ..process import Process, quiet_hosts, show_notices
 from ..trajectories.hub import check_can_push
-from ..trajectories.loading import find_manifest, load_trajectories
+from ..trajectories.loading import find_manifest, load_records
 from ..trajectories.manifest import find_commit, fingerprint_weights, recorded_model
+from ..trajectories.prompts import has_texts
 from .callbacks import show_progress
 from .checkpoints import choose_checkpoint, describe_run, newest_checkpoint
 from .config import CLLMConfig, option
@@ -57,7 +58,10 @@ class TrainArguments:
     """The options of `cllm train` that say what to train on; each has its meaning in the `help` of its metadata."""
 
     trajectories: str = dataclasses.field(
-        metadata={"help": "folder or Hub id of the dataset, as `cllm collect` makes it"}
+        metadata={
+            "help": "folder or Hub id of the dataset, as `cllm collect` makes it; with --lossless or "
+            "--trajectory-source online also a JSONL file or dataset of texts, `prompt` and `response` or `completion`"
+        }
     )
     trajectories_config: str | None = option(None, "which configuration, if the dataset has several")
     trajectories_revision: str | None = option(None, "branch, tag or commit of the dataset on the Hub")
@@ -117,7 +121,8 @@ def run_train(options: TrainOptions) -> str:
             name = training.hub_model_id or Path(str(training.output_dir)).absolute().name
             check_can_push(name, training.hub_token, kind="model")
         train_dataset, eval_dataset = _load_datasets(data, training)
-        if checkpoint is not None:
+        # The tokens of texts are not known yet; the trainer compares them.
+        if checkpoint is not None and not has_texts(train_dataset.column_names):
             choose_checkpoint(checkpoint, training, describe_run(training, train_dataset))
         manifest = find_manifest(data.trajectories, data.trajectories_config, data.trajectories_revision)
         made_by = manifest.get("model", {})
@@ -245,9 +250,7 @@ def _check_place(model_name: str, training: CLLMConfig) -> None:
 
 def _load_datasets(data: TrainArguments, training: CLLMConfig) -> tuple[Dataset, Dataset | None]:
     def load(split: str) -> Any:
-        return load_trajectories(
-            data.trajectories, split, name=data.trajectories_config, revision=data.trajectories_revision
-        )
+        return load_records(data.trajectories, split, data.trajectories_config, data.trajectories_revision)
 
     train_dataset = load(data.train_split)
     if not training.do_eval and not training.eval_on_start:

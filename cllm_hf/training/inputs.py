@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..options import DEFAULT_BLOCK_SIZE
 from ..trajectories.schema import check_dataset, check_record, check_response, check_tokens
 from .batch import labels_of, no_room
 from .config import CLLMConfig
+from .texts import tokenize_texts
 
 
 # Of a lossless adapter where no `peft_config` says otherwise; `docs/lossless.md` has what others bring.
@@ -157,6 +158,14 @@ def load_target_tokenizer(model: Any) -> Any:
         return None
 
 
+def find_tokenizer(model: Any, processing_class: Any) -> Any:
+    """The tokenizer of a training, before its model is loaded."""
+    found = processing_class or load_target_tokenizer(model)
+    if found is None:
+        found = AutoTokenizer.from_pretrained(model if isinstance(model, str) else base_model_of(model).name_or_path)
+    return getattr(found, "tokenizer", found)
+
+
 def _set_pad_token(model: Any, tokenizer: Any, pad_token: str) -> None:
     """Set the padding token of tokenizer, config and generation config, as `trl.SFTTrainer` does for its collator."""
     if pad_token not in tokenizer.get_vocab():
@@ -172,10 +181,13 @@ def _set_pad_token(model: Any, tokenizer: Any, pad_token: str) -> None:
         owner.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def prepare_dataset(dataset: Any, config: CLLMConfig) -> Any:
-    """Have a dataset give Python lists, and the column by which transformers groups records of similar length."""
+def prepare_dataset(dataset: Any, config: CLLMConfig, find_tokenizer: Callable[[], Any]) -> Any:
+    """
+    Have a dataset give tokens as Python lists, and the column by which transformers groups records of similar length.
+    """
     if isinstance(dataset, dict):
-        return {key: prepare_dataset(one, config) for key, one in dataset.items()}
+        return {key: prepare_dataset(one, config, find_tokenizer) for key, one in dataset.items()}
+    dataset = tokenize_texts(dataset, config, find_tokenizer)
     if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
         dataset = dataset.with_format(None)  # tensors of "torch" or "numpy" would only be taken apart again
     name = config.length_column_name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +31,7 @@ from .inputs import (
     check_processes,
     check_vocabulary,
     explained_variants,
+    find_tokenizer,
     fit_model,
     load_target,
     load_target_tokenizer,
@@ -86,8 +88,10 @@ class CLLMTrainer(SFTTrainer):
         model (`str`, `transformers.PreTrainedModel` or `peft.PeftModel`): the target model, or its name or path. An
             adapter, or its name or path, is trained further.
         args (`CLLMConfig`, *optional*): options.
-        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): trajectories of the target model.
-        eval_dataset (`datasets.Dataset` or `dict` of them, *optional*): trajectories for evaluation.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): trajectories of the target model. Lossless
+            training and `trajectory_source="online"` also take its responses alone: as tokens (`prompt_ids`,
+            `response_ids`), or as text in columns `prompt` (text or chat messages) and `response` or `completion`.
+        eval_dataset (`datasets.Dataset` or `dict` of them, *optional*): the same for evaluation.
         processing_class (`transformers.PreTrainedTokenizerBase`, *optional*): the tokenizer.
         peft_config (`peft.PeftConfig`, *optional*): adapter to train instead of the whole model.
         kwargs: everything else that `trl.SFTTrainer` takes.
@@ -137,7 +141,8 @@ class CLLMTrainer(SFTTrainer):
         for name in _REFUSED_ARGUMENTS:
             if kwargs.get(name) is not None:
                 raise ValueError(f"`CLLMTrainer` has its own collator, loss and metrics, got a `{name}`. Drop it.")
-        train_dataset, eval_dataset = prepare_dataset(train_dataset, args), prepare_dataset(eval_dataset, args)
+        of_texts = partial(find_tokenizer, model, processing_class)
+        train_dataset, eval_dataset = (prepare_dataset(one, args, of_texts) for one in (train_dataset, eval_dataset))
         dataset_block_size = check_datasets(train_dataset, eval_dataset, args)
         self.block_size = args.block_size_schedule[-1] if args.block_size_schedule else dataset_block_size
         output_dir = Path(str(args.output_dir))
@@ -293,7 +298,8 @@ class CLLMTrainer(SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Make the batches of an evaluation; all is as in `transformers.Trainer.get_eval_dataloader`."""
-        return super().get_eval_dataloader(prepare_dataset(eval_dataset, self.args))
+        of_texts = partial(find_tokenizer, self.model, self.processing_class)
+        return super().get_eval_dataloader(prepare_dataset(eval_dataset, self.args, of_texts))
 
     def evaluation_loop(
         self,

@@ -29,6 +29,7 @@ from huggingface_hub.constants import ENDPOINT
 from ..files import check_file_place, path_inside, problem_of_name
 from ..names import Name
 from .manifest import MANIFEST_NAME, read_manifest, shards_by_split
+from .prompts import has_texts
 from .schema import (
     EMPTY,
     RESPONSE_COLUMNS,
@@ -38,6 +39,7 @@ from .schema import (
     check_response,
     check_responses,
 )
+from .sources import load_source
 
 
 UNFINISHED_NAME = ".unfinished"
@@ -85,24 +87,48 @@ def load_trajectories(
             unfinished, there is no such split or configuration, or an argument is given that only the other kind of
             `path` takes.
     """
+    return _check_all(_load(path, split, name, streaming, revision, token, allow_incomplete))
+
+
+def load_records(path: str, split: str, name: str | None = None, revision: str | None = None) -> Any:
+    """Load what can be trained on: as `load_trajectories`, or prompts and responses as text, also from a file."""
+    if Path(path).is_file():
+        Name.find(path).check_hub_options(revision, None)
+        loaded = load_source(path, name, split, "trajectories")
+    else:
+        loaded = _load(path, split, name, revision=revision)
+    return loaded if has_texts(loaded.column_names) else _check_all(loaded)
+
+
+def _load(
+    path: str | Path,
+    split: str | None,
+    name: str | None,
+    streaming: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    allow_incomplete: bool = False,
+) -> Any:
     found = Name.find(path)
     found.check("path", "dataset")
     folder = found.path
     if folder is not None:
         found.check_hub_options(revision, token)
         if any((folder / file).is_file() for file in (_STATE_NAME, _SPLITS_NAME)):
-            loaded = _load_saved(folder, split, name, streaming)
-        else:
-            loaded = _load_output(_choose(folder, name), split, streaming, allow_incomplete)
-    else:
-        loaded = _load_from_hub(found.text, split, name, streaming, revision, token)
+            return _load_saved(folder, split, name, streaming)
+        return _load_output(_choose(folder, name), split, streaming, allow_incomplete)
+    return _load_from_hub(found.text, split, name, streaming, revision, token)
+
+
+def _check_all(loaded: Any) -> Any:
     if not isinstance(loaded, dict):
         return _check(loaded)
     if all(isinstance(one, Dataset) and not len(one) for one in loaded.values()):
         raise ValueError(EMPTY)
     # A small dataset may have no row in one of its splits.
     checked = {key: one if isinstance(one, Dataset) and not len(one) else _check(one) for key, one in loaded.items()}
-    return IterableDatasetDict(checked) if streaming else DatasetDict(checked)
+    is_stream = any(isinstance(one, IterableDataset) for one in checked.values())
+    return IterableDatasetDict(checked) if is_stream else DatasetDict(checked)
 
 
 def _check(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -19,6 +19,8 @@ from ..files import check_unicode
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 Response = str | Sequence[int]
+# Rows that are tokenized together: a tokenizer keeps far more of each than its tokens until it has done all.
+_ROWS_AT_ONCE = 1000
 # Texts at which a tokenizer is looked at before it is believed to add no stop token.
 _MOST_TOLD = 100
 # What datasets call the one who responds; templates know `assistant`.
@@ -60,21 +62,37 @@ def read_rows(
         prompts = prompts["prompt"]
     if isinstance(prompts, (str, Mapping)):
         raise ValueError(f"`prompts` must be a list of prompts, got {str(prompts)[:60]!r}. Pass it in a list.")
-    texts, prompt_ids, special = _tokenize_prompts(list(prompts), tokenizer)
-    if not texts:
+    asked, given = list(prompts), None if responses is None else list(responses)
+    if not asked:
         raise ValueError("`prompts` must hold at least one prompt, got none.")
-    names = names or [str(index) for index in range(len(texts))]
-    if responses is None:
-        return [PromptRow(*row) for row in zip(range(len(texts)), names, texts, prompt_ids)]
-    given = list(responses)
-    if isinstance(responses, str) or len(given) != len(texts):
+    names = names or [str(index) for index in range(len(asked))]
+    if given is not None and (isinstance(responses, str) or len(given) != len(asked)):
         raise ValueError(
-            f"`responses` must hold one response for each of the {len(texts)} prompts, got {len(given)}. Pass two "
+            f"`responses` must hold one response for each of the {len(asked)} prompts, got {len(given)}. Pass two "
             "lists of the same length, or a dataset with the columns `prompt` and `response`."
         )
-    response_ids = _tokenize_responses(given, texts, prompt_ids, special, tokenizer)
-    is_text = [isinstance(response, str) for response in given]
-    return [PromptRow(*row) for row in zip(range(len(texts)), names, texts, prompt_ids, response_ids, is_text)]
+    rows = []
+    for first in range(0, len(asked), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        rows += tokenize_rows(names[part], asked[part], None if given is None else given[part], tokenizer, first)
+    return rows
+
+
+def tokenize_rows(
+    names: Sequence[str],
+    prompts: list[Any],
+    responses: list[Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    first: int = 0,
+) -> list[PromptRow]:
+    """Turn some prompts and responses into tokens, of which `first` is the place of the first one."""
+    texts, prompt_ids, special = _tokenize_prompts(prompts, tokenizer, first)
+    places = range(first, first + len(texts))
+    if responses is None:
+        return [PromptRow(*row) for row in zip(places, names, texts, prompt_ids)]
+    response_ids = _tokenize_responses(responses, texts, prompt_ids, special, tokenizer, first)
+    is_text = [isinstance(response, str) for response in responses]
+    return [PromptRow(*row) for row in zip(places, names, texts, prompt_ids, response_ids, is_text)]
 
 
 def fingerprint_rows(rows: Sequence[PromptRow]) -> str:
@@ -118,6 +136,12 @@ def check_ids(rows: Sequence[PromptRow], vocab_size: int) -> None:
                     f"Every token must be in the model's vocabulary of {vocab_size}, got {wrong} in the {what} of "
                     f"prompt {row.index}. Use the tokenizer of the model, or resize its embeddings."
                 )
+
+
+def has_texts(columns: Iterable[str] | None) -> bool:
+    """Whether the columns of a dataset are those of prompts and responses that are not tokens yet."""
+    names = set(columns or ())
+    return "prompt_ids" not in names and "prompt" in names and bool(names & {"response", "completion"})
 
 
 def check_prompt(prompt: Any, name: str) -> None:
@@ -182,14 +206,14 @@ def _telling_texts(texts: Iterable[str], tokenizer: Any) -> Iterator[str]:
 
 
 def _tokenize_prompts(
-    prompts: list[Any], tokenizer: PreTrainedTokenizerBase
+    prompts: list[Any], tokenizer: PreTrainedTokenizerBase, first: int
 ) -> tuple[list[str], list[list[int]], list[bool]]:
     """Texts, tokens, and for each whether the tokenizer adds its special tokens to the text."""
     texts: list[str] = []
     ready: dict[int, list[int]] = {}
     special = [isinstance(prompt, str) for prompt in prompts]  # a chat template already holds them
     for index, prompt in enumerate(prompts):
-        name = f"prompt {index}"
+        name = f"prompt {first + index}"
         ids = _as_ids(prompt)
         if isinstance(prompt, str):
             texts.append(prompt)
@@ -216,17 +240,19 @@ def _tokenize_responses(
     prompt_ids: list[list[int]],
     special: list[bool],
     tokenizer: PreTrainedTokenizerBase,
+    first: int,
 ) -> list[list[int]]:
     ready: dict[int, list[int]] = {}
     for index, response in enumerate(responses):
         ids = _as_ids(response)
         if isinstance(response, str):
-            check_unicode(response, f"response {index}")
+            check_unicode(response, f"response {first + index}")
         elif ids is not None:
             ready[index] = ids
         else:
             raise ValueError(
-                f"A response must be a text or a list of token ids, got {reprlib.repr(response)} as response {index}."
+                f"A response must be a text or a list of token ids, got {reprlib.repr(response)} as response "
+                f"{first + index}."
             )
     # Together with the prompt, since tokenizers begin a text in ways of their own.
     joined = {index: texts[index] + text for index, text in enumerate(responses) if index not in ready}

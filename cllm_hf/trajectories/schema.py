@@ -156,9 +156,10 @@ def check_response(record: Mapping[str, Any]) -> None:
     name = "?" if name is None else name
     for column, tokens in (("prompt_ids", prompt), ("response_ids", response)):
         if not tokens:
+            remedy = "drop that record" if column in record else "name columns of text `prompt` and `response`"
             raise ValueError(
                 f"A record needs tokens in the column `{column}`, got none in record {name}. Build the dataset with "
-                "`cllm_hf.TrajectoryBuilder`, or drop that record."
+                f"`cllm_hf.TrajectoryBuilder`, or {remedy}."
             )
     _check_missing(name, [[prompt, response]], "`prompt_ids` and `response_ids`")
 

@@ -252,7 +252,7 @@ def _from_dataset(
     response_column: str | None,
     limit: int | None,
 ) -> Prompts:
-    dataset = _load(name, config, split)
+    dataset = load_source(name, config, split)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     if not len(dataset):
@@ -287,20 +287,21 @@ def _check_values(name: str, column: str, fits: list[bool], values: list[Any]) -
         )
 
 
-def _load(name: str, config: str | None, split: str) -> Any:
+def load_source(name: str, config: str | None, split: str, option: str = "dataset_name") -> Any:
+    """Load a dataset from a file, a folder or the Hub, which `option` of a command names."""
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     path = Path(name).expanduser()
-    Name.find(path if name.startswith("~") else name).check("dataset_name", "dataset", takes_files=True)
+    Name.find(path if name.startswith("~") else name).check(option, "dataset", takes_files=True)
     suffix = path.suffix.lower()
     if path.is_file() and suffix not in _FORMATS:
         raise ValueError(
-            f"`dataset_name` must be a file of one of the kinds {', '.join(_FORMATS)}, got {name!r}. Convert it, or "
+            f"`{option}` must be a file of one of the kinds {', '.join(_FORMATS)}, got {name!r}. Convert it, or "
             "pass the folder it is in."
         )
     if path.is_file() and not path.stat().st_size:
-        raise ValueError(f"`dataset_name` must hold at least one prompt, got the empty file {name!r}.")
+        raise ValueError(f"`{option}` must hold at least one prompt, got the empty file {name!r}.")
     if path.is_file() and _FORMATS[suffix] == "json" and is_deep(path):
         raise ValueError(f"The dataset {name!r} could not be loaded (it is nested too deeply to be read).")
     loaded: Any
