@@ -62,10 +62,13 @@ class CollectOptions:
         max_new_tokens (`int`, *optional*): by default that of the top level.
         dtype (`str`, *optional*): of the weights; by default that of the section `model`.
         device (`str`): such as `"cpu"`; `"auto"` for CUDA if there is one.
+        responses_only (`bool`, *optional*): whether to collect responses without states; by default if the section
+            `train` reads none (`trajectory_source: online` or `lossless: true`).
     """
 
     num_prompts: int | None = None
     max_new_tokens: int | None = None
+    responses_only: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "auto"
     max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH
@@ -201,6 +204,16 @@ class Options:
             config.block_size = self.block_size
         return config
 
+    @property
+    def responses_only(self) -> bool:
+        """`bool`: whether responses are collected without states."""
+        wanted = self.collect.responses_only
+        return self._trains_without_states if wanted is None else wanted
+
+    @property
+    def _trains_without_states(self) -> bool:
+        return self.train.get("trajectory_source") == "online" or bool(self.train.get("lossless"))
+
     def collection(self) -> dict[str, Any]:
         """
         Options of the collection.
@@ -211,14 +224,22 @@ class Options:
         Raises:
             ValueError: for a value out of range.
         """
+        if self.responses_only and not self._trains_without_states:
+            raise ValueError(
+                "The section `train` reads states, of which `collect.responses_only=True` collects none. Drop it, or "
+                "set `train.trajectory_source=online`."
+            )
         section = vars(self.collect)
         rules = {field.name: section[field.name] for field in dataclasses.fields(CleaningRules)}
         for name in ("max_token_run", "max_sentence_repeats"):  # 0 is no such rule, as of `cllm collect`
             rules[name] = rules[name] or None
         shared = {field.name for field in dataclasses.fields(CollectionOptions)} & set(section)
         values = {name: section[name] for name in shared - {"max_new_tokens"}}
-        longest = self.collect.max_new_tokens or self.max_new_tokens
-        collection = CollectionOptions(block_size=self.block_size, max_new_tokens=longest, seed=self.seed, **values)
+        values["responses_only"] = self.responses_only
+        values["max_new_tokens"] = self.collect.max_new_tokens or self.max_new_tokens
+        if not self.responses_only:
+            values |= {"block_size": self.block_size, "seed": self.seed}
+        collection = CollectionOptions(**values)
         return {**vars(collection), "cleaning": CleaningRules(**rules)}
 
 
@@ -301,10 +322,10 @@ def _dependencies(
         found["sft"] = changed_values(options.sft_config(options.output_dir), options.sft, _INCIDENTAL)
     if options.draft is not None and (options.draft.sft or options.sft is not None):
         options.sft_config(options.output_dir, options.draft.sft)
-    found["collect"] |= {
-        "block_size": options.block_size,
-        "max_new_tokens": options.collect.max_new_tokens or options.max_new_tokens,
-    }
+    found["collect"]["max_new_tokens"] = options.collect.max_new_tokens or options.max_new_tokens
+    found["train" if options.responses_only else "collect"]["block_size"] = options.block_size
+    if options.responses_only:
+        found["collect"]["responses_only"] = True
     found["evaluate"]["max_new_tokens"] = options.evaluate.max_new_tokens or options.max_new_tokens
     return found
 

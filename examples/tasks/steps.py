@@ -242,7 +242,8 @@ class Pipeline:
 
         count = self.options.collect.num_prompts
         count = len(self.train_problems) if count is None else min(count, len(self.train_problems))
-        self._make(PARTS["trajectories"], title, f"the target model's trajectories of {count} answers", make)
+        what = "responses to" if self.options.responses_only else "trajectories of answers to"
+        self._make(PARTS["trajectories"], title, f"the target model's {what} {count} problems", make)
 
     def _train(self, title: str) -> None:
         def make(folder: Path, checkpoints: Path) -> str:

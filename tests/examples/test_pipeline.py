@@ -25,6 +25,8 @@ from tasks.steps import Pipeline
 from tasks.task import Problem, fingerprint_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cllm_hf import load_trajectories
+
 
 def read(tmp_path, overrides=(), **changes):
     return read_options(Letters, write_config(tmp_path / "config.yaml", **changes), overrides, str(tmp_path / "run"))
@@ -86,6 +88,8 @@ def same(ours, theirs):
         (["evaluate.more_block_sizes=8"], "`more_block_sizes` must be of type list, got 8"),
         (["evaluate.candidates=[2, -1]"], "`jacobi_candidates` must be an integer of at least 0, got -1"),
         (["evaluate.candidates=2"], "`candidates` must be of type list, got 2"),
+        (["collect.responses_only=true"], "`train` reads states.*`collect.responses_only=True` collects none"),
+        (["train.trajectory_source=online", "collect.augment=true"], "`augment=True` is about states"),
         (["sft.output_dir=x"], "`sft.output_dir` cannot be set, got 'x'.*top-level"),
         (["train.push_to_hub=true"], "`train.push_to_hub` cannot be set"),
         (["block_size=0"], "`block_size` must be"),
@@ -317,6 +321,26 @@ def test_every_step_is_done_once(tmp_path, stand_in):
     said = run(changed, overwrite="train")
     assert said[0] == "Removed: cllm, report." and sum("is complete" in line for line in said) == 3
     assert len(stand_in) == 2
+
+
+def test_states_are_collected_where_training_reads_them(tmp_path, stand_in):
+    online = {**TRAINING, "plot_run": False, "trajectory_source": "online"}
+    assert not read(tmp_path).responses_only and read(tmp_path, train={**TRAINING, "lossless": True}).responses_only
+    assert not read(tmp_path, ["collect.responses_only=false"], train=online).responses_only
+    options = read(tmp_path, train=online)
+    for step in ("sft", "collect", "train"):
+        said = run(options, step)
+    assert any("] train: the CLLM" in line for line in said)
+    dataset = load_trajectories(tmp_path / "run" / "trajectories")
+    assert len(dataset) == 6 and "states" not in dataset.column_names
+    cllm = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cllm")
+    assert cllm.generation_config.jacobi_block_size == 4
+    larger = read(tmp_path, ["block_size=5"], train=online)  # which responses do not depend on
+    assert any("trajectories is complete" in line for line in run(larger, "collect"))
+    with pytest.raises(ValueError, match="`block_size` is 5, but 'cllm' in .* was made with 4.*--overwrite train"):
+        run(larger, "train")
+    with pytest.raises(ValueError, match="'trajectories' in .* was made with .*--overwrite collect"):
+        run(read(tmp_path), "collect")
 
 
 @pytest.mark.slow

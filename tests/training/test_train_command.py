@@ -411,7 +411,7 @@ def test_a_trained_model_is_pushed(arguments, tmp_path, monkeypatch, capsys):
         raise PermissionError("no token")
 
     monkeypatch.setattr(command, "check_can_push", refuse)
-    monkeypatch.setattr(command, "load_trajectories", None)  # it is asked before the work
+    monkeypatch.setattr(command, "load_records", None)  # it is asked before the work
     assert main(options) == 1
     assert error_of(capsys) == "cllm: no token\n"
 
