@@ -195,6 +195,7 @@ def test_the_command_trains_and_goes_on(tokenizer, tmp_path, capsys, kind):
     assert main([*arguments, "--trajectories-revision", "v1"]) == 1
 
 
+@pytest.mark.slow
 def test_a_model_of_chats_learns_from_texts(chat_tokenizer, tmp_path):
     model = make_model("llama", vocab_size=len(chat_tokenizer), max_position_embeddings=512)
     rows = [

@@ -2,6 +2,7 @@
 
 import os
 import re
+import tracemalloc
 
 import pytest
 import torch
@@ -10,13 +11,22 @@ from conftest import make_word_model
 from datasets import Dataset
 from huggingface_hub import DatasetCard
 
-from cllm_hf import CLLMConfig, CLLMTrainer, TrajectoryBuilder, load_trajectories, measure_trajectories
+from cllm_hf import (
+    CleaningRules,
+    CLLMConfig,
+    CLLMTrainer,
+    TrajectoryBuilder,
+    load_trajectories,
+    measure_trajectories,
+)
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
+from cllm_hf.trajectories import builder as builder_module
 from cllm_hf.trajectories import shard
 from cllm_hf.trajectories.card import make_card
 from cllm_hf.trajectories.manifest import read_manifest
 from cllm_hf.trajectories.options import CollectionOptions
+from cllm_hf.trajectories.prompts import read_rows
 
 
 COLUMNS = ["data_id", "prompt", "response", "prompt_ids", "response_ids"]
@@ -69,11 +79,11 @@ def test_the_folder_goes_on_after_any_write_and_ends_with_the_same_bytes(tokeniz
     def stop(source, target):
         replace(source, target)
         calls.append(target)
-        if len(calls) % 3 == 0:
+        if len(calls) % 5 == 0:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", stop)
-    for _ in range(60):
+    for _ in range(99):
         try:
             make_builder(tokenizer, test_fraction=0.3).build(PROMPTS, output_dir=tmp_path / "stopped")
             break
@@ -85,6 +95,7 @@ def test_the_folder_goes_on_after_any_write_and_ends_with_the_same_bytes(tokeniz
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_bytes(tokenizer, tmp_path, monkeypatch):
     make_builder(tokenizer).collect(PROMPTS, tmp_path / "alone")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -107,10 +118,10 @@ def test_manifest_and_card_say_what_it_holds(tokenizer, tmp_path):
 
 
 def test_a_folder_with_states_is_another_collection(tokenizer, tmp_path):
-    make_builder(tokenizer, responses_only=False).collect(PROMPTS[:8], tmp_path / "made")
-    assert "responses_only" not in read_manifest(tmp_path / "made")["options"], "earlier collections go on"
-    with pytest.raises(ValueError, match="another collection: .*`responses_only` is None there and True here"):
-        make_builder(tokenizer).collect(PROMPTS[:8], tmp_path / "made")
+    assert "responses_only" not in CollectionOptions().to_dict(), "earlier collections go on"
+    make_builder(tokenizer).collect(PROMPTS[:8], tmp_path / "made")
+    with pytest.raises(ValueError, match="another collection: .*`responses_only` is True there and None here"):
+        make_builder(tokenizer, responses_only=False).collect(PROMPTS[:8], tmp_path / "made")
 
 
 def test_the_card_of_both_kinds(tmp_path):
@@ -182,7 +193,10 @@ def test_what_takes_states_says_that_there_are_none(target, tmp_path, capsys):
         measure_trajectories(load_trajectories(folder))
 
 
-@pytest.mark.parametrize("options", [{"trajectory_source": "online", "block_size": 5}, {"lossless": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"trajectory_source": "online", "block_size": 5}, pytest.param({"lossless": True}, marks=pytest.mark.slow)],
+)
 def test_it_is_trained_on(target, tokenizer, tmp_path, options):
     dataset = make_builder(tokenizer).build(PROMPTS, output_dir=tmp_path / "made")
     config = CLLMConfig(
@@ -192,3 +206,21 @@ def test_it_is_trained_on(target, tokenizer, tmp_path, options):
     trainer.train()
     assert torch.isfinite(torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])).all()
     assert trainer.state.log_history[-2]["eval_tokens_per_forward"] >= 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_prompts(tokenizer, tmp_path, monkeypatch):
+    """Beside the tokens of the prompts, what is held is that of a shard."""
+    texts, peaks = [problem.prompt for problem in make_problems(5000, seed=3)], []
+    for number in (1000, 5000):
+        builder = make_builder(tokenizer, max_new_tokens=2, max_tokens_per_batch=16384, prompts_per_shard=250)
+        rows = read_rows(texts[:number], None, tokenizer)
+        monkeypatch.setattr(builder, "_read", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(CleaningRules, "reason_to_drop", lambda *_: None)
+        monkeypatch.setattr(builder_module, "find_duplicates", lambda _: set())
+        tracemalloc.start()
+        builder.collect(texts[:number], tmp_path / str(number))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert builder.counts["kept"] == number
+    assert peaks[1] < 1.2 * peaks[0] < 4e6
