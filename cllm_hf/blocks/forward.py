@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,14 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .._host import CACHE_NAME, attention_implementation
+from .._host import CACHE_NAME, attention_implementation, input_device
 from .layout import CLEAN_SEGMENT, Packed
+
+
+# Logits that are computed at once where they are only looked through: a gigabyte in float32.
+_MOST_LOGITS = 2**28
+_ENDS_IN_HEAD = "_cllm_hf_ends_in_head"  # attribute of a model
+_Reduce = Callable[[torch.Tensor, slice], list[torch.Tensor]]
 
 
 def packed_attention_mask(
@@ -146,13 +153,15 @@ def packed_forward(
     base_model: PreTrainedModel | None = None,
     places: torch.Tensor | None = None,
     clean_cache: DynamicCache | None = None,
-) -> torch.Tensor:
+    reduce: _Reduce | None = None,
+) -> Any:
     """
     Run one forward pass over a packed batch, or over its drafts alone, after clean sequences from `forward_clean`.
 
     `base_model` is the one in the wrappers of `model` (PEFT, DDP, FSDP), if there are any. Logits are
     `[batch_size, num_columns, vocab_size]`. With `places`, each `row * num_columns + column`, they are
-    `[num_places, vocab_size]`, and logits of no other place are computed. The cache is left as it was.
+    `[num_places, vocab_size]`, and logits of no other place are computed; with `reduce` too, see `reduce_logits`. The
+    cache is left as it was.
     """
     inner: Any = base_model or model
     fed = slice(0 if clean_cache is None else packed.clean_length, None)
@@ -164,7 +173,12 @@ def packed_forward(
     }
     if clean_cache is not None:
         inputs[CACHE_NAME] = clean_cache
-    logits = model(**inputs).logits if places is None else _logits_at(model, inputs, inner, places)
+    if places is None:
+        logits = model(**inputs).logits
+    elif reduce is None:
+        logits = _logits_at(model, inputs, inner, places)
+    else:
+        logits = reduce_logits(inner, inputs, places, reduce)
     if clean_cache is not None:
         clean_cache.crop(packed.clean_length - packed.input_ids.shape[1])
     return logits
@@ -197,6 +211,54 @@ def _logits_at(
     return logits[0] if was_cut else logits.flatten(0, 1)[places.to(logits.device)]
 
 
+def reduce_logits(
+    model: PreTrainedModel, inputs: dict[str, Any], places: torch.Tensor, reduce: _Reduce
+) -> list[torch.Tensor]:
+    """
+    What `reduce` makes of the logits of some places, `[num_places, vocab_size]`: tensors with an entry for each place.
+
+    The logits are computed a part at a time, so that a batch is not limited by the vocabulary; `reduce` is given each
+    part and the places' numbers in it.
+    """
+    most = max(_MOST_LOGITS // model.config.get_text_config().vocab_size, 1)
+    if len(places) <= most or not _ends_in_head(model):
+        return reduce(_logits_at(model, inputs, model, places), slice(None))
+    head: Any = model.get_output_embeddings()
+    hidden: list[torch.Tensor] = []
+
+    def set_aside(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden.append(arguments[0].flatten(0, 1)[places.to(arguments[0].device)])
+        return (arguments[0][:, :1], *arguments[1:])  # little is left to do for the model
+
+    handle = head.register_forward_pre_hook(set_aside)
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    starts = range(0, len(places), most)
+    parts = [reduce(head(hidden[0][start : start + most]), slice(start, start + most)) for start in starts]
+    return [torch.cat(one) for one in zip(*parts)]
+
+
+def _ends_in_head(model: PreTrainedModel) -> bool:
+    """Whether logits are what the output embeddings say: some models scale or cap them."""
+    head: Any = model.get_output_embeddings()
+    known = vars(model).get(_ENDS_IN_HEAD)
+    if head is None or known is not None:
+        return bool(known)
+    said: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = head.register_forward_hook(lambda module, arguments, output: said.append((arguments[0], output)))
+    token = torch.zeros((1, 1), dtype=torch.long, device=input_device(model))
+    try:
+        logits = model(token, use_cache=False).logits
+    finally:
+        handle.remove()
+    # Some put several parts together, or leave out the output embeddings.
+    is_last = len(said) == 1 and said[0][0].shape[:2] == token.shape and said[0][1].shape == logits.shape
+    setattr(model, _ENDS_IN_HEAD, is_last and torch.equal(said[0][1].to(logits), logits))
+    return vars(model)[_ENDS_IN_HEAD]
+
+
 def forward_clean(
     model: torch.nn.Module,
     clean_ids: torch.Tensor,
@@ -204,12 +266,13 @@ def forward_clean(
     num_logits: int,
     base_model: PreTrainedModel | None = None,
     places: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, DynamicCache]:
+    reduce: _Reduce | None = None,
+) -> tuple[Any, DynamicCache]:
     """
     Run clean sequences, `[batch_size, clean_length]` and padded on the right, once for several forward passes over
     drafts after them.
 
-    Returns logits of the last columns, `[batch_size, num_logits, vocab_size]`, or with `places` as for
+    Returns logits of the last columns, `[batch_size, num_logits, vocab_size]`, or with `places` and `reduce` as for
     `packed_forward`, and keys and values of the clean sequences.
     """
     # Without the config, sliding layers keep everything: early blocks stand far before the end of the sequence.
@@ -222,6 +285,8 @@ def forward_clean(
         CACHE_NAME: cache,
         "use_cache": True,
     }
+    if reduce is not None and places is not None:
+        return reduce_logits(inner, inputs, places, reduce), cache
     if places is not None:
         return _logits_at(model, inputs, inner, places), cache
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:

@@ -13,7 +13,7 @@ from ..blocks.limits import check_packable
 from ..options import check_block_size
 from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH
-from ..trajectories.responding import batch_by_tokens, limit_tokens
+from ..trajectories.responding import batch_by_tokens
 from ..trajectories.statistics import TrajectoryStatistics, measure_trajectories
 from .benchmark import (
     DecodingMethod,
@@ -322,7 +322,7 @@ def measure_convergence(
     ]
     sizes = [(len(request.prompt_ids) + len(request.response_ids), len(request.response_ids)) for request in requests]
     total = TrajectoryStatistics(block_size)
-    for batch in batch_by_tokens(sizes, limit_tokens(model, DEFAULT_TOKENS_PER_BATCH)):
+    for batch in batch_by_tokens(sizes, DEFAULT_TOKENS_PER_BATCH):
         chosen = [requests[index] for index in batch]
         found = collect_trajectories(model, chosen, block_size, pad_token_id, stop_ids, keep_not_greedy=True)
         total += measure_trajectories([vars(trajectory) for trajectory in found], block_size)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
@@ -220,18 +219,21 @@ def _read_clean(model: PreTrainedModel, requests: list[Request], stop_ids: Colle
     sequences = [torch.tensor(request.prompt_ids + request.response_ids) for request in requests]
     ids = pad_sequence(sequences, batch_first=True).to(device)
     mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True).to(device)
-    first = min(len(request.prompt_ids) for request in requests) - 1
-    logits, cache = forward_clean(model, ids, mask, ids.shape[1] - first)
-    best, near_ties = _judge(logits, ids[:, first + 1 :], requests, model.dtype)
+    # Of each row, from before the first token of the response to after its last.
+    counts = np.array([len(request.response_ids) + 1 for request in requests])
+    firsts = [row * ids.shape[1] + len(request.prompt_ids) - 1 for row, request in enumerate(requests)]
+    places = np.concatenate([first + np.arange(count) for first, count in zip(firsts, counts)])
+    written = np.concatenate([[*request.response_ids, 0] for request in requests])
+    is_asked = np.ones(len(places), dtype=bool)
+    is_asked[counts.cumsum() - 1] = False
+    judged, cache = _judge(model, ids, mask, places, written, is_asked)
     responses, departures, num_near_ties = [], [], []
-    for request, row, near in zip(requests, best, near_ties):
-        start, length = len(request.prompt_ids) - 1 - first, len(request.response_ids)
-        near = near[start : start + length]
-        departs = (row[start : start + length] != request.response_ids) & ~near
+    for request, best, near in zip(requests, *(np.split(one, counts.cumsum()[:-1]) for one in judged)):
+        departs, near = (best[:-1] != request.response_ids) & ~near[:-1], near[:-1]
         # After a stop token the model would have said nothing more.
         departs[count_until_stop(request.response_ids, stop_ids) :] = True
         num_near_ties.append(int((near & ~departs).sum()))
-        following = int(row[start + length])
+        following = int(best[-1])
         if request.may_stop and following in stop_ids and request.response_ids[-1] not in stop_ids:
             responses.append([*request.response_ids, following])
             departs = np.append(departs, False)
@@ -242,18 +244,25 @@ def _read_clean(model: PreTrainedModel, requests: list[Request], stop_ids: Colle
 
 
 def _judge(
-    logits: torch.Tensor, written: torch.Tensor, requests: list[Request], dtype: torch.dtype
-) -> tuple[np.ndarray, np.ndarray]:
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    places: np.ndarray,
+    written: np.ndarray,
+    is_asked: np.ndarray,
+) -> tuple[list[np.ndarray], DynamicCache]:
     """
-    What the model finds best at each place, and the near ties within the responses, both of shape `[R, L]`, for
-    `logits` `[R, L, vocab_size]` from before the first response on and the tokens `written` `[R, L - 1]`.
+    Read `ids`: what the model finds best at some places, and which of the tokens `written` there are near ties, where
+    that is asked; each array is `[num_places]`.
     """
-    written = pad(written, (0, 1)).to(logits.device)
-    prompts = torch.tensor([len(request.prompt_ids) for request in requests], device=logits.device)[:, None]
-    responses = torch.tensor([len(request.response_ids) for request in requests], device=logits.device)[:, None]
-    places = torch.arange(logits.shape[1], device=logits.device) - (prompts - prompts.min())
-    best, near_ties = judge_greedy(logits, written, dtype, asked=(places >= 0) & (places < responses))
-    return best.cpu().numpy(), near_ties.cpu().numpy()
+    device = ids.device
+    tokens, asked = (torch.from_numpy(one).to(device) for one in (written, is_asked))
+
+    def judge(logits: torch.Tensor, part: slice) -> list[torch.Tensor]:
+        return list(judge_greedy(logits, tokens[part].to(logits.device), model.dtype, asked[part].to(logits.device)))
+
+    judged, cache = forward_clean(model, ids, mask, 0, places=torch.from_numpy(places).to(device), reduce=judge)
+    return [one.cpu().numpy() for one in judged], cache
 
 
 def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np.ndarray) -> np.ndarray:
@@ -291,8 +300,11 @@ def _iterate(model: PreTrainedModel, clean: _Clean, blocks: _Blocks, settled: np
         lay_out(block + 1, PADDING_SEGMENT),
         lay_out((blocks.starts + settled + 1)[block], 0),
     )
-    predicted = packed_forward(model, packed, clean_cache=clean.cache).argmax(-1).cpu().numpy()
-    states[asked] = predicted[row, column]
+    places = torch.from_numpy(row * counts.max() + column).to(clean.ids.device)
+    (predicted,) = packed_forward(
+        model, packed, places=places, clean_cache=clean.cache, reduce=lambda logits, _: [logits.argmax(-1)]
+    )
+    states[asked] = predicted.cpu().numpy()
     return states
 
 

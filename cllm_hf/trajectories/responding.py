@@ -1,20 +1,18 @@
-"""The model's own greedy responses to prompts, and what goes into a batch."""
+"""What goes into a batch, and where a response ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .._host import input_device
-from ..blocks.rules import count_until_stop
 
-
-# Logits of a forward pass at most, so that a large vocabulary does not fill the memory: a gigabyte in float32.
-_MOST_LOGITS = 2**28
+logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 def batch_by_tokens(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
@@ -42,27 +40,27 @@ def split_batches(rows: Sequence[Any], batch_size: int) -> list[list[Any]]:
     return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
-def limit_tokens(model: PreTrainedModel, budget: int) -> int:
-    """Lower a budget of tokens to what a forward pass with logits for half of them may hold."""
-    config: Any = model.config.get_text_config()
-    return min(budget, 2 * _MOST_LOGITS // config.vocab_size)
+class Fitting:
+    """
+    Computes with as many rows at once as fit the memory of a device: with half of them where it runs out, and so on,
+    and no more than that later.
+    """
 
+    def __init__(self) -> None:
+        self._most: int | None = None
 
-def respond(
-    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], pad_id: int
-) -> list[list[int]]:
-    """Decode the greedy responses to a batch of prompts, up to their stop tokens, by the plain argmax."""
-    longest = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    options = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids or None, pad_token_id=pad_id
-    )
-    device = input_device(model)
-    generate: Any = model.generate
-    with without_generation_defaults(model):
-        output = generate(input_ids.to(device), attention_mask=mask.to(device), generation_config=options)
-    return [response[: count_until_stop(response, stop_ids)] for response in output[:, longest:].tolist()]
+    def run(self, compute: Callable[[int], _Result], num_rows: int) -> _Result:
+        """What `compute` returns for that number of rows at once, or for a smaller one."""
+        while True:
+            num_rows = num_rows if self._most is None else min(num_rows, self._most)
+            try:
+                return compute(num_rows)
+            except RuntimeError as error:
+                if num_rows == 1 or not should_reduce_batch_size(error):
+                    raise
+            clear_device_cache(garbage_collection=True)  # when nothing holds the tensors of the failure any more
+            self._most = num_rows // 2
+            logger.warning("Memory ran out with %d rows at once. Going on with %d.", num_rows, self._most)
 
 
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

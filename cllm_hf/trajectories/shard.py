@@ -24,9 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .._host import count_embeddings
 from ..files import check_file_place, path_inside, write_whole
 from .collector import Request, Trajectory, augment_states, collect_trajectories
+from .continuous import ContinuousBatch, count_rows
 from .options import CleaningRules, CollectionOptions
 from .prompts import PromptRow
-from .responding import batch_by_tokens, find_stop_ids, limit_tokens, respond, split_batches
+from .responding import Fitting, batch_by_tokens, find_stop_ids, split_batches
 from .schema import features
 from .statistics import TrajectoryStatistics
 
@@ -41,6 +42,8 @@ _ADVICE = {
 _OF_KEPT = ("kept", "kept_not_greedy", "kept_near_ties", "near_ties")
 _NOTES = "cllm_hf"  # key of what a shard says of itself, beside the keys of `datasets`
 _ROWS_AT_ONCE = 500  # responses alone
+# Prompts whose responses are decoded in one go, and kept. While the last of them end, rows stand empty.
+_PROMPTS_AT_ONCE = 512
 _COMPRESSION = 9  # of zstd: 3 to 6% smaller than its default
 
 
@@ -109,7 +112,7 @@ class ShardCollector:
         self._pad_id: int = pad_id
         config: Any = model.config.get_text_config()
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
-        self._most_tokens = limit_tokens(model, options.max_tokens_per_batch)
+        self._decoding, self._iterating = Fitting(), Fitting()
 
     def __enter__(self) -> ShardCollector:
         self._modes = [(module, module.training) for module in self.model.modules()]
@@ -183,16 +186,28 @@ class ShardCollector:
         """Responses by index: those that are given, and those of the model to the other prompts."""
         responses = {row.index: row.response_ids for row in rows if row.response_ids is not None}
         asked = [row for row in rows if row.response_ids is None]
-        sizes = [(len(row.prompt_ids), self.options.max_new_tokens) for row in asked]
-        for number, batch in enumerate(batch_by_tokens(sizes, self.options.max_tokens_per_batch)):
-            progress.say(f"responses {len(responses)}/{len(rows)}")
-            prompts = [asked[place].prompt_ids for place in batch]
-            decoded = journal.once(f"responses-{number:05d}", prompts, partial(self._decode, prompts))
-            responses.update((asked[place].index, response) for place, response in zip(batch, decoded, strict=True))
+        for number, group in enumerate(split_batches(asked, _PROMPTS_AT_ONCE)):
+            prompts = [row.prompt_ids for row in group]
+            say = partial(self._say_responses, progress, len(rows), len(responses))
+            say(0)
+            decoded = journal.once(f"responses-{number:05d}", prompts, partial(self._decode, prompts, say))
+            responses.update((row.index, response) for row, response in zip(group, decoded, strict=True))
         return responses
 
-    def _decode(self, prompts: list[list[int]]) -> list[list[int]]:
-        return respond(self.model, prompts, self.options.max_new_tokens, self._stop_ids, self._pad_id)
+    @staticmethod
+    def _say_responses(progress: Progress, total: int, before: int, ended: int) -> None:
+        progress.say(f"responses {before + ended}/{total}")
+
+    def _decode(self, prompts: list[list[int]], say: Callable[[int], None]) -> list[list[int]]:
+        options = self.options
+
+        def decode(num_rows: int) -> list[list[int]]:
+            batch = ContinuousBatch(
+                self.model, options.max_new_tokens, self._stop_ids, num_rows, options.max_tokens_per_batch
+            )
+            return batch.run(prompts, say)
+
+        return self._decoding.run(decode, count_rows(self.model, max(map(len, prompts)) + options.max_new_tokens))
 
     def _iterate(
         self, rows: list[PromptRow], responses: Mapping[int, list[int]], journal: Journal, progress: Progress
@@ -206,7 +221,7 @@ class ShardCollector:
         ]
         sizes = [(len(r.prompt_ids) + len(r.response_ids), len(r.response_ids)) for r in requests]
         done = 0
-        for number, batch in enumerate(batch_by_tokens(sizes, self._most_tokens)):
+        for number, batch in enumerate(batch_by_tokens(sizes, self.options.max_tokens_per_batch)):
             progress.say(f"trajectories {done}/{len(rows)}")
             chosen = [requests[place] for place in batch]
             # By name, since earlier versions had another rule for what is greedy.
@@ -216,15 +231,21 @@ class ShardCollector:
             done += len(batch)
 
     def _collect(self, requests: list[Request]) -> list[dict[str, Any]]:
-        found = collect_trajectories(
-            self.model,
-            requests,
-            self.options.block_size,
-            self._pad_id,
-            self._stop_ids,
-            keep_not_greedy=self.options.not_greedy == "keep",
-        )
-        return [vars(trajectory) for trajectory in found]
+        def collect(num_rows: int) -> list[dict[str, Any]]:
+            found = (
+                collect_trajectories(
+                    self.model,
+                    part,
+                    self.options.block_size,
+                    self._pad_id,
+                    self._stop_ids,
+                    keep_not_greedy=self.options.not_greedy == "keep",
+                )
+                for part in split_batches(requests, num_rows)
+            )
+            return [vars(trajectory) for part in found for trajectory in part]
+
+        return self._iterating.run(collect, len(requests))
 
     def _record(self, row: PromptRow, trajectory: Trajectory) -> dict[str, Any]:
         record: dict[str, Any] = {

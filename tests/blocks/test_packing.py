@@ -5,6 +5,7 @@ import torch
 from architectures import CANNOT_BUILD, MODEL_TYPES, make_architecture
 from conftest import CONFIGS, VOCAB_SIZE, make_model
 
+from cllm_hf.blocks import forward
 from cllm_hf.blocks.forward import copy_clean, forward_clean, packed_forward
 from cllm_hf.blocks.layout import Drafts, Packed, append_drafts, fill_rows, pack
 from cllm_hf.blocks.limits import check_packable
@@ -225,3 +226,29 @@ def test_every_architecture_is_packed_right_or_refused(name):
         torch.testing.assert_close(clean[row, : len(expected)], expected, atol=1e-3, rtol=1e-4)
     for place, expected in expected_blocks.items():
         torch.testing.assert_close(blocks[place], expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere"])
+def test_logits_that_are_looked_through_in_parts_say_the_same(model_type, monkeypatch):
+    """Gemma 2 caps its logits and Cohere scales them, after the output embeddings."""
+    model = make_architecture(model_type).eval()
+    if model_type == "cohere":
+        model.logit_scale = 0.5
+    ids, mask = torch.randint(3, 60, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    places = torch.tensor([0, 3, 4, 11, 17, 26])
+    seen = []
+
+    def reduce(logits, part):
+        seen.append(len(logits))
+        assert len(places[part]) == len(logits)
+        return [logits.argmax(-1), logits.amax(-1)]
+
+    with torch.no_grad():
+        logits, cache = forward_clean(model, ids, mask, 9)
+        expected = logits.flatten(0, 1)[places]
+        monkeypatch.setattr(forward, "_MOST_LOGITS", 2 * logits.shape[-1])
+        (best, height), other = forward_clean(model, ids, mask, 9, places=places, reduce=reduce)
+    assert seen == ([2, 2, 2] if model_type == "llama" else [6])
+    torch.testing.assert_close(height, expected.amax(-1))
+    assert torch.equal(best, expected.argmax(-1))
+    torch.testing.assert_close(other.layers[-1].keys, cache.layers[-1].keys)

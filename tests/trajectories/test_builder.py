@@ -23,9 +23,10 @@ from datasets import Dataset
 from cllm_hf import CleaningRules, TrajectoryBuilder, load_trajectories
 from cllm_hf.demo.problems import make_problems
 from cllm_hf.trajectories import folder as folder_module
+from cllm_hf.trajectories import shard
 from cllm_hf.trajectories.manifest import describe_difference, read_manifest
 from cllm_hf.trajectories.prompts import is_held_out, read_rows
-from cllm_hf.trajectories.shard import Journal
+from cllm_hf.trajectories.shard import Journal, ShardCollector
 
 
 NO_CLEANING = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
@@ -144,6 +145,7 @@ def test_stopped_at_any_write_it_ends_with_the_same_bytes(
 ):
     """Before a rename nothing is there yet, after it all is: both sides of each are tried."""
     replace, calls = os.replace, []
+    monkeypatch.setattr(shard, "_PROMPTS_AT_ONCE", 3)  # more files of a shard that is not finished
 
     def stop(source, target):
         calls.append(target)
@@ -663,15 +665,15 @@ def test_the_size_of_batches_may_change_on_the_way(
     word_model, tokenizer, prompts, finished, tmp_path, monkeypatch, caplog
 ):
     """As after running out of memory: batches of the journal are then others, and are not mixed up."""
-    decode, calls = type(word_model).generate, []
+    collect, calls = ShardCollector._collect, []
 
-    def fail(self, *args, **kwargs):
-        calls.append(args)
+    def fail(self, requests):
+        calls.append(requests)
         if len(calls) == 5:
             raise _Stop
-        return decode(self, *args, **kwargs)
+        return collect(self, requests)
 
-    monkeypatch.setattr(type(word_model), "generate", fail)
+    monkeypatch.setattr(ShardCollector, "_collect", fail)
     with pytest.raises(_Stop):
         make_builder(word_model, tokenizer).build(prompts, output_dir=tmp_path)
     resumed = make_builder(word_model, tokenizer, max_tokens_per_batch=120).build(prompts, output_dir=tmp_path)

@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from cllm_hf import FEATURES, CleaningRules, TrajectoryBuilder, measure_trajectories
 from cllm_hf.blocks.layout import num_blocks
 from cllm_hf.demo.problems import make_problems
+from cllm_hf.trajectories import shard
 from cllm_hf.trajectories.collector import draw_first_states
 from cllm_hf.trajectories.schema import check_dataset, check_record
 from cllm_hf.trajectories.shard import ShardCollector
@@ -130,13 +131,14 @@ def test_generation_defaults_of_the_model_do_not_bend_the_responses(word_model, 
 def test_responses_that_blocks_do_not_end_in_are_dropped_and_counted(word_model, tokenizer, prompts, monkeypatch):
     decode = ShardCollector._decode
 
-    def misremember(self, prompts):
-        responses = decode(self, prompts)
+    def misremember(self, prompts, say):
+        responses = decode(self, prompts, say)
         responses[0][-1] = (responses[0][-1] + 1) % len(tokenizer)
         return responses
 
     monkeypatch.setattr(ShardCollector, "_decode", misremember)
-    dataset, builder = build(word_model, tokenizer, prompts, max_tokens_per_batch=600)
+    monkeypatch.setattr(shard, "_PROMPTS_AT_ONCE", 5)
+    dataset, builder = build(word_model, tokenizer, prompts)
     dropped = builder.counts["not_greedy"]
     assert dropped >= 2 and len(dataset) == builder.counts["kept"] == len(prompts) - dropped
     with pytest.raises(ValueError, match="No record is left of 1 prompts: 1 for `not_greedy`"):
