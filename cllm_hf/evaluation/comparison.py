@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from .._host import CACHE_NAME, base_model_of
 from ..options import JacobiOptions
+from .agreement import COLUMNS, agreement_notes, compare_texts
 from .benchmark import (
     DecodingMethod,
     DecodingResult,
@@ -30,7 +31,6 @@ from .reporting import (
     format_number,
     format_rate,
     format_rows,
-    near_tie_notes,
 )
 
 
@@ -75,7 +75,11 @@ def compare_decoding(
     if refusal is not None:
         notes.append(f"Candidates are left out: {refusal}")
     notes += compile_notes(methods)
-    notes += near_tie_notes(prompts, [(method, result, results[0]) for method, result in zip(methods, results)])
+    rows = [
+        {**_row(method, result, results[0], forwards), **compare_texts(method, prompts, result, results[0])}
+        for method, result in zip(methods, results)
+    ]
+    notes += agreement_notes(rows)
     return {
         "kind": "decode",
         "environment": describe_environment(model),
@@ -90,7 +94,7 @@ def compare_decoding(
         "cache_length": cache_length,
         "forward_seconds": {str(width): seconds for width, seconds in forwards.items()},
         "methods": [raw_result(method, result) for method, result in zip(methods, results)],
-        "rows": [_row(method, result, results[0], forwards) for method, result in zip(methods, results)],
+        "rows": rows,
     }
 
 
@@ -184,6 +188,7 @@ def format_comparison(report: dict[str, Any]) -> str:
             "limit": lambda row: format_number(row["limit"], "x"),
             "speed-up over generate()": lambda row: format_number(row["speedup"], "x"),
             "equal": lambda row: f"{row['num_equal']}/{settings['num_prompts']}",
+            **COLUMNS,
             "peak MiB": lambda row: None if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}",
         },
     )
@@ -239,7 +244,6 @@ def _row(
         "relative_cost": cost,
         "limit": None if cost is None else gain / cost,
         "speedup": result.speedup_over(baseline),
-        "num_equal": result.num_equal_to(baseline),
         "peak_memory": result.peak_memory,
     }
 

@@ -15,6 +15,7 @@ from ..trajectories.collector import Request, collect_trajectories
 from ..trajectories.options import DEFAULT_TOKENS_PER_BATCH
 from ..trajectories.responding import batch_by_tokens
 from ..trajectories.statistics import TrajectoryStatistics, measure_trajectories
+from .agreement import agreement_notes, compare_texts
 from .benchmark import (
     DecodingMethod,
     DecodingResult,
@@ -32,7 +33,6 @@ from .reporting import (
     compile_notes,
     describe_environment,
     difference_notes,
-    near_tie_notes,
     window_notes,
 )
 
@@ -153,7 +153,14 @@ def compare_models(
         _judge_all(runs, judge)
         _measure_memory(runs, prompts, max_new_tokens, pad_token_id)
         convergence, notes = _measure_sides(list(own.values()), prompts, block_size, pad_token_id)
-        notes += near_tie_notes(prompts, [(run.method, run.result, own[run.side.name].result) for run in runs])
+        rows = [
+            {
+                **_row(run, own["target"], own[run.side.name]),
+                **compare_texts(run.method, prompts, run.result, own[run.side.name].result),
+            }
+            for run in runs
+        ]
+        notes += agreement_notes(rows)
     named = {"target": target, "cllm": cllm, "assistant": assistant}
     described = {name: _describe(model) for name, model in named.items() if model is not None}
     compared = _compare_responses(own["target"], own["cllm"], max_new_tokens)
@@ -181,7 +188,7 @@ def compare_models(
             *collapse_notes(compared, max_new_tokens, _describe_ended(runs, max_new_tokens)),
         ],
         "prompt_lengths": [len(prompt) for prompt in prompts],
-        "rows": [_row(run, own["target"], own[run.side.name]) for run in runs],
+        "rows": rows,
         "convergence": convergence,
         "comparison": compared,
         "methods": [_raw(run) for run in runs],
@@ -361,7 +368,6 @@ def _row(run: _Run, target: _Run, own: _Run) -> dict[str, Any]:
         "speedup_over_target": _speedup(result, target.result),
         "speedup_over_own": _speedup(result, own.result),
         "tokens_per_forward": result.tokens_per_forward if sum(result.num_forwards) else None,
-        "num_equal": result.num_equal_to(own.result),
         "accuracy": None if run.judgements is None else count_right(run.judgements),
         "num_parameters": run.method.model.num_parameters(),
         "num_assistant_parameters": None if assistant is None else assistant.num_parameters(),

@@ -8,6 +8,7 @@ from typing import Any
 from ..cards import code, format_table
 from ..files import check_writable_file, save_figure
 from ..trajectories.statistics import TrajectoryStatistics, format_statistics
+from .agreement import COLUMNS
 from .model_comparison import TITLES
 from .reporting import describe_prompts, format_environment, format_number, format_rate, format_rows
 
@@ -60,6 +61,7 @@ def _format_methods(report: dict[str, Any]) -> str:
             "over own generate()": lambda row: format_number(row["speedup_over_own"], "x"),
             "tokens per forward pass": lambda row: format_number(row["tokens_per_forward"]),
             "equal to own generate()": lambda row: f"{row['num_equal']}/{num_prompts}",
+            **COLUMNS,
             "accuracy": _accuracy,
             "parameters, M": _parameters,
             "peak MiB": _peak_memory,

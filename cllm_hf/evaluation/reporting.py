@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from .._host import attention_implementation, base_model_of, input_device
+from .._host import attention_implementation, base_model_of
 from .._version import __version__
-from ..blocks.rules import judge_greedy
 from ..cards import format_table
-from .benchmark import DecodingMethod, DecodingResult
+from .benchmark import DecodingMethod
 
 
 # From when on it is noted that more of the CLLM's responses are cut off than of the target model's: as a share of all
 # responses, and at least how many, since of a few prompts one may be an accident.
 _MANY_CUT_OFF = 0.05
 _FEW_CUT_OFF = 2
-_OPTIONAL_COLUMNS = ("accuracy", "peak MiB")
+_OPTIONAL_COLUMNS = ("accuracy", "peak MiB", "near ties", "differ", "largest gap")
 
 
 def format_rows(rows: Sequence[dict[str, Any]], columns: Mapping[str, Callable[[dict[str, Any]], str | None]]) -> str:
@@ -86,43 +85,6 @@ def compile_notes(methods: Sequence[DecodingMethod]) -> list[str]:
     if any(method.model.device.type == "cpu" for method in static):
         return ["`generate(), compiled` is not compiled here: transformers does so on accelerators only."]
     return []
-
-
-def near_tie_notes(
-    prompts: Sequence[list[int]], compared: Iterable[tuple[DecodingMethod, DecodingResult, DecodingResult]]
-) -> list[str]:
-    """
-    Say of each method how many of the responses that differ from those of another method with the same model, whose
-    result is the last in each tuple, part at a near tie.
-    """
-    notes = []
-    for method, result, baseline in compared:
-        pairs = [
-            (prompt, ours, theirs)
-            for prompt, ours, theirs in zip(prompts, result.responses, baseline.responses)
-            if ours != theirs
-        ]
-        if pairs:
-            number = sum(_parts_at_near_tie(method.model, *pair) for pair in pairs)
-            noun = "response that differs parts" if len(pairs) == 1 else "responses that differ part"
-            notes.append(
-                f"{result.name}: {number} of {len(pairs)} {noun} from those of {baseline.name} at a near tie, where "
-                "the rounding of the dtype decides between two tokens."
-            )
-    return notes
-
-
-@torch.no_grad()
-def _parts_at_near_tie(model: Any, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> bool:
-    """Whether both tokens at the first difference count as greedy; not where one is the beginning of the other."""
-    place = next((number for number, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), None)
-    if place is None:
-        return False
-    ids = torch.tensor([[*prompt, *ours[:place]]], device=input_device(model))
-    last = model(ids, use_cache=False).logits[0, -1:].expand(2, -1)
-    both = torch.tensor([ours[place], theirs[place]], device=last.device)
-    best, near_ties = judge_greedy(last, both, model.dtype)
-    return bool(((best == both) | near_ties).all())
 
 
 def difference_notes(described: dict[str, dict[str, Any]], title: str) -> list[str]:

@@ -59,8 +59,9 @@ def run_compare(options: argparse.Namespace) -> str:
     problems = [f"{side.name}: {side.problem}" for side in sides if side.problem]
     if problems:
         raise ValueError(" ".join(problems))
+    parting = race.find_parting(sides[0], sides[1])
     texts = [] if console.is_terminal else [_plain(side) for side in sides]
-    return "\n\n".join([*texts, "\n".join(compare(sides[0], sides[1], question.is_sampled))])
+    return "\n\n".join([*texts, "\n".join(compare(sides[0], sides[1], question.is_sampled, parting))])
 
 
 def _import_page() -> Any:

@@ -101,7 +101,8 @@ class _Races:
             self._running[str(request.session_hash)] = race
             try:
                 for left, right in race.watch(_SECONDS_A_PICTURE):
-                    lines = [html.escape(line) for line in compare(left, right, question.is_sampled)]
+                    said = compare(left, right, question.is_sampled, race.find_parting(left, right))
+                    lines = [html.escape(line) for line in said]
                     yield format_side(left), format_side(right), "<br>".join(lines)
             finally:
                 self._running.pop(str(request.session_hash), None)

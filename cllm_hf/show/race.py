@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .._host import base_model_of, input_device
 from ..blocks.drafter import find_drafter
+from ..blocks.parting import Parting, describe_parting, find_parting
 from ..loading import load_tokenizer
 from ..options import AUTOREGRESSIVE, JACOBI, LOSSLESS, check_block_size
 from ..process import quiet_hosts
@@ -87,6 +88,7 @@ class Race:
         models: list[Any] = []
         for way in ways:
             models.append(_twin(way.model) if any(way.model is model for model in models) else way.model)
+        self._ways, self._prompt_ids = list(ways), list(prompt_ids)
         self._sides = [
             _Side(self, way, model, list(prompt_ids), tokenizer) for way, model in zip(ways, models, strict=True)
         ]
@@ -111,6 +113,15 @@ class Race:
         with self._change:
             self._is_stopped = True
             self._change.notify_all()
+
+    def find_parting(self, first: Snapshot, second: Snapshot) -> Parting | None:
+        """Where the texts of two sides part at their ends, if both are to be those of the first one's model."""
+        ours, theirs = self._ways[:2]
+        is_one_model = ours.model is theirs.model or theirs.options.get("decoding") == LOSSLESS
+        is_greedy = not any(way.options.get("do_sample") for way in (ours, theirs))
+        if not (is_one_model and is_greedy and first.is_done and second.is_done):
+            return None
+        return find_parting(ours.model, self._prompt_ids, first.token_ids, second.token_ids)
 
     def take_turn(self, side: _Side) -> None:
         """Wait, before a forward pass, until no other side runs or is behind."""
@@ -248,8 +259,11 @@ def _twin(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def compare(first: Snapshot, second: Snapshot, is_sampled: bool) -> list[str]:
-    """What is to be said of two sides that have come to their ends; the first is the yardstick."""
+def compare(first: Snapshot, second: Snapshot, is_sampled: bool, parting: Parting | None = None) -> list[str]:
+    """
+    What is to be said of two sides that have come to their ends; the first is the yardstick, and `parting` is where
+    texts of one model differ.
+    """
     if first.problem or second.problem or not (first.is_done and second.is_done):
         return []
     lines = []
@@ -262,7 +276,8 @@ def compare(first: Snapshot, second: Snapshot, is_sampled: bool) -> list[str]:
     elif first.token_ids == second.token_ids:
         lines.append(f"The texts are equal: {same} of {same} tokens.")
     else:
-        lines.append(f"The texts differ from token {same + 1} on. In 16 bits that happens at near ties.")
+        two_models = f"The texts differ from token {same + 1} on. They are of two models."
+        lines.append(two_models if parting is None else describe_parting(parting))
     return lines
 
 

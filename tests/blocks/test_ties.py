@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cllm_hf import CleaningRules, TrajectoryBuilder
 from cllm_hf.blocks import rules as ties
+from cllm_hf.blocks.parting import Parting, find_parting
 from cllm_hf.blocks.rules import judge_greedy, near_tie_bound
 from cllm_hf.demo.problems import make_problems
+from cllm_hf.evaluation.agreement import COLUMNS, agreement_notes, compare_texts
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult
-from cllm_hf.evaluation.reporting import near_tie_notes
 from cllm_hf.training.monitoring import METRICS, measure_decoding
 from cllm_hf.trajectories.collector import Request, collect_trajectories, draw_first_states
 from cllm_hf.trajectories.command import format_collection
@@ -152,19 +153,37 @@ def test_agreement_shows_near_ties_apart(dtype, gap, is_near):
 
 
 @pytest.mark.parametrize(("dtype", "gap", "is_near"), GAPS)
-def test_benchmarks_say_which_responses_part_at_near_ties(dtype, gap, is_near):
-    method = DecodingMethod("jacobi", make_table_model(dtype, gap), {})
+def test_texts_part_at_near_ties_or_differ(dtype, gap, is_near):
+    model = make_table_model(dtype, gap)
     greedy = list(range(2, 8))
-    responses = [greedy, [2, 4, 5, 6, 7, 8], [2, 3, 30, 31, 32, 33], greedy[:3]]
-    ours, theirs = DecodingResult("jacobi", responses), DecodingResult("generate()", [greedy] * 4)
-    (note,) = near_tie_notes([[1]] * 4, [(method, theirs, theirs), (method, ours, theirs)])
-    assert note.startswith(
-        f"jacobi: {int(is_near)} of 3 responses that differ part from those of generate() at a near"
-    )
-    one = DecodingResult("jacobi", responses[:2])
-    assert (
-        f": {int(is_near)} of 1 response that differs parts" in near_tie_notes([[1]] * 2, [(method, one, theirs)])[0]
-    )
+    second_best, wrong, shorter = [2, 4, 5, 6, 7, 8], [2, 3, 30, 31, 32, 33], greedy[:3]
+    assert find_parting(model, [1], greedy, list(greedy)) is None
+    tie, other = (find_parting(model, [1], text, greedy) for text in (second_best, wrong))
+    assert tie == find_parting(model, [1], greedy, second_best)
+    assert (tie.place, tie.gap, tie.is_near_tie) == (1, gap, is_near) and (tie.gap_in_bounds <= 1) == is_near
+    assert (other.place, other.gap, other.is_near_tie) == (2, 12.0, False)
+    assert find_parting(model, [1], shorter, greedy) == Parting(3)
+    method = DecodingMethod("jacobi", model, {})
+    ours = DecodingResult("jacobi", [greedy, second_best, shorter])
+    row = compare_texts(method, [[1]] * 3, ours, DecodingResult("generate()", [greedy] * 3))
+    assert (row["num_equal"], row["num_near_ties"], row["num_differing"]) == (1, int(is_near), 2 - is_near)
+    assert (row["largest_gap"], row["largest_gap_in_bounds"]) == (gap, tie.gap_in_bounds)
+    notes = agreement_notes([{"name": "jacobi", **row}])
+    assert [note.startswith("Near ties are texts") for note in notes] == [True, False][not is_near :]
+    assert f"it**: {2 - is_near} of jacobi." in notes[-1]
+
+
+def test_the_largest_gap_is_that_which_rounding_explains_least():
+    model, greedy = make_table_model(torch.bfloat16, 0.0625), list(range(2, 8))
+    ours = DecodingResult("jacobi", [[2, 4, 5, 6, 7, 8], [2, 3, 30, 31, 32, 33]])
+    row = compare_texts(DecodingMethod("", model, {}), [[1]] * 2, ours, DecodingResult("generate()", [greedy] * 2))
+    assert (row["num_near_ties"], row["num_differing"], row["largest_gap"]) == (1, 1, 12.0)
+    near_ties, differing, gap = (column(row) for column in COLUMNS.values())
+    assert (near_ties, differing) == ("1", "1") and gap.startswith("12 (") and gap.endswith(" of the bound)")
+    equal = compare_texts(DecodingMethod("", model, {}), [[1]] * 2, ours, ours)
+    assert (equal["num_equal"], equal["largest_gap"]) == (2, None)
+    assert [column(equal) for column in COLUMNS.values()] == [None] * 3
+    assert agreement_notes([equal]) == []
 
 
 def test_a_near_tie_does_not_hide_another_token():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lossless_models import add_random_adapter
 
+from cllm_hf.blocks.parting import Parting, find_parting
 from cllm_hf.show.race import Pieces, Race, Snapshot, Way, compare
 
 
@@ -151,6 +152,25 @@ def test_what_is_said_of_two_sides():
         "The texts are equal: 4 of 4 tokens.",
     ]
     other = snapshot("jacobi", [1, 2, 9], seconds=2.0, num_forwards=2)
-    assert "from token 3 on" in compare(left, other, is_sampled=False)[1]
+    assert compare(left, other, is_sampled=False)[1] == "The texts differ from token 3 on. They are of two models."
+    for gap, kind in ((0.25, "at a near tie"), (0.75, "not at a near tie")):
+        parting = Parting(2, gap, 0.5)
+        expected = f"from token 3 on, {kind}: a gap of {gap} between logits, where rounding explains 0.5."
+        assert compare(left, other, False, parting)[1] == f"The texts differ {expected}"
     assert "samples" in compare(left, other, is_sampled=True)[1]
     assert compare(left, snapshot(is_done=False), is_sampled=False) == []
+
+
+def test_only_greedy_texts_of_one_model_are_judged(llama, byte_tokenizer):
+    other = make_model("llama", seed=1)
+    left, right = snapshot("a", [1, 2, 3], 1.0, 1), snapshot("b", [1, 2, 9], 1.0, 1)
+    for model, options, is_judged in (
+        (llama, {"decoding": "jacobi"}, True),
+        (llama, {"decoding": "jacobi", "do_sample": True}, False),
+        (other, {"decoding": "jacobi"}, False),
+        (other, {"decoding": "lossless"}, True),
+    ):
+        race = Race([Way("a", llama, {}), Way("b", model, options)], [5, 6], byte_tokenizer)
+        parting = race.find_parting(left, right)
+        assert (parting is not None) == is_judged
+        assert parting is None or parting == find_parting(llama, [5, 6], [1, 2, 3], [1, 2, 9])
