@@ -23,6 +23,10 @@ from tasks.task import Problem, Task, task_option
 from cllm_hf.evaluation.judgements import Judgement
 
 
+# What a chat message says after the question.
+_INSTRUCTION = "Solve this problem step by step. Write the answer, a number, on the last line, after `####`."
+
+
 @dataclass
 class GSM8K(Task):
     """The answer is right if its number is; see `metrics.gsm8k_accuracy.gsm8k.judge_gsm8k`."""
@@ -53,7 +57,8 @@ class GSM8K(Task):
 
     def _problem(self, question: str, answer: str) -> Problem:
         response = answer if self.calculator else re.sub(r"<<[^<>]*>>", "", answer)
-        prompt = [{"role": "user", "content": question}] if self.chat else f"{question}\n"
+        message = {"role": "user", "content": f"{question}\n\n{_INSTRUCTION}"}
+        prompt = [message] if self.chat else f"{question}\n"
         return Problem(prompt, response, reference=answer)
 
 

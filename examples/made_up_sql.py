@@ -15,7 +15,7 @@ from typing import Any
 
 
 # What SQLite does not take as a name without quotes.
-_RESERVED = frozenset(
+RESERVED = frozenset(
     "add all alter and as autoincrement between case check collate commit constraint create default deferrable delete "
     "distinct drop else escape except exists foreign from group having in index insert intersect into is isnull join "
     "limit not nothing notnull null on or order primary references returning select set table then to transaction "
@@ -149,7 +149,7 @@ def _new_name(words: list[str], rng: random.Random) -> tuple[str, str]:
         parts.append(start if rng.random() < 0.5 else start[: rng.randint(2, 4)] + end[-rng.randint(2, 4) :])
     name = rng.choice(("_".join(parts), "_".join(parts).capitalize(), "".join(part.title() for part in parts)))
     # Three names, such as `Order`, would need quotes.
-    return (f"{name}_{rng.choice(('name', 'code'))}" if name.lower() in _RESERVED else name), " ".join(parts)
+    return (f"{name}_{rng.choice(('name', 'code'))}" if name.lower() in RESERVED else name), " ".join(parts)
 
 
 def _join_two(tables: list[Table], rng: random.Random) -> tuple[list[Table], Column]:

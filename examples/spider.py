@@ -11,11 +11,12 @@ folder. A prompt is the schema of a database and a question:
 
     singer:singer_id,name,country|concert:concert_id,singer_id,year
     How many singers do we have?
+
+With `chat`, it is a message that has the schema as SQL, and says what is wanted.
 """
 
 import random
 import re
-import sqlite3
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,6 +27,14 @@ from typing import Any
 
 from datasets import load_dataset
 from made_up_sql import make_problems, read_tables
+from schema_sql import (
+    Declarations,
+    Schema,
+    declarations_of_database,
+    format_tables,
+    open_database,
+    read_declarations,
+)
 from tasks.command import main
 from tasks.data import read_json, read_json_rows
 from tasks.task import Problem, Task, task_option
@@ -33,7 +42,11 @@ from tasks.task import Problem, Task, task_option
 from cllm_hf.evaluation.judgements import Judgement
 
 
-Schema = list[tuple[str, list[str]]]  # tables and their columns
+# What a chat message says between the schema and the question.
+_INSTRUCTION = (
+    "Write one SQLite query that answers the question. Reply with the query alone. "
+    "Use only the tables and columns above."
+)
 
 
 @dataclass
@@ -137,9 +150,12 @@ class Spider(Task):
         ]
 
     def _problem(self, row: dict[str, str], schema: Schema) -> Problem:
-        tables = format_schema(schema)
-        text = f"{tables.lower() if self.lower_case else tables}\n{row['question'].strip()}\n"
-        prompt = [{"role": "user", "content": text.strip()}] if self.chat else text
+        question = row["question"].strip()
+        tables = format_tables(schema, self._declared(row["db_id"])) if self.chat else format_schema(schema)
+        tables = tables.lower() if self.lower_case else tables
+        prompt: Any = f"{tables}\n{question}\n"
+        if self.chat:
+            prompt = [{"role": "user", "content": f"{tables}\n\n{_INSTRUCTION}\n\nQuestion: {question}"}]
         return Problem(prompt, normalize_sql(row["query"], self.lower_case), reference=row)
 
     def _database(self, name: str) -> Path | None:
@@ -171,6 +187,19 @@ class Spider(Task):
             self._schemas[name] = schema_of_database(database)
         return self._schemas[name]
 
+    @cached_property
+    def _declarations(self) -> dict[str, Declarations]:
+        return {entry["db_id"]: read_declarations(entry) for entry in self._entries}
+
+    def _declared(self, name: str) -> Declarations:
+        """What SQL declares of a database; nothing of a made-up schema."""
+        if name not in self._declarations:
+            database = self._database(name)
+            if database is None:
+                return Declarations()
+            self._declarations[name] = declarations_of_database(database, self._schema(name))
+        return self._declarations[name]
+
 
 def read_schema(entry: dict[str, Any]) -> Schema:
     """Tables and columns of an entry of `tables.json`, by their names in the database."""
@@ -183,7 +212,7 @@ def read_schema(entry: dict[str, Any]) -> Schema:
 
 def schema_of_database(path: Path) -> Schema:
     """Tables and columns of a database file, which is not changed."""
-    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+    with closing(open_database(path)) as connection:
         query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
         tables = [name for (name,) in connection.execute(query)]
         return [

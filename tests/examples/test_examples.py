@@ -40,7 +40,9 @@ def test_gsm8k_problems(tmp_path):
     assert train[0].response == "She has 2+12=<<2+12=14>>14.\n#### 14"
     assert kind(data=data, calculator=False).load("train")[0].response == "She has 2+12=14.\n#### 14"
     (message,) = kind(data=data, chat=True).load("train")[0].prompt
-    assert message == {"role": "user", "content": train[0].prompt.strip()}
+    assert message["role"] == "user" and re.fullmatch(
+        re.escape(train[0].prompt) + r"\nSolve this .* `####`\.", message["content"]
+    )
     answers = [problem.response for problem in test]
     answers[0] = "I do not know"
     answers[1] = answers[1].replace("####", "#### $") + ".00"
@@ -59,8 +61,16 @@ def test_spider_problems(tmp_path):
     assert train[0].prompt == f"{schema}\nWhich pets weigh over 0?\n"
     assert test[1].prompt == "shop:shop_id,city,year opened\nWhich shops are in 1?\n"
     assert test[1].response == "SELECT shop_id FROM shop WHERE city = 1"
+    (message,) = kind(data=data, chat=True).load("test")[1].prompt
+    assert message["content"].startswith("CREATE TABLE shop (\n  shop_id INTEGER,\n  city INTEGER,")
     (tmp_path / "data" / "tables.json").unlink()  # then the schema is read from the database
     assert [problem.prompt for problem in kind(data=data).load("train")] == [problem.prompt for problem in train]
+    chats = kind(data=data, chat=True).load("test")
+    assert [one.response for one in chats] == [one.response for one in test]
+    (message,) = chats[1].prompt
+    tables = 'CREATE TABLE shop (\n  shop_id,\n  city,\n  "year opened"\n);'
+    assert message["role"] == "user" and message["content"].startswith(f"{tables}\n\nWrite one SQLite query ")
+    assert message["content"].endswith("\n\nQuestion: Which shops are in 1?")
     lower = kind(data=data, lower_case=True).load("train")[0]
     assert (
         lower.prompt == f"{schema.lower()}\nWhich pets weigh over 0?\n" and lower.response == train[0].response.lower()
