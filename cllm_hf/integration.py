@@ -267,8 +267,6 @@ def _check_drafted(model: PreTrainedModel, size: Any) -> None:
 
 def _jacobi_options(given: dict[str, Any], configs: list[GenerationConfig]) -> JacobiOptions:
     values = {name: value if value is not None else first_set(configs, name) for name, value in given.items()}
-    if values["jacobi_block_size"] is None and values["jacobi_compile"]:
-        values["jacobi_block_size"] = DEFAULT_BLOCK_SIZE  # a compiled forward pass has one shape
     return JacobiOptions(
         **{name.removeprefix("jacobi_"): value for name, value in values.items() if value is not None}
     )

@@ -23,7 +23,8 @@ class JacobiOptions:
         block_size (`int` or `"auto"`): positions checked in a forward pass; `"auto"` measures what pays.
         candidates (`int`): further guesses from a pool of n-grams, verified in the same forward pass.
         seed (`int`, *optional*): of the noise of sampling; by default drawn from torch's own generator.
-        compile (`bool`): whether iterations run as one compiled graph of fixed shape, on a static cache.
+        compile (`bool`, *optional*): whether iterations run as one compiled graph of fixed shape, on a static cache;
+            by default on a GPU, where the model allows it.
         drafts (`int`, *optional*): with `decoding="lossless"`, after how many places of a draft a forward pass drafts
             on; by default as many as the device runs at hardly any cost.
 
@@ -34,7 +35,7 @@ class JacobiOptions:
     block_size: int | str = AUTO
     candidates: int = 0
     seed: int | None = None
-    compile: bool = False
+    compile: bool | None = None
     drafts: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,17 +53,12 @@ class JacobiOptions:
                 )
         for name, value in values.items():
             object.__setattr__(self, name, value)  # as Python's own, whatever kind of integer was passed
-        if not isinstance(self.compile, bool):
+        if self.compile is not None and not isinstance(self.compile, bool):
             raise ValueError(f"`jacobi_compile` must be `True` or `False`, got {self.compile!r}.")
         if self.compile and self.candidates:
             raise ValueError(
                 f"A compiled forward pass has one shape, got `jacobi_candidates={self.candidates}` with "
                 '`jacobi_compile=True` or `cache_implementation="static"`. Drop one of the two.'
-            )
-        if self.compile and self.block_size == AUTO:
-            raise ValueError(
-                'A compiled forward pass has one shape, got `jacobi_block_size="auto"` with `jacobi_compile=True` or '
-                '`cache_implementation="static"`. Pass an integer as `jacobi_block_size`.'
             )
 
 

@@ -77,17 +77,57 @@ def tree_attention_mask(
         causal = torch.nn.functional.pad(text_mask.bool(), (0, num_places))[:, None] & (keys <= fed_before[:, None])
         visible = torch.cat([causal | (keys == fed_before[:, None]), visible], dim=1)
     layers: Any = cache.layers
-    if any(isinstance(layer, StaticLayer) for layer in layers):  # no windows, but columns that are not in use yet
+    if any(isinstance(layer, StaticLayer) for layer in layers):  # columns that are not in use yet
         visible = torch.nn.functional.pad(visible, (0, layers[0].max_cache_len - visible.shape[-1]))
     if not _has_windows(config):
         return masks_by_layer_type(config, visible, None, dtype)
     # A tree stands in columns of its own; in a text, a token would stand as many columns on as tokens are before it.
     columns = torch.arange(num_columns, device=device).expand(num_rows, -1)
     columns = torch.cat([columns, num_columns + sees.sum(-1) - 1], dim=1)
-    distances = columns[:, num_cached:, None] - columns[:, None]
+    queries = columns[:, num_cached:, None]
+    columns = torch.nn.functional.pad(columns, (0, visible.shape[-1] - columns.shape[1]))
+    distances = queries - columns[:, None]
     sliding = next((index for index, layer in enumerate(layers) if layer.is_sliding), None)
     num_sliding = None if sliding is None else cache.get_mask_sizes(visible.shape[1], sliding)[0]
     return masks_by_layer_type(config, visible, distances, dtype, num_sliding)
+
+
+def rows_attention_mask(
+    config: PreTrainedConfig,
+    text_mask: torch.Tensor | None,
+    lengths: torch.Tensor,
+    parents: list[list[int]] | None,
+    num_fed: int,
+    num_columns: int,
+    dtype: torch.dtype,
+) -> Any:
+    """
+    Build the mask of a forward pass over a static cache in which each row goes on at a column of its own.
+
+    A row has `lengths[row]` columns of text, of which the first ones are those of `text_mask`, `[batch_size, ..]`, and
+    the others are all tokens; what is fed comes next. `parents` says what each fed token follows, as for
+    `tree_attention_mask`; without, each follows the one before it.
+    """
+    config, device = config.get_text_config(), lengths.device
+    if parents is None:
+        sees = torch.ones(num_fed, num_fed, dtype=torch.bool, device=device).tril().expand(len(lengths), -1, -1)
+    else:
+        trees = {id(places): _ancestors(places) for places in parents}
+        sees = torch.from_numpy(np.stack([trees[id(places)] for places in parents])).to(device)
+    columns = torch.arange(num_columns, device=device)
+    places = columns - lengths[:, None]  # [batch_size, num_columns]: of what is fed
+    is_fed, places = (places >= 0) & (places < num_fed), places.clamp(0, num_fed - 1)
+    is_text = columns < lengths[:, None]
+    if text_mask is not None:
+        missing = num_columns - text_mask.shape[1]
+        is_text &= torch.nn.functional.pad(text_mask.bool(), (0, missing), value=True)
+    fed = sees.gather(2, places[:, None].expand(-1, num_fed, -1)) & is_fed[:, None]
+    visible = fed | is_text[:, None]
+    if not _has_windows(config):
+        return masks_by_layer_type(config, visible, None, dtype)
+    depths = lengths[:, None] + sees.sum(-1) - 1  # where a fed token stands in its text
+    stands = torch.where(is_fed, depths.gather(1, places), columns)
+    return masks_by_layer_type(config, visible, depths[:, :, None] - stands[:, None], dtype)
 
 
 def _ancestors(parents: list[int]) -> np.ndarray:

@@ -24,6 +24,7 @@ from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticLayer,
 )
 
 
@@ -32,6 +33,41 @@ _MOVABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 _ROW_WISE_LAYERS = (*_MOVABLE_LAYERS, DynamicIndexedLayer)
 # Layers that replace their tensors and never write into them, so that whoever holds the old ones still has the past.
 _REPLACING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+
+
+class StaticRowsLayer(StaticLayer):
+    """
+    A static layer in which each row goes on at a column of its own: where `next_columns`, `[batch_size]`, says. All
+    layers of a device share that tensor, and whoever runs the model writes it. Windows are left to the mask.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, max_cache_len: int, next_columns: torch.Tensor):
+        super().__init__(max_cache_len)
+        self.cumulative_length = next_columns  # the name under which transformers gives it a fixed address
+
+    @property
+    def next_columns(self) -> torch.Tensor:
+        return self.cumulative_length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch_size, _, num_fed, _ = key_states.shape
+        rows = torch.arange(batch_size, device=self.device)[:, None]
+        columns = self.next_columns[:, None] + torch.arange(num_fed, device=self.device)
+        self.keys[rows, :, columns] = key_states.transpose(1, 2)
+        self.values[rows, :, columns] = value_states.transpose(1, 2)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> Any:
+        return (
+            self.next_columns[0] if self.is_initialized else 0
+        )  # a number, as of other layers; nothing is counted by it
 
 
 def decoder_cache(cache: Cache) -> Cache:

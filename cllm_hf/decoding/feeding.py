@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..blocks.forward import tree_attention_mask
@@ -26,7 +26,7 @@ from ..blocks.limits import (
     needs_same_length,
 )
 from .caches import roll_back_columns
-from .memory import choose_memory
+from .memory import Compiling, StaticMemory, choose_memory
 from .strategy import Pending, Proposal, Room, Row, Strategy, Verdict, is_drafting
 
 
@@ -55,7 +55,7 @@ class Feed:
         *,
         max_block_size: int,
         num_new_tokens: int,
-        compile_options: GenerationConfig | None,  # has forward passes compiled, where the model can
+        compiling: Compiling | None,  # has forward passes compiled, where the model can
         encoder_ids: torch.Tensor | None,  # [num_prompts, length]: what an encoder has read
         num_given: int | None,  # length of the prompt with its cached part, where `input_ids` lacks that
         is_user_cache: bool,
@@ -67,11 +67,11 @@ class Feed:
         self._mask, embeds = growing.mask, growing.embeds  # the mask is of remembered and new columns
         check_model(model, batch_size, is_padded=self._mask is not None)
 
-        num_prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        num_prompt = self._num_prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
         max_columns = num_prompt + num_new_tokens + max_block_size
         num_drafting = strategy.count_drafting(max_block_size) if is_drafting(strategy) else 0
         self.memory = choose_memory(
-            model, model_kwargs, batch_size, is_user_cache, compile_options, max_columns, num_drafting
+            model, model_kwargs, batch_size, is_user_cache, compiling, max_columns, num_drafting
         )
         check_model_inputs(model, model_kwargs)
         check_embeds(model, embeds, self.memory.cache is not None)
@@ -128,6 +128,8 @@ class Feed:
             row.pending.then(proposal.token_ids[1:], proposal.depths()[1:], last_position)
             for row, proposal in zip(self.rows, proposals)
         ]
+        if isinstance(self.memory, StaticMemory) and not self._is_prefill:
+            return self._forward_in_place(self.memory, fed, proposals)
         if self._mask is not None and num_fed > 1:
             self._mask = torch.cat([self._mask, self._mask.new_ones((len(fed), num_fed - 1))], dim=1)
         self.memory.begin(num_fed - 1)
@@ -138,6 +140,17 @@ class Feed:
             inputs["attention_mask"] = self._tree_mask(proposals)
         return self.memory.call(self.model, **inputs, return_dict=True).logits[:, -num_fed:]
 
+    def _forward_in_place(self, memory: StaticMemory, fed: list[Pending], proposals: list[Proposal]) -> torch.Tensor:
+        """The same where each row has columns of its own, and the mask says which."""
+        memory.begin(self._num_fed - 1)
+        parents = None if proposals[0].is_chain else [proposal.links()[0] for proposal in proposals]
+        mask = memory.mask(self.model.config, self.model.dtype, self._mask, parents, self._num_fed)
+        any_mask = next(iter(mask.values())) if isinstance(mask, dict) else mask
+        inputs = self._prepare(memory.fill(fed), any_mask)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = self._num_fed
+        return memory.call(self.model, **{**inputs, "attention_mask": mask}, return_dict=True).logits
+
     def advance(self, verdicts: list[Verdict], finished: list[bool]) -> None:
         """Let go of rejected tokens and of finished rows; what was committed comes next."""
         if self._is_prefill:
@@ -146,6 +159,9 @@ class Feed:
             self._check_keeps_places()
         left = [index for index, is_finished in enumerate(finished) if not is_finished]
         paths = [verdict.path for verdict in verdicts]
+        if isinstance(self.memory, StaticMemory):
+            self._advance_in_place(self.memory, verdicts, left)
+            return
         # A row that leaves a batch must not keep the others' columns from going, nor, where it is among the last to
         # leave, be told apart in a cache whose rows all have one length.
         most = max(len(paths[index]) for index in left or range(len(paths)))
@@ -164,6 +180,17 @@ class Feed:
             self._mask = torch.cat([self._mask, self._mask.new_ones((len(self.rows), 1))], dim=1)
         self._embeds = None
         self._is_prefill = False
+
+    def _advance_in_place(self, memory: StaticMemory, verdicts: list[Verdict], left: list[int]) -> None:
+        """The same where each row has columns of its own: nothing moves, and a row that leaves lets its place be."""
+        memory.settle([verdict.path for verdict in verdicts], self._num_fed)
+        if self._mask is not None:
+            self._mask = self._mask[:, : self._num_prompt]  # what comes after it is all text
+        for row, verdict in zip(self.rows, verdicts):
+            row.pending = self._next_pending(row, verdict, len(verdict.path), None)
+        self.rows = [self.rows[index] for index in left]
+        memory.keep(left)
+        self._embeds, self._is_prefill = None, False
 
     def _drops_positions(self) -> bool:
         """Whether the model finds positions by counting columns, though its `forward` takes positions."""
@@ -189,8 +216,8 @@ class Feed:
         is_short = len(self.rows) * num_fed * (self.memory.num_cached + num_fed) <= _LARGEST_PREFILL_MASK
         return self._drafts_in_prefill and is_short and not self._ends_in_padding
 
-    def _prepare(self, fed: list[Pending]) -> dict[str, Any]:
-        """Inputs of a forward pass."""
+    def _prepare(self, fed: list[Pending], mask: torch.Tensor | None = None) -> dict[str, Any]:
+        """Inputs of a forward pass; without a mask, that of the columns."""
         growing = self._growing
         kwargs = {**self._kwargs, **self.memory.model_inputs}
         if fed[0].positions is not None:
@@ -202,8 +229,9 @@ class Feed:
             kwargs["token_type_ids"] = self._to_tensor([row.token_types for row in fed])
         ids = self._to_tensor([row.ids for row in fed])
         kwargs.update(dict.fromkeys(growing.zeros, torch.zeros_like(ids)))
-        if self._mask is not None:
-            kwargs[growing.prefix + "attention_mask"] = self._mask
+        mask = self._mask if mask is None else mask
+        if mask is not None:
+            kwargs[growing.prefix + "attention_mask"] = mask
         if self._embeds is not None:
             kwargs["inputs_embeds"] = self._embeds
         return self.model.prepare_inputs_for_generation(ids, is_first_iteration=self._is_prefill, **kwargs)

@@ -28,9 +28,10 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from .._host import CACHE_NAME
-from ..options import JacobiOptions
+from ..options import AUTO, DEFAULT_BLOCK_SIZE, JacobiOptions
 from .block_size import Pace, make_pace
 from .feeding import Feed
+from .memory import Compiling
 from .sampling import GumbelNoise
 from .strategy import Proposal, Room, Row, Strategy, check_proposals, is_drafting, level, make_strategy
 from .verify import Verifier, make_verifier
@@ -60,7 +61,10 @@ def decode(
     batch_size, prompt_length = input_ids.shape
     strategy = make_strategy(strategy_name, options, model)
     largest = strategy.largest_block_size if is_drafting(strategy) else None
-    pace = make_pace(model, options.block_size, (strategy_name, options.candidates), largest)
+    compiling = _choose_compiling(input_ids.device, options, generation_config)
+    # A compiled forward pass has one shape, and on a GPU so many positions cost what one does.
+    block_size = DEFAULT_BLOCK_SIZE if compiling is not None and options.block_size == AUTO else options.block_size
+    pace = make_pace(model, block_size, (strategy_name, options.candidates), largest)
     max_length = _length_limit(stopping_criteria, prompt_length)
     feed = Feed(
         model,
@@ -69,11 +73,13 @@ def decode(
         strategy,
         max_block_size=pace.max_block_size,
         num_new_tokens=max_length - prompt_length,
-        compile_options=generation_config if options.compile else None,
+        compiling=compiling,
         encoder_ids=encoder_ids,
         num_given=num_given,
         is_user_cache=is_user_cache,
     )
+    if not feed.memory.fixed_shape and block_size != options.block_size:
+        pace = make_pace(model, options.block_size, (strategy_name, options.candidates), largest)
     verifier = make_verifier(
         input_ids,
         logits_processor,
@@ -82,7 +88,6 @@ def decode(
         max_length=max_length,
         streamer=streamer,
         same_length=feed.same_length,
-        has_fixed_shape=feed.memory.fixed_shape,
         noise=_noise(generation_config, batch_size, options.seed),
     )
     all_rows, num_forwards = list(feed.rows), 0
@@ -98,7 +103,7 @@ def decode(
         if not generation_config.return_dict_in_generate:
             return sequences
         # A recurrent state may lag behind the text, and the cache of a batch has lost the rows that finished.
-        cache = feed.memory.cache if batch_size == 1 and not feed.memory.replays else None
+        cache = feed.memory.result() if batch_size == 1 and not feed.memory.replays else None
         stats = JacobiStats(num_forwards, [row.gains for row in all_rows])
         return JacobiOutput(sequences=cast(torch.LongTensor, sequences), jacobi_stats=stats, **{CACHE_NAME: cache})
     except BaseException:  # Ctrl-C too
@@ -160,6 +165,16 @@ def _lay_out_sequences(input_ids: torch.Tensor, rows: list[Row], pad_id: int) ->
         committed = row.text[len(row.text) - num_committed :]
         sequences[number, prompt_length : row.length] = torch.tensor(committed, dtype=sequences.dtype)
     return sequences
+
+
+def _choose_compiling(
+    device: torch.device, options: JacobiOptions, generation_config: GenerationConfig
+) -> Compiling | None:
+    """Whether forward passes are to be compiled: where that is asked for, and on a GPU if it is left open."""
+    if options.compile is None:
+        by_default = device.type == "cuda" and not options.candidates and not generation_config.disable_compile
+        return Compiling(generation_config, is_asked=False) if by_default else None
+    return Compiling(generation_config, is_asked=True) if options.compile else None
 
 
 def _length_limit(stopping_criteria: StoppingCriteriaList, prompt_length: int) -> int:

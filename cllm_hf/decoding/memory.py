@@ -13,6 +13,8 @@ A compiled model gets a `StaticMemory`, a cache of fixed shape, where it allows 
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,9 +28,11 @@ from transformers.cache_utils import (
 )
 from transformers.utils import logging
 
-from .._host import CACHE_NAME, CACHE_NAMES, attention_implementation, compiles_whole
-from ..blocks.limits import count_positions, limits_of
+from .._host import CACHE_NAME, CACHE_NAMES, attention_implementation, compiles_whole, input_device
+from ..blocks.forward import rows_attention_mask
+from ..blocks.limits import check_packable, count_positions, limits_of
 from .caches import (
+    StaticRowsLayer,
     copy_cache,
     decoder_cache,
     drop_leading_columns,
@@ -46,6 +50,17 @@ from .caches import (
 # A compiled graph depends on the length of the cache: round it up, and never shorten it, so that calls share a graph.
 _LENGTH_STEP = 256
 _LENGTH_SO_FAR = "_cllm_hf_cache_length"  # attribute of a model
+_COMPILED_SHAPES = "_cllm_hf_compiled_shapes"  # another
+# A static cache is made for the longest text, and read as a whole for every token: larger ones must be asked for.
+_MOST_TOKENS_UNASKED = 8192
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """That forward passes are to be compiled, where the model can be."""
+
+    config: GenerationConfig
+    is_asked: bool  # or chosen for the device
 
 
 class Memory:
@@ -109,6 +124,10 @@ class Memory:
 
     def close(self) -> None:
         """Leave the cache fit for other uses."""
+
+    def result(self) -> Cache | None:
+        """A cache that the caller can go on with."""
+        return self.cache
 
     def abandon(self) -> None:
         """Take back what was done to a cache of the user. Must not raise: another exception is on its way."""
@@ -200,19 +219,19 @@ def choose_memory(
     model_kwargs: dict[str, Any],
     batch_size: int,
     is_user_cache: bool,
-    compile_options: GenerationConfig | None,
+    compiling: Compiling | None,
     max_columns: int,
     num_drafting: int,
 ) -> Memory:
     """
     Choose how a model's rejected tokens are forgotten; the cache and `use_cache` are taken out of `model_kwargs`.
 
-    A batch works on a copy of a cache of the user, since its rows leave the cache as they finish. With
-    `compile_options` the cache is static where the model allows it: `max_columns` is the most that it will hold,
-    without `num_drafting` of a drafter, at positions that others have too.
+    A batch works on a copy of a cache of the user, since its rows leave the cache as they finish. With `compiling` the
+    cache is static where the model allows it: `max_columns` is the most that it will hold, without `num_drafting` of a
+    drafter, at positions that others have too.
     """
-    if compile_options is not None:
-        static = _make_static(model, batch_size, is_user_cache, compile_options, max_columns, num_drafting)
+    if compiling is not None:
+        static = _make_static(model, batch_size, is_user_cache, compiling, max_columns, num_drafting)
         if static is not None:
             _take_cache(model_kwargs)  # ours replaces it
             return static
@@ -260,71 +279,145 @@ class StaticMemory(Memory):
     A static key/value cache, for iterations of fixed shape that run as one compiled graph.
 
     Tokens after the end of what is remembered stay in the tensors, hidden by the mask, until others are written over
-    them. So rejected tokens are taken out by setting back the position at which the cache goes on. All rows must
-    commit equally many tokens, and none leaves the batch.
+    them. So rejected tokens are taken out by setting back the column at which a row goes on. A row that leaves the
+    batch leaves its place empty: what is fed there is fed for nothing.
     """
 
     fixed_shape = True
 
-    def __init__(self, model: Any, cache: StaticCache, batch_size: int, compile_config: CompileConfig | None):
-        self.cache: StaticCache = cache
-        self.same_length = batch_size > 1
-        config = compile_config or CompileConfig(fullgraph=True, dynamic=False)
-        self._compiled = model.get_compiled_call(config)
-        self._is_prefill, self._num_cached = True, 0
+    def __init__(self, model: Any, cache: Cache, batch_size: int, runner: CompiledStep):
+        self.cache: Cache = cache
+        self._compiled = runner
+        self._is_prefill, self._num_fed = True, 0
+        self._lengths = [0] * batch_size  # columns of each place that hold what is remembered
+        self._places = list(range(batch_size))  # of the rows that are still there
 
     @property
     def num_cached(self) -> int:
-        return self._num_cached
+        return max(self._lengths)
 
     @property
     def hides_places(self) -> bool:
         return True
 
+    def fill(self, fed: list[Any]) -> list[Any]:
+        """What to feed at all places, from what is fed for the rows that are still there."""
+        if len(fed) == len(self._lengths):
+            return fed
+        filled = [fed[0]] * len(self._lengths)
+        for place, one in zip(self._places, fed):
+            filled[place] = one
+        return filled
+
+    def mask(self, config: Any, dtype: torch.dtype, text_mask: torch.Tensor | None, parents: Any, num_fed: int) -> Any:
+        """The mask of a forward pass after the prefill: each row goes on at a column of its own."""
+        layer: Any = next(layer for layer in self.cache.layers if isinstance(layer, StaticRowsLayer))
+        device = layer.device if text_mask is None else text_mask.device
+        lengths = torch.tensor(self._lengths).to(device, non_blocking=True)
+        filled = None if parents is None else self.fill(parents)
+        return rows_attention_mask(config, text_mask, lengths, filled, num_fed, layer.max_cache_len, dtype)
+
+    def begin(self, draft_length: int) -> None:
+        lengths = torch.tensor(self._lengths)
+        layers: Any = self.cache.layers
+        shared = {id(layer.next_columns): layer.next_columns for layer in layers if isinstance(layer, StaticRowsLayer)}
+        for next_columns in shared.values():
+            next_columns.copy_(lengths, non_blocking=True)  # in place: its address is part of the graph
+
     def call(self, model: Any, **inputs: Any) -> Any:
-        # The prompt has a length of its own in every call.
-        output = model(**inputs) if self._is_prefill else self._compiled(**inputs)
         fed = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        self._num_cached += fed.shape[1]
+        self._num_fed = fed.shape[1]
+        if self._is_prefill:  # the prompt has a length of its own in every call
+            return model(**inputs)
+        output = self._compiled(**inputs)
+        if len(self._places) < len(self._lengths):
+            output.logits = output.logits[torch.tensor(self._places).to(fed.device, non_blocking=True)]
         return output
 
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
-        num_rejected = num_fed - len(paths[0])
-        if num_rejected:
-            layers: Any = self.cache.layers
-            for layer in layers:
-                layer.cumulative_length.sub_(num_rejected)  # in place: its address is part of the graph
-            self._num_cached -= num_rejected
+        for place, path in zip(self._places, paths):
+            self._lengths[place] += self._num_fed - (num_fed - len(path))
         return True
 
     def after_prefill(self) -> Memory:
         self._is_prefill = False
         return self
 
+    def result(self) -> Cache | None:
+        cache = DynamicCache()
+        layers: Any = self.cache.layers
+        for index, layer in enumerate(layers):
+            if isinstance(layer, StaticRowsLayer) and layer.is_initialized:
+                keys, values = (states[:, :, : self._lengths[0]].clone() for states in (layer.keys, layer.values))
+                cache.update(keys, values, index)
+        return cache
+
+    def keep(self, left: list[int]) -> None:
+        """Let the other rows go."""
+        if not left:
+            return
+        self._places = [self._places[index] for index in left]
+        for place in set(range(len(self._lengths))) - set(self._places):
+            self._lengths[place] = 0  # so that it does not come to the end of the cache
+
+
+class CompiledStep:
+    """
+    A model's forward pass as one compiled graph. It is compiled when it is first run in a shape, which takes half a
+    minute: where nobody has asked for it, that is said, and what cannot be compiled here runs as it is.
+    """
+
+    def __init__(self, model: Any, config: CompileConfig | None, is_asked: bool):
+        self._model, self._is_asked = model, is_asked
+        self._run = model.get_compiled_call(config or CompileConfig(fullgraph=True, dynamic=False))
+
+    def __call__(self, **inputs: Any) -> Any:
+        shape = tuple((inputs["input_ids"]).shape)
+        known = vars(self._model).setdefault(_COMPILED_SHAPES, set())
+        if self._is_asked or shape in known:
+            return self._run(**inputs)
+        log, kind, start = logging.get_logger(__name__), type(self._model).__name__, time.perf_counter()
+        log.warning(
+            f"{kind} is compiled for Jacobi decoding of {shape[0]} x {shape[1]} tokens, once. "
+            "`jacobi_compile=False` decodes without."
+        )
+        try:
+            output = self._run(**inputs)
+        except Exception as error:  # of the compiler, or of what it lacks here: nothing has run yet
+            log.warning(f"{kind} decodes by Jacobi without being compiled: {str(error).strip().splitlines()[0]}")
+            self._run = self._model
+            return self._run(**inputs)
+        known.add(shape)
+        log.warning(f"Compiled in {time.perf_counter() - start:.0f} s.")
+        return output
+
 
 def _make_static(
     model: Any,
     batch_size: int,
     is_user_cache: bool,
-    options: GenerationConfig,
+    compiling: Compiling,
     max_columns: int,
     num_drafting: int,
 ) -> StaticMemory | None:
-    """Make a static memory, or say once why this model has to go without one."""
+    """Make a static memory, or say once why this model has to go without one, if one was asked for."""
+    options = compiling.config
     reason = _why_not_compiled(model, options, is_user_cache) or _why_too_long(model, max_columns)
+    if not compiling.is_asked and max_columns * batch_size > _MOST_TOKENS_UNASKED:
+        reason = reason or "it may become long"
+    if reason:
+        if compiling.is_asked:
+            message = f"{type(model).__name__} decodes by Jacobi without being compiled: {reason}."
+            logging.get_logger(__name__).warning_once(message)
+        return None
     needed = -(-(max_columns + num_drafting) // _LENGTH_STEP) * _LENGTH_STEP
     length = max(needed, vars(model).get(_LENGTH_SO_FAR, 0), options.max_cache_len or 0)
-    cache = None
-    if not reason:
-        cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
-        other = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
-        reason = f"rejected tokens cannot be taken out of {', '.join(sorted(other))}" if other else ""
-    if cache is None or reason:
-        message = f"{type(model).__name__} decodes by Jacobi without being compiled: {reason}."
-        logging.get_logger(__name__).warning_once(message)
-        return None
     setattr(model, _LENGTH_SO_FAR, length)
-    return StaticMemory(model, cache, batch_size, options.compile_config)
+    kinds = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length).layers
+    next_columns = torch.zeros(batch_size, dtype=torch.long, device=input_device(model))
+    layers = [StaticRowsLayer(length, next_columns) if isinstance(one, StaticLayer) else one for one in kinds]
+    runner = CompiledStep(model, options.compile_config, compiling.is_asked)
+    return StaticMemory(model, Cache(layers=layers), batch_size, runner)
 
 
 def _why_too_long(model: Any, max_columns: int) -> str:
@@ -354,4 +447,8 @@ def _why_not_compiled(model: Any, options: GenerationConfig, is_user_cache: bool
         return "its quantization cannot be compiled"
     if len(devices) > 1 and devices & {"cpu", "disk"}:
         return "parts of it are offloaded"
+    try:
+        check_packable(model)  # its masks are made here
+    except ValueError as error:
+        return f"its masks cannot be made row by row. {error}"
     return ""

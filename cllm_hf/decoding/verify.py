@@ -249,7 +249,6 @@ def make_verifier(
     max_length: int,
     streamer: BaseStreamer | None,
     same_length: bool,  # whether the model needs all rows at the same length
-    has_fixed_shape: bool,  # whether no row may leave the batch
     noise: GumbelNoise | None,
 ) -> Verifier:
     """Choose how forward passes are verified: all places at once, or one position after the other."""
@@ -259,8 +258,7 @@ def make_verifier(
     # Rows that have ended stay in the batch, as in transformers, where a processor or criterion may notice, and where
     # they go on in the end: without a stop token transformers does not pad them.
     leave_together = batch_size > 1 and (
-        has_fixed_shape
-        or (not stop_ids and criteria != {MaxLengthCriteria})
+        (not stop_ids and criteria != {MaxLengthCriteria})
         or _depends_on_call_order(logits_processor, stopping_criteria)
     )
     options: dict[str, Any] = {

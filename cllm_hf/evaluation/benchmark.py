@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .._host import base_model_of
 from ..blocks.drafter import find_drafter
 from ..blocks.rules import count_until_stop
+from ..options import AUTOREGRESSIVE
 from ..trajectories.responding import split_batches
 
 
@@ -41,6 +42,12 @@ class DecodingMethod:
     @property
     def has_candidates(self) -> bool:
         return bool(self.options.get("jacobi_candidates"))
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """Arguments of its `generate`: on a GPU, Jacobi decoding is compiled unless it is told not to be."""
+        drafts = self.options.get("decoding", AUTOREGRESSIVE) != AUTOREGRESSIVE
+        return {"jacobi_compile": False, **self.options} if drafts and not self.is_compiled else self.options
 
     @property
     def stop_ids(self) -> set[int]:
@@ -231,7 +238,9 @@ def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pa
         fed = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         widths.append(0 if fed is None else fed.shape[1])
 
-    options = {"return_dict_in_generate": True, **method.options} if method.is_compiled else method.options
+    options = dict(method.call_options)
+    if method.is_compiled:
+        options.setdefault("return_dict_in_generate", True)
     # The wrapper of an adapter hands `generate` on to its base model, whose calls are those to count.
     base_model = base_model_of(method.model)
     handle = None if method.is_compiled else base_model.register_forward_pre_hook(count, with_kwargs=True)

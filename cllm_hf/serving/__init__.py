@@ -157,6 +157,8 @@ def _prepare(model: Any, block_size: int | str | None) -> None:
     # Other defaults stay as they are: whether a request is answered by sampling is not for us to say.
     if not model.can_generate():
         return
+    if getattr(model.generation_config, "jacobi_compile", None) is None:
+        model.generation_config.jacobi_compile = False  # requests are of many lengths, and each might be compiled
     if find_drafter(model) is not None:
         model.generation_config.decoding = LOSSLESS
         saved = getattr(model.generation_config, "jacobi_block_size", None)

@@ -330,11 +330,16 @@ class Session:
             tokenizer = load_tokenizer(model)
         mode = question.mode or (LOSSLESS if find_drafter(base_model_of(right)) is not None else JACOBI)
         shared: dict[str, Any] = {"max_new_tokens": question.max_new_tokens, "do_sample": question.is_sampled}
+        own = {
+            "decoding": mode,
+            "jacobi_block_size": question.block_size,
+            "jacobi_compile": False,
+        }  # as the other side
         if question.is_sampled:
             shared["temperature"] = question.temperature
         ways = [
             Way("generate()", left, {"decoding": AUTOREGRESSIVE, **shared}),
-            Way(mode, right, {"decoding": mode, "jacobi_block_size": question.block_size, **shared}),
+            Way(mode, right, {**own, **shared}),
         ]
         prompt_ids = self._tokenize(question, tokenizer)
         for way in ways:

@@ -200,6 +200,7 @@ def _decode(
             generation_config=options,
             decoding=decoding,
             jacobi_block_size=block_size,
+            jacobi_compile=False,  # the weights change, and only a few texts are decoded
         )
     responses, num_forwards = [], 0
     for row, committed in zip(output.sequences[:, longest:].tolist(), output.jacobi_stats.num_committed):

@@ -133,7 +133,7 @@ def _generate(method: DecodingMethod, prompt: list[int], max_new_tokens: int) ->
         do_sample=False,
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,
-        **method.options,
+        **method.call_options,
     )
     synchronize(input_ids.device)
     seconds = time.perf_counter() - start

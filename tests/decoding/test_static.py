@@ -4,10 +4,14 @@ import logging
 
 import pytest
 import torch
+from architectures import make_architecture
 from conftest import make_model, make_prompts
-from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import cllm_hf  # noqa: F401
+from cllm_hf.decoding import loop, memory
+from cllm_hf.options import JacobiOptions
 
 
 @pytest.fixture
@@ -84,8 +88,8 @@ def test_models_that_cannot_be_compiled_go_without(graphs, caplog):
     logging.getLogger("transformers").propagate = True
     input_ids, mask = make_prompts(1)
     with caplog.at_level(logging.WARNING):
-        assert_equal_to_greedy(make_model("gemma3"), input_ids, mask)
-    assert "cannot be taken out of StaticSlidingWindowLayer" in caplog.text
+        assert_equal_to_greedy(make_architecture("bloom").eval(), input_ids, mask)
+    assert "BloomForCausalLM decodes by Jacobi without being compiled: its masks" in caplog.text
     llama = make_model("llama")
     cache = DynamicCache(config=llama.config)
     options = {"past_key_values": cache, "do_sample": False, "max_new_tokens": 8}
@@ -109,9 +113,111 @@ def test_one_row_with_padding(graphs, llama):
     assert_equal_to_greedy(llama, ids, (ids > 0).long())
 
 
-def test_a_block_size_that_changes_is_refused(llama):
-    with pytest.raises(ValueError, match="`jacobi_block_size`"):
-        llama.generate(make_prompts(1)[0], jacobi_compile=True, jacobi_block_size="auto")
+def test_auto_is_one_block_size(graphs, llama):
+    assert_equal_to_greedy(llama, *make_prompts(1), "auto")
+    assert_equal_to_greedy(llama, *make_prompts(1), None)
+    assert [shapes for shapes in graphs if (1, 16) in shapes] == graphs and len(graphs) == 1
+
+
+@pytest.fixture
+def plain_step(monkeypatch):
+    """Has the model run as it is where it would be compiled."""
+    monkeypatch.setattr(PreTrainedModel, "get_compiled_call", lambda self, config: self.__call__)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+def test_rows_go_on_at_their_own_pace(plain_step, name):
+    """Windows are those of the mask, and a row that ends leaves its place empty."""
+    model = make_model(name)
+    input_ids, mask = make_prompts(4)
+    greedy = model.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
+    stops = greedy[:2, 15].tolist()
+    for options in ({}, {"eos_token_id": stops, "pad_token_id": 0}):
+        output = assert_equal_to_greedy(model, input_ids, mask, **options)
+        dynamic = model.generate(
+            input_ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=24,
+            jacobi_block_size=8,
+            return_dict_in_generate=True,
+            **options,
+        )
+        # Its last drafts are not cut to what is left of the foremost row.
+        assert output.jacobi_stats.num_forwards <= dynamic.jacobi_stats.num_forwards
+    assert len({len(row) for row in output.jacobi_stats.num_committed}) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_every_architecture_that_can_be_compiled(plain_step, monkeypatch, model_type):
+    try:
+        model = make_architecture(model_type).eval()
+    except Exception as error:
+        pytest.skip(str(error)[:80])
+    made, make_static = [], memory._make_static
+    monkeypatch.setattr(memory, "_make_static", lambda *options: made.append(make_static(*options)) or made[-1])
+    input_ids, mask = make_prompts(3, 12)
+    options = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": [40, 41, 42]}
+    options |= {"attention_mask": mask}
+    try:
+        output = model.generate(input_ids, **options, jacobi_compile=True, jacobi_block_size=6)
+    except ValueError as error:
+        pytest.skip(str(error)[:80])
+    if not any(made):
+        pytest.skip("runs as it is")
+    assert output.tolist() == model.generate(input_ids, **options).tolist()
+
+
+def test_the_cache_goes_on_elsewhere(plain_step, llama):
+    input_ids, _ = make_prompts(1)
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    first = llama.generate(input_ids, **options, max_new_tokens=9, jacobi_compile=True)
+    rest = llama.generate(first.sequences, **options, max_new_tokens=15, past_key_values=first.past_key_values)
+    whole = llama.generate(input_ids, do_sample=False, max_new_tokens=24)
+    assert rest.sequences.tolist() == whole.tolist()
+
+
+def test_on_a_gpu_it_is_the_default(monkeypatch, llama):
+    """What a GPU would do; there is none here."""
+    device, config = torch.device("cuda"), GenerationConfig()
+    assert not loop._choose_compiling(device, JacobiOptions(), config).is_asked
+    assert loop._choose_compiling(torch.device("cpu"), JacobiOptions(), config) is None
+    assert loop._choose_compiling(device, JacobiOptions(compile=False), config) is None
+    assert loop._choose_compiling(device, JacobiOptions(candidates=2), config) is None
+    assert loop._choose_compiling(device, JacobiOptions(), GenerationConfig(disable_compile=True)) is None
+    assert loop._choose_compiling(device, JacobiOptions(compile=True), config).is_asked
+
+
+def test_a_default_says_what_it_does_and_falls_back(monkeypatch, llama, caplog):
+    choose = loop._choose_compiling
+    monkeypatch.setattr(loop, "_choose_compiling", lambda device, *others: choose(torch.device("cuda"), *others))
+    logging.getLogger("transformers").propagate = True
+    monkeypatch.setattr(PreTrainedModel, "get_compiled_call", lambda self, config: self.__call__)
+    options = {"do_sample": False, "max_new_tokens": 24}
+    greedy = llama.generate(make_prompts(1)[0], **options).tolist()
+    with caplog.at_level(logging.WARNING):
+        assert llama.generate(make_prompts(1)[0], **options, decoding="jacobi").tolist() == greedy
+        assert "LlamaForCausalLM is compiled for Jacobi decoding of 1 x 16 tokens, once." in caplog.text
+        assert "Compiled in 0 s." in caplog.text
+        caplog.clear()
+        assert llama.generate(make_prompts(1)[0], **options, decoding="jacobi").tolist() == greedy
+        assert not caplog.text  # said once
+
+        def fail(self, config):
+            def call(**inputs):
+                raise RuntimeError("no compiler here\nand more")
+
+            return call
+
+        monkeypatch.setattr(PreTrainedModel, "get_compiled_call", fail)
+        assert llama.generate(make_prompts(1)[0], **options, jacobi_block_size=5).tolist() == greedy
+        assert "without being compiled: no compiler here" in caplog.text
+        # Memory that a long text or a large batch would take is not taken unasked.
+        caplog.clear()
+        options |= {"max_new_tokens": 9000, "eos_token_id": greedy[0][-1]}
+        long = llama.generate(make_prompts(1)[0], **options, jacobi_block_size=6)
+    assert long.tolist() == llama.generate(make_prompts(1)[0], **options).tolist() and not caplog.text
 
 
 @pytest.mark.slow
