@@ -7,6 +7,7 @@ the formulas at each position.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -138,7 +139,8 @@ class ConsistencyObjective(Objective):
         consistency = sum_divergence(logits["states"], targets.detach(), places, chosen, self.config)
         name, ids = ("response", batch.response_ids) if batch.label_ids is None else ("labels", batch.label_ids)
         tokens = ids[_is_token(ids, batch.ar_lengths)]
-        ar = ar_cross_entropy(logits[name], tokens, self.config.ar_label_smoothing).sum()
+        smoothing = self.config.ar_label_smoothing
+        ar = _sum_in_parts(lambda part, ids: ar_cross_entropy(part, ids, smoothing).sum(), logits[name], tokens)
         return torch.stack([consistency, ar])
 
     def _choose_states(self, batch: TrainingBatch, update: int | None, block_size: int) -> DraftBlocks:
@@ -267,11 +269,15 @@ def sum_divergence(
     def sum_part(logits: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return (divergence(logits, targets[places], config.divergence_temperature) * weights).sum()
 
-    if len(places) <= _POSITIONS_AT_ONCE:
-        return sum_part(logits, places, weights)
-    parts = zip(*(values.split(_POSITIONS_AT_ONCE) for values in (logits, places, weights)))
-    # Probabilities are computed again in the backward pass instead of being kept for all positions.
-    return torch.stack([checkpoint(sum_part, *part, use_reentrant=False) for part in parts]).sum()
+    return _sum_in_parts(sum_part, logits, places, weights)
+
+
+def _sum_in_parts(compute: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
+    """A sum over positions, some at a time: probabilities are computed again in the backward pass, and not kept."""
+    if len(values[0]) <= _POSITIONS_AT_ONCE:
+        return compute(*values)
+    parts = zip(*(one.split(_POSITIONS_AT_ONCE) for one in values))
+    return torch.stack([checkpoint(compute, *part, use_reentrant=False) for part in parts]).sum()
 
 
 class LossTotals:
