@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from schema_sql import (
     format_tables,
     open_database,
     read_declarations,
+    read_values,
 )
 from tasks.command import main
 from tasks.data import read_json, read_json_rows
@@ -66,6 +67,9 @@ class Spider(Task):
         None, "folder with DB_ID/DB_ID.sqlite for each database; by default `database` in `data`"
     )
     chat: bool = task_option(False, "whether prompts are chat messages, for an instruct model")
+    example_values: int = task_option(
+        0, "values of each column that a chat message shows, of training databases and test databases that are there"
+    )
     lower_case: bool = task_option(
         False,
         "whether schemas and queries are in lower case, but for what is quoted: SQL takes names in either case, and a "
@@ -189,15 +193,22 @@ class Spider(Task):
 
     @cached_property
     def _declarations(self) -> dict[str, Declarations]:
-        return {entry["db_id"]: read_declarations(entry) for entry in self._entries}
+        return {}  # filled as they are asked for
+
+    @cached_property
+    def _entries_by_name(self) -> dict[str, dict[str, Any]]:
+        return {entry["db_id"]: entry for entry in self._entries}
 
     def _declared(self, name: str) -> Declarations:
         """What SQL declares of a database; nothing of a made-up schema."""
         if name not in self._declarations:
-            database = self._database(name)
-            if database is None:
-                return Declarations()
-            self._declarations[name] = declarations_of_database(database, self._schema(name))
+            database, entry = self._database(name), self._entries_by_name.get(name)
+            declared = Declarations() if entry is None else read_declarations(entry)
+            if database is not None and entry is None:
+                declared = declarations_of_database(database, self._schema(name))
+            if database is not None and self.example_values:
+                declared = replace(declared, values=read_values(database, self._schema(name), self.example_values))
+            self._declarations[name] = declared
         return self._declarations[name]
 
 

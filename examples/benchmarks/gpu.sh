@@ -33,7 +33,7 @@ fi
 mkdir -p "$out" || exit 2
 summary=$out/summary.md
 
-decode=(--num-prompts 4 --max-new-tokens 128 --block-sizes 16)
+decode=(--num-prompts 2 --max-new-tokens 128 --block-sizes 16)
 changes=("model.name=$model")
 case ${SIZE:-full} in
 full) ;;
@@ -44,7 +44,7 @@ tiny)
     changes+=(collect.num_prompts=8 collect.max_prompt_tokens=null collect.max_token_run=null)
     changes+=(collect.max_sentence_repeats=null collect.drop_empty=false)
     changes+=(train.max_steps=2 train.warmup_steps=0 train.per_device_train_batch_size=2 train.bf16=false)
-    changes+=(train.use_cpu=true evaluate.num_prompts=2 evaluate.more_prompts=2 evaluate.batch_size=2)
+    changes+=(train.use_cpu=true evaluate.num_prompts=2 evaluate.more_prompts=2 evaluate.max_new_tokens=null)
     ;;
 *)
     echo "SIZE must be full or tiny, got '$SIZE'." >&2
@@ -103,7 +103,7 @@ rows() {
 echo "# $(basename "$model") on $task, $(date -u '+%Y-%m-%d %H:%M') UTC" >"$summary"
 echo >>"$summary"
 
-stage environment 30 "$python" -c '
+stage environment 20 "$python" -c '
 import platform, subprocess, torch, transformers, trl, peft, datasets, cllm_hf
 print("Python", platform.python_version(), "on", platform.platform())
 for package in (cllm_hf, torch, transformers, trl, peft, datasets):
@@ -111,11 +111,11 @@ for package in (cllm_hf, torch, transformers, trl, peft, datasets):
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
 '
 benchmark=("$python" -m cllm_hf benchmark decode --model "$model" --prompts "$prompts" "${decode[@]}")
-stage decode 50 "${benchmark[@]}" --markdown "$out/decode.md"
-stage decode-compiled 90 "${benchmark[@]}" --compile --markdown "$out/decode-compiled.md"
+stage decode 40 "${benchmark[@]}" --markdown "$out/decode.md"
+stage decode-compiled 85 "${benchmark[@]}" --compile --markdown "$out/decode-compiled.md"
 
 pipeline cllm collect
-stage collect 90 "${command[@]}"
+stage collect 70 "${command[@]}"
 if [[ ! -d $out/lossless && -f $out/cllm/steps/trajectories.json ]]; then # both modes train on the same responses
     mkdir -p "$out/lossless/steps"
     cp -r "$out/cllm/trajectories" "$out/lossless"
@@ -123,11 +123,11 @@ if [[ ! -d $out/lossless && -f $out/cllm/steps/trajectories.json ]]; then # both
 fi
 for mode in cllm lossless; do
     pipeline "$mode" train
-    stage "train-$mode" 100 "${command[@]}"
+    stage "train-$mode" 85 "${command[@]}"
 done
 for mode in cllm lossless; do
     pipeline "$mode" evaluate
-    stage "evaluate-$mode" 75 "${command[@]}"
+    stage "evaluate-$mode" 105 "${command[@]}"
 done
 
 {

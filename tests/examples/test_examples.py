@@ -63,6 +63,8 @@ def test_spider_problems(tmp_path):
     assert test[1].response == "SELECT shop_id FROM shop WHERE city = 1"
     (message,) = kind(data=data, chat=True).load("test")[1].prompt
     assert message["content"].startswith("CREATE TABLE shop (\n  shop_id INTEGER,\n  city INTEGER,")
+    (message,) = kind(data=data, chat=True, example_values=2).load("test")[1].prompt
+    assert message["content"].startswith("CREATE TABLE shop (\n  shop_id INTEGER, -- 0, 1\n  city INTEGER, -- 0, 1\n")
     (tmp_path / "data" / "tables.json").unlink()  # then the schema is read from the database
     assert [problem.prompt for problem in kind(data=data).load("train")] == [problem.prompt for problem in train]
     chats = kind(data=data, chat=True).load("test")

@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from pipelines import ROOT, SHAPE, write_gsm8k, write_spider
+from pipelines import ROOT, SHAPE, load_example, write_gsm8k, write_spider
 from tasks.model_options import read_model
 from tasks.models import make_model, make_tokenizer
+from tasks.options import read_options
 
 
 SCRIPT = ROOT / "examples" / "benchmarks" / "gpu.sh"
@@ -77,6 +78,17 @@ def test_what_is_asked_of_it_must_make_sense(tmp_path):
     assert not (tmp_path / "out" / "summary.md").exists()
 
 
+@pytest.mark.parametrize("task", ["gsm8k", "spider"])
+def test_both_modes_take_the_same_responses(task):
+    changes = ["train.use_cpu=true", "train.bf16=false"]
+    kind = getattr(load_example(task), {"gsm8k": "GSM8K", "spider": "Spider"}[task])
+    configs = [ROOT / "examples" / "configs" / f"{task}-gpu-10min{suffix}.yaml" for suffix in ("", "-lossless")]
+    cllm, lossless = (read_options(kind, path, changes) for path in configs)
+    assert lossless.train["lossless"] and cllm.responses_only and lossless.responses_only
+    for section in ("top", "task", "model", "sft", "collect"):
+        assert cllm.dependencies[section] == lossless.dependencies[section]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["gsm8k", "spider"])
 def test_all_stages_of_a_tiny_model(tmp_path, task):
@@ -87,8 +99,8 @@ def test_all_stages_of_a_tiny_model(tmp_path, task):
     for saved in (model, tokenizer):
         saved.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    limits = "decode-compiled=240 decode=0.1" if task == "spider" else "decode-compiled=240"
-    done = run_script(tmp_path / "model", data, out, SIZE="tiny", LIMITS=limits)
+    limits = [f"{stage}=240" for stage in STAGES] + ["decode=0.1"] * (task == "spider")
+    done = run_script(tmp_path / "model", data, out, SIZE="tiny", LIMITS=" ".join(limits))
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = dict.fromkeys(STAGES, "done")
     outcomes |= {"decode": "not done within 0.1 s"} if task == "spider" else {}
