@@ -32,8 +32,9 @@ from ..options import AUTO, DEFAULT_BLOCK_SIZE, JacobiOptions
 from .block_size import Pace, make_pace
 from .feeding import Feed
 from .memory import Compiling
+from .reading import Reader, make_reader
 from .sampling import GumbelNoise
-from .strategy import Proposal, Room, Row, Strategy, check_proposals, is_drafting, level, make_strategy
+from .strategy import Proposal, Room, Row, Strategy, check_proposals, is_drafting, is_reading, level, make_strategy
 from .verify import Verifier, make_verifier
 
 
@@ -60,8 +61,9 @@ def decode(
     """
     batch_size, prompt_length = input_ids.shape
     strategy = make_strategy(strategy_name, options, model)
+    reader = make_reader(strategy, model, bool(options.compile))
     largest = strategy.largest_block_size if is_drafting(strategy) else None
-    compiling = _choose_compiling(input_ids.device, options, generation_config)
+    compiling = None if reader else _choose_compiling(input_ids.device, options, generation_config)
     # A compiled forward pass has one shape, and on a GPU so many positions cost what one does.
     block_size = DEFAULT_BLOCK_SIZE if compiling is not None and options.block_size == AUTO else options.block_size
     pace = make_pace(model, block_size, (strategy_name, options.candidates), largest)
@@ -92,9 +94,10 @@ def decode(
     )
     all_rows, num_forwards = list(feed.rows), 0
     try:
-        with strategy.running() if is_drafting(strategy) else nullcontext():
+        running = strategy.running() if is_drafting(strategy) else nullcontext()
+        with running, reader.installed() if reader else nullcontext():
             while feed.rows:
-                _iterate(feed, strategy, verifier, pace)
+                _iterate(feed, strategy, verifier, pace, reader)
                 num_forwards += 1
         feed.memory.close()
         if streamer is not None:
@@ -111,7 +114,7 @@ def decode(
         raise
 
 
-def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> None:
+def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace, reader: Reader | None) -> None:
     """One forward pass, and what came of it: propose, run the model, verify, keep."""
     rows = feed.rows
     # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
@@ -130,11 +133,14 @@ def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> 
         strategy.draft(rows, verdicts, logits[:, num_verified:], verifier.guess)
     del logits  # large in the prefill
 
+    hidden_states = reader.take(rows, verdicts, len(proposals[0].token_ids)) if reader else []
     feed.advance(verdicts, verifier.finished(rows))
     pace.record(room.depth + 1, [len(verdict.token_ids) for verdict in verdicts])
     left = {row.index for row in feed.rows}
-    for row, verdict in zip(rows, verdicts):
+    for number, (row, verdict) in enumerate(zip(rows, verdicts)):
         if row.index in left and not verifier.takes_padding(row):
+            if is_reading(strategy):
+                strategy.read(row, hidden_states[number])
             strategy.observe(row, verdict.path, verdict.predictions)
 
 

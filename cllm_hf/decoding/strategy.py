@@ -2,9 +2,10 @@
 What a decoding strategy is: it proposes tokens for each row of the batch, the loop verifies them. And which ones
 `generate(decoding=...)` knows.
 
-A strategy never sees logits, caches, masks or stopping rules. In every iteration it is asked for a `Proposal` for each
-row, and told afterwards what the model predicted and which of its tokens were accepted. Whatever it proposes, the text
-is that of decoding one token at a time; a good strategy only needs fewer forward passes for it.
+A strategy never sees logits, caches, masks or stopping rules, and hidden states only if it has a method for them. In
+every iteration it is asked for a `Proposal` for each row, and told afterwards what the model predicted and which of
+its tokens were accepted. Whatever it proposes, the text is that of decoding one token at a time; a good strategy only
+needs fewer forward passes for it.
 """
 
 from __future__ import annotations
@@ -219,6 +220,21 @@ class DraftingStrategy(Strategy, Protocol):
 
     def draft(self, rows: Sequence[Row], verdicts: Sequence[Verdict], logits: Any, guess: Guess) -> None:
         """Draft what follows the text, now that it is known how far it goes, from the logits of the last places."""
+
+
+class ReadingStrategy(Strategy, Protocol):
+    """A strategy that drafts from the model's hidden states."""
+
+    def read(self, row: Row, hidden_states: Any) -> None:
+        """
+        Take the last hidden states of a forward pass, `[num_tokens, hidden_size]`: of the last tokens of
+        `row.text[:-1]`, those that were fed; the last one has predicted the anchor. Called before `observe`.
+        """
+
+
+def is_reading(strategy: Strategy) -> TypeGuard[ReadingStrategy]:
+    """Whether a strategy wants the model's hidden states."""
+    return hasattr(strategy, "read")
 
 
 def is_drafting(strategy: Strategy) -> TypeGuard[DraftingStrategy]:
