@@ -24,6 +24,7 @@ from cllm_hf.trajectories.sources import read_prompts
 
 from .collection import compare_collection, format_collection
 from .collectors import CollectionSetting
+from .heads_command import add_heads, run_heads
 from .number_tokenizer import make_number_tokenizer
 from .overhead import format_overhead, measure_overhead, overhead_methods
 from .training import compare_training, format_training
@@ -50,6 +51,7 @@ def main(given: Sequence[str] | None = None) -> int:
     _add_overhead(kinds)
     _add_collect(kinds)
     _add_train(kinds)
+    add_heads(kinds)
     options = parser.parse_args(given)
     options.command_line = shlex.join(["python", "examples/benchmark.py", *given])
     return run_safely(lambda: _run(options), "benchmark.py")
@@ -58,7 +60,7 @@ def main(given: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     hide_host_warnings()
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
-        runs = {"overhead": run_overhead, "collect": run_collect, "train": run_train}
+        runs = {"overhead": run_overhead, "collect": run_collect, "train": run_train, "heads": run_heads}
         print(runs[options.kind](options))
     return 0
 
