@@ -13,9 +13,10 @@ import transformers
 from conftest import make_word_model
 from datasets import Dataset, DatasetDict
 
-from cllm_hf import CleaningRules, TrajectoryBuilder, set_jacobi_defaults
+from cllm_hf import CleaningRules, TrajectoryBuilder, load_trajectories, set_jacobi_defaults
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
+from cllm_hf.evaluation.command import tokenize
 from cllm_hf.loading import load_tokenizer
 from cllm_hf.show.picture import draw_blocks, token_decoder
 from cllm_hf.show.terminal import BlockTrajectory
@@ -225,6 +226,8 @@ def test_prompts_of_files(tmp_path):
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_text("one\n\ntwo\n")
     assert read_source(str(text), template="Q: {prompt}\\nA: {x}", limit=1) == (["Q: one\nA: {x}"], None)
+    asked = [[{"role": "user", "content": f"Q: {word}"}] for word in ("one", "two")]
+    assert read_source(str(text), template="Q: {prompt}", is_chat=True) == (asked, None)
     rows = [
         {"prompt": "a", "question": "b", "response": "r", "answer": "s"},
         {"prompt": "c", "question": "d", "response": "", "answer": "t"},
@@ -235,6 +238,8 @@ def test_prompts_of_files(tmp_path):
     chat = [{"role": "user", "content": "hi"}]
     lines.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in (chat, [3, 4])))
     assert read_source(str(lines)) == ([chat, [3, 4]], None)
+    with pytest.raises(ValueError, match="`chat` takes prompts that are text, got token ids"):
+        read_source(str(lines), is_chat=True)
     with pytest.raises(ValueError, match="that are text take a template, got `prompt_template` 'Q: "):
         read_source(str(lines), template="Q: {prompt}")
     assert apply_template("{prompt}{prompt}", "{x}\\n") == "{x}\\n{x}\\n"  # what a prompt says stays as it is
@@ -587,6 +592,28 @@ def collect_arguments(model_folder, tmp_path):
 
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_chat_is_a_chat_message(collect_arguments, model_folder, tokenizer, tmp_path, capsys):
+    """A text with `--chat`, and the same as a message in a file; the benchmark decodes the same tokens."""
+    tokenizer.chat_template = "{% for m in messages %}Mia has {{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(model_folder)
+    lines = [json.dumps({"prompt": [{"role": "user", "content": text}]}) for text in [*PROMPTS, PROMPTS[0]]]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    assert main([*collect_arguments, "--chat"]) == 0
+    messages = ["--prompts", str(tmp_path / "chats.jsonl"), "--output-dir", str(tmp_path / "messages")]
+    assert main([*collect_arguments, *messages]) == 0
+    records = load_trajectories(tmp_path / "out")[:]
+    assert records == load_trajectories(tmp_path / "messages")[:]
+    assert records["prompt_ids"] == tokenize(tokenizer, PROMPTS, is_chat=True)
+    assert records["prompt"][0] == f"Mia has {PROMPTS[0]} "
+
+
+def test_responses_that_are_mostly_empty_have_a_hint(tmp_path):
+    manifest = {"counts": {"kept": 1, "empty": 9}, "prompts": {"count": 10}, "statistics": {}, "options": {}}
+    assert "`--chat`" in command.format_collection(tmp_path, manifest)
+    manifest["counts"] = {"kept": 9, "empty": 1}
+    assert "`--chat`" not in command.format_collection(tmp_path, manifest)
 
 
 def test_what_is_collected_can_be_inspected_and_verified(collect_arguments, dataset, tokenizer, tmp_path, capsys):

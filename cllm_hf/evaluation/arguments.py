@@ -99,6 +99,9 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="values of jacobi_candidates: each adds a row beside every row of Jacobi decoding",
     )
+    parser.add_argument(
+        "--chat", action="store_true", help="put prompts through the tokenizer's chat template, as messages of a user"
+    )
     parser.add_argument("--assistant", help="folder or Hub id of a draft model, for assisted decoding")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     parser.add_argument("--repeats", type=positive, default=1, help="timed rounds over the prompts")

@@ -18,7 +18,8 @@ from ..files import check_writable_file, write_whole
 from ..loading import load_cllm, load_tokenizer, pick_device
 from ..names import Name
 from ..process import quiet_hosts
-from ..trajectories.sources import read_prompts, read_prompts_and_answers
+from ..trajectories.prompts import read_rows
+from ..trajectories.sources import as_chat, read_prompts, read_prompts_and_answers
 from .comparison import check_assistant, compare_decoding, format_comparison
 from .judgements import Judgement
 from .model_comparison import compare_models
@@ -47,7 +48,7 @@ def _run_decode(options: argparse.Namespace) -> str:
         prompts = random_prompts(model.config.vocab_size, options.num_prompts, options.prompt_length, options.seed)
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        prompts = tokenize(tokenizer, texts)
+        prompts = tokenize(tokenizer, texts, options.chat)
         pad_token_id = tokenizer.pad_token_id or 0
         model = load_model(options.model, options, device)
         assistant = None if options.assistant is None else load_model(options.assistant, options, device)
@@ -74,7 +75,7 @@ def _run_models(options: argparse.Namespace) -> str:
     device = prepare(options)
     tokenizer = load_tokenizer(options.target)
     _check_tokenizers(tokenizer, names)
-    prompts = tokenize(tokenizer, texts)
+    prompts = tokenize(tokenizer, texts, options.chat)
     target, cllm, assistant = (None if name is None else load_model(name, options, device) for name in names.values())
     report = compare_models(
         target,
@@ -173,8 +174,10 @@ def load_model(name: str, options: argparse.Namespace, device: torch.device) -> 
     return model.to(device)
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Turn prompts into token ids, as they stand."""
+def tokenize(tokenizer: Any, texts: list[str], is_chat: bool = False) -> list[list[int]]:
+    """Turn prompts into token ids, as they stand or as messages of a user."""
+    if is_chat:
+        return [row.prompt_ids for row in read_rows([as_chat(text) for text in texts], None, tokenizer)]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
     empty = next((text for text, prompt in zip(texts, prompts) if not prompt), None)
     if empty is not None:

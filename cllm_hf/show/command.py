@@ -24,7 +24,7 @@ from ..trajectories.command import load_all, load_model
 from ..trajectories.loading import find_manifest
 from ..trajectories.prompts import Prompt
 from ..trajectories.schema import check_names
-from ..trajectories.sources import PLACE, apply_template, read_source
+from ..trajectories.sources import PLACE, apply_template, as_chat, read_source
 from ..trajectories.statistics import format_histogram, format_statistics, measure_trajectories, plot_statistics
 from .picture import TrajectoryPicture, collect_block, draw_blocks, token_decoder
 from .terminal import BlockTrajectory, format_record, indented
@@ -235,9 +235,12 @@ def _read_prompt(options: argparse.Namespace) -> Prompt:
             )
         if not options.prompt:
             raise ValueError("`--prompt` must hold text, got none. Write a prompt of the kind that it was trained on.")
-        return apply_template(options.prompt_template, options.prompt)
+        prompt = apply_template(options.prompt_template, options.prompt)
+        return as_chat(prompt) if options.chat else prompt
     number = options.number or 1
-    prompts, _ = read_source(str(options.prompts), limit=number, template=options.prompt_template)
+    prompts, _ = read_source(
+        str(options.prompts), limit=number, template=options.prompt_template, is_chat=options.chat
+    )
     if number > len(prompts):
         raise ValueError(
             f"`--number` must be from 1 to {len(prompts)}, the prompts of {str(options.prompts)!r}, got {number}. "

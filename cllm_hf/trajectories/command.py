@@ -25,7 +25,7 @@ from .hub import check_can_push, push_trajectories
 from .loading import find_manifest, load_trajectories
 from .manifest import fingerprint_weights, has_no_states, read_manifest, recorded_model
 from .options import CollectCommand
-from .shard import count_dropped, format_near_ties
+from .shard import ADVICE, count_dropped, format_near_ties
 from .sources import read_source
 from .statistics import TrajectoryStatistics, format_statistics
 from .verification import format_verification, verify_transitions
@@ -50,6 +50,7 @@ def run_collect(options: CollectCommand) -> str:
             arguments.response_column,
             arguments.limit,
             arguments.prompt_template,
+            arguments.chat,
         )
     options.collection.check_responses(responses is not None)
     folder = Path(arguments.output_dir)
@@ -114,6 +115,8 @@ def format_collection(folder: Path, manifest: Mapping[str, Any], published: str 
     dropped = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in count_dropped(counts).items())
     kept = f"Kept {counts.get('kept', 0)} of {manifest['prompts']['count']} prompts{greedy}"
     parts = [f"{kept}; dropped: {dropped or 'none'}.{format_near_ties(counts)}"]
+    if 2 * counts.get("empty", 0) > manifest["prompts"]["count"]:
+        parts.append(ADVICE["empty"])
     splits = [TrajectoryStatistics.from_dict(values) for values in manifest["statistics"].values()]
     if splits:
         parts.append(format_statistics({"dataset": reduce(add, splits)}))

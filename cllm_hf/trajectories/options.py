@@ -240,6 +240,10 @@ class CollectArguments:
     prompt_template: str = _option(
         "{prompt}", "text around a prompt, such as 'Question: {prompt}\\nAnswer:'; \\n is a new line"
     )
+    chat: bool = _option(
+        False,
+        "put prompts that are text through the tokenizer's chat template, for an instruct model",
+    )
     revision: str | None = _option(None, "branch, tag or commit of the model on the Hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "float32",
@@ -347,6 +351,7 @@ def _add_show(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt-template", default="{prompt}", help="text around the prompt; \\n is a new line, as of `cllm collect`"
     )
+    parser.add_argument("--chat", action="store_true", help="put it through the chat template, as of `cllm collect`")
     parser.add_argument("--block-size", type=positive, help="tokens of a block; by default that of the CLLM, else 16")
     parser.add_argument("--block", type=natural, default=0, help="number of the block in the response, from 0")
     parser.add_argument(

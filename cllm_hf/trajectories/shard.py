@@ -33,9 +33,10 @@ from .statistics import TrajectoryStatistics
 
 
 logger = logging.getLogger(__name__)
-_ADVICE = {
+ADVICE = {
     "not_greedy": "For `not_greedy` pass responses of this model as token ids, or keep them by `not_greedy`.",
     "long_prompt": "For `long_prompt` lower `max_new_tokens`, or raise `max_prompt_tokens`.",
+    "empty": "For `empty`: an instruct model may wait for its chat template. Pass chat messages, or `--chat`.",
     "long_response": "For `long_response` raise `max_new_tokens`.",
 }
 # What is counted of kept prompts; the other counts are those of dropped ones.
@@ -395,6 +396,6 @@ def format_near_ties(counts: Mapping[str, int]) -> str:
 def explain_none_left(num_prompts: int, counts: Mapping[str, int]) -> str:
     """Say why a collection has no records."""
     reasons = ", ".join(f"{count} for `{reason}`" for reason, count in counts.items())
-    advice = [text for reason, text in _ADVICE.items() if counts.get(reason)]
+    advice = [text for reason, text in ADVICE.items() if counts.get(reason)]
     advice = advice or ["Loosen the `CleaningRules`, or look at what the model answers."]
     return f"No record is left of {num_prompts} prompts: {reasons} were dropped. {' '.join(advice)}"

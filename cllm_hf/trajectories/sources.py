@@ -42,18 +42,20 @@ def read_source(
     response_column: str | None = None,
     limit: int | None = None,
     template: str = PLACE,
+    is_chat: bool = False,
 ) -> Prompts:
     """
     Read the prompts of a file or a dataset (texts, chat messages or token ids), and a response to each or `None`.
 
     By default prompts are in the column or JSON field `prompt` or `question`, and only JSON has responses, if it has
-    the field `response`. The text of the template stands around prompts that are text.
+    the field `response`. The text of the template stands around prompts that are text; in a chat they are messages.
     """
     if file is not None:
         prompts, responses = read_prompts_and_responses(Path(file), limit, prompt_column, response_column)
     else:
         prompts, responses = _from_dataset(str(dataset), config, split, prompt_column, response_column, limit)
-    return [apply_template(template, prompt) for prompt in prompts], responses
+    prompts = [apply_template(template, prompt) for prompt in prompts]
+    return [as_chat(prompt) for prompt in prompts] if is_chat else prompts, responses
 
 
 def apply_template(template: str, prompt: Any) -> Any:
@@ -70,6 +72,15 @@ def apply_template(template: str, prompt: Any) -> Any:
             f"Only prompts that are text take a template, got `prompt_template` {template!r} for chat messages or "
             "token ids. Drop it, or pass text."
         )
+    return prompt
+
+
+def as_chat(prompt: Any) -> Any:
+    """A prompt as the message of a user; chat messages stay as they are."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if not is_chat(prompt):
+        raise ValueError(f"`chat` takes prompts that are text, got token ids, {reprlib.repr(prompt)}. Drop it.")
     return prompt
 
 

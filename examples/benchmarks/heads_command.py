@@ -59,6 +59,7 @@ def add_heads(kinds: Any) -> None:
         "--prompts", type=Path, required=True, help="as of `overhead`, or JSON lines with `prompt_ids`"
     )
     compare.add_argument("--num-prompts", type=positive, default=16, help="how many prompts, the first ones")
+    compare.add_argument("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
     compare.add_argument("--medusa", type=Path, help="folder of Medusa heads")
     compare.add_argument("--eagle", type=Path, help="folder of a head like EAGLE's")
     compare.add_argument("--lossless", help="folder or Hub id of a lossless adapter for the model")
@@ -120,7 +121,7 @@ def _compare(options: argparse.Namespace) -> str:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     prompts = read_prompt_ids(options.prompts, options.num_prompts)
     if prompts is None:
-        prompts = tokenize(tokenizer, read_prompts(options.prompts, options.num_prompts))
+        prompts = tokenize(tokenizer, read_prompts(options.prompts, options.num_prompts), options.chat)
     model = load_model(options.model, options, device)
     folders = {MEDUSA: options.medusa, EAGLE: options.eagle}
     heads = {kind: load_heads(folder, model, kind) for kind, folder in folders.items() if folder is not None}
