@@ -216,7 +216,12 @@ def _run_compare(parsed: argparse.Namespace) -> int:
 def _run_benchmark(parsed: argparse.Namespace) -> int:
     from .evaluation.command import run_benchmark
 
-    return _say(run_benchmark(parsed))
+    try:
+        return _say(run_benchmark(parsed))
+    except KeyboardInterrupt:
+        if getattr(parsed, "output_dir", None) is None:
+            raise
+        return _say_interrupted("interrupted; the same command goes on where it was.")
 
 
 def _run_collect(parsed: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ def _differing(row: dict[str, Any]) -> str | None:
     return str(row["num_differing"]) if _has_partings(row) else None
 
 
-def _gap(row: dict[str, Any]) -> str | None:
+def format_gap(row: dict[str, Any]) -> str | None:
     """The largest gap in logits, and as a multiple of the bound of a near tie."""
     if row.get("largest_gap") is None:
         return None
@@ -51,7 +51,7 @@ def _gap(row: dict[str, Any]) -> str | None:
 
 
 # Columns of a table of methods, shown where texts part.
-COLUMNS = {"near ties": _near_ties, "differ": _differing, "largest gap": _gap}
+COLUMNS = {"near ties": _near_ties, "differ": _differing, "largest gap": format_gap}
 
 
 def agreement_notes(rows: Sequence[dict[str, Any]]) -> list[str]:

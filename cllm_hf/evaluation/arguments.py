@@ -83,10 +83,13 @@ def _add_models(kinds: Any) -> None:
         help="further block sizes, numbers or auto: a row each for both models",
     )
     models.add_argument(
-        "--batch-size", type=positive, default=32, help="batch size for the prompts that are not timed"
+        "--batch-size", type=positive, help="batch size for the prompts that are not timed; by default what fits"
     )
     _add_decoding(models)
     add_common(models)
+    models.add_argument(
+        "--output-dir", type=Path, help="folder for report.json, report.md and report.png; an interrupted run goes on"
+    )
     models.add_argument("--plot", type=Path, help="PNG file for accuracy over speed, or speed alone")
 
 

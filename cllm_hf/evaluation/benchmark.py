@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from tqdm.auto import tqdm
 from .._host import base_model_of
 from ..blocks.drafter import find_drafter
 from ..blocks.rules import count_until_stop
+from ..journal import Journal
 from ..options import AUTOREGRESSIVE
 from ..trajectories.responding import split_batches
+from .progress import Progress, Say
 
 
 _PROMPT_LOOKUP_TOKENS = 10
@@ -72,6 +75,7 @@ class DecodingResult:
     # How many forward passes after the prefill fed how many tokens a row; empty for a compiled method.
     widths: Counter[int] = field(default_factory=Counter)
     peak_memory: int | None = None  # most bytes that tensors took on a CUDA device in a run, weights included
+    num_kept_turns: int = 0  # of the runs, those that were timed by an earlier, interrupted benchmark
 
     @property
     def tokens_per_forward(self) -> float:
@@ -151,6 +155,9 @@ def benchmark_decoding(
     batch_size: int = 1,
     repeats: int = 1,
     pad_token_id: int = 0,
+    say: Say | None = None,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
 ) -> list[DecodingResult]:
     """
     Decode the same prompts in several ways, greedily, `repeats` times, in batches padded on the left.
@@ -158,29 +165,84 @@ def benchmark_decoding(
     The methods take turns on every batch, so that a change of the machine's speed meets all of them, and a ratio is
     taken between neighbors. Before the clocks start, each method decodes the first batch once; a compiled one decodes
     a batch of every shape that comes, since each may be compiled anew. All clocks are around the whole `generate`.
+
+    `say` gets lines on how far it is, or `progress` has a stage for it. A turn, one batch decoded by all methods, is
+    kept in the journal as a whole and never in part: each ratio is of neighbors in one process, also after an
+    interruption.
     """
     if not prompts:
         raise ValueError("`prompts` must hold at least one prompt, got none.")
     check_counts(batch_size=batch_size, repeats=repeats)
+    journal, progress = journal or Journal(), progress or Progress(show_progress, say)
     batches = split_batches(prompts, batch_size)
     results = [DecodingResult(method.name, batch_size=batch_size) for method in methods]
-    for method in methods:
-        for batch in _shapes(batches) if method.is_compiled else batches[:1]:
-            _run(method, batch, max_new_tokens, pad_token_id)
-    progress = tqdm(total=repeats * len(batches), desc="Decoding", unit="batch", disable=not show_progress)
-    with progress:
-        for turn, batch in itertools.product(range(repeats), batches):
-            for method, result in zip(methods, results):
-                run = _run(method, batch, max_new_tokens, pad_token_id)
-                result.seconds += run.seconds
-                if run.peak_memory is not None:
-                    result.peak_memory = max(run.peak_memory, result.peak_memory or 0)
-                if turn == 0:
-                    result.responses += run.responses
-                    result.num_forwards += run.num_forwards
-                    result.widths.update(run.widths)
-            progress.update()
+    turns = list(itertools.product(range(repeats), batches))
+    ways = [describe_method(method) for method in methods]
+    keys = [[ways, turn, batch, max_new_tokens, pad_token_id] for turn, batch in turns]
+    are_kept = [journal.has(f"turn-{number:05d}", key) for number, key in enumerate(keys)]
+    expected = 0.0
+    if not all(are_kept):
+        seconds = _warm_up(methods, batches, max_new_tokens, pad_token_id, progress)
+        expected = seconds * (len(turns) - sum(are_kept))
+    unit = "prompts" if batch_size == 1 else "batches"
+    with progress.stage(f"Timing {len(methods)} ways to decode, in turns", len(turns), unit, expected) as stage:
+        for number, ((turn, batch), key, is_kept) in enumerate(zip(turns, keys, are_kept)):
+            take = partial(_take_turn, methods, batch, max_new_tokens, pad_token_id)
+            for result, run in zip(results, journal.once(f"turn-{number:05d}", key, take)):
+                _add(result, _from_json(run), is_first=turn == 0)
+                result.num_kept_turns += is_kept
+            stage.advance(is_kept=is_kept)
     return results
+
+
+def _warm_up(
+    methods: Sequence[DecodingMethod],
+    batches: list[list[list[int]]],
+    max_new_tokens: int,
+    pad_token_id: int,
+    progress: Progress,
+) -> float:
+    """Returns about how many seconds a turn takes."""
+    seconds = 0.0
+    with progress.stage("Warming up", len(methods), "ways to decode") as stage:
+        for method in methods:
+            for batch in _shapes(batches) if method.is_compiled else batches[:1]:
+                run = _run(method, batch, max_new_tokens, pad_token_id)
+            seconds += run.seconds[0]
+            stage.advance()
+    return seconds
+
+
+def describe_method(method: DecodingMethod) -> dict[str, Any]:
+    """What a method does, ready for JSON; a model among its options is put down by name."""
+    options = {
+        name: getattr(base_model_of(value), "name_or_path", value) if name == "assistant_model" else value
+        for name, value in method.options.items()
+    }
+    return {"name": method.name, "options": options, "is_compiled": method.is_compiled}
+
+
+def _take_turn(
+    methods: Sequence[DecodingMethod], batch: list[list[int]], max_new_tokens: int, pad_token_id: int
+) -> list[dict[str, Any]]:
+    """One batch by all methods, ready for JSON."""
+    runs = [_run(method, batch, max_new_tokens, pad_token_id) for method in methods]
+    return [{**vars(run), "widths": list(run.widths.items())} for run in runs]
+
+
+def _from_json(run: dict[str, Any]) -> DecodingResult:
+    return DecodingResult(**{**run, "widths": Counter({width: count for width, count in run["widths"]})})
+
+
+def _add(result: DecodingResult, run: DecodingResult, is_first: bool) -> None:
+    """Add a run to the result of its method; responses and counts are those of the first round."""
+    result.seconds += run.seconds
+    if run.peak_memory is not None:
+        result.peak_memory = max(run.peak_memory, result.peak_memory or 0)
+    if is_first:
+        result.responses += run.responses
+        result.num_forwards += run.num_forwards
+        result.widths.update(run.widths)
 
 
 def decode_all(

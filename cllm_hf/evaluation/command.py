@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from textwrap import indent
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from ..files import check_writable_file, write_whole
@@ -20,14 +22,15 @@ from ..names import Name
 from ..process import quiet_hosts
 from ..trajectories.prompts import read_rows
 from ..trajectories.sources import as_chat, read_prompts, read_prompts_and_answers
-from .comparison import check_assistant, compare_decoding, format_comparison
+from .comparison import check_assistant, compare_decoding, format_comparison, format_decode_row
 from .judgements import Judgement
 from .model_comparison import compare_models
-from .model_report import format_models, plot_models
+from .model_report import format_model_row, format_models, plot_models
 from .shapes import make_random_model, random_prompts
 
 
 _SCHEMA_VERSION = 1
+_UNFINISHED = "unfinished"  # folder in the output folder, of what an interrupted run has finished
 
 
 def run_benchmark(options: argparse.Namespace) -> str:
@@ -64,11 +67,14 @@ def _run_decode(options: argparse.Namespace) -> str:
         pad_token_id,
         show_progress=sys.stderr.isatty(),
         candidates=options.candidates,
+        say=_say,
+        on_result=lambda row: _say(format_decode_row(row, len(prompts))),
     )
     return finish({**report, "name": options.model or options.shape}, format_comparison(report), options)
 
 
 def _run_models(options: argparse.Namespace) -> str:
+    _place_outputs(options)
     names = {name: getattr(options, name) for name in ("target", "model", "assistant")}
     _check_names(names)
     texts, answers = read_prompts_and_answers(options.prompts, options.num_prompts + options.num_more_prompts)
@@ -76,6 +82,7 @@ def _run_models(options: argparse.Namespace) -> str:
     tokenizer = load_tokenizer(options.target)
     _check_tokenizers(tokenizer, names)
     prompts = tokenize(tokenizer, texts, options.chat)
+    unfinished = None if options.output_dir is None else options.output_dir / _UNFINISHED
     target, cllm, assistant = (None if name is None else load_model(name, options, device) for name in names.values())
     report = compare_models(
         target,
@@ -93,11 +100,29 @@ def _run_models(options: argparse.Namespace) -> str:
         repeats=options.repeats,
         pad_token_id=tokenizer.pad_token_id or 0,
         show_progress=sys.stderr.isatty(),
+        say=_say,
+        on_result=lambda row: _say(format_model_row(row, min(options.num_prompts, len(prompts)))),
+        keep_in=unfinished,
     )
     text = finish({**report, "name": options.model}, format_models(report), options)
     if options.plot is not None:
         plot_models(report, options.plot)
+    if unfinished is not None:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return text
+
+
+def _place_outputs(options: argparse.Namespace) -> None:
+    """Give the files of an output folder their places in it, unless they are to be elsewhere."""
+    if options.output_dir is not None:
+        for option, name in (("json", "report.json"), ("markdown", "report.md"), ("plot", "report.png")):
+            setattr(options, option, getattr(options, option) or options.output_dir / name)
+
+
+def _say(line: str) -> None:
+    """To the terminal or a log, beside the report itself; above a progress bar."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def _make_equality_judge(tokenizer: Any, answers: Sequence[str]) -> Callable[[list[list[int]]], list[Judgement]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,18 @@ from .benchmark import (
     DecodingMethod,
     DecodingResult,
     benchmark_decoding,
+    describe_method,
     leave_out_refused,
     make_methods,
     synchronize,
 )
+from .progress import Say
 from .reporting import (
     compile_notes,
     describe_environment,
     describe_prompts,
     format_environment,
+    format_line,
     format_number,
     format_rate,
     format_rows,
@@ -50,19 +53,23 @@ def compare_decoding(
     pad_token_id: int = 0,
     show_progress: bool = True,
     candidates: Sequence[int] = (),
+    say: Say | None = None,
+    on_result: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """
     Measure all ways to decode on the same prompts, and the cost of the forward passes that they make.
 
     The arguments are the options of the command. Prompt lookup and an assistant take part for a batch size of 1 only.
     A model that refuses candidates has no rows with them, and a note says why. The result is ready for JSON;
-    `format_comparison` makes a text of it.
+    `format_comparison` makes a text of it. `say` gets lines on how far it is, `on_result` each row when it is done.
     """
     check_assistant(assistant, batch_size)
     check_candidates(candidates)
     methods = make_methods(model, block_sizes, assistant, batch_size == 1, is_compiled, candidates)
     methods, refusal = leave_out_refused(methods, prompts, max_new_tokens, pad_token_id)
-    results = benchmark_decoding(methods, prompts, max_new_tokens, show_progress, batch_size, repeats, pad_token_id)
+    results = benchmark_decoding(
+        methods, prompts, max_new_tokens, show_progress, batch_size, repeats, pad_token_id, say
+    )
     cache_length = _middle_length(prompts, results[0])
     # A tree has more tokens than positions, so that as many in a row may be more than the model has.
     most = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - cache_length
@@ -75,10 +82,12 @@ def compare_decoding(
     if refusal is not None:
         notes.append(f"Candidates are left out: {refusal}")
     notes += compile_notes(methods)
-    rows = [
-        {**_row(method, result, results[0], forwards), **compare_texts(method, prompts, result, results[0])}
-        for method, result in zip(methods, results)
-    ]
+    rows = []
+    for method, result in zip(methods, results):
+        agreement = compare_texts(method, prompts, result, results[0])
+        rows.append({**_row(method, result, results[0], forwards), **agreement})
+        if on_result is not None:
+            on_result(rows[-1])
     notes += agreement_notes(rows)
     return {
         "kind": "decode",
@@ -158,15 +167,9 @@ def check_prompts(prompts: Sequence[list[int]], more_prompts: Sequence[list[int]
 
 
 def raw_result(method: DecodingMethod, result: DecodingResult) -> dict[str, Any]:
-    """What a method did, ready for JSON; a model among its options is put down by name."""
-    options = {
-        name: getattr(base_model_of(value), "name_or_path", value) if name == "assistant_model" else value
-        for name, value in method.options.items()
-    }
+    """What a method did, ready for JSON."""
     return {
-        "name": result.name,
-        "options": options,
-        "is_compiled": method.is_compiled,
+        **describe_method(method),
         "responses": result.responses,
         "num_forwards": result.num_forwards,
         "seconds": result.seconds,
@@ -178,26 +181,32 @@ def raw_result(method: DecodingMethod, result: DecodingResult) -> dict[str, Any]
 def format_comparison(report: dict[str, Any]) -> str:
     """Write the result of `compare_decoding`, or what `json.loads` has made of it, as Markdown."""
     settings = report["settings"]
-    table = format_rows(
-        report["rows"],
-        {
-            "method": lambda row: row["name"],
-            "tokens/s": format_rate,
-            "tokens per forward pass": lambda row: format_number(row["tokens_per_forward"]),
-            "t(n)/t(1)": lambda row: format_number(row["relative_cost"]),
-            "limit": lambda row: format_number(row["limit"], "x"),
-            "speed-up over generate()": lambda row: format_number(row["speedup"], "x"),
-            "equal": lambda row: f"{row['num_equal']}/{settings['num_prompts']}",
-            **COLUMNS,
-            "peak MiB": lambda row: None if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}",
-        },
-    )
+    table = format_rows(report["rows"], _columns(settings["num_prompts"]))
     setting = (
         f"Prompts: {describe_prompts(report['prompt_lengths'])}, in batches of {settings['batch_size']}. New tokens: "
         f"at most {settings['max_new_tokens']}. Rounds: {settings['repeats']}. t(n) is after "
         f"{report['cache_length']} cached tokens."
     )
     return "\n\n".join([table, setting, format_environment(report["environment"]), *report["notes"]])
+
+
+def format_decode_row(row: dict[str, Any], num_prompts: int) -> str:
+    """A row of `compare_decoding` as a line."""
+    return format_line(row, _columns(num_prompts))
+
+
+def _columns(num_prompts: int) -> dict[str, Callable[[dict[str, Any]], str | None]]:
+    return {
+        "method": lambda row: row["name"],
+        "tokens/s": format_rate,
+        "tokens per forward pass": lambda row: format_number(row["tokens_per_forward"]),
+        "t(n)/t(1)": lambda row: format_number(row["relative_cost"]),
+        "limit": lambda row: format_number(row["limit"], "x"),
+        "speed-up over generate()": lambda row: format_number(row["speedup"], "x"),
+        "equal": lambda row: f"{row['num_equal']}/{num_prompts}",
+        **COLUMNS,
+        "peak MiB": lambda row: None if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}",
+    }
 
 
 def _middle_length(prompts: Sequence[list[int]], result: DecodingResult) -> int:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..cards import code, format_table
 from ..files import check_writable_file, save_figure
 from ..trajectories.statistics import TrajectoryStatistics, format_statistics
-from .agreement import COLUMNS
-from .model_comparison import TITLES
-from .reporting import describe_prompts, format_environment, format_number, format_rate, format_rows
+from .agreement import COLUMNS, format_gap
+from .reporting import (
+    describe_prompts,
+    format_environment,
+    format_line,
+    format_number,
+    format_rate,
+    format_rows,
+)
+from .sides import TITLES
 
 
 # Told apart also by those who are color-blind; the shapes of the points tell the ways to decode apart.
@@ -42,7 +50,7 @@ def format_models(report: dict[str, Any]) -> str:
         _explain_columns(report),
         _format_convergence(report),
         _format_responses(report),
-        _explain_responses(report["comparison"], _titles(report)["cllm"]),
+        _explain_agreement(report) or _explain_responses(report["comparison"], _titles(report)["cllm"]),
         _format_settings(report),
         format_environment(report["environment"]),
         *report["notes"],
@@ -51,22 +59,27 @@ def format_models(report: dict[str, Any]) -> str:
 
 
 def _format_methods(report: dict[str, Any]) -> str:
-    num_prompts = report["settings"]["num_prompts"]
-    return format_rows(
-        report["rows"],
-        {
-            "method": lambda row: row["name"],
-            "tokens/s": format_rate,
-            "over target's generate()": lambda row: format_number(row["speedup_over_target"], "x"),
-            "over own generate()": lambda row: format_number(row["speedup_over_own"], "x"),
-            "tokens per forward pass": lambda row: format_number(row["tokens_per_forward"]),
-            "equal to own generate()": lambda row: f"{row['num_equal']}/{num_prompts}",
-            **COLUMNS,
-            "accuracy": _accuracy,
-            "parameters, M": _parameters,
-            "peak MiB": _peak_memory,
-        },
-    )
+    return format_rows(report["rows"], _columns(report["settings"]["num_prompts"]))
+
+
+def format_model_row(row: dict[str, Any], num_prompts: int) -> str:
+    """A row of `compare_models` as a line."""
+    return format_line(row, _columns(num_prompts))
+
+
+def _columns(num_prompts: int) -> dict[str, Callable[[dict[str, Any]], str | None]]:
+    return {
+        "method": lambda row: row["name"],
+        "tokens/s": format_rate,
+        "over target's generate()": lambda row: format_number(row["speedup_over_target"], "x"),
+        "over own generate()": lambda row: format_number(row["speedup_over_own"], "x"),
+        "tokens per forward pass": lambda row: format_number(row["tokens_per_forward"]),
+        "equal to own generate()": lambda row: f"{row['num_equal']}/{num_prompts}",
+        **COLUMNS,
+        "accuracy": _accuracy,
+        "parameters, M": _parameters,
+        "peak MiB": _peak_memory,
+    }
 
 
 def _accuracy(row: dict[str, Any]) -> str | None:
@@ -95,6 +108,8 @@ def _explain_columns(report: dict[str, Any]) -> str:
             f"Accuracy is that of a row's own responses to the {settings['num_prompts']} timed prompts"
             f"{also if settings['num_more_prompts'] else ''}, with Wilson's interval at 95%."
         )
+        if settings["num_more_prompts"] and any(row["name"].endswith(", compiled") for row in rows):
+            sentences.append("The latter are decoded in batches and not compiled, for compiled rows too.")
     if any(row["peak_memory"] is not None for row in rows):
         sentences.append(
             "Peak MiB is the weights that a row uses and the most memory that a run of it took beside them."
@@ -127,7 +142,23 @@ def _format_responses(report: dict[str, Any]) -> str:
         counts = {kind: [kinds[name].get(kind, 0) for name in TITLES] for name in TITLES for kind in kinds[name]}
         for kind, numbers in sorted(counts.items(), key=lambda item: (-sum(item[1]), item[0])):
             rows.append([f"answers: {kind}", *(f"{number:,}" for number in numbers)])
-    return format_table([f"generate(), {total:,} {_plural('response', total)}", *titles.values()], rows)
+    by = "" if compared.get("is_one_model") else "generate(), "
+    return format_table([f"{by}{total:,} {_plural('response', total)}", *titles.values()], rows)
+
+
+def _explain_agreement(report: dict[str, Any]) -> str | None:
+    """What is to be said of an adapter that drafts for the target model, whose texts it is to give."""
+    if not report["comparison"].get("is_one_model"):
+        return None
+    rows, title = [row for row in report["rows"] if row["model"] == "cllm"], _titles(report)["cllm"]
+    equal, near, other = (sum(row[name] for row in rows) for name in ("num_equal", "num_near_ties", "num_differing"))
+    total = equal + near + other
+    text = f"Of the {total:,} timed {_plural('response', total)} of the {title}, {equal:,} equal the target model's"
+    if equal == total:
+        return f"{text}, token for token: it loses nothing."
+    widest = max(rows, key=lambda row: row["largest_gap_in_bounds"] or 0.0)
+    gap = "" if format_gap(widest) is None else f"; the largest gap between logits is {format_gap(widest)}"
+    return f"{text}, {near:,} part from it at near ties, and {other:,} elsewhere{gap}."
 
 
 def _explain_responses(compared: dict[str, Any], title: str) -> str:
@@ -164,7 +195,9 @@ def _format_settings(report: dict[str, Any]) -> str:
     ]
     models_text = f"{', '.join(names)}. " if names else ""
     more = settings["num_more_prompts"]
-    more_text = f", and {more} more in batches of {settings['batch_size']}" if more else ""
+    size = settings["batch_size"]
+    in_batches = "in batches that fit the memory" if size is None else f"in batches of {size}"
+    more_text = f", and {more} more {in_batches}" if more else ""
     text = (
         f"{models_text}Prompts: {describe_prompts(lengths)}, one at a time{more_text}. New tokens: at "
         f"most {settings['max_new_tokens']}. Block size: {settings['block_size']}. Rounds: {settings['repeats']}."

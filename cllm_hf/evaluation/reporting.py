@@ -30,6 +30,12 @@ def format_rows(rows: Sequence[dict[str, Any]], columns: Mapping[str, Callable[[
     return format_table(list(shown), [[cell or "-" for cell in row] for row in zip(*shown.values())])
 
 
+def format_line(row: dict[str, Any], columns: Mapping[str, Callable[[dict[str, Any]], str | None]]) -> str:
+    """A row of such a table by itself, to be told as soon as it is done."""
+    name, *others = ((title, column(row)) for title, column in columns.items())
+    return f"{name[1]}: " + ", ".join(f"{title} {cell}" for title, cell in others if cell is not None)
+
+
 def format_rate(row: dict[str, Any]) -> str:
     """Tokens per second."""
     rate = row["tokens_per_second"]

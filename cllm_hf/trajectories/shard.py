@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._host import count_embeddings
-from ..files import check_file_place, path_inside, write_whole
+from ..journal import Journal
 from .collector import Request, Trajectory, augment_states, collect_trajectories
 from .continuous import ContinuousBatch, count_rows
 from .options import CleaningRules, CollectionOptions
@@ -282,70 +279,6 @@ def _as_they_are(
     """Prompts and responses without states, a batch at a time."""
     for batch in split_batches(rows, _ROWS_AT_ONCE):
         yield [(row, Trajectory(responses[row.index], is_greedy=True, states=[])) for row in batch]
-
-
-class Journal:
-    """
-    Results of the finished batches of a shard, one file each, so that a killed run continues there; without a folder
-    nothing is kept.
-
-    A file appears under its name when it is complete. It says what it is the result of; one that is of something else,
-    as another version of this package may leave it, or that was cut, is computed again. It carries a digest of its
-    content: one that holds other bytes than were written, or none by which that could be told, as version 0.1.0
-    left it, is named in a warning and computed again.
-    """
-
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder
-
-    def once(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
-        """
-        The result of a batch: read, if an earlier run has computed it, otherwise computed and kept.
-
-        Args:
-            name (`str`): of the batch, a file name.
-            key (`Any`): what it is the result of, as JSON has it.
-            compute (`Callable[[], Any]`): returns lists, dicts, texts and numbers, as JSON has them.
-        """
-        if self.folder is None:
-            return compute()
-        path = path_inside(self.folder, f"{name}.json")
-        check_file_place(path, "Remove it and run the same collection again.")
-        of = _digest(key)
-        kept, problem = _read(path)
-        if kept.get("of") == of and problem is None:
-            return kept["result"]
-        if problem is not None:
-            logger.warning("%s %s. What it is the result of is computed again.", path, problem)
-        result = compute()
-        content = {"of": of, "digest": _digest([of, result]), "result": result}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(content, separators=(",", ":")).encode())
-        return result
-
-    def clear(self) -> None:
-        """Remove the files: the shard is written."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _read(path: Path) -> tuple[dict[str, Any], str | None]:
-    """What a file holds, nothing if it is not there; and what is wrong with it."""
-    try:
-        kept = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}, None
-    except (ValueError, RecursionError):
-        return {}, "was cut, or holds other bytes than were written"
-    if not isinstance(kept, dict) or "digest" not in kept:
-        return {}, "has no digest of its content, as an earlier version left it"
-    if kept["digest"] != _digest([kept.get("of"), kept.get("result")]):
-        return {}, "holds other bytes than were written"
-    return kept, None
 
 
 def to_parquet(table: pa.Table, notes: Mapping[str, Any]) -> bytes:

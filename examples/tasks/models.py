@@ -164,13 +164,14 @@ def save_together(folder: Path, save: Callable[[Path], object]) -> None:
         save (`Callable[[pathlib.Path], object]`): writes everything into the folder it is given; called in every
             process, as sharded models are gathered from all.
     """
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished = folder.with_name(".unfinished") / folder.name  # a model card is named after its folder
     if Process.current().is_first:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
         unfinished.mkdir(parents=True)
     wait_for_all()
     save(unfinished)
     wait_for_all()
     if Process.current().is_first:
         save_whole(folder, unfinished.rename)
+        unfinished.parent.rmdir()
     wait_for_all()

@@ -98,7 +98,7 @@ class EvaluateOptions:
         max_new_tokens (`int`, *optional*): by default that of the top level.
         more_block_sizes (`list[int | str]`): block sizes, or `"auto"`, for further rows of both models by Jacobi.
         candidates (`list[int]`): values of `jacobi_candidates`, for a further row each beside every row by Jacobi.
-        batch_size (`int`): of the further ones.
+        batch_size (`int`, *optional*): of the further ones; by default as many as fit the memory.
         repeats (`int`): rounds over the timed ones.
         is_compiled (`bool`): whether to add compiled `generate()` and Jacobi.
         dtype (`str`, *optional*): of the weights; by default that of the section `model`.
@@ -110,7 +110,7 @@ class EvaluateOptions:
     max_new_tokens: int | None = None
     more_block_sizes: list[Any] = dataclasses.field(default_factory=list)
     candidates: list[Any] = dataclasses.field(default_factory=list)
-    batch_size: int = 32
+    batch_size: int | None = None
     repeats: int = 1
     is_compiled: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

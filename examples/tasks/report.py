@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,14 @@ from .task import Problem
 
 
 def evaluate_models(
-    options: Options, target: str, cllm: str, draft: str | None, problems: Sequence[Problem], show_bar: bool = True
+    options: Options,
+    target: str,
+    cllm: str,
+    draft: str | None,
+    problems: Sequence[Problem],
+    show_bar: bool = True,
+    say: Callable[[str], None] | None = None,
+    keep_in: Path | None = None,
 ) -> dict[str, Any]:
     """
     Decode test problems by both models in every way, and judge the answers.
@@ -30,15 +37,18 @@ def evaluate_models(
     Args:
         options (`Options`): of the pipeline.
         target (`str`): folder or Hub id of the target model.
-        cllm (`str`): folder of the CLLM, a model or an adapter.
+        cllm (`str`): folder of the CLLM, a model or an adapter, or of a lossless adapter.
         draft (`str`, *optional*): folder or Hub id of the draft model.
         problems (`Sequence[Problem]`): test problems.
         show_bar (`bool`): whether to draw progress bars.
+        say (`Callable[[str], None]`, *optional*): gets each row of the table when it is done, and how far it is.
+        keep_in (`pathlib.Path`, *optional*): folder in which finished parts are kept.
 
     Returns:
         `dict[str, Any]`: what `compare_models` says, ready for JSON.
     """
     from cllm_hf.evaluation.model_comparison import compare_models
+    from cllm_hf.evaluation.model_report import format_model_row
 
     section, task = options.evaluate, options.task
     tokenizer = load_tokenizer(target)
@@ -55,6 +65,10 @@ def evaluate_models(
             got = "none" if judgements is None else len(judgements)
             raise ValueError(f"{type(task).__name__}.judge must give {len(texts)} judgements, got {got}.")
         return judgements
+
+    def tell(row: dict[str, Any]) -> None:
+        if say is not None:
+            say(format_model_row(row, len(prompts[: section.num_prompts])))
 
     target_model = load_for_decoding(options, target, section.dtype, section.device)
     return compare_models(
@@ -73,6 +87,9 @@ def evaluate_models(
         repeats=section.repeats,
         pad_token_id=tokenizer.pad_token_id or 0,
         show_progress=show_bar,
+        say=say,
+        on_result=tell,
+        keep_in=keep_in,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
 from cllm_hf.files import check_unicode, check_writable
 from cllm_hf.loading import load_tokenizer
@@ -258,7 +260,9 @@ class Pipeline:
             )
             return ""
 
-        self._make(PARTS["cllm"], title, "the CLLM, from the target model", make)
+        is_lossless = bool(self.options.train.get("lossless"))
+        what = "a lossless adapter for the target model" if is_lossless else "the CLLM, from the target model"
+        self._make(PARTS["cllm"], title, what, make)
 
     def _evaluate(self, title: str) -> None:
         if not Process.current().is_first:  # the others end here: they would wait for longer than they may
@@ -269,7 +273,14 @@ class Pipeline:
             draft = None if self.options.draft is None else self.options.draft.name
             draft = str(folder / "draft") if self._trains_draft else draft
             comparison = evaluate_models(
-                self.options, self.target, str(folder / "cllm"), draft, self.test_problems, self.show_bars
+                self.options,
+                self.target,
+                str(folder / "cllm"),
+                draft,
+                self.test_problems,
+                self.show_bars,
+                self._tell,
+                checkpoints / "checkpoint-parts",
             )
             tables.append(write_report(folder, self.options.task.title, comparison, self._facts()))
             return ""
@@ -279,6 +290,13 @@ class Pipeline:
         self._make(PARTS["report"], title, what, make, is_alone=True)
         for table in tables:
             self._say(f"\n{table}")
+
+    def _tell(self, line: str) -> None:
+        """A line below that of the step, above a progress bar."""
+        if self.show_bars:
+            tqdm.write(f"      {line}", file=sys.stderr)
+        else:
+            self._say(f"      {line}")
 
     def _facts(self) -> dict[str, Any]:
         seconds: dict[str, float] = {}

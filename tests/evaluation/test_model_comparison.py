@@ -14,11 +14,12 @@ from PIL import Image
 from cllm_hf import TrajectoryBuilder, measure_trajectories, set_jacobi_defaults
 from cllm_hf.cli import main
 from cllm_hf.demo.problems import make_problems
-from cllm_hf.evaluation import model_comparison, model_report, reporting
+from cllm_hf.evaluation import convergence, model_report, reporting, sides
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, decode_all
 from cllm_hf.evaluation.comparison import compare_decoding
+from cllm_hf.evaluation.convergence import measure_convergence
 from cllm_hf.evaluation.judgements import Judgement, wilson_interval
-from cllm_hf.evaluation.model_comparison import compare_models, measure_convergence
+from cllm_hf.evaluation.model_comparison import compare_models
 from cllm_hf.evaluation.model_report import format_models, plot_models
 from cllm_hf.evaluation.shapes import random_prompts
 from cllm_hf.training.inputs import make_lossless_config, prepare_drafter
@@ -198,8 +199,9 @@ def test_batches_keep_the_order_of_the_prompts(tokenizer):
 
 
 def test_compiled_methods_stand_behind_their_models_others(llama):
-    sides = model_comparison._list_sides(llama, llama)
-    methods = [method for side in sides for method in model_comparison._list_methods(side, [4], None, True, ())]
+    methods = [
+        method for side in sides.list_sides(llama, llama) for method in sides.list_methods(side, [4], None, True, ())
+    ]
     ways = ["generate()", "prompt lookup", "jacobi 4", "generate(), compiled", "jacobi 4, compiled"]
     expected = [f"target model, {way}" for way in ways]
     expected += [f"CLLM, {way}" for way in ways if way != "prompt lookup"]
@@ -245,11 +247,11 @@ def test_responses_of_no_tokens_have_no_speed_to_compare_with(llama):
     silent = DecodingResult(method.name, [[], []], [0, 0], [1.0, 1.0])
     spoken = DecodingResult(method.name, [[1, 2], [3]], [2, 1], [1.0, 1.0])
     rows = []
-    side = model_comparison._list_sides(llama, llama)[0]
+    side = sides.list_sides(llama, llama)[0]
     for result in (silent, spoken):
-        run = model_comparison._Run(side, method, result)
-        own = model_comparison._Run(side, method, silent)
-        rows.append(model_comparison._row(run, own, own))
+        run = sides.Run(side, method, result)
+        own = sides.Run(side, method, silent)
+        rows.append(sides.make_row(run, own, own))
     assert [row["speedup_over_target"] for row in rows] == [None, None] == [row["speedup_over_own"] for row in rows]
     assert [row["tokens_per_forward"] for row in rows] == [None, 1.0] and rows[0]["tokens_per_second"] == 0
 
@@ -261,11 +263,8 @@ def test_models_that_cannot_be_packed_are_compared_all_the_same(llama):
     assert any("differ in more than their weights: attention sdpa and eager" in note for note in said)
     mamba.config.layer_types = ["recurrent"] * 3  # as hybrid models say it
     result = DecodingResult("", responses=[[5] * 6] * 3)
-    runs = [
-        model_comparison._Run(side, DecodingMethod("", side.model, GREEDY), result)
-        for side in model_comparison._list_sides(llama, mamba)
-    ]
-    found, said = model_comparison._measure_sides(runs, PROMPTS, 4, 0)
+    runs = [sides.Run(side, DecodingMethod("", side.model, GREEDY), result) for side in sides.list_sides(llama, mamba)]
+    found, said = convergence.measure_sides([(run.side, run) for run in runs], PROMPTS, 4, 0)
     assert found["target"] is not None and found["cllm"] is None
     assert any("trajectories of the CLLM are not measured: Packed forward passes need" in note for note in said)
 
@@ -499,15 +498,19 @@ def test_a_lossless_adapter_has_its_rows_and_its_base_models_text(models, drafti
     report = compare_models(
         models[0], drafting, PROMPTS, more_block_sizes=[3, 9], judge=judge_by_sum, more_prompts=MORE, **OPTIONS
     )
-    ways = ["generate()", "lossless 4", "lossless 3", "lossless 5"]  # 9 is more than it drafts
+    ways = ["lossless 4", "lossless 3", "lossless 5"]  # 9 is more than it drafts
     rows = [row for row in report["rows"] if row["model"] == "cllm"]
     assert [row["name"] for row in rows] == [f"lossless adapter, {way}" for way in ways]
     assert {row["num_equal"] for row in rows} == {len(PROMPTS)}
     target = report["rows"][0]
     assert all(row["accuracy"] == target["accuracy"] for row in rows)
-    assert rows[0]["tokens_per_forward"] == 1.0 and rows[0]["num_parameters"] > target["num_parameters"]
+    assert rows[0]["num_parameters"] > target["num_parameters"]
+    assert [row["speedup_over_own"] for row in rows] == [row["speedup_over_target"] for row in rows]
+    assert report["methods"][-1]["more_responses"] == report["methods"][0]["more_responses"]
     assert report["comparison"]["num_equal"] == len(PROMPTS + MORE) and report["convergence"]["cllm"] is None
     text = format_models(report)
+    assert "Of the 9 timed responses of the lossless adapter, 9 equal the target model's, token for token" in text
+    assert "drafts for the target model itself, weight for weight" in text and "| 7 responses " in text
     assert "| lossless adapter, lossless 4 " in text and "CLLM" not in text and "in more than" not in text
     plot_models(report, tmp_path / "models.png")
     assert format_models(json.loads(json.dumps(report))) == text

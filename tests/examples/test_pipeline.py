@@ -26,6 +26,7 @@ from tasks.task import Problem, fingerprint_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cllm_hf import load_trajectories
+from cllm_hf.journal import Journal
 
 
 def read(tmp_path, overrides=(), **changes):
@@ -37,7 +38,7 @@ def stand_in(monkeypatch):
     """In place of the measurement, which has tests of its own."""
     calls = []
 
-    def evaluate(options, target, cllm, draft, problems, show_bar):
+    def evaluate(options, target, cllm, draft, problems, show_bar, say, keep_in):
         calls.append((target, cllm, draft, len(problems)))
         return {"rows": []}
 
@@ -370,6 +371,43 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path, stand_in,
     assert started_at == [0, 1, 2, 2, 3]
     assert not list(folder.glob("*-checkpoints")) and {path.name for path in folder.glob(".*")} <= {".lock"}
     assert same(weights(folder / name), weights(undisturbed / name))
+
+
+@pytest.mark.slow
+def test_a_lossless_adapter_from_data_to_report(tmp_path, capsys, monkeypatch):
+    """The whole pipeline, its evaluation interrupted once: the text, and its accuracy, are the target model's."""
+    train = {**TRAINING, "plot_run": False, "lossless": True, "markov_rank": 2}
+    evaluate = {"num_prompts": 2, "device": "cpu", "more_block_sizes": ["auto"], "candidates": [1]}
+    config = write_config(tmp_path / "config.yaml", train=train, evaluate=evaluate)
+    folder, once = tmp_path / "run", Journal.once
+
+    def stop(self, name, key, compute):
+        if name == "memory-00001":
+            raise KeyboardInterrupt
+        return once(self, name, key, compute)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "once", stop)
+        assert main(Letters, config, ["all", "--output-dir", str(folder)]) == 130
+    assert "[3/4] train: a lossless adapter for the target model" in capsys.readouterr().out
+    kept = {path.stem for path in (folder / "report-checkpoints").rglob("*.json")}
+    assert kept == {"turn-00000", "turn-00001", "responses-target-00000", "memory-00000"}
+    changed = [*("--set", "evaluate.candidates=[2]"), "--output-dir", str(folder)]
+    assert main(Letters, config, ["evaluate", *changed]) == 1
+    assert "was begun with [1]. Begin anew with `--overwrite evaluate`" in capsys.readouterr().err
+    assert main(Letters, config, ["all", "--output-dir", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 prompts are of an earlier run" in printed and not list(folder.glob("*-checkpoints"))
+    comparison = json.loads((folder / "report.json").read_text())["comparison"]
+    rows = [row for row in comparison["rows"] if row["model"] == "cllm"]
+    ways = ["lossless 4", "lossless 4, 1 candidate", "lossless auto", "lossless auto, 1 candidate"]
+    assert [row["name"] for row in rows] == [f"lossless adapter, {way}" for way in ways]
+    assert all((row["num_equal"], row["num_differing"]) == (2, 0) for row in rows)
+    assert all(row["accuracy"] == comparison["rows"][0]["accuracy"] for row in rows)
+    assert all(f"{row['name']}: tokens/s " in printed for row in comparison["rows"])
+    assert "CLLM" not in (folder / "report.md").read_text()
+    card = (folder / "cllm" / "README.md").read_text()
+    assert "# cllm\n" in card and "A **lossless** adapter" in card
 
 
 @pytest.mark.slow

@@ -24,9 +24,9 @@ from test_builder import _Stop, make_builder
 
 import cllm_hf
 from cllm_hf.demo.problems import make_problems
+from cllm_hf.journal import Journal
 from cllm_hf.trajectories import hub
 from cllm_hf.trajectories.loading import find_manifest
-from cllm_hf.trajectories.shard import Journal
 
 
 SECRET = "what nobody may see"

@@ -22,11 +22,12 @@ from datasets import Dataset
 
 from cllm_hf import CleaningRules, TrajectoryBuilder, load_trajectories
 from cllm_hf.demo.problems import make_problems
+from cllm_hf.journal import Journal
 from cllm_hf.trajectories import folder as folder_module
 from cllm_hf.trajectories import shard
 from cllm_hf.trajectories.manifest import describe_difference, read_manifest
 from cllm_hf.trajectories.prompts import is_held_out, read_rows
-from cllm_hf.trajectories.shard import Journal, ShardCollector
+from cllm_hf.trajectories.shard import ShardCollector
 
 
 NO_CLEANING = CleaningRules(max_token_run=None, max_sentence_repeats=None, drop_empty=False)
@@ -184,44 +185,6 @@ def test_stopped_at_any_removal_it_ends_with_the_same_bytes(
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     make_builder(word_model, tokenizer).build(prompts, output_dir=tmp_path)
     assert files_of(tmp_path) == files_of(finished)
-
-
-def test_a_result_of_other_prompts_is_not_taken_for_one_of_these(tmp_path):
-    journal = Journal(tmp_path / "journal")
-    assert journal.once("batch", [[1, 2]], lambda: ["a"]) == ["a"]
-    assert journal.once("batch", [[1, 2]], lambda: ["b"]) == ["a"]
-    assert journal.once("batch", [[1, 3]], lambda: ["b"]) == ["b"]
-    (tmp_path / "journal" / "batch.json").write_text("[1")
-    assert journal.once("batch", [[1, 3]], lambda: ["c"]) == ["c"]
-    (tmp_path / "journal" / "batch.json").write_text("[1]")
-    assert journal.once("batch", [[1, 3]], lambda: ["d"]) == ["d"]
-
-
-def test_a_result_with_another_byte_is_never_taken(tmp_path, caplog):
-    """Every bit of a file of a journal, one at a time: the result is what was kept, or it is computed again."""
-    journal, path = Journal(tmp_path), tmp_path / "batch.json"
-    journal.once("batch", [[1, 2]], lambda: [[17, 4], [305]])
-    sound = path.read_bytes()
-    for place in range(8 * len(sound)):
-        data = bytearray(sound)
-        data[place // 8] ^= 1 << place % 8
-        path.write_bytes(data)
-        caplog.clear()
-        assert journal.once("batch", [[1, 2]], lambda: "computed") in ([[17, 4], [305]], "computed")
-        is_new = b"computed" in path.read_bytes()
-        assert is_new == ("batch.json" in caplog.text and "is computed again" in caplog.text)
-        assert is_new or json.loads(bytes(data)) == json.loads(sound)
-    path.write_bytes(sound[:-1])  # cut
-    assert journal.once("batch", [[1, 2]], lambda: "anew") == "anew"
-
-
-def test_a_journal_without_digests_is_collected_again(tmp_path, caplog):
-    """As version 0.1.0 left it."""
-    Journal(tmp_path).once("batch", 1, lambda: [3])
-    kept = json.loads((tmp_path / "batch.json").read_text())
-    (tmp_path / "batch.json").write_text(json.dumps({"of": kept["of"], "result": [3]}))
-    assert Journal(tmp_path).once("batch", 1, lambda: [4]) == [4]
-    assert "batch.json has no digest of its content, as an earlier version left it" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["data/train-00001-of-00004.parquet", "README.md", "statistics.png"])
