@@ -27,6 +27,7 @@ from ..blocks.limits import (
 )
 from .caches import roll_back_columns
 from .memory import Compiling, StaticMemory, choose_memory
+from .reading import Reader
 from .strategy import Pending, Proposal, Room, Row, Strategy, Verdict, is_drafting
 
 
@@ -56,10 +57,12 @@ class Feed:
         max_block_size: int,
         num_new_tokens: int,
         compiling: Compiling | None,  # has forward passes compiled, where the model can
+        reader: Reader | None,  # runs the model for a strategy that reads
         encoder_ids: torch.Tensor | None,  # [num_prompts, length]: what an encoder has read
         num_given: int | None,  # length of the prompt with its cached part, where `input_ids` lacks that
         is_user_cache: bool,
     ):
+        self.reader = reader
         self.model, self._device, batch_size = model, input_ids.device, input_ids.shape[0]
         self._needs_tree, self._drafts_in_prefill = strategy.needs_tree, is_drafting(strategy)
         self._keeps_branches = strategy.keeps_branches if is_drafting(strategy) else strategy.needs_tree
@@ -138,7 +141,7 @@ class Feed:
             inputs["logits_to_keep"] = num_fed  # some models put their own default here
         if not proposals[0].is_chain:
             inputs["attention_mask"] = self._tree_mask(proposals)
-        return self.memory.call(self.model, **inputs, return_dict=True).logits[:, -num_fed:]
+        return self._call(**inputs, return_dict=True).logits[:, -num_fed:]
 
     def _forward_in_place(self, memory: StaticMemory, fed: list[Pending], proposals: list[Proposal]) -> torch.Tensor:
         """The same where each row has columns of its own, and the mask says which."""
@@ -149,7 +152,12 @@ class Feed:
         inputs = self._prepare(memory.fill(fed), any_mask)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = self._num_fed
-        return memory.call(self.model, **{**inputs, "attention_mask": mask}, return_dict=True).logits
+        return self._call(**{**inputs, "attention_mask": mask}, return_dict=True).logits
+
+    def _call(self, **inputs: Any) -> Any:
+        return (
+            self.memory.call(self.model, **inputs) if self.reader is None else self.reader.call(self.memory, **inputs)
+        )
 
     def advance(self, verdicts: list[Verdict], finished: list[bool]) -> None:
         """Let go of rejected tokens and of finished rows; what was committed comes next."""

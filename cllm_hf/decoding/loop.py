@@ -61,9 +61,9 @@ def decode(
     """
     batch_size, prompt_length = input_ids.shape
     strategy = make_strategy(strategy_name, options, model)
-    reader = make_reader(strategy, model, bool(options.compile))
+    reader = make_reader(strategy, model)
     largest = strategy.largest_block_size if is_drafting(strategy) else None
-    compiling = None if reader else _choose_compiling(input_ids.device, options, generation_config)
+    compiling = _choose_compiling(input_ids.device, options, generation_config, reader)
     # A compiled forward pass has one shape, and on a GPU so many positions cost what one does.
     block_size = DEFAULT_BLOCK_SIZE if compiling is not None and options.block_size == AUTO else options.block_size
     pace = make_pace(model, block_size, (strategy_name, options.candidates), largest)
@@ -76,6 +76,7 @@ def decode(
         max_block_size=pace.max_block_size,
         num_new_tokens=max_length - prompt_length,
         compiling=compiling,
+        reader=reader,
         encoder_ids=encoder_ids,
         num_given=num_given,
         is_user_cache=is_user_cache,
@@ -94,10 +95,9 @@ def decode(
     )
     all_rows, num_forwards = list(feed.rows), 0
     try:
-        running = strategy.running() if is_drafting(strategy) else nullcontext()
-        with running, reader.installed() if reader else nullcontext():
+        with strategy.running() if is_drafting(strategy) else nullcontext():
             while feed.rows:
-                _iterate(feed, strategy, verifier, pace, reader)
+                _iterate(feed, strategy, verifier, pace)
                 num_forwards += 1
         feed.memory.close()
         if streamer is not None:
@@ -114,7 +114,7 @@ def decode(
         raise
 
 
-def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace, reader: Reader | None) -> None:
+def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> None:
     """One forward pass, and what came of it: propose, run the model, verify, keep."""
     rows = feed.rows
     # No row may look beyond the last position, so the foremost row sets how far a draft reaches.
@@ -133,7 +133,7 @@ def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace, rea
         strategy.draft(rows, verdicts, logits[:, num_verified:], verifier.guess)
     del logits  # large in the prefill
 
-    hidden_states = reader.take(rows, verdicts, len(proposals[0].token_ids)) if reader else []
+    hidden_states = feed.reader.take(rows, verdicts, len(proposals[0].token_ids)) if feed.reader else []
     feed.advance(verdicts, verifier.finished(rows))
     pace.record(room.depth + 1, [len(verdict.token_ids) for verdict in verdicts])
     left = {row.index for row in feed.rows}
@@ -174,13 +174,14 @@ def _lay_out_sequences(input_ids: torch.Tensor, rows: list[Row], pad_id: int) ->
 
 
 def _choose_compiling(
-    device: torch.device, options: JacobiOptions, generation_config: GenerationConfig
+    device: torch.device, options: JacobiOptions, generation_config: GenerationConfig, reader: Reader | None = None
 ) -> Compiling | None:
     """Whether forward passes are to be compiled: where that is asked for, and on a GPU if it is left open."""
+    compile_call = reader.compiled if reader else None
     if options.compile is None:
         by_default = device.type == "cuda" and not options.candidates and not generation_config.disable_compile
-        return Compiling(generation_config, is_asked=False) if by_default else None
-    return Compiling(generation_config, is_asked=True) if options.compile else None
+        return Compiling(generation_config, False, compile_call) if by_default else None
+    return Compiling(generation_config, True, compile_call) if options.compile else None
 
 
 def _length_limit(stopping_criteria: StoppingCriteriaList, prompt_length: int) -> int:

@@ -14,6 +14,7 @@ A compiled model gets a `StaticMemory`, a cache of fixed shape, where it allows 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -61,6 +62,8 @@ class Compiling:
 
     config: GenerationConfig
     is_asked: bool  # or chosen for the device
+    # Compiles another function in place of the model's own call, which gives the same output.
+    compile_call: Callable[[CompileConfig], Callable[..., Any]] | None = None
 
 
 class Memory:
@@ -101,6 +104,10 @@ class Memory:
     def call(self, model: Any, **inputs: Any) -> Any:
         """Run the model."""
         return model(**inputs)
+
+    def rows_of(self, values: torch.Tensor) -> torch.Tensor:
+        """Of what a forward pass gives for each place of the batch, that of the rows which are still there."""
+        return values
 
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
         """
@@ -330,9 +337,13 @@ class StaticMemory(Memory):
         if self._is_prefill:  # the prompt has a length of its own in every call
             return model(**inputs)
         output = self._compiled(**inputs)
-        if len(self._places) < len(self._lengths):
-            output.logits = output.logits[torch.tensor(self._places).to(fed.device, non_blocking=True)]
+        output.logits = self.rows_of(output.logits)
         return output
+
+    def rows_of(self, values: torch.Tensor) -> torch.Tensor:
+        if len(self._places) == len(self._lengths):
+            return values
+        return values[torch.tensor(self._places).to(values.device, non_blocking=True)]
 
     def settle(self, paths: list[list[int]], num_fed: int) -> bool:
         for place, path in zip(self._places, paths):
@@ -367,14 +378,17 @@ class CompiledStep:
     minute: where nobody has asked for it, that is said, and what cannot be compiled here runs as it is.
     """
 
-    def __init__(self, model: Any, config: CompileConfig | None, is_asked: bool):
-        self._model, self._is_asked = model, is_asked
-        self._run = model.get_compiled_call(config or CompileConfig(fullgraph=True, dynamic=False))
+    def __init__(self, model: Any, compiling: Compiling):
+        self._model, self._is_asked = model, compiling.is_asked
+        self._kind = compiling.compile_call is not None  # of graph
+        config = compiling.config.compile_config or CompileConfig(fullgraph=True, dynamic=False)
+        self._run = (compiling.compile_call or model.get_compiled_call)(config)
 
     def __call__(self, **inputs: Any) -> Any:
         shape = tuple((inputs["input_ids"]).shape)
+        graph = (*shape, self._kind)
         known = vars(self._model).setdefault(_COMPILED_SHAPES, set())
-        if self._is_asked or shape in known:
+        if self._is_asked or graph in known:
             return self._run(**inputs)
         log, kind, start = logging.get_logger(__name__), type(self._model).__name__, time.perf_counter()
         log.warning(
@@ -387,7 +401,7 @@ class CompiledStep:
             log.warning(f"{kind} decodes by Jacobi without being compiled: {str(error).strip().splitlines()[0]}")
             self._run = self._model
             return self._run(**inputs)
-        known.add(shape)
+        known.add(graph)
         log.warning(f"Compiled in {time.perf_counter() - start:.0f} s.")
         return output
 
@@ -416,7 +430,7 @@ def _make_static(
     kinds = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length).layers
     next_columns = torch.zeros(batch_size, dtype=torch.long, device=input_device(model))
     layers = [StaticRowsLayer(length, next_columns) if isinstance(one, StaticLayer) else one for one in kinds]
-    runner = CompiledStep(model, options.compile_config, compiling.is_asked)
+    runner = CompiledStep(model, compiling)
     return StaticMemory(model, Cache(layers=layers), batch_size, runner)
 
 

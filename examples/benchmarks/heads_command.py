@@ -71,6 +71,7 @@ def add_heads(kinds: Any) -> None:
     )
     compare.add_argument("--max-new-tokens", type=positive, default=128, help="longest response")
     compare.add_argument("--repeats", type=positive, default=1, help="timed rounds over the prompts")
+    compare.add_argument("--compile", action="store_true", help="add rows with a compiled forward pass")
     add_common(compare)
 
 
@@ -134,6 +135,7 @@ def _compare(options: argparse.Namespace) -> str:
         options.max_new_tokens,
         options.candidates,
         options.repeats,
+        options.compile,
         tokenizer.pad_token_id or 0,
         show_progress=sys.stderr.isatty(),
     )

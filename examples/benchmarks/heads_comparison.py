@@ -11,6 +11,7 @@ from cllm_hf.evaluation.agreement import COLUMNS, agreement_notes, compare_texts
 from cllm_hf.evaluation.benchmark import DecodingMethod, benchmark_decoding, make_methods
 from cllm_hf.evaluation.comparison import check_models, check_prompts, raw_result
 from cllm_hf.evaluation.reporting import (
+    compile_notes,
     describe_environment,
     describe_prompts,
     format_environment,
@@ -44,7 +45,7 @@ class Contestants:
 
 
 def heads_methods(
-    contestants: Contestants, block_size: int, candidates: Sequence[int] = ()
+    contestants: Contestants, block_size: int, candidates: Sequence[int] = (), is_compiled: bool = False
 ) -> list[tuple[DecodingMethod, int, int | None]]:
     """
     List the ways to decode, `generate()` of the target model first.
@@ -53,6 +54,7 @@ def heads_methods(
         contestants (`Contestants`): what is compared.
         block_size (`int`): tokens that a forward pass checks, but for Medusa at most one more than it has heads.
         candidates (`Sequence[int]`): numbers of further guesses: each adds a row wherever something drafts.
+        is_compiled (`bool`): whether rows with a compiled forward pass are added.
 
     Returns:
         `list[tuple]`: each with the place of its own model's `generate()` in the list, and how many parameters were
@@ -60,24 +62,22 @@ def heads_methods(
     """
     model = contestants.model
     rows: list[tuple[DecodingMethod, int, int | None]] = [
-        (method, 0, None) for method in make_methods(model, [], contestants.assistant)
+        (method, 0, None) for method in make_methods(model, [], contestants.assistant, is_compiled=is_compiled)
     ]
     for kind, (heads, _) in contestants.heads.items():
-        register_heads(f"benchmark_{kind}", heads, model)
         size = min(block_size, heads.num_heads + 1) if isinstance(heads, MedusaHeads) else block_size
-        for count in dict.fromkeys([0, *candidates]):
-            options = {"decoding": f"benchmark_{kind}", "jacobi_block_size": size, "jacobi_candidates": count}
-            rows.append((DecodingMethod(_name(kind, size, count), model, options), 0, _count(heads)))
+        rows += [
+            (method, 0, _count(heads)) for method in _methods_of(kind, heads, model, size, candidates, is_compiled)
+        ]
+    more: dict[str, Any] = {"prompt_lookup": False, "is_compiled": is_compiled, "candidates": candidates}
     if contestants.lossless is not None:
-        _, *others = make_methods(contestants.lossless, [block_size], None, False, candidates=candidates)
-        drafter = base_model_of(contestants.lossless)
-        trained = sum(
-            value.numel() for name, value in drafter.named_parameters() if "lora_" in name or "cllm_" in name
-        )
-        rows += [(method, 0, trained) for method in others]
+        methods = make_methods(contestants.lossless, [block_size], **more)
+        parameters = base_model_of(contestants.lossless).named_parameters()
+        trained = sum(value.numel() for name, value in parameters if "lora_" in name or "cllm_" in name)
+        rows += [(method, 0, trained) for method in methods if not method.name.startswith("generate()")]
     if contestants.cllm is not None:
         own = len(rows)
-        for method in make_methods(contestants.cllm, [block_size], None, False, candidates=candidates):
+        for method in make_methods(contestants.cllm, [block_size], **more):
             method.name = f"CLLM: {method.name}"
             rows.append((method, own, None))
     return rows
@@ -90,6 +90,7 @@ def compare_heads(
     max_new_tokens: int = 128,
     candidates: Sequence[int] = (),
     repeats: int = 1,
+    is_compiled: bool = False,
     pad_token_id: int = 0,
     show_progress: bool = True,
 ) -> dict[str, Any]:
@@ -103,6 +104,7 @@ def compare_heads(
         max_new_tokens (`int`): tokens of a response at most.
         candidates (`Sequence[int]`): numbers of further guesses for rows of their own.
         repeats (`int`): rounds over the prompts.
+        is_compiled (`bool`): whether rows with a compiled forward pass are added.
         pad_token_id (`int`): of the tokenizer.
         show_progress (`bool`): whether a bar says how far it is.
 
@@ -116,7 +118,7 @@ def compare_heads(
     for other in (contestants.lossless, contestants.cllm):
         check_models(model, model if other is None else other, contestants.assistant)
     check_prompts(prompts, [], model)
-    listed = heads_methods(contestants, block_size, candidates)
+    listed = heads_methods(contestants, block_size, candidates, is_compiled)
     methods = [method for method, _, _ in listed]
     results = benchmark_decoding(methods, prompts, max_new_tokens, show_progress, 1, repeats, pad_token_id)
     rows = [
@@ -139,7 +141,7 @@ def compare_heads(
         "environment": describe_environment(model),
         "settings": {"max_new_tokens": max_new_tokens, "repeats": repeats, "num_prompts": len(prompts)},
         "trainings": trainings,
-        "notes": [*map(_training_note, trainings.items()), *agreement_notes(rows)],
+        "notes": [*map(_training_note, trainings.items()), *compile_notes(methods), *agreement_notes(rows)],
         "prompt_lengths": [len(prompt) for prompt in prompts],
         "methods": [raw_result(method, result) for method, result in zip(methods, results)],
         "rows": rows,
@@ -176,9 +178,21 @@ def format_heads(report: dict[str, Any]) -> str:
     return "\n\n".join([table, setting, format_environment(report["environment"]), *report["notes"]])
 
 
-def _name(kind: str, block_size: int, num_candidates: int) -> str:
-    more = f", {num_candidates} candidate{'s' * (num_candidates > 1)}" if num_candidates else ""
-    return f"{kind} {block_size}{more}"
+def _methods_of(
+    kind: str, heads: Heads, model: Any, block_size: int, candidates: Sequence[int], is_compiled: bool
+) -> list[DecodingMethod]:
+    """The ways to decode by heads."""
+    decoding, name = f"benchmark_{kind}", f"{kind} {block_size}"
+    register_heads(decoding, heads, model)
+    methods = []
+    for count in dict.fromkeys([0, *candidates]):
+        more = f", {count} candidate{'s' * (count > 1)}" if count else ""
+        options = {"decoding": decoding, "jacobi_block_size": block_size, "jacobi_candidates": count}
+        methods.append(DecodingMethod(f"{name}{more}", model, options))
+    if is_compiled:
+        options = {"decoding": decoding, "jacobi_block_size": block_size, "jacobi_compile": True}
+        methods.append(DecodingMethod(f"{name}, compiled", model, options, is_compiled=True))
+    return methods
 
 
 def _count(module: Any) -> int:

@@ -1,9 +1,13 @@
 """A strategy that reads is given the hidden states of the text, whatever it proposes; no other one costs a hook."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from architectures import make_architecture
 from conftest import make_model, make_prompts
+from test_static import graphs  # noqa: F401  # a fixture
 from test_strategies import RandomTrees, generate, register  # noqa: F401  # a fixture
 
 from cllm_hf import Proposal
@@ -88,7 +92,6 @@ def test_recurrent_states_and_prompts_of_embeddings(register, llama):  # noqa: F
 def test_the_hook_goes_whatever_ends_the_call(register, llama):  # noqa: F811
     class Fails(ReadsChains):
         def read(self, row, hidden_states):
-            assert len(llama.model._forward_hooks) == 1
             raise KeyboardInterrupt
 
     register(Fails([[5] * 99]))
@@ -98,19 +101,53 @@ def test_the_hook_goes_whatever_ends_the_call(register, llama):  # noqa: F811
     register(ReadsChains([[5] * 99]))
     generate(llama, make_prompts(1), decoding="test", jacobi_block_size=4)
     assert not llama.model._forward_hooks
+    llama.lm_head.register_forward_hook(lambda *arguments: pytest.fail("the model failed"))
+    with pytest.raises(pytest.fail.Exception):
+        generate(llama, make_prompts(1), decoding="test", jacobi_block_size=4)
+    assert not llama.model._forward_hooks
 
 
 def test_no_hook_for_a_strategy_that_does_not_read(register, llama):  # noqa: F811
     class DoesNot(RandomTrees):
         def propose(self, rows, room):
-            assert not llama.model._forward_hooks
             return [Proposal([row.anchor]) for row in rows]
 
-    register(DoesNot([]))
+    def hook(*arguments):
+        found.append(len(llama.model._forward_hooks))
+
+    found = []
+    llama.lm_head.register_forward_hook(hook)
+    for strategy in (DoesNot([]), ReadsChains([[5] * 99])):
+        register(strategy)
+        generate(llama, make_prompts(1), decoding="test", jacobi_block_size=4, max_new_tokens=2)
+    assert found[0] == 0 and found[-1] == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_compiled_iterations_are_read_in_graphs_of_their_own(register, graphs, llama, batch_size):  # noqa: F811
+    compiled = {"jacobi_compile": True, "jacobi_block_size": 5}
+    for seed in range(2):
+        prompts = make_prompts(batch_size, seed=seed)
+        greedy, texts = texts_of(llama, prompts)
+        generate(llama, prompts, **compiled)
+        strategy = register(ReadsChains(texts))
+        assert torch.equal(generate(llama, prompts, decoding="test", **compiled).sequences, greedy)
+        check_read(llama, strategy)
+    assert len(graphs) == 2
+    assert not llama.model._forward_hooks
+    options = {"eos_token_id": greedy[:, 14].tolist()}  # rows leave one after the other
+    expected = generate(llama, prompts, **options).sequences
+    strategy = register(ReadsChains(texts))
+    assert torch.equal(generate(llama, prompts, decoding="test", **compiled, **options).sequences, expected)
+    check_read(llama, strategy)
+
+
+def test_a_copy_of_a_model_has_a_reader_of_its_own(register, llama):  # noqa: F811
+    register(ReadsChains([[5] * 99]))
     generate(llama, make_prompts(1), decoding="test", jacobi_block_size=4)
-
-
-def test_compiled_iterations_are_refused(register, llama):  # noqa: F811
-    register(ReadsChains([]))
-    with pytest.raises(ValueError, match="`jacobi_compile=True`"):
-        generate(llama, make_prompts(1), decoding="test", jacobi_block_size=4, jacobi_compile=True)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(llama)))
+    with torch.no_grad():
+        copied.model.norm.weight.mul_(2)
+    strategy = register(ReadsChains([[5] * 99]))
+    generate(copied, make_prompts(1), decoding="test", jacobi_block_size=4)
+    check_read(copied, strategy)

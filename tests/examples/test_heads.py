@@ -20,6 +20,7 @@ from benchmarks.heads_training import (
 )
 from conftest import make_model, make_prompts
 from lossless_adapters import save_base, save_lossless_adapter
+from test_static import graphs  # noqa: F401  # a fixture
 
 from cllm_hf.decoding import strategy as strategy_module
 from cllm_hf.evaluation import benchmark
@@ -225,6 +226,22 @@ def test_heads_that_do_not_fit_are_refused(tmp_path, llama):
         load_heads(tmp_path / "heads", make_model("llama", hidden_size=64))
     with pytest.raises(ValueError, match="`vocab_size`"):
         load_heads(tmp_path / "heads", make_model("llama", vocab_size=70))
+
+
+@pytest.mark.slow
+def test_compiled_rows(trained, graphs):  # noqa: F811
+    model, records, found = trained
+    contestants = heads_comparison.Contestants(model, found, cllm=make_model("llama"))
+    prompts = [record["prompt_ids"] for record in records[:2]]
+    report = heads_comparison.compare_heads(
+        contestants, prompts, 4, max_new_tokens=12, is_compiled=True, show_progress=False
+    )
+    rows = {row["name"]: row for row in report["rows"]}
+    assert {"generate(), compiled", "medusa 4, compiled", "eagle 4, compiled", "CLLM: jacobi 4, compiled"} <= set(rows)
+    assert all(row["num_equal"] == 2 for row in rows.values())
+    for kind in KINDS:
+        compiled, plain = rows[f"{kind} 4, compiled"], rows[f"{kind} 4"]
+        assert compiled["tokens_per_forward"] == plain["tokens_per_forward"] > 1.5
 
 
 def test_records_and_prompts(tmp_path):
