@@ -104,7 +104,7 @@ echo "# $(basename "$model") on $task, $(date -u '+%Y-%m-%d %H:%M') UTC" >"$summ
 echo >>"$summary"
 
 stage environment 20 "$python" -c '
-import platform, subprocess, torch, transformers, trl, peft, datasets, cllm_hf
+import platform, torch, transformers, trl, peft, datasets, cllm_hf
 print("Python", platform.python_version(), "on", platform.platform())
 for package in (cllm_hf, torch, transformers, trl, peft, datasets):
     print(package.__name__, package.__version__)
@@ -116,10 +116,12 @@ stage decode-compiled 85 "${benchmark[@]}" --compile --markdown "$out/decode-com
 
 pipeline cllm collect
 stage collect 70 "${command[@]}"
-if [[ ! -d $out/lossless && -f $out/cllm/steps/trajectories.json ]]; then # both modes train on the same responses
+# Both modes train on the same responses. The record of what is complete is copied last.
+record=steps/trajectories.json
+if [[ ! -f $out/lossless/$record ]] && grep -qs '"is_complete": true' "$out/cllm/$record"; then
     mkdir -p "$out/lossless/steps"
-    cp -r "$out/cllm/trajectories" "$out/lossless"
-    cp "$out/cllm/steps/trajectories.json" "$out/lossless/steps"
+    rm -rf "$out/lossless/trajectories"
+    cp -r "$out/cllm/trajectories" "$out/lossless" && cp "$out/cllm/$record" "$out/lossless/$record"
 fi
 for mode in cllm lossless; do
     pipeline "$mode" train

@@ -22,7 +22,9 @@ echo "$*" >>"$CALLS"
 case "$*" in
 *--compile*) sleep 30 ;;
 *"benchmark decode"*) echo broken; exit 3 ;;
-*"collect "*) mkdir -p "$OUT/cllm/steps" "$OUT/cllm/trajectories"; touch "$OUT/cllm/steps/trajectories.json" ;;
+*"collect "*)
+    mkdir -p "$OUT/cllm/steps" "$OUT/cllm/trajectories"
+    echo "$COLLECTED" >"$OUT/cllm/steps/trajectories.json" ;;
 *"evaluate "*/cllm\\ *) printf '# A\\n\\n| method |\\n|---|\\n| CLLM |\\n\\n| other |\\n' >"$OUT/cllm/report.md" ;;
 esac
 """
@@ -48,8 +50,10 @@ def test_a_stage_that_fails_or_times_out_leaves_the_others_running(tmp_path, tas
     python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
     python.write_text(STAND_IN)
     python.chmod(0o755)
-    limits = "decode-compiled=0.2 train=7"
-    done = run_script("a/model", data, out, PYTHON=python, CALLS=calls, OUT=out, LIMITS=limits, SIZE="full")
+    given = {"PYTHON": python, "CALLS": calls, "OUT": out, "LIMITS": "decode-compiled=0.2 train=7", "SIZE": "full"}
+    run_script("a/model", data, out, COLLECTED='{"is_complete": false}', **given)
+    assert not (out / "lossless" / "trajectories").exists() and calls.unlink() is None
+    done = run_script("a/model", data, out, COLLECTED='{"is_complete": true}', **given)
     assert done.returncode == 1, done.stderr  # no report of the lossless adapter
     outcomes = dict.fromkeys(STAGES, "done")
     outcomes |= {"decode": "failed with status 3", "decode-compiled": "not done within 0.2 s"}
