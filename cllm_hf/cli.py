@@ -105,7 +105,7 @@ def _add_demo(commands: Any) -> None:
         "demo",
         help="train a small model, make it a CLLM, train a lossless adapter on it, and measure both, in minutes",
         description="Train a small model on word problems, make it a CLLM, train a lossless adapter on it, and "
-        "measure both. Needs no network; takes more than ten minutes on two CPU cores.",
+        "measure both. Needs no network; takes about five minutes on two CPU cores.",
         formatter_class=HelpFormatter,
     )
     demo.add_argument(
@@ -192,6 +192,7 @@ def _block_size(text: str) -> int | str:
 
 
 def _run_demo(parsed: argparse.Namespace) -> int:
+    print("Loading PyTorch and transformers ...", flush=True)
     from .demo.run import DemoOptions, run_demo
 
     report = run_demo(DemoOptions(mode=parsed.mode, seed=parsed.seed), parsed.output_dir, color=not parsed.no_color)

@@ -92,6 +92,8 @@ LOSSLESS_OPTIONS: dict[str, Any] = {"lossless": True, "block_size": 9, "position
 LOSSLESS_LORA: dict[str, Any] = {"r": 64, "lora_alpha": 128, "target_modules": "all-linear"}
 
 
+# Of `--demo`: problems whose trajectories are collected, and held-out ones.
+NUM_TRAJECTORIES, NUM_SOLVED = 2400, 200
 # What is the same for all rows of an output folder.
 SETTINGS = ("updates", "batch_size", "learning_rate", "ar_loss_weight", "seed", "lossless")
 
@@ -139,17 +141,23 @@ def make_word_problems(arguments: argparse.Namespace) -> Task:
     """The task of `cllm demo`: quality is the share of held-out problems that are solved."""
     options = DemoOptions()
     tokenizer = AutoTokenizer.from_pretrained(arguments.demo / "target")
-    needed = options.num_held_out + options.num_trajectories + options.target_updates * options.target_batch_size
-    problems = make_problems(needed, options.seed)[: options.num_held_out]
+    # The target model has seen the first problems in its training.
+    seen = options.num_held_out + max(options.num_responses, options.target_updates * options.target_batch_size)
+    problems = make_problems(seen + NUM_SOLVED, options.seed, options.largest_number)
+    asked, problems = problems[options.num_held_out :][:NUM_TRAJECTORIES], problems[seen:]
 
     def solved(model: PreTrainedModel, responses: list[list[int]]) -> float:
         answers = [read_answer(str(tokenizer.decode(ids, skip_special_tokens=True))) for ids in responses]
         return sum(answer == problem.answer for answer, problem in zip(answers, problems)) / len(problems)
 
+    target = AutoModelForCausalLM.from_pretrained(arguments.demo / "target").eval()
+    folder = arguments.output_dir / "trajectories"
+    builder = TrajectoryBuilder(target, tokenizer, options.block_size, options.max_new_tokens, options.seed)
+    builder.collect([problem.prompt for problem in asked], folder)
     return Task(
-        AutoModelForCausalLM.from_pretrained(arguments.demo / "target").eval(),
+        target,
         tokenizer,
-        load_trajectories(arguments.demo / "trajectories"),
+        load_trajectories(folder),
         [tokenizer(problem.prompt)["input_ids"] for problem in problems],
         options.max_new_tokens,
         "solved",

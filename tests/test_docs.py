@@ -121,7 +121,7 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tm
 def demo(tmp_path_factory):
     """What `cllm demo --output-dir runs/demo` leaves, with a target model that has hardly been trained."""
     folder = tmp_path_factory.mktemp("docs")
-    tiny = {"hidden_size": 32, "target_updates": 5, "target_batch_size": 4, "num_trajectories": 8, "cllm_updates": 3}
+    tiny = {"hidden_size": 32, "target_updates": 5, "target_batch_size": 4, "num_responses": 8, "cllm_updates": 3}
     tiny |= {"lossless_updates": 2, "lossless_batch_size": 4, "lossless_rank": 2}
     options = DemoOptions(**tiny, cllm_batch_size=4, num_held_out=2, max_new_tokens=20)
     run_demo(options, folder / "runs" / "demo", color=False)

@@ -34,15 +34,16 @@ class Problem:
     answer: int
 
 
-def make_problem(rng: random.Random) -> Problem:
+def make_problem(rng: random.Random, largest: int = LARGEST) -> Problem:
+    """Make a problem whose numbers are at most `largest`."""
     name, friend = rng.sample(NAMES, 2)
     items = rng.choice(ITEMS)
-    total = rng.randint(1, LARGEST)
+    total = rng.randint(1, largest)
     question = [f"{name} has {total} {items} ."]
     work = [f"{name} starts with {total} {items} ."]
     for step in range(rng.choice((2, 3))):
-        gain = total == 0 or (total < LARGEST and rng.random() < 0.5)
-        amount = rng.randint(1, LARGEST - total) if gain else rng.randint(1, total)
+        gain = total == 0 or (total < largest and rng.random() < 0.5)
+        amount = rng.randint(1, largest - total) if gain else rng.randint(1, total)
         event = rng.choice(GAINS if gain else LOSSES).format(n=amount, friend=friend)
         event = f"{'Then ' if step else ''}{name} {event}"
         result = total + amount if gain else total - amount
@@ -54,12 +55,12 @@ def make_problem(rng: random.Random) -> Problem:
     return Problem(" ".join(question), " ".join(work), total)
 
 
-def make_problems(count: int, seed: int) -> list[Problem]:
+def make_problems(count: int, seed: int, largest: int = LARGEST) -> list[Problem]:
     """Make problems of which no two have the same question; the same seed gives the same problems."""
     rng = random.Random(seed)
     problems: dict[str, Problem] = {}
     while len(problems) < count:
-        problem = make_problem(rng)
+        problem = make_problem(rng, largest)
         problems.setdefault(problem.prompt, problem)
     return list(problems.values())
 

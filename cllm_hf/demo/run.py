@@ -1,4 +1,4 @@
-"""The demo's steps: problems, target model, trajectories, CLLM and lossless adapter, measurement."""
+"""The demo's steps: problems, target model, responses, CLLM and lossless adapter, measurement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from ..cards import format_table
 from ..evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding
@@ -29,10 +29,14 @@ from .training import DemoOptions, make_cllm_trainer, make_lossless_trainer, mak
 # What is kept, in this order, and a file that each part always holds.
 _PARTS = {
     "target": "config.json",
+    "responses": "manifest.json",
     "trajectories": "manifest.json",
     "cllm": "config.json",
     "lossless": "adapter_config.json",
 }
+# Parts of the whole time that the steps took on two CPU cores, for an estimate of what is left.
+_SHARES = {"target model": 30, "responses": 6, "CLLM": 36, "lossless adapter": 16, "measurement": 12}
+_FIRST_ESTIMATE = 20  # optimizer steps of the target model
 _COLUMNS = ("method", "tokens/s", "tokens per forward pass", "speed-up over generate()", "accuracy")
 
 
@@ -53,16 +57,16 @@ def run_demo(
     """
     Run all steps, and say with `say` what each does.
 
-    With an `output_dir`, `target`, `trajectories`, `cllm` and `lossless` are kept there, in place of those of an
-    earlier run; each appears when it is complete. `color` is for the picture of the trajectories.
+    With an `output_dir`, `target`, `responses`, `trajectories`, `cllm` and `lossless` are kept there, in place of
+    those of an earlier run; each appears when it is complete. `color` is for the picture of the trajectories.
     """
     if output_dir is not None:
         check_writable(output_dir)
         _check_parts(output_dir)
     set_seed(options.seed)
     tokenizer = make_tokenizer()
-    needed = options.num_held_out + options.num_trajectories + options.target_updates * options.target_batch_size
-    problems = make_problems(needed, options.seed)
+    needed = options.num_held_out + max(options.num_responses, options.target_updates * options.target_batch_size)
+    problems = make_problems(needed, options.seed, options.largest_number)
     held_out, problems = problems[: options.num_held_out], problems[options.num_held_out :]
     say(f"{needed} distinct problems, {len(held_out)} of them held out. One of them:")
     say(f"  {held_out[0].prompt}\n  {held_out[0].response}")
@@ -92,18 +96,35 @@ class _Steps:
 
     @contextmanager
     def step(self, name: str, title: str) -> Iterator[None]:
-        count = 5 if self.options.mode == "both" else 4
-        self.say(f"\n[{len(self.seconds) + 1}/{count}] {title}")
+        steps = self._steps()
+        left = "" if not self.seconds else f" (about {self._estimate(sum(self.seconds.values()), steps)} to go)"
+        self.say(f"\n[{len(self.seconds) + 1}/{len(steps)}] {title}{left}")
         yield
         now = time.perf_counter()
         self.seconds[name] = now - self._start
         self._start = now
 
+    def say_first(self, seconds_per_update: float, updates: int) -> None:
+        """Say the first estimate: what is left of the target model's training, and the steps after it."""
+        shares = [_SHARES[name] for name in self._steps()]
+        whole = seconds_per_update * self.options.target_updates
+        rest = seconds_per_update * updates + whole * sum(shares[1:]) / shares[0]
+        self.say(f"\n  On this machine all steps take about {_minutes(rest)} more.")
+
+    def _steps(self) -> list[str]:
+        left_out = {"cllm": "lossless adapter", "lossless": "CLLM"}.get(self.options.mode)
+        return [name for name in _SHARES if name != left_out]
+
+    def _estimate(self, elapsed: float, steps: list[str]) -> str:
+        """What is left, if the steps take their usual shares of the whole."""
+        done = sum(_SHARES[name] for name in steps[: len(self.seconds)])
+        return _minutes(elapsed * sum(_SHARES[name] for name in steps[len(self.seconds) :]) / done)
+
     def train_target(self, problems: list[Problem]) -> PreTrainedModel:
         target = make_model(self.tokenizer, self.options.hidden_size)
         size = f"{target.num_parameters():,}"
         with self.step("target model", f"Training a target model of {size} parameters from scratch"):
-            train_target(target, self.tokenizer, problems, self.options)
+            train_target(target, self.tokenizer, problems, self.options, _FirstEstimate(self))
             self._keep("target", lambda folder: _save(target, self.tokenizer, folder))
             if self.output_dir is not None:
                 for name in list(_PARTS)[1:]:  # of an earlier run, whose target model is gone
@@ -113,18 +134,20 @@ class _Steps:
         return target
 
     def collect(self, target: PreTrainedModel, problems: list[Problem]) -> Dataset:
-        with self.step("trajectories", "Collecting the Jacobi trajectories of its responses"):
-            builder = _make_builder(target, self.tokenizer, self.options)
-            prompts = [problem.prompt for problem in problems[: self.options.num_trajectories]]
+        """Its responses, which both trainings read; and the trajectories of a few of them, to look at."""
+        with self.step("responses", "Collecting its responses to other problems"):
+            prompts = [problem.prompt for problem in problems[: self.options.num_responses]]
+            builder = _make_builder(target, self.tokenizer, self.options, responses_only=True)
             if self.output_dir is None:
-                dataset: Any = builder.build(prompts)
-            else:
-                self._keep("trajectories", lambda folder: builder.collect(prompts, folder))
-                dataset = load_trajectories(self.output_dir / "trajectories")
-        return dataset
+                return builder.build(prompts)
+            self._keep("responses", lambda folder: builder.collect(prompts, folder))
+            with_states = _make_builder(target, self.tokenizer, self.options)
+            some = prompts[: self.options.num_trajectories]
+            self._keep("trajectories", lambda folder: with_states.collect(some, folder))
+            return load_trajectories(self.output_dir / "responses")
 
     def train_cllm(self, target: PreTrainedModel, dataset: Dataset) -> Any:
-        with self.step("CLLM", "Training the CLLM on them"):
+        with self.step("CLLM", "Training the CLLM on them, on states that it makes itself"):
             return self._train("cllm", make_cllm_trainer(target, self.tokenizer, dataset, self.options))
 
     def train_lossless(self, target: PreTrainedModel, dataset: Dataset) -> Any:
@@ -140,6 +163,12 @@ class _Steps:
     def _keep(self, name: str, save: Callable[[Path], object]) -> None:
         if self.output_dir is not None:
             save_whole(self.output_dir / name, save)
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(round(seconds / 10), 1) * 10} seconds"
+    return f"{seconds / 60:.1f} minutes"
 
 
 def _check_parts(output_dir: Path) -> None:
@@ -158,15 +187,36 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
+class _FirstEstimate(TrainerCallback):
+    """Says early in the first step how long all of them will take."""
+
+    def __init__(self, steps: _Steps):
+        self._steps = steps
+        self._start = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:  # which is slower than the others
+            self._start = time.perf_counter()
+        if state.global_step == _FIRST_ESTIMATE:
+            self._steps.say_first(
+                (time.perf_counter() - self._start) / (_FIRST_ESTIMATE - 1), state.max_steps - _FIRST_ESTIMATE
+            )
+
+
 def _make_builder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: DemoOptions, show_progress: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: DemoOptions,
+    show_progress: bool = True,
+    responses_only: bool = False,
 ) -> TrajectoryBuilder:
+    about_states: dict[str, Any] = {} if responses_only else {"block_size": options.block_size, "seed": options.seed}
     return TrajectoryBuilder(
         model,
         tokenizer,
-        options.block_size,
-        options.max_new_tokens,
-        options.seed,
+        max_new_tokens=options.max_new_tokens,
+        responses_only=responses_only,
+        **about_states,
         # Whatever the target model says: if it was trained for too short, the demo shows that.
         cleaning=KEEP_ALL,
         show_progress=show_progress,

@@ -8,7 +8,13 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from ..training.callbacks import show_progress
@@ -26,22 +32,24 @@ class DemoOptions:
 
     mode: str = "both"  # what is made of the target model
     seed: int = 0  # of the problems, the weights and the order of the data
-    hidden_size: int = 128  # of the model, which has four layers
+    largest_number: int = 9  # in a problem
+    hidden_size: int = 96  # of the model, which has four layers; a head has 16
     target_updates: int = 650  # optimizer steps
-    target_batch_size: int = 32
-    num_trajectories: int = 2400  # problems whose trajectories are collected
-    cllm_updates: int = 300
-    cllm_batch_size: int = 32
-    cllm_learning_rate: float = 1.5e-3
+    target_batch_size: int = 16
+    num_responses: int = 1200  # problems whose responses both trainings read
+    num_trajectories: int = 64  # of these, problems whose trajectories are collected, to look at
+    cllm_updates: int = 200
+    cllm_batch_size: int = 16
+    cllm_learning_rate: float = 2e-3
     ar_loss_weight: float = 10.0  # this and the next two as in `CLLMConfig`
     position_decay: float | None = 4.0
     trajectory_source: str = "online"
     lossless_updates: int = 100
-    lossless_batch_size: int = 32
+    lossless_batch_size: int = 16
     lossless_rank: int = 64
     lossless_markov_rank: int = 16
     lossless_block_size: int = 9
-    num_held_out: int = 200  # problems for the measurement, in no training data
+    num_held_out: int = 40  # problems for the measurement, in no training data
     block_size: int = 16
     max_new_tokens: int = 96  # a worked answer has at most 68
 
@@ -56,7 +64,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int) -> LlamaFor
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=max(hidden_size // 16, 1),
         max_position_embeddings=256,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -75,17 +83,22 @@ def copy_model(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opti
 
 
 def train_target(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], options: DemoOptions
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    options: DemoOptions,
+    callback: TrainerCallback,
 ) -> None:
     """Train the target model in place, on worked answers."""
     dataset = Dataset.from_list([{"prompt": f"{p.prompt} ", "completion": p.response} for p in problems])
     args = SFTConfig(
         max_steps=options.target_updates,
         per_device_train_batch_size=options.target_batch_size,
-        **_training_options(options.seed, learning_rate=2e-3),
+        **_training_options(options.seed, learning_rate=3e-3, warmup_steps=50),
     )
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     show_progress(trainer, "loss")
+    trainer.add_callback(callback)
     trainer.train()
     # Training turns the cache off for good; the comparison is with decoding as it should be.
     model.config.use_cache = model.generation_config.use_cache = True
@@ -95,7 +108,7 @@ def train_target(
 def make_cllm_trainer(
     target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, options: DemoOptions
 ) -> CLLMTrainer:
-    """A trainer of a copy of the target model on the trajectories of `dataset`."""
+    """A trainer of a copy of the target model on the responses of `dataset`."""
     args = CLLMConfig(
         max_steps=options.cllm_updates,
         per_device_train_batch_size=options.cllm_batch_size,
@@ -104,7 +117,7 @@ def make_cllm_trainer(
         trajectory_source=options.trajectory_source,
         block_size=options.block_size,
         plot_run=False,
-        **_training_options(options.seed, options.cllm_learning_rate),
+        **_training_options(options.seed, options.cllm_learning_rate, warmup_steps=20),
     )
     model = copy_model(target, tokenizer, options)
     trainer = CLLMTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
@@ -135,7 +148,7 @@ def make_lossless_trainer(
     return trainer
 
 
-def _training_options(seed: int, learning_rate: float, warmup_steps: int = 40) -> dict[str, Any]:
+def _training_options(seed: int, learning_rate: float, warmup_steps: int) -> dict[str, Any]:
     return {
         # Nothing is saved there: `save_strategy="no"`.
         "output_dir": tempfile.gettempdir(),
@@ -143,6 +156,7 @@ def _training_options(seed: int, learning_rate: float, warmup_steps: int = 40) -
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": warmup_steps,
+        "adam_beta2": 0.98,
         "bf16": False,
         "gradient_checkpointing": False,
         "logging_steps": 10,

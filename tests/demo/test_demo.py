@@ -5,10 +5,11 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cllm_hf import CleaningRules, CLLMTrainer, TrajectoryBuilder, load_cllm
+from cllm_hf import CleaningRules, CLLMTrainer, TrajectoryBuilder, load_cllm, load_trajectories
 from cllm_hf.cards import format_table
 from cllm_hf.cli import main
 from cllm_hf.demo import run
@@ -21,7 +22,8 @@ TINY = run.DemoOptions(
     hidden_size=32,
     target_updates=5,
     target_batch_size=4,
-    num_trajectories=8,
+    num_responses=8,
+    num_trajectories=4,
     cllm_updates=3,
     cllm_batch_size=4,
     lossless_updates=2,
@@ -34,15 +36,16 @@ TINY = run.DemoOptions(
 )
 
 
-def test_worked_answers_are_right():
+@pytest.mark.parametrize("largest", [LARGEST, 9])
+def test_worked_answers_are_right(largest):
     """An independent reading of the question: start, then add or take away."""
-    for problem in make_problems(500, seed=1):
+    for problem in make_problems(500, 1, largest):
         numbers = [int(word) for word in problem.prompt.split() if word.isdecimal()]
         events = problem.prompt.split(" . ")[1:-1]
         total = numbers[0]
         for event, amount in zip(events, numbers[1:]):
             total += amount if re.search("buys|finds|gets|wins", event) else -amount
-            assert 0 <= total <= LARGEST and f"= {total} " in problem.response
+            assert 0 <= total <= largest and f"= {total} " in problem.response
         assert len(events) in (2, 3) and total == problem.answer == read_answer(problem.response)
         for a, sign, b, result in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", problem.response):
             assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
@@ -81,7 +84,10 @@ def test_all_steps_and_the_readme(tmp_path, monkeypatch, capsys):
     folder = Path("runs/demo")
     for _ in range(2):  # a second run takes the place of the first
         report = run.run_demo(TINY, folder, color=False)
-        assert sorted(path.name for path in folder.iterdir()) == ["cllm", "lossless", "target", "trajectories"]
+        parts = ["cllm", "lossless", "responses", "target", "trajectories"]
+        assert sorted(path.name for path in folder.iterdir()) == parts
+        assert "states" not in load_trajectories(folder / "responses").column_names
+        assert len(load_trajectories(folder / "trajectories")) == 4
     assert [result.name.split(", ")[1] for result in report.results][2:] == ["lossless", "generate()", "jacobi"]
     assert report.results[2].responses == report.results[0].responses
     assert report.accuracies[2] == report.accuracies[0]
@@ -105,7 +111,7 @@ def test_all_steps_and_the_readme(tmp_path, monkeypatch, capsys):
 
 def test_a_lossless_adapter_alone(tmp_path):
     report = run.run_demo(replace(TINY, mode="lossless"), tmp_path, say=lambda line: None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lossless", "target", "trajectories"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lossless", "responses", "target", "trajectories"]
     assert [result.name.split(", ")[1] for result in report.results] == ["generate()", "jacobi", "lossless"]
     assert report.results[2].responses == report.results[0].responses and report.trajectories == ""
     model = load_cllm(tmp_path / "lossless")
@@ -122,12 +128,41 @@ def test_ctrl_c_leaves_only_complete_parts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "DemoOptions", lambda **_: TINY)
     monkeypatch.setattr(CLLMTrainer, "train", interrupt)
     assert main(["demo", "--output-dir", str(tmp_path)]) == 130
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "trajectories"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["responses", "target", "trajectories"]
     assert "interrupted" in capsys.readouterr().err
 
     monkeypatch.setattr(TrajectoryBuilder, "collect", interrupt)
     assert main(["demo", "--output-dir", str(tmp_path / "other")]) == 130
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize(("mode", "count"), [("both", 5), ("lossless", 4)])
+def test_the_rest_of_the_time_is_told_as_it_goes(monkeypatch, mode, count):
+    """On a clock by which each step takes its usual share of a hundred seconds and each optimizer step the same."""
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    said = []
+    steps = run._Steps(replace(TINY, mode=mode, target_updates=100), None, said.append, None, _start=0.0)
+    first = run._FirstEstimate(steps)
+    shares = {name: run._SHARES[name] for name in steps._steps()}
+    whole = sum(shares.values())
+    for step in range(1, 101):
+        now[0] = step * shares["target model"] / 100
+        first.on_step_end(None, SimpleNamespace(global_step=step, max_steps=100), None)
+    assert [line.strip() for line in said] == [
+        "On this machine all steps take about " + run._minutes(whole - 6) + " more."
+    ]
+    for name, share in shares.items():
+        start = now[0] if steps.seconds else 0
+        with steps.step(name, "Working"):
+            now[0] = start + share
+    titles = [line.strip() for line in said[1:]]
+    assert titles[0] == f"[1/{count}] Working" and len(titles) == count
+    left = whole
+    for number, (title, share) in enumerate(zip(titles, shares.values()), start=1):
+        assert number == 1 or title == f"[{number}/{count}] Working (about {run._minutes(left)} to go)"
+        left -= share
+    assert run._minutes(100) == "1.7 minutes" and run._minutes(41) == "40 seconds"
 
 
 def test_output_folder_that_is_not_writable(tmp_path, capsys):
