@@ -192,7 +192,7 @@ def _block_size(text: str) -> int | str:
 
 
 def _run_demo(parsed: argparse.Namespace) -> int:
-    print("Loading PyTorch and transformers ...", flush=True)
+    print("Loading trl and datasets ...", flush=True)
     from .demo.run import DemoOptions, run_demo
 
     report = run_demo(DemoOptions(mode=parsed.mode, seed=parsed.seed), parsed.output_dir, color=not parsed.no_color)
@@ -203,7 +203,7 @@ def _run_demo(parsed: argparse.Namespace) -> int:
     laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
     print(f"\n{sum(report.seconds.values()):.0f} s in all: {laps}.")
     if parsed.output_dir is not None:
-        kept = ["target", "trajectories", *{"both": ["cllm", "lossless"]}.get(parsed.mode, [parsed.mode])]
+        kept = ["target", "responses", "trajectories", *{"both": ["cllm", "lossless"]}.get(parsed.mode, [parsed.mode])]
         print(f"Kept in {parsed.output_dir}: {', '.join(kept)}.")
     return 0
 

@@ -35,7 +35,7 @@ _PARTS = {
     "lossless": "adapter_config.json",
 }
 # Parts of the whole time that the steps took on two CPU cores, for an estimate of what is left.
-_SHARES = {"target model": 30, "responses": 6, "CLLM": 36, "lossless adapter": 16, "measurement": 12}
+_SHARES = {"target model": 39, "responses": 6, "CLLM": 35, "lossless adapter": 8, "measurement": 12}
 _FIRST_ESTIMATE = 20  # optimizer steps of the target model
 _COLUMNS = ("method", "tokens/s", "tokens per forward pass", "speed-up over generate()", "accuracy")
 

@@ -150,7 +150,7 @@ def test_the_rest_of_the_time_is_told_as_it_goes(monkeypatch, mode, count):
         now[0] = step * shares["target model"] / 100
         first.on_step_end(None, SimpleNamespace(global_step=step, max_steps=100), None)
     assert [line.strip() for line in said] == [
-        "On this machine all steps take about " + run._minutes(whole - 6) + " more."
+        "On this machine all steps take about " + run._minutes(whole - 0.2 * shares["target model"]) + " more."
     ]
     for name, share in shares.items():
         start = now[0] if steps.seconds else 0
