@@ -169,7 +169,9 @@ class Room:
 
 class Strategy(Protocol):
     """
-    What the loop asks of a strategy. Register a function that makes one by `cllm_hf.register_strategy`.
+    What the loop asks of a strategy. Register a function that makes one by `cllm_hf.register_strategy`. If it has a
+    further method `read(row, hidden_states)`, that is given the model's last hidden states, before `observe`: of the
+    tokens that were fed and accepted, `[num_tokens, hidden_size]`, up to `row.text[-2]`.
 
     Attributes:
         needs_tree (`bool`): whether proposals are ever other than chains. Models that take no tree mask are then

@@ -45,8 +45,8 @@ def draft(step: Step, anchors: torch.Tensor, depth: int, num_candidates: int) ->
         width = min(num_candidates + 1, _WIDEST_BEAM, vocab_size)
         scores, best = (scores[..., None] + shares).flatten(1).topk(width, dim=1)  # [num_rows, width]
         previous, beams = best % vocab_size, best // vocab_size
-        levels.append(torch.stack([previous.double(), beams.double(), scores.double()], dim=-1))
-    found = torch.stack(levels, dim=1).tolist()  # [num_rows, depth, width, 3], in one transfer
+        levels.append(torch.stack([previous.float(), beams.float(), scores], dim=-1))
+    found = torch.stack(levels, dim=1).tolist()  # [num_rows, depth, width, 3]; float32 holds any token
     return [
         Draft.best_of(
             [[(int(token), int(beam), score) for token, beam, score in level] for level in row], num_candidates

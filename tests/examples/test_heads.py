@@ -18,12 +18,15 @@ from benchmarks.heads_training import (
     read_records,
     train_heads,
 )
+from benchmarks.training_methods import random_trajectories
 from conftest import make_model, make_prompts
+from datasets import Dataset
 from lossless_adapters import save_base, save_lossless_adapter
 from test_static import graphs  # noqa: F401  # a fixture
 
 from cllm_hf.decoding import strategy as strategy_module
 from cllm_hf.evaluation import benchmark
+from cllm_hf.trajectories.schema import FEATURES
 
 
 KINDS = [MEDUSA, EAGLE]
@@ -251,6 +254,11 @@ def test_records_and_prompts(tmp_path):
     assert read_prompt_ids(path, 1) == [[1]]
     with pytest.raises(ValueError, match="from 0 to 4 in `response_ids`"):
         read_records(path, 5)
+    trajectories = Dataset.from_list(random_trajectories(60, 3, 9, 16, 8, seed=0), features=FEATURES)
+    trajectories.save_to_disk(tmp_path / "trajectories")
+    assert [record["response_ids"] for record in read_records(tmp_path / "trajectories", 60)] == [
+        row["response_ids"] for row in trajectories
+    ]
     path.write_text('{"prompt": "text"}\n')
     assert read_prompt_ids(path, 1) is None
     with pytest.raises(ValueError, match="`prompt_ids`"):
