@@ -75,6 +75,7 @@ class DecodingResult:
     # How many forward passes after the prefill fed how many tokens a row; empty for a compiled method.
     widths: Counter[int] = field(default_factory=Counter)
     peak_memory: int | None = None  # most bytes that tensors took on a CUDA device in a run, weights included
+    extra_memory: int | None = None  # the same, less what was taken when the run began
     num_kept_turns: int = 0  # of the runs, those that were timed by an earlier, interrupted benchmark
 
     @property
@@ -239,6 +240,8 @@ def _add(result: DecodingResult, run: DecodingResult, is_first: bool) -> None:
     result.seconds += run.seconds
     if run.peak_memory is not None:
         result.peak_memory = max(run.peak_memory, result.peak_memory or 0)
+    if run.extra_memory is not None:
+        result.extra_memory = max(run.extra_memory, result.extra_memory or 0)
     if is_first:
         result.responses += run.responses
         result.num_forwards += run.num_forwards
@@ -309,7 +312,9 @@ def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pa
     is_cuda = device.type == "cuda"
     try:
         if is_cuda:
+            gc.collect()  # what a run before has left would seem to be taken already
             torch.cuda.reset_peak_memory_stats(device)
+        taken = torch.cuda.memory_allocated(device) if is_cuda else 0
         synchronize(device)
         start = time.perf_counter()
         output = method.model.generate(
@@ -321,6 +326,7 @@ def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pa
         if handle is not None:
             handle.remove()
     peak_memory = torch.cuda.max_memory_allocated(device) if is_cuda else None
+    extra_memory = None if peak_memory is None else peak_memory - taken
     responses = getattr(output, "sequences", output)[:, length:].tolist()
     num_forwards = len(widths)
     if method.is_compiled:
@@ -330,7 +336,9 @@ def _run(method: DecodingMethod, batch: list[list[int]], max_new_tokens: int, pa
         stop_ids = method.stop_ids
         responses = [response[: count_until_stop(response, stop_ids)] for response in responses]
     widths_after = Counter(widths[1:])
-    return DecodingResult(method.name, responses, [num_forwards], [seconds], len(batch), widths_after, peak_memory)
+    return DecodingResult(
+        method.name, responses, [num_forwards], [seconds], len(batch), widths_after, peak_memory, extra_memory
+    )
 
 
 def _shapes(batches: list[list[list[int]]]) -> list[list[list[int]]]:

@@ -80,9 +80,9 @@ def compare_models(
     The target model decodes by `generate()`, prompt lookup, assisted decoding if there is an `assistant`, and Jacobi;
     the CLLM by `generate()` and Jacobi. A lossless adapter in place of the CLLM decodes lossless, and by `generate()`
     where its base model is not the target model, weight for weight. All take turns on `prompts`, one at a time, which
-    gives speed. How blocks converge is measured on up to 128 of these prompts, peak memory on three, both apart from
-    the clocks. Accuracy is that of a method's own timed responses and of its model's greedy responses to
-    `more_prompts`, decoded in batches without compiling anything.
+    gives speed. How blocks converge is measured on up to 128 of these prompts, peak memory on three (on CUDA on all),
+    both apart from the clocks. Accuracy is that of a method's own timed responses and of its model's greedy responses
+    to `more_prompts`, decoded in batches without compiling anything.
 
     Args:
         target (`transformers.PreTrainedModel` or `peft.PeftModel`): the target model.
@@ -300,9 +300,12 @@ class _Work:
         return rows
 
     def _measure_memory(self, number: int, run: Run) -> int | None:
-        """Off the clock, on the prompts with the longest texts. What compiled code holds is not known."""
-        if run.method.is_compiled:
-            return None
+        """
+        Off the clock, on the prompts with the longest texts; on CUDA the timed runs have told it. What compiled code
+        holds is not known.
+        """
+        if run.method.is_compiled or run.result.extra_memory is not None:
+            return None if run.method.is_compiled else run.result.extra_memory
         lengths = [len(prompt) + len(response) for prompt, response in zip(self.prompts, run.result.responses)]
         longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])[:_NUM_MEMORY_PROMPTS]
         chosen = [self.prompts[index] for index in longest]

@@ -77,7 +77,7 @@ def test_they_are_those_of_single_prompts(tokenizer, prompts, ways, monkeypatch,
 
 
 def test_a_group_is_decoded_once(tokenizer, prompts, ways, tmp_path, monkeypatch):
-    monkeypatch.setattr(further, "_PROMPTS_AT_ONCE", 3)
+    monkeypatch.setattr(further, "_PROMPTS_AT_ONCE_ON_CPU", 3)
     model = make_word_model(tokenizer)
     expected = alone(model, prompts)
     for removed, num_decoded, num_kept in ((0, 3, 0), (0, 0, 7), (1, 1, 4)):

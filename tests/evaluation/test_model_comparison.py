@@ -516,6 +516,29 @@ def test_a_lossless_adapter_has_its_rows_and_its_base_models_text(models, drafti
     assert format_models(json.loads(json.dumps(report))) == text
 
 
+def test_a_lossless_adapter_on_another_base_model_has_its_own_generate(drafting):
+    other = make_model("llama", seed=0)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
+    report = compare_models(other, drafting, PROMPTS, more_prompts=MORE, **OPTIONS)
+    names = [row["name"] for row in report["rows"] if row["model"] == "cllm"]
+    assert names == ["lossless adapter, generate()", "lossless adapter, lossless 4"]
+    assert [row["num_equal"] for row in report["rows"]] == [len(PROMPTS)] * 5
+    assert not any("weight for weight" in note for note in report["notes"])
+    assert "By generate(), both models give the same response" in format_models(report)
+
+
+def test_texts_of_an_adapter_that_part_are_counted_apart(models, drafting):
+    report = compare_models(models[0], drafting, PROMPTS, more_prompts=MORE, **OPTIONS)
+    row = report["rows"][-1]
+    row |= {"num_equal": 0, "num_near_ties": 2, "num_differing": 1, "largest_gap": 0.5, "largest_gap_in_bounds": 1.25}
+    text = format_models(report)
+    said = "0 equal the target model's, 2 part from it at near ties, and 1 elsewhere; the largest gap between logits"
+    assert f"Of the 3 timed responses of the lossless adapter, {said} is 0.5 (1.25 of the bound)." in text
+    header, _, *rows = text.split("\n\n")[0].splitlines()
+    assert "| near ties | differ |" in header and "0/3" in rows[-1] and " 2 |" in rows[-1]
+
+
 def test_a_lossless_adapter_alone_is_compared_with_its_base_model(drafting):
     report = compare_decoding(drafting, PROMPTS, [4, "auto"], 12, show_progress=False)
     assert [row["name"] for row in report["rows"]] == ["generate()", "prompt lookup", "lossless 4", "lossless auto"]

@@ -78,7 +78,7 @@ def untimed(report):
 
 @pytest.mark.parametrize("stops", [(2, 5), pytest.param(range(14), marks=pytest.mark.slow)], ids=["some", "all"])
 def test_wherever_it_is_interrupted_it_goes_on(models, tmp_path, monkeypatch, computed, stops):
-    monkeypatch.setattr(further, "_PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr(further, "_PROMPTS_AT_ONCE_ON_CPU", 2)
     expected = untimed(compare_models(*models, PROMPTS, judge=judge, **OPTIONS))
     parts = list(computed.names)
     assert [name.rstrip("0123456789") for name in parts] == [
@@ -181,6 +181,20 @@ def test_a_turn_is_timed_by_all_methods_or_not_at_all(llama, tmp_path, monkeypat
     for result in (*results, *again):
         result.num_kept_turns = 0
     assert again == results
+
+
+def test_memory_that_the_timed_runs_have_told_is_not_measured_again(models, computed, monkeypatch):
+    run, peaks = benchmark._run, iter(range(1000))
+
+    def told(*args):
+        result = run(*args)
+        result.extra_memory = next(peaks)
+        return result
+
+    monkeypatch.setattr(benchmark, "_run", told)
+    report = compare_models(*models, PROMPTS, **OPTIONS)
+    assert not any("memory" in name for name in computed.names)
+    assert [row["peak_memory"] for row in report["rows"]] == [5 + 5 + 5 + number for number in range(5)]
 
 
 def test_rows_are_told_when_they_are_done(models):
