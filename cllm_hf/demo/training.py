@@ -38,10 +38,10 @@ class DemoOptions:
     target_batch_size: int = 16
     num_responses: int = 1200  # problems whose responses both trainings read
     num_trajectories: int = 64  # of these, problems whose trajectories are collected, to look at
-    cllm_updates: int = 200
+    cllm_updates: int = 230
     cllm_batch_size: int = 16
     cllm_learning_rate: float = 2e-3
-    ar_loss_weight: float = 10.0  # this and the next two as in `CLLMConfig`
+    ar_loss_weight: float = 20.0  # this and the next two as in `CLLMConfig`
     position_decay: float | None = 4.0
     trajectory_source: str = "online"
     lossless_updates: int = 100
