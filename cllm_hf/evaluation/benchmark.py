@@ -181,7 +181,7 @@ def benchmark_decoding(
     ways = [describe_method(method) for method in methods]
     keys = [[ways, turn, batch, max_new_tokens, pad_token_id] for turn, batch in turns]
     are_kept = [journal.has(f"turn-{number:05d}", key) for number, key in enumerate(keys)]
-    expected = 0.0
+    expected = None  # of an earlier run
     if not all(are_kept):
         seconds = _warm_up(methods, batches, max_new_tokens, pad_token_id, progress)
         expected = seconds * (len(turns) - sum(are_kept))

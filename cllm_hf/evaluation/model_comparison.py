@@ -321,9 +321,9 @@ class _Work:
     def measure_convergence(self, own: dict[str, Run]) -> tuple[dict[str, Any], list[str]]:
         """How the blocks of both models converge, and why not."""
         owners = [(side, own[side.name]) for side in self.sides]
-        with self.progress.stage("Measuring how blocks converge", 1, "step") as stage:
+        with self.progress.stage("Measuring how blocks converge", len(owners), "models") as stage:
             found = measure_sides(owners, self.prompts, self.settings["block_size"], self.pad_token_id, self.journal)
-            stage.advance()
+            stage.advance(len(owners))
         return found
 
 
