@@ -26,7 +26,8 @@ from ..blocks.limits import (
     needs_same_length,
 )
 from .caches import roll_back_columns
-from .memory import Compiling, StaticMemory, choose_memory
+from .compiled import Compiling, StaticMemory
+from .memory_choice import choose_memory
 from .reading import Reader
 from .strategy import Pending, Proposal, Room, Row, Strategy, Verdict, is_drafting
 

@@ -30,8 +30,8 @@ from transformers.generation.streamers import BaseStreamer
 from .._host import CACHE_NAME
 from ..options import AUTO, DEFAULT_BLOCK_SIZE, JacobiOptions
 from .block_size import Pace, make_pace
+from .compiled import Compiling
 from .feeding import Feed
-from .memory import Compiling
 from .reading import Reader, make_reader
 from .sampling import GumbelNoise
 from .strategy import Proposal, Room, Row, Strategy, check_proposals, is_drafting, is_reading, level, make_strategy

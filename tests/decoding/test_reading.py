@@ -7,7 +7,7 @@ import pytest
 import torch
 from architectures import make_architecture
 from conftest import make_model, make_prompts
-from test_static import graphs  # noqa: F401  # a fixture
+from test_compiled import graphs  # noqa: F401  # a fixture
 from test_strategies import RandomTrees, generate, register  # noqa: F401  # a fixture
 
 from cllm_hf import Proposal

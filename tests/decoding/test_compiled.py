@@ -10,7 +10,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, T5Conf
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import cllm_hf  # noqa: F401
-from cllm_hf.decoding import loop, memory
+from cllm_hf.decoding import loop, memory_choice
 from cllm_hf.options import JacobiOptions
 
 
@@ -155,8 +155,8 @@ def test_every_architecture_that_can_be_compiled(plain_step, monkeypatch, model_
         model = make_architecture(model_type).eval()
     except Exception as error:
         pytest.skip(str(error)[:80])
-    made, make_static = [], memory._make_static
-    monkeypatch.setattr(memory, "_make_static", lambda *options: made.append(make_static(*options)) or made[-1])
+    made, make_static = [], memory_choice.make_static
+    monkeypatch.setattr(memory_choice, "make_static", lambda *options: made.append(make_static(*options)) or made[-1])
     input_ids, mask = make_prompts(3, 12)
     options = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": [40, 41, 42]}
     options |= {"attention_mask": mask}
