@@ -22,9 +22,9 @@ from lossless_models import (
     make_cycle_model,
     train_adapter,
 )
+from test_compiled import graphs  # noqa: F401
 from test_parity import AtLength, EveryThirdCall, Recorder
 from test_sampling import exact_distribution, one_at_a_time
-from test_static import graphs  # noqa: F401
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import cllm_hf

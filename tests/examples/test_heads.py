@@ -22,7 +22,7 @@ from benchmarks.training_methods import random_trajectories
 from conftest import make_model, make_prompts
 from datasets import Dataset
 from lossless_adapters import save_base, save_lossless_adapter
-from test_static import graphs  # noqa: F401  # a fixture
+from test_compiled import graphs  # noqa: F401  # a fixture
 
 from cllm_hf.decoding import strategy as strategy_module
 from cllm_hf.evaluation import benchmark
