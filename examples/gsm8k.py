@@ -23,8 +23,8 @@ from tasks.task import Problem, Task, task_option
 from cllm_hf.evaluation.judgements import Judgement
 
 
-# What a chat message says after the question.
-_INSTRUCTION = "Solve this problem step by step. Write the answer, a number, on the last line, after `####`."
+# What a chat message says after the question. Asked for a format too, small models leave out the steps.
+_INSTRUCTION = "Solve this problem step by step."
 
 
 @dataclass
