@@ -1,5 +1,6 @@
 """`cllm collect`, `inspect`, `verify` and `push`: what is wrong is found before the work, the rest is passed on."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -596,6 +597,7 @@ def files_of(folder):
 
 def test_chat_is_a_chat_message(collect_arguments, model_folder, tokenizer, tmp_path, capsys):
     """A text with `--chat`, and the same as a message in a file; the benchmark decodes the same tokens."""
+    tokenizer = copy.deepcopy(tokenizer)  # which other tests share
     tokenizer.chat_template = "{% for m in messages %}Mia has {{ m['content'] }} {% endfor %}"
     tokenizer.save_pretrained(model_folder)
     lines = [json.dumps({"prompt": [{"role": "user", "content": text}]}) for text in [*PROMPTS, PROMPTS[0]]]
