@@ -84,6 +84,13 @@ _SMALL: list[tuple[Any, str]] = [
 SMALL: dict[str, Any] = {name: value for value, names in _SMALL for name in names.split()}
 
 
+# One of each kind whose attention, cache, masks or positions are its own, where a test of all would take minutes.
+KINDS = (
+    "llama gpt2 gptj gpt_neox falcon opt xglm biogpt codegen phi3 qwen2 qwen3 mistral starcoder2 gemma2 gemma3n_text "
+    "gemma4_text cohere2 gpt_oss deepseek_v3 minicpm3 olmo3 mixtral modernbert-decoder smollm3 diffllama mllama"
+).split()
+
+
 def _cycle(*kinds: str) -> list[str]:
     return (list(kinds) * NUM_LAYERS)[: max(NUM_LAYERS, len(kinds))]
 
