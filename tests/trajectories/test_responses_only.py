@@ -223,4 +223,4 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tokenizer, tmp_path, mo
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert builder.counts["kept"] == number
-    assert peaks[1] < 1.2 * peaks[0] < 4e6
+    assert peaks[1] < 1.5 * peaks[0] < 4e6
