@@ -323,8 +323,8 @@ FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": list(Hea
 @st.composite
 def cases(draw):
     """
-    A random model in 16 bits, prompts, and how they go into batches. None with a mixture of experts: there rounding may
-    choose other experts, which no bound on logits covers.
+    A random model in 16 bits, prompts, and how they go into batches. None with a mixture of experts: rounding may
+    choose other experts there, which no bound on logits covers.
     """
     name, dtype = draw(st.sampled_from(sorted(set(CONFIGS) - {"mixtral"}))), draw(st.sampled_from(DTYPES[:2]))
     scale, seed = draw(st.sampled_from([1.0, 2.0, 4.0])), draw(st.integers(0, 10**6))
