@@ -105,7 +105,7 @@ def _add_demo(commands: Any) -> None:
         "demo",
         help="train a small model, make it a CLLM, train a lossless adapter on it, and measure both, in minutes",
         description="Train a small model on word problems, make it a CLLM, train a lossless adapter on it, and "
-        "measure both. Needs no network; takes about five minutes on two CPU cores.",
+        "measure both. Needs no network; takes about three minutes on two CPU cores.",
         formatter_class=HelpFormatter,
     )
     demo.add_argument(

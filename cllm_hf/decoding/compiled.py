@@ -25,6 +25,7 @@ from .memory import Memory
 _LENGTH_STEP = 256
 _LENGTH_SO_FAR = "_cllm_hf_cache_length"  # attribute of a model
 _COMPILED_SHAPES = "_cllm_hf_compiled_shapes"  # another
+_FAILED = "_cllm_hf_compiling_failed"  # another: nobody waits for the same failure in every call
 # A static cache is made for the longest text, and read as a whole for every token: larger ones must be asked for.
 _MOST_TOKENS_UNASKED = 8192
 
@@ -75,10 +76,9 @@ class StaticMemory(Memory):
         return filled
 
     def mask(self, config: Any, dtype: torch.dtype, text_mask: torch.Tensor | None, parents: Any, num_fed: int) -> Any:
-        """The mask of a forward pass after the prefill: each row goes on at a column of its own."""
+        """The mask of a forward pass that has begun, after the prefill: each row goes on at a column of its own."""
         layer: Any = next(layer for layer in self.cache.layers if isinstance(layer, StaticRowsLayer))
-        device = layer.device if text_mask is None else text_mask.device
-        lengths = torch.tensor(self._lengths).to(device, non_blocking=True)
+        lengths = layer.next_columns if text_mask is None else layer.next_columns.to(text_mask.device)
         filled = None if parents is None else self.fill(parents)
         return rows_attention_mask(config, text_mask, lengths, filled, num_fed, layer.max_cache_len, dtype)
 
@@ -143,8 +143,8 @@ class CompiledStep:
         self._run = (compiling.compile_call or model.get_compiled_call)(config)
 
     def __call__(self, **inputs: Any) -> Any:
-        shape = tuple((inputs["input_ids"]).shape)
-        graph = (*shape, self._kind)
+        shape = tuple(inputs["input_ids"].shape)
+        graph = (*shape, self._kind, vars(self._model)[_LENGTH_SO_FAR])
         known = vars(self._model).setdefault(_COMPILED_SHAPES, set())
         if self._is_asked or graph in known:
             return self._run(**inputs)
@@ -157,6 +157,7 @@ class CompiledStep:
             output = self._run(**inputs)
         except Exception as error:  # of the compiler, or of what it lacks here: nothing has run yet
             log.warning(f"{kind} decodes by Jacobi without being compiled: {str(error).strip().splitlines()[0]}")
+            setattr(self._model, _FAILED, True)
             self._run = self._model
             return self._run(**inputs)
         known.add(graph)
@@ -173,6 +174,8 @@ def make_static(
     num_drafting: int,
 ) -> StaticMemory | None:
     """Make a static memory, or say once why this model has to go without one, if one was asked for."""
+    if not compiling.is_asked and vars(model).get(_FAILED):
+        return None  # said when it failed
     options = compiling.config
     reason = _why_not_compiled(model, options, is_user_cache) or _why_too_long(model, max_columns)
     if not compiling.is_asked and max_columns * batch_size > _MOST_TOKENS_UNASKED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,7 @@ def draft(step: Step, anchors: torch.Tensor, depth: int, num_candidates: int) ->
     ]
 
 
-class HeadStrategy:
+class HeadStrategy(ABC):
     """What both kinds share: when there is something to draft from, and what a proposal looks like."""
 
     def __init__(self, model: Any, num_candidates: int = 0):
@@ -71,13 +72,13 @@ class HeadStrategy:
             proposals[row.index] = Proposal([row.anchor, *one.token_ids], parents)
         return [proposals[row.index] for row in rows]
 
+    @abstractmethod
     def draft(self, rows: Sequence[Row], depth: int, num_candidates: int) -> list[Draft]:
         """Draft what follows the anchors of rows of which something was read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, row: Row, hidden_states: torch.Tensor) -> None:
         """Take the hidden states of what the text of a row has gained."""
-        raise NotImplementedError
 
     def observe(self, row: Row, path: list[int], predictions: list[int]) -> None:
         pass  # `read` has seen more

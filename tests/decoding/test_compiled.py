@@ -9,7 +9,7 @@ from conftest import make_model, make_prompts
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import cllm_hf  # noqa: F401
-from cllm_hf.decoding import loop, memory_choice
+from cllm_hf.decoding import compiled, loop, memory_choice
 from cllm_hf.options import JacobiOptions
 
 
@@ -33,9 +33,9 @@ def graphs(monkeypatch):
 
 def assert_equal_to_greedy(model, input_ids, mask, block_size=8, **options):
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 24, **options}
-    compiled = {"jacobi_compile": True, "jacobi_block_size": block_size, "return_dict_in_generate": True}
+    jacobi = {"jacobi_compile": True, "jacobi_block_size": block_size, "return_dict_in_generate": True}
     greedy = model.generate(input_ids, **options)
-    output = model.generate(input_ids, **options, **compiled)
+    output = model.generate(input_ids, **options, **jacobi)
     assert output.sequences.tolist() == greedy.tolist()
     assert output.jacobi_stats.num_forwards <= max(output.jacobi_stats.num_generated)
     return output
@@ -205,6 +205,10 @@ def test_a_default_says_what_it_does_and_falls_back(monkeypatch, llama, caplog):
         monkeypatch.setattr(PreTrainedModel, "get_compiled_call", fail)
         assert llama.generate(make_prompts(1)[0], **options, jacobi_block_size=5).tolist() == greedy
         assert "without being compiled: no compiler here" in caplog.text
+        caplog.clear()
+        assert llama.generate(make_prompts(1)[0], **options, jacobi_block_size=5).tolist() == greedy
+        assert not caplog.text  # it is not tried again unasked
+        del vars(llama)[compiled._FAILED]
         # Memory that a long text or a large batch would take is not taken unasked.
         caplog.clear()
         options |= {"max_new_tokens": 9000, "eos_token_id": greedy[0][-1]}
