@@ -140,6 +140,10 @@ class Feed:
         inputs = self._prepare(fed)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = num_fed  # some models put their own default here
+            if self._is_prefill and not proposals[0].is_chain:
+                # By their number, the last columns are a view, for which a CPU copies frozen output embeddings; by
+                # their places, they are a tensor of their own.
+                inputs["logits_to_keep"] = torch.arange(-num_fed, 0, device=self._device)
         if not proposals[0].is_chain:
             inputs["attention_mask"] = self._tree_mask(proposals)
         return self._call(**inputs, return_dict=True).logits[:, -num_fed:]

@@ -25,6 +25,7 @@ from lossless_models import (
 from test_compiled import graphs  # noqa: F401
 from test_parity import AtLength, EveryThirdCall, Recorder
 from test_sampling import exact_distribution, one_at_a_time
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import cllm_hf
@@ -224,6 +225,20 @@ def test_prompts_that_are_too_long_for_the_mask_of_a_tree(monkeypatch, name):
     for batch_size in (1, 4):
         stats = assert_equal(pair_of(name), make_prompts(batch_size))
         assert max(committed[0] for committed in stats.num_committed) == 1 and stats.tokens_per_forward > 1.2
+
+
+def test_frozen_output_embeddings_are_not_copied():
+    """A product with a view of the last columns would stack them, which takes a CPU longer than the forward pass."""
+    _, model = pair_of("llama")
+
+    def ends_in_vocabulary(shapes):
+        return len(shapes) == 2 and shapes[1][-1:] == [model.config.vocab_size]
+
+    assert not any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as run:
+        generate(model, make_prompts(1))
+    products = {event.name for event in run.events() if ends_in_vocabulary(event.input_shapes)}
+    assert "aten::mm" in products and "aten::bmm" not in products
 
 
 def test_unusual_masks():
