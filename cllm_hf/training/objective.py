@@ -34,8 +34,9 @@ from .states import (
 )
 
 
-# Positions whose probabilities are held at once: those of a vocabulary of 150,000 take 0.6 GiB in float32.
-_POSITIONS_AT_ONCE = 1024
+# Positions whose probabilities are held at once: those of a vocabulary of 150,000 take 0.6 GiB in float32. A CPU gets
+# tensors of that size from the system each time anew, which takes as long as computing them.
+_POSITIONS_AT_ONCE, _POSITIONS_AT_ONCE_ON_CPU = 1024, 128
 
 
 @dataclass
@@ -274,9 +275,10 @@ def sum_divergence(
 
 def _sum_in_parts(compute: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
     """A sum over positions, some at a time: probabilities are computed again in the backward pass, and not kept."""
-    if len(values[0]) <= _POSITIONS_AT_ONCE:
+    most = _POSITIONS_AT_ONCE_ON_CPU if values[0].device.type == "cpu" else _POSITIONS_AT_ONCE
+    if len(values[0]) <= most:
         return compute(*values)
-    parts = zip(*(one.split(_POSITIONS_AT_ONCE) for one in values))
+    parts = zip(*(one.split(most) for one in values))
     return torch.stack([checkpoint(compute, *part, use_reentrant=False) for part in parts]).sum()
 
 

@@ -85,7 +85,7 @@ def test_parts_of_the_positions_add_up(llama, monkeypatch, setting):
     divergence = DIVERGENCES[name]
     monkeypatch.setitem(DIVERGENCES, name, lambda *inputs: calls.append(len(inputs[0])) or divergence(*inputs))
     for at_once in (10_000, 3):
-        monkeypatch.setattr(objective_module, "_POSITIONS_AT_ONCE", at_once)
+        monkeypatch.setattr(objective_module, "_POSITIONS_AT_ONCE_ON_CPU", at_once)
         sums.append(objective.sum_losses(llama, llama, prepared))
     assert len(calls) > 3 and max(calls[1:]) == 3 and sum(calls[1:]) == calls[0]
     torch.testing.assert_close(sums[1], sums[0])

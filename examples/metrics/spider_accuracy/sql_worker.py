@@ -135,8 +135,7 @@ def open_database(path: Path, limits: dict[str, Any]) -> sqlite3.Connection:
         connection.close()
         raise Refusal("no database", f"{str(path)!r} cannot be read: {error}") from error
     connection.text_factory = lambda text: text.decode(errors="ignore")
-    if sys.version_info >= (3, 11):  # before, the limit of memory has to do
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, int(limits["max_value_bytes"]))
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, int(limits["max_value_bytes"]))
     return connection
 
 
