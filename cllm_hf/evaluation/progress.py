@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 Say = Callable[[str], None]
 _SECONDS_A_LINE = 10.0
+_SHARE_TO_JUDGE_BY = 0.1  # done before an estimate: of units that run side by side the first ones take longest
 
 
 class Progress:
@@ -55,8 +56,9 @@ class Stage:
         now = time.monotonic()
         if now - self._said >= _SECONDS_A_LINE and self._num_done < self._total:
             self._said = now
-            left = format_seconds(self._seconds_left(now))
-            self._say(f"{self._what}: {self._num_done:,} of {self._total:,} {self._unit}, about {left} left")
+            left = self._seconds_left(now)
+            about = "" if left is None else f", about {format_seconds(left)} left"
+            self._say(f"{self._what}: {self._num_done:,} of {self._total:,} {self._unit}{about}")
 
     def end(self) -> None:
         """Say how long it has taken."""
@@ -65,8 +67,10 @@ class Stage:
         if self._total:
             self._say(f"{self._what}: done in {format_seconds(time.monotonic() - self._start)}")
 
-    def _seconds_left(self, now: float) -> float:
+    def _seconds_left(self, now: float) -> float | None:
         num_timed = self._num_done - self._num_kept
+        if num_timed < _SHARE_TO_JUDGE_BY * (self._total - self._num_kept):
+            return None
         return (now - self._start) / num_timed * (self._total - self._num_done) if num_timed else 0.0
 
 

@@ -28,6 +28,20 @@ def test_lines_with_about_how_long_the_rest_takes(clock):
     ]
 
 
+def test_no_estimate_by_the_first_few(clock):
+    """Where many run side by side, the first ones to end say little of the others."""
+    said = []
+    with Progress(say=said.append).stage("Judging", 100) as stage:
+        for count in (3, 40, 57):
+            clock[0] += 20.0
+            stage.advance(count)
+    assert said[1:] == [
+        "Judging: 3 of 100 prompts",
+        "Judging: 43 of 100 prompts, about 53 s left",
+        "Judging: done in 60 s",
+    ]
+
+
 def test_what_an_earlier_run_has_done_says_nothing_of_the_rest(clock):
     said = []
     with Progress(say=said.append).stage("Timing", 100, "batches") as stage:
