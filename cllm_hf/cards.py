@@ -42,7 +42,7 @@ LICENSES = frozenset(
 
 
 def license_metadata(licenses: Sequence[str]) -> dict[str, Any]:
-    """`license`, or nothing without any; and `license_name` for licences that the Hub does not know."""
+    """`license`, or nothing without any; and `license_name` for licenses that the Hub does not know."""
     known = [license.lower() for license in licenses if license.lower() in LICENSES]
     unknown = [license for license in licenses if license.lower() not in LICENSES]
     metadata: dict[str, Any] = {}

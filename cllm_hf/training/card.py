@@ -130,7 +130,7 @@ def renew_model_card(earlier: str | None, new: str) -> str | None:
     that is there was written by somebody else, and stays.
 
     Text outside our marks stays where it is, and so do metadata that ours does not have; tags are joined. A card
-    without text, such as the Hub makes of a chosen licence, gets ours.
+    without text, such as the Hub makes of a chosen license, gets ours.
     """
     if not earlier or not earlier.strip():
         return new

@@ -320,7 +320,7 @@ def _can_merge(model: Any) -> bool:
 
 
 def _license_of(name: str | None) -> dict[str, Any]:
-    """Metadata of the licence of a base model, where its card is at hand and says it."""
+    """Metadata of the license of a base model, where its card is at hand and says it."""
     if not name:
         return {}
     try:
@@ -331,8 +331,8 @@ def _license_of(name: str | None) -> dict[str, Any]:
             folder = Path(HfApi().hf_hub_download(repo_id, _CARD)).parent
         text = read_text(folder / _CARD)
         data = ModelCard(text).data.to_dict() if text else {}
-    except Exception as error:  # also of the parser of YAML; without a licence the card is good too
-        logger.debug("The licence of %s is not known: %s", name, error)
+    except Exception as error:  # also of the parser of YAML; without a license the card is good too
+        logger.debug("The license of %s is not known: %s", name, error)
         return {}
     if not isinstance(data.get("license"), str):
         return {}

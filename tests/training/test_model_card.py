@@ -204,7 +204,7 @@ def test_what_was_measured_stays_in_its_cells():
     assert "| p(a\\|b) | two lines |" in text and "| tokens | 1234567 |" in text and "| speed-up | 3.333 |" in text
 
 
-def test_licences():
+def test_licenses():
     assert license_metadata([]) == {} and license_metadata(["MIT"]) == {"license": "mit"}
     assert license_metadata(["Our Own"]) == {"license": "other", "license_name": "our-own"} and "mit" in LICENSES
 

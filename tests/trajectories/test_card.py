@@ -59,17 +59,17 @@ def test_metadata(manifest):
     [
         (None, None, None),
         ("Apache-2.0", "apache-2.0", None),
-        ("My Own Licence (2)", "other", "my-own-licence-2"),
+        ("My Own License (2)", "other", "my-own-license-2"),
     ],
 )
-def test_licences_that_the_hub_does_not_know_have_a_name(manifest, license, expected, name):
+def test_licenses_that_the_hub_does_not_know_have_a_name(manifest, license, expected, name):
     text = make_card({"default": changed(manifest, prompts__license=license)}, None)
     data = DatasetCard(text).data.to_dict()
     assert (data.get("license"), data.get("license_name")) == (expected, name)
-    assert (f"Their licence is `{license}`" if license else "Their licence is not recorded") in text
+    assert (f"Their license is `{license}`" if license else "Their license is not recorded") in text
 
 
-def test_licences_of_several_configurations(manifest):
+def test_licenses_of_several_configurations(manifest):
     others = {"a": changed(manifest, prompts__license="mit"), "b": changed(manifest, prompts__license="Ours")}
     data = DatasetCard(make_card({"default": manifest, **others}, None)).data.to_dict()
     assert data["license"] == ["mit", "other"] and data["license_name"] == "ours"
