@@ -16,6 +16,7 @@ from cllm_hf.cli import hide_host_warnings, run_safely
 from cllm_hf.evaluation.arguments import SHAPE_NAMES, add_common, add_source
 from cllm_hf.evaluation.command import check_source, finish, load_model, prepare, tokenize
 from cllm_hf.evaluation.shapes import make_random_model, random_prompts
+from cllm_hf.options import DEFAULT_BLOCK_SIZE
 from cllm_hf.parsing import positive
 from cllm_hf.process import quiet_hosts
 from cllm_hf.trajectories.loading import load_trajectories
@@ -27,6 +28,7 @@ from .collectors import CollectionSetting
 from .heads_command import add_heads, run_heads
 from .number_tokenizer import make_number_tokenizer
 from .overhead import format_overhead, measure_overhead, overhead_methods
+from .sft_comparison import compare_with_sft, format_sft
 from .training import compare_training, format_training
 from .training_methods import TrainingSetting, random_trajectories
 
@@ -51,6 +53,7 @@ def main(given: Sequence[str] | None = None) -> int:
     _add_overhead(kinds)
     _add_collect(kinds)
     _add_train(kinds)
+    _add_sft(kinds)
     add_heads(kinds)
     options = parser.parse_args(given)
     options.command_line = shlex.join(["python", "examples/benchmark.py", *given])
@@ -60,7 +63,13 @@ def main(given: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     hide_host_warnings()
     with quiet_hosts(keep_bars=sys.stderr.isatty()):
-        runs = {"overhead": run_overhead, "collect": run_collect, "train": run_train, "heads": run_heads}
+        runs = {
+            "overhead": run_overhead,
+            "collect": run_collect,
+            "train": run_train,
+            "sft": run_sft,
+            "heads": run_heads,
+        }
         print(runs[options.kind](options))
     return 0
 
@@ -117,20 +126,33 @@ def _add_train(kinds: Any) -> None:
         help="compare how fast CLLMTrainer trains, and in how much memory, with the published procedure",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    train.add_argument("--model", help="folder or Hub id of a model")
-    train.add_argument("--trajectories", help="folder or Hub id of trajectories that were collected from it")
-    train.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights and trajectories instead")
-    train.add_argument("--prompt-length", type=positive, help="longest prompt of a shape, 64 if not given")
-    train.add_argument("--response-length", type=positive, help="longest response of a shape, 128 if not given")
-    train.add_argument("--block-size", type=positive, help="tokens of a block of a shape, 16 if not given")
-    train.add_argument("--batch-size", type=positive, default=8, help="records of an optimizer step of CLLMTrainer")
-    train.add_argument(
+    _add_training(train)
+    train.add_argument("--states-per-block", type=positive, default=1, help="of an optimizer step of CLLMTrainer")
+
+
+def _add_sft(kinds: Any) -> None:
+    sft = kinds.add_parser(
+        "sft",
+        help="compare how fast CLLMTrainer trains with SFTTrainer over as many tokens",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_training(sft)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder or Hub id of a model")
+    parser.add_argument("--trajectories", help="folder or Hub id of trajectories that were collected from it")
+    parser.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights and trajectories instead")
+    parser.add_argument("--prompt-length", type=positive, help="longest prompt of a shape, 64 if not given")
+    parser.add_argument("--response-length", type=positive, help="longest response of a shape, 128 if not given")
+    parser.add_argument("--block-size", type=positive, help="tokens of a block of a shape, 16 if not given")
+    parser.add_argument("--batch-size", type=positive, default=8, help="records of an optimizer step of CLLMTrainer")
+    parser.add_argument(
         "--steps", type=positive, default=4, help="its optimizer steps in a round; all ways train on the same records"
     )
-    train.add_argument("--rounds", type=positive, default=3, help="turns of each way")
-    train.add_argument("--states-per-block", type=positive, default=1, help="of an optimizer step of CLLMTrainer")
-    train.add_argument("--gradient-checkpointing", action="store_true", help="in all ways")
-    add_common(train)
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each way")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in all ways")
+    add_common(parser)
 
 
 def run_overhead(options: argparse.Namespace) -> str:
@@ -225,6 +247,50 @@ def run_train(options: argparse.Namespace) -> str:
         OSError: if a file cannot be read or written, or a model or dataset cannot be loaded.
         ValueError: if options contradict each other, trajectories are not usable, or both ways differ in their losses.
     """
+    setting = TrainingSetting(
+        options.batch_size,
+        options.steps,
+        options.rounds,
+        options.states_per_block,
+        options.gradient_checkpointing,
+        options.seed,
+    )
+    model, tokenizer, dataset = _load_training(options, setting.batch_size * setting.steps)
+    report = compare_training(model, tokenizer, dataset, setting, show_progress=sys.stderr.isatty())
+    return finish({**report, "name": options.model or options.shape}, format_training(report), options)
+
+
+def run_sft(options: argparse.Namespace) -> str:
+    """
+    Run `examples/benchmark.py sft`.
+
+    Args:
+        options (`argparse.Namespace`): its options, by their names, and the `command_line`.
+
+    Returns:
+        `str`: the result as Markdown.
+
+    Raises:
+        OSError: if a file cannot be read or written, or a model or dataset cannot be loaded.
+        ValueError: if options contradict each other, or trajectories are not usable.
+    """
+    setting = TrainingSetting(
+        options.batch_size,
+        options.steps,
+        options.rounds,
+        gradient_checkpointing=options.gradient_checkpointing,
+        seed=options.seed,
+    )
+    count = setting.batch_size * (setting.steps + 1)
+    model, tokenizer, dataset = _load_training(options, count)
+    records = dataset.select(range(min(count, len(dataset)))).to_list()
+    block_size = len(records[0]["states"][0][0]) if "states" in dataset.column_names else DEFAULT_BLOCK_SIZE
+    report = compare_with_sft(model, tokenizer, records, block_size, setting, show_progress=sys.stderr.isatty())
+    return finish({**report, "name": options.model or options.shape}, format_sft(report), options)
+
+
+def _load_training(options: argparse.Namespace, count: int) -> tuple[Any, Any, Dataset]:
+    """The model, its tokenizer and what it is trained on; `count` records for a shape."""
     check_source(options)
     if (options.model is None) != (options.trajectories is None):
         raise ValueError(
@@ -237,24 +303,12 @@ def run_train(options: argparse.Namespace) -> str:
         names = ", ".join(f"`--{name.replace('_', '-')}`" for name in sizes)
         raise ValueError(f"Trajectories have sizes of their own, got {names} with `--trajectories`. Drop that.")
     device = prepare(options)
-    setting = TrainingSetting(
-        options.batch_size,
-        options.steps,
-        options.rounds,
-        options.states_per_block,
-        options.gradient_checkpointing,
-        options.seed,
-    )
-    if options.model is None:
-        model = make_random_model(options.shape, options.seed, options.dtype, device)
-        vocab_size, count = model.config.vocab_size, setting.batch_size * setting.steps
-        tokenizer: Any = make_number_tokenizer(vocab_size)
-        tokenizer.pad_token = "0"  # the trainer wants one; padding is masked everywhere
-        records = random_trajectories(vocab_size, count, **{**_RANDOM_SIZES, **sizes}, seed=options.seed)
-        dataset = Dataset.from_list(records, features=FEATURES)
-    else:
+    if options.model is not None:
         dataset = load_trajectories(options.trajectories)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = load_model(options.model, options, device)
-    report = compare_training(model, tokenizer, dataset, setting, show_progress=sys.stderr.isatty())
-    return finish({**report, "name": options.model or options.shape}, format_training(report), options)
+        return load_model(options.model, options, device), AutoTokenizer.from_pretrained(options.model), dataset
+    model = make_random_model(options.shape, options.seed, options.dtype, device)
+    vocab_size = model.config.vocab_size
+    tokenizer: Any = make_number_tokenizer(vocab_size)
+    tokenizer.pad_token = "0"  # the trainer wants one; padding is masked everywhere
+    records = random_trajectories(vocab_size, count, **{**_RANDOM_SIZES, **sizes}, seed=options.seed)
+    return model, tokenizer, Dataset.from_list(records, features=FEATURES)

@@ -23,7 +23,7 @@ PUBLISHED, TRAINER = "published procedure", "CLLMTrainer"
 PUBLISHED_WITH_GRAPH = f"{PUBLISHED}, target graph kept"
 PUBLISHED_ACCUMULATED = f"{PUBLISHED}, accumulated"
 # So small that the model stays what it is; what an optimizer step costs does not depend on it.
-_LEARNING_RATE = 1e-6
+LEARNING_RATE = 1e-6
 # States of a block of random trajectories, before the fixed point.
 _NUM_RANDOM_STATES = 4
 Record = dict[str, Any]
@@ -105,7 +105,7 @@ def make_trainer(
     args = CLLMConfig(
         output_dir=output_dir,
         per_device_train_batch_size=setting.batch_size,
-        learning_rate=_LEARNING_RATE,
+        learning_rate=LEARNING_RATE,
         gradient_checkpointing=setting.gradient_checkpointing,
         bf16=False,  # in the dtype of the weights, as the published step
         use_cpu=model.device.type == "cpu",
