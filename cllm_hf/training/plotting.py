@@ -99,7 +99,7 @@ def _panels(curves: Mapping[str, Mapping[int, float]]) -> list[tuple[str, list[_
         for name, label, color, style in _QUALITY
         if (curve := curves.get(f"{prefix}_{name}")) is not None
     ]
-    panels = [("loss, in nats a token", losses), ("tokens per forward pass", speed), ("share of tokens", quality)]
+    panels = [("loss, nats per token", losses), ("tokens per forward pass", speed), ("share of tokens", quality)]
     shown = [(title, [line for line in lines if line.finite]) for title, lines in panels]
     if not any(len(line.curve) > 1 for _, lines in shown for line in lines):
         return []
