@@ -71,7 +71,7 @@ class Stage:
         num_timed = self._num_done - self._num_kept
         if num_timed < _SHARE_TO_JUDGE_BY * (self._total - self._num_kept):
             return None
-        return (now - self._start) / num_timed * (self._total - self._num_done) if num_timed else 0.0
+        return (now - self._start) / num_timed * (self._total - self._num_done)
 
 
 def format_seconds(seconds: float) -> str:

@@ -20,7 +20,7 @@ from cllm_hf.options import DEFAULT_BLOCK_SIZE
 from cllm_hf.parsing import positive
 from cllm_hf.process import quiet_hosts
 from cllm_hf.trajectories.loading import load_trajectories
-from cllm_hf.trajectories.schema import FEATURES
+from cllm_hf.trajectories.schema import FEATURES, check_dataset
 from cllm_hf.trajectories.sources import read_prompts
 
 from .collection import compare_collection, format_collection
@@ -137,6 +137,7 @@ def _add_sft(kinds: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_training(sft)
+    sft.set_defaults(states_per_block=1)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -247,14 +248,7 @@ def run_train(options: argparse.Namespace) -> str:
         OSError: if a file cannot be read or written, or a model or dataset cannot be loaded.
         ValueError: if options contradict each other, trajectories are not usable, or both ways differ in their losses.
     """
-    setting = TrainingSetting(
-        options.batch_size,
-        options.steps,
-        options.rounds,
-        options.states_per_block,
-        options.gradient_checkpointing,
-        options.seed,
-    )
+    setting = _training_setting(options)
     model, tokenizer, dataset = _load_training(options, setting.batch_size * setting.steps)
     report = compare_training(model, tokenizer, dataset, setting, show_progress=sys.stderr.isatty())
     return finish({**report, "name": options.model or options.shape}, format_training(report), options)
@@ -274,19 +268,24 @@ def run_sft(options: argparse.Namespace) -> str:
         OSError: if a file cannot be read or written, or a model or dataset cannot be loaded.
         ValueError: if options contradict each other, or trajectories are not usable.
     """
-    setting = TrainingSetting(
-        options.batch_size,
-        options.steps,
-        options.rounds,
-        gradient_checkpointing=options.gradient_checkpointing,
-        seed=options.seed,
-    )
+    setting = _training_setting(options)
     count = setting.batch_size * (setting.steps + 1)
     model, tokenizer, dataset = _load_training(options, count)
     records = dataset.select(range(min(count, len(dataset)))).to_list()
-    block_size = len(records[0]["states"][0][0]) if "states" in dataset.column_names else DEFAULT_BLOCK_SIZE
+    block_size = check_dataset(dataset) if "states" in dataset.column_names else DEFAULT_BLOCK_SIZE
     report = compare_with_sft(model, tokenizer, records, block_size, setting, show_progress=sys.stderr.isatty())
     return finish({**report, "name": options.model or options.shape}, format_sft(report), options)
+
+
+def _training_setting(options: argparse.Namespace) -> TrainingSetting:
+    return TrainingSetting(
+        options.batch_size,
+        options.steps,
+        options.rounds,
+        options.states_per_block,
+        options.gradient_checkpointing,
+        options.seed,
+    )
 
 
 def _load_training(options: argparse.Namespace, count: int) -> tuple[Any, Any, Dataset]:
