@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -17,6 +15,7 @@ import openai
 import pytest
 from conftest import make_model
 from lossless_adapters import save_base, save_lossless_adapter
+from processes import cllm_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.cli.serve import Serve
 
@@ -501,21 +500,14 @@ def test_help_names_our_option_and_those_of_the_host(capfd):
 
 def test_command_serves_until_it_is_interrupted(folders):
     port = free_port()
-    command = [sys.executable, "-m", "cllm_hf", "serve", folders["plain"], "--block-size", "12", "--host", "127.0.0.1"]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--device", "cpu"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    arguments = ["serve", folders["plain"], "--block-size", "12", "--device", "cpu"]
+    arguments += ["--host", "127.0.0.1", "--port", str(port)]
+    with cllm_process(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         wait_for(port, lambda: process.poll() is None)
         with make_client(port) as client:
             answer = client.chat.completions.create(model=folders["plain"], messages=MESSAGES, max_tokens=LENGTH)
         process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=30)
-    finally:
-        process.kill()
+        _, log = process.communicate(timeout=60)
     assert answer.choices[0].message.content == expected_answers(folders["plain"])["chat"][0]
     assert f"{folders['plain']} decodes by Jacobi, with block size 12." in log
     assert process.returncode == 130

@@ -16,6 +16,7 @@ import torch
 from conftest import make_word_model
 from datasets import Dataset
 from loopback_hub import LoopbackHub
+from processes import cllm_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl import ModelConfig
 
@@ -479,15 +480,13 @@ def test_an_interrupted_training_goes_on(arguments, tmp_path, monkeypatch, capsy
 @pytest.mark.slow
 def test_ctrl_c_in_a_real_process(arguments, tmp_path):
     options = [*arguments, "--max_steps=100000", "--save_steps=5", "--save_total_limit=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cllm_hf", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 240
-    while newest_checkpoint(tmp_path / "out") is None and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output, error = process.communicate(timeout=120)
+    with cllm_process(options, stdout=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 240
+        while newest_checkpoint(tmp_path / "out") is None and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, error = process.communicate(timeout=120)
     assert process.returncode == 130 and not output and "Traceback" not in error
     newest = newest_checkpoint(tmp_path / "out")
     updates = TrainerState.load_from_json(f"{newest}/trainer_state.json").global_step

@@ -1,0 +1,27 @@
+"""Processes that tests start and interrupt."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+# A shell has what it starts in the background ignore Ctrl-C, and processes pass that on to those they start.
+_CODE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from cllm_hf.cli import main
+sys.exit(main())
+"""
+
+
+@contextmanager
+def cllm_process(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """`cllm` with arguments in a process that Ctrl-C interrupts; it ends with the block, whatever happens in that."""
+    process = subprocess.Popen([sys.executable, "-c", _CODE, *arguments], stderr=subprocess.PIPE, text=True, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
