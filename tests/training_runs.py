@@ -163,13 +163,13 @@ def forbid_collectives() -> None:
 
 
 def main(folder: Path, num_processes: int) -> int:
-    """Fork the processes, once everything is imported."""
+    """Run the processes and wait for them."""
     runs = json.loads((folder / "runs.json").read_text())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     make_tiny_model().save_pretrained(folder / "base")
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_run_process, args=(folder, runs, rank, num_processes, port), daemon=True)
         for rank in range(num_processes)

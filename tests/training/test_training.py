@@ -1,6 +1,7 @@
 """CLLMTrainer: its loss against slow references, equivalences, adapters, what it saves and what it refuses."""
 
 import copy
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -266,7 +267,17 @@ def test_a_run_without_any_consistency_position(word_model, tokenizer, tmp_path,
     assert all(parameter.isfinite().all() for parameter in word_model.parameters())
 
 
+@pytest.fixture
+def spawned():
+    """Processes are started anew: those forked from one with threads may find locks that nobody will release."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("spawned")
 @pytest.mark.parametrize("setting", ["global", "online"])
 def test_workers_of_the_data_loader_change_nothing(word_model, tokenizer, dataset, tmp_path, setting):
     logs = []
@@ -278,6 +289,7 @@ def test_workers_of_the_data_loader_change_nothing(word_model, tokenizer, datase
             tmp_path,
             max_steps=6,
             dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0,
             **ACCUMULATED[setting],
         )
         trainer.train()
