@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -146,7 +146,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPE_NAMES, help="a model with random weights and trajectories instead")
     parser.add_argument("--prompt-length", type=positive, help="longest prompt of a shape, 64 if not given")
     parser.add_argument("--response-length", type=positive, help="longest response of a shape, 128 if not given")
-    parser.add_argument("--block-size", type=positive, help="tokens of a block of a shape, 16 if not given")
+    parser.add_argument("--block-size", type=positive, help="tokens of a block without states, 16 if not given")
     parser.add_argument("--batch-size", type=positive, default=8, help="records of an optimizer step of CLLMTrainer")
     parser.add_argument(
         "--steps", type=positive, default=4, help="its optimizer steps in a round; all ways train on the same records"
@@ -270,9 +270,12 @@ def run_sft(options: argparse.Namespace) -> str:
     """
     setting = _training_setting(options)
     count = setting.batch_size * (setting.steps + 1)
-    model, tokenizer, dataset = _load_training(options, count)
+    model, tokenizer, dataset = _load_training(options, count, ("prompt_length", "response_length"))
     records = dataset.select(range(min(count, len(dataset)))).to_list()
-    block_size = check_dataset(dataset) if "states" in dataset.column_names else DEFAULT_BLOCK_SIZE
+    block_size = options.block_size
+    if "states" in dataset.column_names:
+        block_size = check_dataset(dataset, block_size)
+    block_size = block_size or DEFAULT_BLOCK_SIZE
     report = compare_with_sft(model, tokenizer, records, block_size, setting, show_progress=sys.stderr.isatty())
     return finish({**report, "name": options.model or options.shape}, format_sft(report), options)
 
@@ -288,8 +291,13 @@ def _training_setting(options: argparse.Namespace) -> TrainingSetting:
     )
 
 
-def _load_training(options: argparse.Namespace, count: int) -> tuple[Any, Any, Dataset]:
-    """The model, its tokenizer and what it is trained on; `count` records for a shape."""
+def _load_training(
+    options: argparse.Namespace, count: int, of_shapes: Collection[str] = tuple(_RANDOM_SIZES)
+) -> tuple[Any, Any, Dataset]:
+    """
+    The model, its tokenizer and what it is trained on; `count` records for a shape. Trajectories come without the
+    sizes in `of_shapes`.
+    """
     check_source(options)
     if (options.model is None) != (options.trajectories is None):
         raise ValueError(
@@ -298,8 +306,9 @@ def _load_training(options: argparse.Namespace, count: int) -> tuple[Any, Any, D
             + " Pass a folder that `cllm collect` has written, or a shape alone."
         )
     sizes = {name: getattr(options, name) for name in _RANDOM_SIZES if getattr(options, name) is not None}
-    if options.model is not None and sizes:
-        names = ", ".join(f"`--{name.replace('_', '-')}`" for name in sizes)
+    refused = [name for name in sizes if name in of_shapes]
+    if options.model is not None and refused:
+        names = ", ".join(f"`--{name.replace('_', '-')}`" for name in refused)
         raise ValueError(f"Trajectories have sizes of their own, got {names} with `--trajectories`. Drop that.")
     device = prepare(options)
     if options.model is not None:

@@ -8,6 +8,9 @@ from benchmarks.command import main
 from benchmarks.sft_comparison import ONLINE, SFT, STORED, compare_with_sft, format_sft
 from benchmarks.training_methods import TrainingSetting, random_trajectories
 from conftest import VOCAB_SIZE, make_model
+from datasets import Dataset
+
+from cllm_hf.trajectories.schema import RESPONSE_COLUMNS
 
 
 BLOCK_SIZE = 5
@@ -45,8 +48,12 @@ def test_all_ways_feed_the_same_number_of_tokens(tokenizer, records):
     assert f"of {min(lengths)} to {max(lengths)} tokens" in format_sft(report)
 
 
+def without_states(records):
+    return [{name: record[name] for name in RESPONSE_COLUMNS} for record in records]
+
+
 def test_responses_without_states_have_no_row_of_states(tokenizer, records):
-    plain = [{name: record[name] for name in ("data_id", "prompt_ids", "response_ids")} for record in records]
+    plain = without_states(records)
     model = make_model("llama").eval()
     report = compare(model, tokenizer, plain, batch_size=2)
     assert [row["name"] for row in report["rows"]] == [SFT, ONLINE] and not model.training
@@ -62,3 +69,22 @@ def test_the_command(tmp_path, capsys):
     assert json.loads((tmp_path / "sft.json").read_text())["kind"] == "sft"
     assert main(["sft", "--model", "nowhere", *options]) == 1
     assert "Pass a folder that `cllm collect` has written" in capsys.readouterr().err
+
+
+def test_blocks_are_as_long_as_the_states_or_as_an_option_says(tokenizer, records, tmp_path, capsys):
+    make_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    Dataset.from_list(records).save_to_disk(tmp_path / "states")
+    Dataset.from_list(without_states(records)).save_to_disk(tmp_path / "plain")
+    options = ["--batch-size", "1", "--steps", "1", "--rounds", "1", "--json", str(tmp_path / "sft.json")]
+
+    def block_size(name, *given):
+        folders = ["--model", str(tmp_path / "model"), "--trajectories", str(tmp_path / name)]
+        assert main(["sft", *folders, *options, *given]) == 0
+        return json.loads((tmp_path / "sft.json").read_text())["settings"]["block_size"]
+
+    assert block_size("plain", "--block-size", "4") == 4
+    assert block_size("plain") == 16 and block_size("states") == BLOCK_SIZE
+    with pytest.raises(AssertionError):
+        block_size("states", "--block-size", "4")
+    assert "Every state must have `block_size` tokens, 4, got lengths [5]" in capsys.readouterr().err
