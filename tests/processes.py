@@ -1,4 +1,4 @@
-"""Processes that tests start and interrupt."""
+"""Processes that tests start."""
 
 import subprocess
 import sys
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 
+# What a script or module is run with by two processes that know each other, on a port of their own.
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # A shell has what it starts in the background ignore Ctrl-C, and processes pass that on to those they start.
 _CODE = """
 import signal, sys

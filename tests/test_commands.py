@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 import transformers
 from conftest import make_word_model
 from datasets import Dataset, DatasetDict
+from processes import TWO_PROCESSES
 
 from cllm_hf import CleaningRules, TrajectoryBuilder, load_trajectories, set_jacobi_defaults
 from cllm_hf.cli import main
@@ -686,7 +686,7 @@ def test_the_last_of_several_processes_completes_the_dataset(collect_arguments, 
 @pytest.mark.slow
 def test_torchrun_makes_the_same_bytes(collect_arguments, tmp_path, capsys):
     assert main(collect_arguments) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "cllm_hf"]
+    launcher = [*TWO_PROCESSES, "-m", "cllm_hf"]
     together = tmp_path / "together"
     run = subprocess.run(
         [*launcher, *collect_arguments, "--output_dir", str(together)], capture_output=True, text=True, timeout=300

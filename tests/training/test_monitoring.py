@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_model, make_word_model
 from peft import LoraConfig, get_peft_model
+from processes import TWO_PROCESSES
 from transformers import TrainerCallback
 from watched_runs import BLOCK_SIZE, good_responses, make_dataset, make_record, make_trainer
 
@@ -392,8 +393,7 @@ leave_others()
 def test_two_processes_measure_what_one_does_and_stop_together(tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for launcher in ([sys.executable], torchrun):
+    for launcher in ([sys.executable], TWO_PROCESSES):
         command = [*launcher, str(tmp_path / "run.py"), str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -16,7 +16,7 @@ import torch
 from conftest import make_word_model
 from datasets import Dataset
 from loopback_hub import LoopbackHub
-from processes import cllm_process
+from processes import TWO_PROCESSES, cllm_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl import ModelConfig
 
@@ -498,7 +498,7 @@ def test_ctrl_c_in_a_real_process(arguments, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_trains_and_one_process_speaks(arguments, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "cllm_hf"]
+    launcher = [*TWO_PROCESSES, "-m", "cllm_hf"]
     run = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Trained for 2 optimizer steps.") == 1 and run.stderr.count("step 2 of 2") == 1
