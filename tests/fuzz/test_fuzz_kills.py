@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from fuzzing import num_cases
 from huggingface_hub import ModelCard, ModelCardData
+from processes import in_new_process
 from training_runs import make_dataset, make_tiny_model, make_trainer
 
 from cllm_hf.training.saving import put_card_back
@@ -138,13 +139,12 @@ def assert_whole(folder, kind):
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def make_runs(path):
     """A trainer of each kind, and how many calls a save takes that is not killed."""
     found = {}
     for kind in ("adapter", "full", "export"):
-        folder = tmp_path_factory.mktemp(kind) / "out"
-        folder.mkdir()
+        folder = path / kind / "out"
+        folder.mkdir(parents=True)
         (folder / "README.md").write_bytes(README.encode())
         trainer = make(folder, kind)
         assert in_child(lambda trainer=trainer, folder=folder: save(trainer, folder, None)) == 0
@@ -152,7 +152,8 @@ def runs(tmp_path_factory):
     return found
 
 
-def check_cases(count, first, tmp_path, runs, trains):
+def check_cases(count, first, tmp_path, trains):
+    runs = make_runs(tmp_path)
     for seed in range(first, first + num_cases(count)):
         path = tmp_path / str(seed)
         path.mkdir()
@@ -163,23 +164,32 @@ def check_cases(count, first, tmp_path, runs, trains):
             raise
 
 
-@pytest.mark.parametrize("count", range(8))  # the calls of one that replaces, writes or removes
-def test_a_card_that_is_put_back_is_in_one_place_whenever_the_process_ends(count, tmp_path):
-    def put_back(left):
-        COUNTDOWN.left, COUNTDOWN.count, COUNTDOWN.is_counting = left, 0, True
-        put_card_back(tmp_path)
+def check_moments(path):
+    """A card that is put back is in one place, whenever the process ends."""
+    for count in range(8):  # the calls of one that replaces, writes or removes
+        folder = path / "moments" / str(count)
+        folder.mkdir(parents=True)
 
-    (tmp_path / ".README.md.earlier").write_text(README, newline="")
-    for left in (count, None):
-        assert in_child(lambda left=left: put_back(left)) in (-signal.SIGKILL, 0)
-    assert os.listdir(tmp_path) == ["README.md"]
-    assert (tmp_path / "README.md").read_bytes().decode() == README
+        def put_back(left, folder=folder):
+            COUNTDOWN.left, COUNTDOWN.count, COUNTDOWN.is_counting = left, 0, True
+            put_card_back(folder)
+
+        (folder / ".README.md.earlier").write_text(README, newline="")
+        for left in (count, None):
+            assert in_child(lambda left=left: put_back(left)) in (-signal.SIGKILL, 0)
+        assert os.listdir(folder) == ["README.md"]
+        assert (folder / "README.md").read_bytes().decode() == README
 
 
-def test_the_readme_outlives_kills(tmp_path, runs):
-    check_cases(SHORT, 0, tmp_path, runs, trains=False)
+def check_moments_and_cases(path):
+    check_moments(path)
+    check_cases(SHORT, 0, path, False)
+
+
+def test_the_readme_outlives_kills(tmp_path):
+    in_new_process(check_moments_and_cases, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_readme_outlives_many_kills(tmp_path, runs):
-    check_cases(LONG, 1000, tmp_path, runs, trains=True)
+def test_the_readme_outlives_many_kills(tmp_path):
+    in_new_process(check_cases, LONG, 1000, tmp_path, True)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import make_model, make_word_model
 from datasets import Dataset
+from processes import in_new_process
 
 from cllm_hf import CleaningRules, TrajectoryBuilder, load_trajectories
 from cllm_hf.demo.problems import make_problems
@@ -98,19 +99,20 @@ def test_a_second_run_does_nothing_and_returns_the_same(word_model, tokenizer, p
 
 def _run(path, tokenizer, prompts, model):
     torch.set_num_threads(1)
+    shard._PROMPTS_AT_ONCE = 3  # more files of a shard that is not finished
     make_builder(model, tokenizer).build(prompts, output_dir=path)
     os._exit(0)
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(word_model, tokenizer, prompts, finished, tmp_path):
-    path, generator, kills, reached = tmp_path / "killed", random.Random(0), 0, set()
+def _kill_at_random_moments(model, tokenizer, prompts, finished, folder):
+    path, generator, kills, reached = folder / "killed", random.Random(0), 0, set()
     context = multiprocessing.get_context("fork")  # the model is there already, so that a run is short
     start = time.monotonic()
-    _wait_for(context, (tmp_path / "clean", tokenizer, prompts, word_model))
+    _wait_for(context, (folder / "clean", tokenizer, prompts, model))
     whole = time.monotonic() - start
-    while kills < 20:
-        process = context.Process(target=_run, args=(path, tokenizer, prompts, word_model))
+    while kills < 20 or len(reached) <= 5:
+        assert kills < 200, f"all were killed in {len(reached)} different states"
+        process = context.Process(target=_run, args=(path, tokenizer, prompts, model))
         process.start()
         process.join(generator.uniform(0, whole))
         if process.is_alive():
@@ -119,11 +121,15 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(word_model, tokeni
         process.join()
         reached.add(tuple(sorted(files_of(path))) if path.exists() else ())
         if process.exitcode == 0:  # it was done: begin a new one
-            assert files_of(path) == files_of(finished)
-            path = tmp_path / f"killed-{kills}"
-    _wait_for(context, (path, tokenizer, prompts, word_model))
-    assert files_of(path) == files_of(finished)
-    assert len(reached) > 5, "it must have been killed in different states"
+            assert files_of(path) == finished
+            path = folder / f"killed-{kills}"
+    _wait_for(context, (path, tokenizer, prompts, model))
+    assert files_of(path) == finished
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(word_model, tokenizer, prompts, finished, tmp_path):
+    in_new_process(_kill_at_random_moments, word_model, tokenizer, prompts, files_of(finished), tmp_path)
 
 
 def _wait_for(context, arguments):
@@ -397,7 +403,7 @@ def _run_process(index, path, tokenizer, prompts, model, wait):
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_two_processes_end_with_the_same_bytes_as_one(word_model, tokenizer, prompts, finished, tmp_path, wait):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_run_process, args=(index, tmp_path, tokenizer, prompts, word_model, wait))
         for index in range(2)
