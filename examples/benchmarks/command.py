@@ -272,10 +272,9 @@ def run_sft(options: argparse.Namespace) -> str:
     count = setting.batch_size * (setting.steps + 1)
     model, tokenizer, dataset = _load_training(options, count, ("prompt_length", "response_length"))
     records = dataset.select(range(min(count, len(dataset)))).to_list()
-    block_size = options.block_size
+    block_size = options.block_size or DEFAULT_BLOCK_SIZE
     if "states" in dataset.column_names:
-        block_size = check_dataset(dataset, block_size)
-    block_size = block_size or DEFAULT_BLOCK_SIZE
+        block_size = check_dataset(dataset, options.block_size)
     report = compare_with_sft(model, tokenizer, records, block_size, setting, show_progress=sys.stderr.isatty())
     return finish({**report, "name": options.model or options.shape}, format_sft(report), options)
 
