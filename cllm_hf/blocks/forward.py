@@ -66,7 +66,7 @@ def tree_attention_mask(
     config, device = config.get_text_config(), text_mask.device
     num_rows, num_columns = text_mask.shape
     num_cached, num_places = num_columns if num_cached is None else num_cached, len(parents[0])
-    trees = {id(places): _ancestors(places) for places in parents}  # rows of a batch often share one
+    trees = {id(places): ancestors(places) for places in parents}  # rows of a batch often share one
     sees = torch.from_numpy(np.stack([trees[id(places)] for places in parents])).to(device)
     before_tree = text_mask.bool()[:, None].expand(-1, num_places, -1)
     visible = torch.cat([before_tree, sees], dim=-1)
@@ -112,7 +112,7 @@ def rows_attention_mask(
     if parents is None:
         sees = torch.ones(num_fed, num_fed, dtype=torch.bool, device=device).tril().expand(len(lengths), -1, -1)
     else:
-        trees = {id(places): _ancestors(places) for places in parents}
+        trees = {id(places): ancestors(places) for places in parents}
         sees = torch.from_numpy(np.stack([trees[id(places)] for places in parents])).to(device)
     columns = torch.arange(num_columns, device=device)
     places = columns - lengths[:, None]  # [batch_size, num_columns]: of what is fed
@@ -130,7 +130,7 @@ def rows_attention_mask(
     return masks_by_layer_type(config, visible, depths[:, :, None] - stands[:, None], dtype)
 
 
-def _ancestors(parents: list[int]) -> np.ndarray:
+def ancestors(parents: list[int]) -> np.ndarray:
     """Which places of a tree each place follows, itself among them: `[num_places, num_places]`."""
     sees = np.eye(len(parents), dtype=bool)
     for place, parent in enumerate(parents):

@@ -133,12 +133,13 @@ def fill_rows(packed: Packed) -> tuple[Packed, torch.Tensor]:
         return packed, torch.arange(packed.input_ids.numel(), device=device)
     starts = torch.tensor(row_of, device=device) * length + torch.tensor(start_of, device=device)
     # A token's new place: where its sequence begins, and how many tokens of it are before.
-    places = starts[:, None] + is_token.long().cumsum(-1) - 1
-    taken = places[is_token]
+    places = (starts[:, None] + is_token.long().cumsum(-1) - 1).flatten()
+    tokens = is_token.flatten().nonzero()[:, 0]  # once: a device waits for their number
+    taken = places[tokens]
 
     def move(values: torch.Tensor, fill: int) -> torch.Tensor:
         moved = values.new_full((num_rows * length,), fill)
-        moved[taken] = values[is_token]
+        moved[taken] = values.flatten()[tokens]
         return moved.view(num_rows, length)
 
     sequences = torch.arange(len(counts), device=device)[:, None].expand_as(packed.input_ids)
@@ -150,7 +151,7 @@ def fill_rows(packed: Packed) -> tuple[Packed, torch.Tensor]:
         clean_length=0,
         sequence_ids=move(sequences, -1),
     )
-    return filled, places.flatten()
+    return filled, places
 
 
 def _first_fit(counts: list[int]) -> tuple[list[int], list[int], int]:

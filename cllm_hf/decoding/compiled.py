@@ -24,7 +24,7 @@ from .memory import Memory
 # A compiled graph depends on the length of the cache: round it up, and never shorten it, so that calls share a graph.
 _LENGTH_STEP = 256
 _LENGTH_SO_FAR = "_cllm_hf_cache_length"  # attribute of a model
-_COMPILED_SHAPES = "_cllm_hf_compiled_shapes"  # another
+_GRAPHS = "_cllm_hf_graphs"  # another
 _FAILED = "_cllm_hf_compiling_failed"  # another: nobody waits for the same failure in every call
 # A static cache is made for the longest text, and read as a whole for every token: larger ones must be asked for.
 _MOST_TOKENS_UNASKED = 8192
@@ -130,6 +130,23 @@ class StaticMemory(Memory):
             self._lengths[place] = 0  # so that it does not come to the end of the cache
 
 
+class _Graphs:
+    """What is compiled of a model. A copy of the model compiles anew, since these calls are calls of this one."""
+
+    def __init__(self) -> None:
+        self.known: set[tuple[Any, ...]] = set()  # what each graph is for
+        self._compiled: tuple[CompileConfig, Callable[..., Any]] | None = None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def call_of(self, model: Any, config: CompileConfig) -> Callable[..., Any]:
+        """The model's own call, compiled."""
+        if self._compiled is None or self._compiled[0] != config:
+            self._compiled = config, torch.compile(model.__call__, **config.to_dict())
+        return self._compiled[1]
+
+
 class CompiledStep:
     """
     A model's forward pass as one compiled graph. It is compiled when it is first run in a shape, which takes half a
@@ -140,13 +157,14 @@ class CompiledStep:
         self._model, self._is_asked = model, compiling.is_asked
         self._kind = compiling.compile_call is not None  # of graph
         config = compiling.config.compile_config or CompileConfig(fullgraph=True, dynamic=False)
-        self._run = (compiling.compile_call or model.get_compiled_call)(config)
+        self._graphs: _Graphs = vars(model).get(_GRAPHS) or _Graphs()
+        vars(model)[_GRAPHS] = self._graphs
+        self._run = compiling.compile_call(config) if compiling.compile_call else self._graphs.call_of(model, config)
 
     def __call__(self, **inputs: Any) -> Any:
         shape = tuple(inputs["input_ids"].shape)
         graph = (*shape, self._kind, vars(self._model)[_LENGTH_SO_FAR])
-        known = vars(self._model).setdefault(_COMPILED_SHAPES, set())
-        if self._is_asked or graph in known:
+        if self._is_asked or graph in self._graphs.known:
             return self._run(**inputs)
         log, kind, start = logging.get_logger(__name__), type(self._model).__name__, time.perf_counter()
         log.warning(
@@ -160,7 +178,7 @@ class CompiledStep:
             setattr(self._model, _FAILED, True)
             self._run = self._model
             return self._run(**inputs)
-        known.add(graph)
+        self._graphs.known.add(graph)
         log.warning(f"Compiled in {time.perf_counter() - start:.0f} s.")
         return output
 

@@ -2,9 +2,10 @@
 Which predicted tokens of a forward pass become part of the text, and which rows end with them.
 
 Where processors look at nothing but the scores, and without special stopping rules, all places are compared at once,
-with one host sync: that is what a `Verifier` does. A `StepwiseVerifier` walks a row one position at a time instead: it
-calls every processor and stopping criterion with the same arguments, in the same order, as decoding one token at a
-time would. `make_verifier` chooses.
+with one host sync: that is what a `Verifier` does. So does a `TextVerifier`, for processors that also look at which
+tokens stand in the text. A `StepwiseVerifier` walks a row one position at a time instead: it calls every processor and
+stopping criterion with the same arguments, in the same order, as decoding one token at a time would. `make_verifier`
+chooses.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     EosTokenCriteria,
@@ -25,6 +27,7 @@ from transformers import (
 from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
 
+from ..blocks.forward import ancestors
 from ..blocks.rules import accepted_path, confirmed_by, count_accepted, count_until_stop
 from .sampling import GumbelNoise
 from .strategy import Proposal, Row, Verdict
@@ -71,7 +74,7 @@ class Verifier:
         Find the longest accepted path of each row, and the bonus token after it. `logits` are those of the places that
         are verified: `[num_rows, num_places, vocab_size]`.
         """
-        scores = self._process(logits)
+        scores = self._scores(rows, proposals, logits)
         predictions = self._predict(rows, proposals, scores).tolist()  # the only host sync of an iteration
         paths = [_follow(proposal, tokens) for proposal, tokens in zip(proposals, predictions)]
         verdicts = self._judge(rows, paths, predictions)
@@ -94,7 +97,7 @@ class Verifier:
         What a token of a draft is chosen by, `distance` tokens after the next one of each row, as far as it is known
         before it is verified. Scores and logits are `[num_rows, num_guesses, vocab_size]`.
         """
-        scores = self._known_scores(logits)
+        scores = self._known_scores(rows, logits)
         if self.noise is None:
             return scores
         positions = [[row.length + distance] for row in rows]
@@ -108,16 +111,21 @@ class Verifier:
             scores = scores + self.noise.at_places([row.index for row in rows], positions, scores)
         return scores.argmax(-1)
 
-    def _known_scores(self, logits: torch.Tensor) -> torch.Tensor:
+    def _scores(self, rows: list[Row], proposals: list[Proposal], logits: torch.Tensor) -> torch.Tensor:
+        """What the token after each place is chosen by, if the guesses before it are right."""
+        return self._process(logits)
+
+    def _known_scores(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
         """Scores of places whose text may not be decided yet."""
         return self._process(logits)
 
-    def _process(self, logits: torch.Tensor) -> torch.Tensor:
+    def _process(self, logits: torch.Tensor, texts: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits as processors make scores of them, after `texts`, `[num_rows, num_places, length]`, or after any."""
         scores = logits.float()  # as transformers has them; an argmax over bfloat16 takes a CPU longer than this
         if not self.logits_processor:
             return scores
-        no_text: Any = torch.empty((0, 0), dtype=torch.long, device=logits.device)
-        return self.logits_processor(no_text, scores.flatten(0, 1)).view(logits.shape)
+        ids: Any = logits.new_empty((0, 0), dtype=torch.long) if texts is None else texts.flatten(0, 1)
+        return self.logits_processor(ids, scores.flatten(0, 1)).view(logits.shape)
 
     def _judge(self, rows: list[Row], paths: list[list[int]], predictions: list[list[int]]) -> list[Verdict]:
         texts = [[predicted[place] for place in path] for path, predicted in zip(paths, predictions)]
@@ -139,6 +147,47 @@ class Verifier:
         return verdicts
 
 
+@dataclass(eq=False)
+class TextVerifier(Verifier):
+    """
+    Verifies all places at once by processors that look at which tokens stand in the text before a place.
+
+    Texts of different lengths are filled up with their own last token, which changes nothing for these processors.
+    """
+
+    canvas: Canvas
+    num_ignored: torch.Tensor | None  # [batch_size, 1], first columns that processors are not to look at, as padding
+
+    def verify(self, rows: list[Row], proposals: list[Proposal], logits: torch.Tensor) -> list[Verdict]:
+        verdicts = super().verify(rows, proposals, logits)
+        self.canvas.write(rows, [verdict.token_ids for verdict in verdicts])
+        return verdicts
+
+    def _scores(self, rows: list[Row], proposals: list[Proposal], logits: torch.Tensor) -> torch.Tensor:
+        count, device = logits.shape[1], logits.device
+        texts = self._texts(rows)[:, None].to(device)
+        fed = torch.tensor([proposal.token_ids[:count] for proposal in proposals]).to(device, non_blocking=True)
+        # Each place follows some of the guesses: `[num_rows, num_places, num_places]`.
+        follows = np.stack([ancestors(proposal.links()[0][:count]) for proposal in proposals])
+        guesses = torch.where(torch.from_numpy(follows).to(device, non_blocking=True), fed[:, None], texts[..., -1:])
+        return self._process(logits, torch.cat([texts.expand(-1, count, -1), guesses], dim=-1))
+
+    def _known_scores(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+        texts = self._texts(rows)[:, None].to(logits.device)
+        return self._process(logits, texts.expand(-1, logits.shape[1], -1))
+
+    def _texts(self, rows: Sequence[Row]) -> torch.Tensor:
+        """What is committed of each row, `[num_rows, length]`, the anchor last."""
+        canvas = self.canvas.until(max(row.length for row in rows))
+        places = torch.tensor([(row.index, row.length) for row in rows]).to(canvas.device, non_blocking=True)
+        indices, lengths = places[:, 0], places[:, 1:]
+        texts, columns = canvas[indices], torch.arange(canvas.shape[1], device=canvas.device)
+        counts = columns < lengths
+        if self.num_ignored is not None:
+            counts &= columns >= self.num_ignored[indices]
+        return torch.where(counts, texts, texts.gather(1, lengths - 1))
+
+
 def _follow(proposal: Proposal, predicted: list[int]) -> list[int]:
     if proposal.parents is None:
         return list(range(count_accepted(proposal.token_ids[1:], predicted) + 1))
@@ -153,7 +202,7 @@ class StepwiseVerifier(Verifier):
     stopping_criteria: StoppingCriteriaList  # asked after every token
 
     def verify(self, rows: list[Row], proposals: list[Proposal], logits: torch.Tensor) -> list[Verdict]:
-        guesses = self._predict(rows, proposals, self._known_scores(logits)).tolist()
+        guesses = self._predict(rows, proposals, self._known_scores(rows, logits)).tolist()
         walks = [_Walk(*parts) for parts in zip(rows, proposals, guesses, logits)]
         length = min(row.length for row in rows)
         while any(walk.place is not None for walk in walks):
@@ -170,7 +219,7 @@ class StepwiseVerifier(Verifier):
                 walk.place = None if ends else walk.place
         return [walk.verdict() for walk in walks]
 
-    def _known_scores(self, logits: torch.Tensor) -> torch.Tensor:
+    def _known_scores(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
         return logits.float()  # what processors make of them depends on the text
 
     def _step(self, walks: list[_Walk], length: int) -> None:
@@ -211,6 +260,13 @@ class Canvas:
             more = self._ids.new_full((self._ids.shape[0], max(missing, self._ids.shape[1])), self._pad_id)
             self._ids = torch.cat([self._ids, more], dim=1)
         return self._ids[:, :length]
+
+    def write(self, rows: Sequence[Row], texts: list[list[int]]) -> None:
+        """Add tokens to rows, after what they have."""
+        places = [(row.index, row.length + i, token) for row, text in zip(rows, texts) for i, token in enumerate(text)]
+        canvas = self.until(max(column for _, column, _ in places) + 1)
+        indices, columns, tokens = torch.tensor(places).T.to(canvas.device, non_blocking=True)
+        canvas[indices, columns] = tokens
 
 
 class _Walk:
@@ -271,13 +327,34 @@ def make_verifier(
         "leave_together": leave_together,
         "noise": noise,
     }
-    if (
-        {type(processor) for processor in logits_processor} <= _SCORE_PROCESSORS
-        and criteria <= {EosTokenCriteria, MaxLengthCriteria}
-        and (streamer is None or batch_size == 1)  # a streamer takes a batch one position at a time
-    ):
+    at_once = criteria <= {EosTokenCriteria, MaxLengthCriteria} and (
+        streamer is None or batch_size == 1  # a streamer takes a batch one position at a time
+    )
+    of_text = [processor for processor in logits_processor if type(processor) not in _SCORE_PROCESSORS]
+    if at_once and not of_text:
         return Verifier(**options)
-    return StepwiseVerifier(**options, canvas=Canvas(input_ids, pad_id), stopping_criteria=stopping_criteria)
+    canvas = Canvas(input_ids, pad_id)
+    if at_once and len(of_text) == 1 and _looks_at_tokens_alone(of_text[0], input_ids.shape[1]):
+        plain, num_ignored = _without_ignoring(of_text[0])
+        processors = [plain if processor is of_text[0] else processor for processor in logits_processor]
+        options["logits_processor"] = LogitsProcessorList(processors)
+        return TextVerifier(**options, canvas=canvas, num_ignored=num_ignored)
+    return StepwiseVerifier(**options, canvas=canvas, stopping_criteria=stopping_criteria)
+
+
+def _looks_at_tokens_alone(processor: Any, prompt_length: int) -> bool:
+    """Whether it does not matter where in the text a token stands, if it is not ignored; the anchor never may be."""
+    if type(processor) is not logits_process.RepetitionPenaltyLogitsProcessor or not prompt_length:
+        return False
+    ignored = processor.prompt_ignore_length
+    return ignored is None or (isinstance(ignored, torch.Tensor) and bool((ignored < prompt_length).all()))
+
+
+def _without_ignoring(processor: Any) -> tuple[Any, torch.Tensor | None]:
+    """A repetition penalty for any number of texts, and what its own one ignores of each row."""
+    ignored = processor.prompt_ignore_length
+    plain = logits_process.RepetitionPenaltyLogitsProcessor(processor.penalty)
+    return plain, None if ignored is None else ignored[:, None]
 
 
 def find_stop_ids(stopping_criteria: StoppingCriteriaList) -> list[int]:

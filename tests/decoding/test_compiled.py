@@ -1,12 +1,14 @@
 """Iterations of fixed shape on a static cache, compiled."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
 from architectures import KINDS, make_architecture
 from conftest import make_model, make_prompts
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, GenerationConfig, T5Config, T5ForConditionalGeneration
 
 import cllm_hf  # noqa: F401
 from cllm_hf.decoding import compiled, loop, memory_choice
@@ -52,6 +54,20 @@ def test_one_graph_for_all_calls(graphs, name, batch_size):
     # A graph that a second call shares is one of another model or block size only.
     assert_equal_to_greedy(model, *make_prompts(batch_size, 9), block_size=5)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_graphs_of_its_own(graphs, llama, duplicate):
+    prompts = make_prompts(1)
+    assert_equal_to_greedy(llama, *prompts)
+    other = duplicate(llama)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(parameter.flip(0))
+    ours = assert_equal_to_greedy(other, *prompts)
+    assert ours.sequences.tolist() != assert_equal_to_greedy(llama, *prompts).sequences.tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -121,7 +137,7 @@ def test_auto_is_one_block_size(graphs, llama):
 @pytest.fixture
 def plain_step(monkeypatch):
     """Has the model run as it is where it would be compiled."""
-    monkeypatch.setattr(PreTrainedModel, "get_compiled_call", lambda self, config: self.__call__)
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
@@ -185,7 +201,7 @@ def test_a_default_says_what_it_does_and_falls_back(monkeypatch, llama, caplog):
     choose = loop._choose_compiling
     monkeypatch.setattr(loop, "_choose_compiling", lambda device, *others: choose(torch.device("cuda"), *others))
     logging.getLogger("transformers").propagate = True
-    monkeypatch.setattr(PreTrainedModel, "get_compiled_call", lambda self, config: self.__call__)
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
     options = {"do_sample": False, "max_new_tokens": 24}
     greedy = llama.generate(make_prompts(1)[0], **options).tolist()
     with caplog.at_level(logging.WARNING):
@@ -196,13 +212,11 @@ def test_a_default_says_what_it_does_and_falls_back(monkeypatch, llama, caplog):
         assert llama.generate(make_prompts(1)[0], **options, decoding="jacobi").tolist() == greedy
         assert not caplog.text  # said once
 
-        def fail(self, config):
-            def call(**inputs):
-                raise RuntimeError("no compiler here\nand more")
+        def fail(**inputs):
+            raise RuntimeError("no compiler here\nand more")
 
-            return call
-
-        monkeypatch.setattr(PreTrainedModel, "get_compiled_call", fail)
+        del vars(llama)[compiled._GRAPHS]
+        monkeypatch.setattr(torch, "compile", lambda call, **options: fail)
         assert llama.generate(make_prompts(1)[0], **options, jacobi_block_size=5).tolist() == greedy
         assert "without being compiled: no compiler here" in caplog.text
         caplog.clear()
