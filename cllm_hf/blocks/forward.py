@@ -109,25 +109,27 @@ def rows_attention_mask(
     `tree_attention_mask`; without, each follows the one before it.
     """
     config, device = config.get_text_config(), lengths.device
+    columns, fed = torch.arange(num_columns, device=device), torch.arange(num_fed, device=device)
+    is_token = None
+    if text_mask is not None:
+        missing = num_columns - text_mask.shape[1]
+        is_token = torch.nn.functional.pad(text_mask.bool(), (0, missing), value=True) | (columns >= lengths[:, None])
     if parents is None:
-        sees = torch.ones(num_fed, num_fed, dtype=torch.bool, device=device).tril().expand(len(lengths), -1, -1)
+        depths = lengths[:, None] + fed  # where a fed token stands in its text: here in its column
+        visible, stands = columns <= depths[..., None], columns
     else:
         trees = {id(places): ancestors(places) for places in parents}
         sees = torch.from_numpy(np.stack([trees[id(places)] for places in parents])).to(device)
-    columns = torch.arange(num_columns, device=device)
-    places = columns - lengths[:, None]  # [batch_size, num_columns]: of what is fed
-    is_fed, places = (places >= 0) & (places < num_fed), places.clamp(0, num_fed - 1)
-    is_text = columns < lengths[:, None]
-    if text_mask is not None:
-        missing = num_columns - text_mask.shape[1]
-        is_text &= torch.nn.functional.pad(text_mask.bool(), (0, missing), value=True)
-    fed = sees.gather(2, places[:, None].expand(-1, num_fed, -1)) & is_fed[:, None]
-    visible = fed | is_text[:, None]
-    if not _has_windows(config):
-        return masks_by_layer_type(config, visible, None, dtype)
-    depths = lengths[:, None] + sees.sum(-1) - 1  # where a fed token stands in its text
-    stands = torch.where(is_fed, depths.gather(1, places), columns)
-    return masks_by_layer_type(config, visible, depths[:, :, None] - stands[:, None], dtype)
+        places = columns - lengths[:, None]  # [batch_size, num_columns]: of what is fed
+        is_fed, places = (places >= 0) & (places < num_fed), places.clamp(0, num_fed - 1)
+        depths = lengths[:, None] + sees.sum(-1) - 1
+        visible = sees.gather(2, places[:, None].expand(-1, num_fed, -1)) & is_fed[:, None]
+        visible |= (columns < lengths[:, None])[:, None]
+        stands = torch.where(is_fed, depths.gather(1, places), columns)[:, None]
+    if is_token is not None:
+        visible &= is_token[:, None]
+    distances = depths[..., None] - stands if _has_windows(config) else None
+    return masks_by_layer_type(config, visible, distances, dtype)
 
 
 def ancestors(parents: list[int]) -> np.ndarray:
