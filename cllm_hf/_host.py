@@ -83,7 +83,30 @@ def plain_positions(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tens
 
 def mixes_adapters(model: PreTrainedModel) -> bool:
     """Whether `adapter_names` are in force, which PEFT gives to each row by hooks on the adapter's layers."""
-    return any(layer._forward_pre_hooks for _, layer in adapter_layers(model))
+    layers = (layer for _, layer in adapter_layers(model))
+    return any(_tells(hook, "adapter_names") for layer in layers for hook in layer._forward_pre_hooks.values())
+
+
+@contextmanager
+def leaving_no_hooks(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Take out the hooks by which `PeftModel.generate` tells layers what a call is about, if the block fails.
+
+    PEFT itself leaves them, so that they would go on in every later call.
+    """
+    try:
+        yield
+    except BaseException:
+        for _, layer in adapter_layers(model):
+            hooks = layer._forward_pre_hooks
+            for number in [number for number, hook in hooks.items() if _tells(hook, "adapter_names", "alora_offsets")]:
+                del hooks[number]
+        raise
+
+
+def _tells(hook: Any, *names: str) -> bool:
+    """Whether a hook of PEFT tells a layer one of these."""
+    return any(name in getattr(hook, "keywords", ()) for name in names)
 
 
 @contextmanager
@@ -96,7 +119,7 @@ def without_alora_hooks(layers: Iterable[Any]) -> Iterator[None]:
     set_aside = []
     for layer in layers:
         hooks = layer._forward_pre_hooks
-        for number in [number for number, hook in hooks.items() if "alora_offsets" in getattr(hook, "keywords", ())]:
+        for number in [number for number, hook in hooks.items() if _tells(hook, "alora_offsets")]:
             set_aside.append((hooks, number, hooks.pop(number)))
     try:
         yield

@@ -24,9 +24,9 @@ from transformers import (
 )
 from transformers.integrations import PeftAdapterMixin
 
-from ._host import CACHE_NAME, mark_as_edited
+from ._host import CACHE_NAME, leaving_no_hooks, mark_as_edited
 from .adapters import loading_drafters
-from .blocks.drafter import find_drafter, is_switched_off, without_adapters
+from .blocks.drafter import find_drafter, in_turn, is_switched_off, without_adapters
 from .decoding.loop import decode
 from .decoding.lossless import warn_without_drafter
 from .decoding.strategy import decodings
@@ -89,7 +89,8 @@ def with_decoding(original: Callable[..., Any]) -> Callable[..., Any]:
             "jacobi_compile": jacobi_compile,
             "jacobi_drafts": jacobi_drafts,
         }
-        return _generate(original, self, args, kwargs, decoding, given)
+        with in_turn(self):
+            return _generate(original, self, args, kwargs, decoding, given)
 
     return generate
 
@@ -163,7 +164,7 @@ def _generate(
     call = _named_arguments(original, model, args, kwargs)
     # Where defaults stand, the first ones first: those of the caller, if any, and those of the model.
     configs = [one for one in (call.get("generation_config"), model.generation_config) if one is not None]
-    drafts = find_drafter(model) is not None and not is_switched_off(model)
+    drafts = _drafts(model)
     requested, is_default = _choose_decoding(decoding, given, configs, drafts)
     if (
         requested in (None, AUTOREGRESSIVE)
@@ -176,6 +177,19 @@ def _generate(
         with without_adapters(model) if drafts else nullcontext():
             return original(model, *args, **kwargs)
 
+    with leaving_no_hooks(model):
+        return _decode(original, model, call, configs, requested, given)
+
+
+def _decode(
+    original: Callable[..., Any],
+    model: PreTrainedModel,
+    call: dict[str, Any],
+    configs: list[GenerationConfig],
+    requested: str,
+    given: dict[str, Any],
+) -> Any:
+    """Run a call of `generate` by a decoding of ours; see `_generate`."""
     if option_of(call, configs, "cache_implementation") == "static":
         given = {**given, "jacobi_compile": True}
         call["cache_implementation"] = "dynamic"  # transformers' static one has no room for a last full block
@@ -196,8 +210,13 @@ def _generate(
     if model.generation_config.use_cache is False and option_of(call, configs[:-1], "use_cache") is None:
         call["use_cache"] = True  # a default that training leaves behind, not a wish of the caller
     run = _custom_generate(model, call, options, requested)
-    with without_adapters(model) if drafts and requested != LOSSLESS else nullcontext():
+    with without_adapters(model) if _drafts(model) and requested != LOSSLESS else nullcontext():
         return original(model, **call, custom_generate=run)
+
+
+def _drafts(model: PreTrainedModel) -> bool:
+    """Whether an adapter that drafts is active."""
+    return find_drafter(model) is not None and not is_switched_off(model)
 
 
 def _named_arguments(

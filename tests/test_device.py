@@ -26,7 +26,7 @@ def results():
     return in_new_process(device_checks.check_everything, ["llama"])
 
 
-@pytest.mark.parametrize("case", [*_CASES, "responses", "trajectories", "monitoring"])
+@pytest.mark.parametrize("case", [*_CASES, "responses", "trajectories", "monitoring", "parting"])
 def test_results_are_those_of_the_cpu(results, case):
     assert results[case]["ours"] == results[case]["expected"]
 

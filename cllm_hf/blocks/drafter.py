@@ -16,15 +16,17 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding, linear, pad
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -40,6 +42,9 @@ _DRAFTERS = "cllm_drafter"
 NEVER_INVOKED = [-1]
 _FORMAT = "1"
 _SAMPLED_EMBEDDINGS = 1024
+# Which thread runs a model with drafters: not an attribute of it, which would be copied and saved with it.
+_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_LOCKS_OF_MODELS = Lock()
 
 
 class Drafter(nn.Module):
@@ -69,7 +74,9 @@ class Drafter(nn.Module):
             return logits
         known = previous_ids.clamp(max=self.vocab_size - 1)  # a table of embeddings may be longer than the logits
         previous = embedding(known, self.previous.weight).to(logits.dtype)
-        return logits + linear(previous, self.following.weight.to(logits.dtype))
+        added = linear(previous, self.following.weight.to(logits.dtype))
+        missing = logits.shape[-1] - self.vocab_size  # of a model whose embeddings were resized since
+        return logits + (pad(added, (0, missing)) if missing else added)
 
     def save(self, folder: Path) -> None:
         shape = {"num_masks": self.num_masks, "markov_rank": self.markov_rank}
@@ -167,6 +174,16 @@ def _drafters_of_others(model: PreTrainedModel, adapter_name: str) -> list[Draft
     return [drafter for drafter in getattr(model, _DRAFTERS, ()) if drafter.adapter_name != adapter_name]
 
 
+def in_turn(model: Any) -> AbstractContextManager[Any]:
+    """
+    Have threads run a model with drafters one after the other: the gate stands in its layers for all of them alike.
+    """
+    if not len(getattr(model, _DRAFTERS, ())):
+        return nullcontext()
+    with _LOCKS_OF_MODELS:
+        return _LOCKS.setdefault(model, RLock())
+
+
 def find_drafter(model: Any) -> Drafter | None:
     """The drafter of the active adapter of a model, if no other one is active beside it."""
     drafters = getattr(model, _DRAFTERS, ())
@@ -217,7 +234,7 @@ class AdapterGate:
             with without_alora_hooks(layers), _replaced_forwards({layer: self._gated(layer) for layer in layers}):
                 yield
         finally:
-            self.open([])
+            self.close()
             handle.remove()
             for config in configs:
                 config.alora_invocation_tokens = list(NEVER_INVOKED)
@@ -231,6 +248,10 @@ class AdapterGate:
             device = self._drafter.masks.device
             self._mask_numbers = torch.tensor(mask_numbers, dtype=torch.long).to(device, non_blocking=True)
         self._num_rows, self._given = len(mask_numbers), list(mask_numbers)
+
+    def close(self) -> None:
+        """Let the adapter act on no rows until the gate is opened again."""
+        self._num_rows = 0
 
     def train_dropout(self, is_training: bool) -> None:
         """Whether the adapter's own dropout is on, whatever the mode of the model."""

@@ -125,6 +125,8 @@ def _iterate(feed: Feed, strategy: Strategy, verifier: Verifier, pace: Pace) -> 
     num_drafting = strategy.begin(proposals) if is_drafting(strategy) else 0
     logits = feed.forward(proposals)  # [num_rows, num_places, vocab_size]
     num_verified = logits.shape[1] - num_drafting
+    if is_drafting(strategy):
+        strategy.end()
 
     verdicts = verifier.verify(rows, proposals, logits[:, :num_verified])
     for row, verdict in zip(rows, verdicts):

@@ -98,6 +98,9 @@ class LosslessStrategy:
         self._gate.open(list(range(self._num_masks)) * num_blocks)
         return count
 
+    def end(self) -> None:
+        self._gate.close()
+
     def observe(self, row: Row, path: list[int], predictions: list[int]) -> None:
         pass  # `draft` has seen more
 

@@ -49,6 +49,12 @@ def choose_memory(
             f'`decoding="jacobi"` needs a dynamic key/value cache, got {type(own).__name__}. Drop '
             '`cache_implementation` and static or quantized caches, or pass `decoding="autoregressive"`.'
         )
+    foreign = [type(part) for part in (own, *own.layers) if not type(part).__module__.startswith("transformers.")]
+    if is_user_cache and foreign:
+        raise ValueError(
+            '`decoding="jacobi"` takes rejected tokens out of `past_key_values`, which must be of classes of '
+            f'transformers, got {foreign[0].__name__}. Pass a `DynamicCache`, or pass `decoding="autoregressive"`.'
+        )
     if is_user_cache and (cache is not own or own.offloading):
         raise ValueError(
             '`decoding="jacobi"` does not go on from the `past_key_values` of an encoder-decoder model, nor from '

@@ -220,6 +220,9 @@ class DraftingStrategy(Strategy, Protocol):
     def begin(self, proposals: Sequence[Proposal]) -> int:
         """Prepare the forward pass over proposals; says how many of its last places are the drafter's alone."""
 
+    def end(self) -> None:
+        """The forward pass is over: processors and stopping criteria may run the model too."""
+
     def draft(self, rows: Sequence[Row], verdicts: Sequence[Verdict], logits: Any, guess: Guess) -> None:
         """Draft what follows the text, now that it is known how far it goes, from the logits of the last places."""
 
