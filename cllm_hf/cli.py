@@ -66,6 +66,10 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     except (OSError, ValueError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except ImportError as error:  # of what an option needs
+        reason = str(error).strip().partition("\n")[0]
+        print(f"{name}: a package that this needs cannot be imported: {reason}", file=sys.stderr)
+        return 1
 
 
 def hide_host_warnings() -> None:

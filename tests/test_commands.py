@@ -23,7 +23,7 @@ from cllm_hf.show.picture import draw_blocks, token_decoder
 from cllm_hf.show.terminal import BlockTrajectory
 from cllm_hf.trajectories import command
 from cllm_hf.trajectories.options import CollectArguments, CollectionOptions, parse_collect
-from cllm_hf.trajectories.sources import apply_template, read_source
+from cllm_hf.trajectories.sources import apply_template, read_prompts, read_source
 
 
 PROMPTS = [problem.prompt for problem in make_problems(12, seed=3)]
@@ -149,6 +149,7 @@ def test_options_that_argparse_refuses(capsys, arguments, message):
         ([*REQUIRED, "--conf", "x.yaml"], "no such options, got --conf x.yaml"),
         ([*REQUIRED, "more"], "no such options, got more"),
         ([*REQUIRED, "--limit", "0"], "`limit` must be at least 1, got 0"),
+        ([*REQUIRED, "--output_dir", ""], "`output_dir` must be a folder, got ''"),
         ([*REQUIRED, "--max_token_run", "-1"], "`max_token_run` must be an integer of at least 2"),
         ([*REQUIRED, "--max_token_run", "1"], "`max_token_run` must be an integer of at least 2"),
         ([*REQUIRED, "--block_size", "0"], "`block_size` must be an integer of at least 1, got 0"),
@@ -608,6 +609,8 @@ def test_chat_is_a_chat_message(collect_arguments, model_folder, tokenizer, tmp_
     records = load_trajectories(tmp_path / "out")[:]
     assert records == load_trajectories(tmp_path / "messages")[:]
     assert records["prompt_ids"] == tokenize(tokenizer, PROMPTS, is_chat=True)
+    messages = read_prompts(tmp_path / "chats.jsonl", limit=len(PROMPTS))
+    assert records["prompt_ids"] == tokenize(tokenizer, messages) == tokenize(tokenizer, messages, is_chat=True)
     assert records["prompt"][0] == f"Mia has {PROMPTS[0]} "
 
 

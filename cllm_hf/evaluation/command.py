@@ -199,17 +199,17 @@ def load_model(name: str, options: argparse.Namespace, device: torch.device) -> 
     return model.to(device)
 
 
-def tokenize(tokenizer: Any, texts: list[str], is_chat: bool = False) -> list[list[int]]:
-    """Turn prompts into token ids, as they stand or as messages of a user."""
-    if is_chat:
-        return [row.prompt_ids for row in read_rows([as_chat(text) for text in texts], None, tokenizer)]
-    prompts = [tokenizer(text)["input_ids"] for text in texts]
-    empty = next((text for text, prompt in zip(texts, prompts) if not prompt), None)
+def tokenize(tokenizer: Any, prompts: list[Any], is_chat: bool = False) -> list[list[int]]:
+    """Turn prompts into token ids, as they stand or, texts, as messages of a user."""
+    if not prompts:
+        return []
+    rows = read_rows([as_chat(prompt) if is_chat else prompt for prompt in prompts], None, tokenizer)
+    empty = next((prompt for prompt, row in zip(prompts, rows) if not row.prompt_ids), None)
     if empty is not None:
         raise ValueError(
             f"Every prompt must have at least one token, got none for {empty[:60]!r}. Leave that line out."
         )
-    return prompts
+    return [row.prompt_ids for row in rows]
 
 
 def finish(report: dict[str, Any], text: str, options: argparse.Namespace) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -216,7 +218,13 @@ def labels_of(record: Mapping[str, Any]) -> list[int]:
             f'`ar_labels="ground_truth"` needs tokens in the column `label_ids`, got none in record '
             f'{record.get("data_id", "?")}. Add the column with `dataset.map`, or use `ar_labels="response"`.'
         )
-    return list(record["label_ids"])
+    ids = record["label_ids"]
+    if isinstance(ids, str) or not all(isinstance(token, Integral) for token in ids):
+        raise ValueError(
+            f"`label_ids` must be a list of token ids, got {reprlib.repr(ids)} in record "
+            f"{record.get('data_id', '?')}. Tokenize them with `dataset.map`."
+        )
+    return list(ids)
 
 
 def count_own_rows(num_rows: int, accelerator: Accelerator, drop_last: bool = False) -> int:

@@ -33,6 +33,7 @@ from ..trajectories.prompts import has_texts
 from .callbacks import show_progress
 from .checkpoints import choose_checkpoint, describe_run, newest_checkpoint
 from .config import CLLMConfig, option
+from .monitoring import METRICS
 from .trainer import CLLMTrainer
 
 
@@ -101,7 +102,7 @@ def _read_checkpoint(value: Any) -> Any:
 
 def _fit_machine(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Defaults of a command: the device that there is, and a place for the model."""
-    if options.output_dir is None:
+    if not options.output_dir:
         parser.error("the following arguments are required: --output_dir/--output-dir")
     text = str(options.resume_from_checkpoint).lower()
     if text in ("true", "false", "none", NEWEST):
@@ -212,12 +213,26 @@ def _check_options(options: TrainOptions) -> None:
     if training.do_predict:
         raise ValueError("`cllm train` makes no predictions, got `do_predict`. `do_eval` evaluates.")
     _check_bits(model, training)
+    _check_best_metric(training)
     available = get_available_reporting_integrations()
     absent = [name for name in training.report_to or () if name not in available]
     if absent:
         raise ValueError(
             f"`report_to` must name packages that are installed, got {', '.join(absent)}. Install it, or choose from "
             f"{', '.join(['none', *available])}."
+        )
+
+
+def _check_best_metric(training: CLLMConfig) -> None:
+    """Check the name of a metric before the first evaluation looks for it."""
+    name = training.metric_for_best_model
+    if name is None:
+        return
+    known = ["loss", *_LOSSES, *(METRICS if training.num_monitored_prompts else ())]
+    if name.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"`metric_for_best_model` must be a metric that an evaluation logs, got {name!r}. Choose from "
+            f"{', '.join(known)}."
         )
 
 

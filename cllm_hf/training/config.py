@@ -235,6 +235,10 @@ class CLLMConfig(SFTConfig):
             raise ValueError("Re-entrant gradient checkpointing is not supported. Drop `use_reentrant=True`.")
 
     def _check_values(self) -> None:
+        if self.max_steps == 0:
+            raise ValueError(
+                "`max_steps` must be at least 1, or -1 for whole epochs, got 0. Pass a number, or drop it."
+            )
         for name in CLLMConfig.__annotations__:  # our own
             value, entry = getattr(self, name), CLLMConfig.__dataclass_fields__[name]
             choices = entry.metadata.get("choices")
@@ -253,6 +257,7 @@ class CLLMConfig(SFTConfig):
                 setattr(self, name, number)  # as Python's own, ready for JSON
             elif name in _NUMBERS:
                 rule, holds, typical = _NUMBERS[name]
+                rule = rule if _is_number(value) else f"a number, {rule}"
                 if not _is_number(value) or not holds(value):
                     raise ValueError(f"`{name}` must be {rule}, got {value!r}. Typical: {typical}.")
 
@@ -260,6 +265,8 @@ class CLLMConfig(SFTConfig):
         if self.block_size is not None:
             self.block_size = check_block_size(self.block_size, "block_size")
         if self.block_size_schedule is not None:
+            if isinstance(self.block_size_schedule, tuple):
+                self.block_size_schedule = list(self.block_size_schedule)
             if not isinstance(self.block_size_schedule, list) or not self.block_size_schedule:
                 raise ValueError(
                     "`block_size_schedule` must be a list of at least one block size, got "

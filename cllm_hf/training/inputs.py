@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
@@ -222,6 +222,11 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, config: CLLMConfig) ->
         )
     block_size, is_online = config.block_size, config.trajectory_source == "online"
     for dataset in _list_datasets(train_dataset, eval_dataset):
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            raise ValueError(
+                f"Trajectories must be a dataset of `datasets`, got a {type(dataset).__name__}. Pass one, for "
+                "evaluation also several in a dictionary; `datasets.Dataset.from_list` makes one of a list of records."
+            )
         first = _first(dataset)
         if is_online:
             check_response(first)

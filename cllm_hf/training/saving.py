@@ -27,6 +27,7 @@ from ..export import export_custom_generate, is_exported
 from ..files import read_text, write_whole
 from ..names import Name
 from ..trajectories.loading import hub_id_of
+from ..trajectories.manifest import MANIFEST_NAME
 from .card import BEGIN, ModelFacts, join_cards, make_model_card, renew_model_card
 from .config import LOSSLESS_ALONE, NOT_LOSSLESS
 from .plotting import PLOT_NAME, plot_run
@@ -145,7 +146,15 @@ class RunCard:
 
 
 def check_leftovers(folder: Path, is_adapter: bool) -> None:
-    """Check that a folder holds no model of the other kind: whoever loads it would get that one, or both."""
+    """
+    Check that a folder holds no model of the other kind, since whoever loads it would get that one, or both, and no
+    dataset, whose card would stand in the place of the model's.
+    """
+    if (folder / MANIFEST_NAME).is_file():
+        raise ValueError(
+            f"The output folder must not hold a dataset, got {str(folder)!r} with the trajectories of `cllm collect`. "
+            "Choose another output folder."
+        )
     kind, other, name = ("adapter", "whole model", "config.json")
     if not is_adapter:
         kind, other, name = ("whole model", "adapter", "adapter_config.json")

@@ -220,6 +220,10 @@ class CLLMTrainer(SFTTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """Fetch the batches of an optimizer step, choose what it trains on, and count the positions of its losses."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            # A checkpoint of a run that is done: transformers asks only after an optimizer step whether to go on.
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         last = len(batches) - 1
         prepared = [

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 DATA, CARD_NAME = "data", "README.md"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _WAIT_SECONDS = 0.5
+_OF_MODELS = ("config.json", "adapter_config.json")
 _IN_THE_WAY = "Remove it and run the same collection again, or choose another `output_dir`."
 
 
@@ -265,6 +266,12 @@ class OutputFolder:
     def _check_earlier(self) -> None:
         """Compare with what an earlier run has left there."""
         if not self._has_manifest():
+            model = next((name for name in _OF_MODELS if (self.path / name).is_file()), None)
+            if model:
+                raise ValueError(
+                    f"A dataset must have a folder of its own, got {str(self.path)!r}, which holds a model "
+                    f"({model}). Choose another `output_dir`."
+                )
             if any((self.path / DATA).glob("*.parquet")):
                 raise ValueError(
                     f"{str(self.path)!r} holds parquet files, but no `{MANIFEST_NAME}` that says what they are. "

@@ -269,6 +269,8 @@ class CollectArguments:
     )
 
     def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("`output_dir` must be a folder, got ''. Name one; `.` is the one where you are.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {self.limit}.")
         if (self.prompts is None) == (self.dataset_name is None):

@@ -252,7 +252,7 @@ def _tokenize_responses(
         else:
             raise ValueError(
                 f"A response must be a text or a list of token ids, got {reprlib.repr(response)} as response "
-                f"{first + index}."
+                f"{first + index}, counted from 0. Leave that record out, or give it one."
             )
     # Together with the prompt, since tokenizers begin a text in ways of their own.
     joined = {index: texts[index] + text for index, text in enumerate(responses) if index not in ready}

@@ -72,7 +72,8 @@ def check_names(columns: Iterable[str], needed: Sequence[str] = REQUIRED_COLUMNS
     if missing:
         raise ValueError(
             f"A trajectory record needs the columns {', '.join(needed)}; {', '.join(missing)} missing, got "
-            f"{', '.join(columns) or 'none'}. Build the dataset with `cllm_hf.TrajectoryBuilder`."
+            f"{', '.join(columns) or 'none'}. Build the dataset with `cllm_hf.TrajectoryBuilder`; or, for "
+            "`--lossless` and `--trajectory-source online`, have columns `prompt` and `response` (or `completion`)."
         )
 
 

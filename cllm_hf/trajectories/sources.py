@@ -87,16 +87,16 @@ def as_chat(prompt: Any) -> Any:
 # Files
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[str]:
-    """Read the prompts of a file, texts alone; empty lines are left out."""
-    return _take(path, *_read(path, limit), _NAMES, None, only_text=True)[0]
+def read_prompts(path: Path, limit: int | None = None) -> list[Any]:
+    """Read the prompts of a file, of any kind; empty lines are left out."""
+    return _take(path, *_read(path, limit), _NAMES, None)[0]
 
 
-def read_prompts_and_answers(path: Path, limit: int | None = None) -> tuple[list[str], list[str] | None]:
+def read_prompts_and_answers(path: Path, limit: int | None = None) -> tuple[list[Any], list[str] | None]:
     """As `read_prompts`, with the right answer to each where the file has the field `answer`, or else `response`."""
     entries, is_json = _read(path, limit)
     for field in ("answer", _RESPONSE):
-        prompts, answers = _take(path, entries, is_json, _NAMES, field, only_text=True)
+        prompts, answers = _take(path, entries, is_json, _NAMES, field, only_texts=True)
         if answers is not None:
             break
     return prompts, answers
@@ -122,10 +122,13 @@ def _take(
     is_json: bool,
     names: tuple[str, ...],
     response_field: str | None,
-    only_text: bool = False,
+    only_texts: bool = False,
     must_respond: bool = False,
 ) -> Prompts:
-    """The prompts of what `_read` gave, and the responses, if all have one; some alone are an error."""
+    """
+    The prompts of what `_read` gave, and the responses, if all have one; some alone are an error. With `only_texts`
+    others than texts are none.
+    """
     if not is_json:
         return [line for _, line in entries], None
     prompts, responses = [], []
@@ -133,7 +136,7 @@ def _take(
         where = f"prompt {index} ({place.lower()} of {str(path)!r})"
         fields = record if isinstance(record, dict) else {}
         prompt = next((fields[name] for name in names if name in fields), None)
-        if not (prompt.strip() if isinstance(prompt, str) else not only_text and _is_prompt(prompt)):
+        if not (prompt.strip() if isinstance(prompt, str) else _is_prompt(prompt)):
             raise ValueError(
                 f"{place} of {str(path)!r} must be a JSON object with text in a field "
                 f"{' or '.join(f'`{name}`' for name in names)}, got {reprlib.repr(record)}. Correct that "
@@ -143,7 +146,7 @@ def _take(
         response = fields.get(response_field)
         if isinstance(response, str):
             check_unicode(response, f"the response to {where}")
-        elif only_text or not _is_response(response):
+        elif only_texts or not _is_response(response):
             response = None
         prompts.append(prompt)
         responses.append(response)

@@ -59,6 +59,16 @@ def test_every_kind_of_run_goes_on_from_anywhere(tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"lora": True}, {"trajectory_source": "online"}], ids=str)
+def test_a_run_that_is_done_stays_as_it_is(tmp_path, options):
+    """Its last checkpoint is in the middle of an epoch, of which transformers would train another step."""
+    options = {**RUN, "max_steps": 5, **options}
+    done = train(tmp_path, **options)
+    again = train(tmp_path, resume=True, **options)
+    assert again["logs"] == done["logs"] and not (tmp_path / "checkpoint-6").exists()
+    assert all(torch.equal(again["weights"][name], weight) for name, weight in done["weights"].items())
+
+
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
     options = {**RUN, "max_steps": 20}
     program = "import sys; sys.path.insert(0, sys.argv[1]); from training_runs import train; "

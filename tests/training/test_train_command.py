@@ -149,6 +149,7 @@ def test_help_explains_every_option(capsys):
     [
         (["--trajectories", "t"], "required: --output_dir/--output-dir"),
         (["--output_dir", "o"], "required: --trajectories"),
+        (["--trajectories", "t", "--output_dir", ""], "required: --output_dir/--output-dir"),
         ([*REQUIRED, "--dtype", "half"], "invalid choice: 'half'"),
         ([*REQUIRED, "--max_steps", "many"], "invalid int value: 'many'"),
         ([*REQUIRED, "--config"], "argument --config: expected one"),
@@ -177,6 +178,9 @@ def test_options_that_argparse_refuses(capsys, given, message):
         ([*REQUIRED, "--use_peft", "--load_in_8bit"], "`load_in_8bit`.*`bitsandbytes`"),
         ([*REQUIRED, "--do_predict"], "`do_predict`"),
         ([*REQUIRED, "--report_to", "nowhere"], "`report_to`.*nowhere"),
+        ([*REQUIRED, "--max_steps", "0"], "`max_steps`.* got 0"),
+        ([*REQUIRED, "--metric_for_best_model", "accuracy"], "`metric_for_best_model`.*'accuracy'.*agreement"),
+        ([*REQUIRED, "--deepspeed", "none.json"], "package that this needs cannot be imported.*deepspeed"),
         (
             [*REQUIRED, "--resume_from_checkpoint", "last"],
             "`output_dir`",
@@ -330,6 +334,21 @@ def test_datasets_that_are_refused(arguments, trajectories, tmp_path, monkeypatc
     capsys.readouterr()
     assert main(options) == 1
     assert re.search(message[way], error_of(capsys))
+
+
+def test_the_folder_of_a_dataset_is_no_place_for_a_model(arguments, trajectories, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trajectories, tmp_path / "out")
+    assert main(arguments) == 1
+    assert "must not hold a dataset" in error_of(capsys)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_columns_of_other_names_are_explained(arguments, tmp_path, capsys):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"question": "a", "answer": "b"}\n')
+    arguments[2] = str(file)
+    assert main([*arguments, "--lossless"]) == 1
+    assert "have columns `prompt` and `response`" in error_of(capsys)
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(

@@ -379,9 +379,15 @@ def test_datasets_that_are_refused(word_model, tokenizer, dataset, tmp_path):
             ),
             "`block_size`",
         ),
+        ([dataset], "must be a dataset of `datasets`, got a list"),
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(word_model, bad, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="must be a dataset of `datasets`, got a list"):
+        make_trainer(word_model, dataset, tokenizer, tmp_path, eval_dataset=[dataset])
+    texts = dataset.map(lambda record: {"label_ids": "abc"})
+    with pytest.raises(ValueError, match="`label_ids` must be a list of token ids, got 'abc'"):
+        make_trainer(word_model, texts, tokenizer, tmp_path, ar_labels="ground_truth")
     with pytest.raises(ValueError, match=r"`block_size=16`.*schedule=\[16\]"):
         make_trainer(word_model, dataset, tokenizer, tmp_path, block_size=16)
 

@@ -103,9 +103,7 @@ def test_choices_that_are_refused(name, value):
     assert all(f'"{choice}"' in str(error.value) for choice in GOOD[name])
 
 
-@pytest.mark.parametrize(
-    "value", [[], [0], [8, -1], [8, 16.0], [8, "16"], [True], "8 16", 16, (8, 16), [None]], ids=repr
-)
+@pytest.mark.parametrize("value", [[], [0], [8, -1], [8, 16.0], [8, "16"], [True], "8 16", 16, [None]], ids=repr)
 def test_schedules_that_are_refused(value):
     with pytest.raises(ValueError, match="`block_size_schedule`"):
         make_config(block_size_schedule=value)
@@ -237,3 +235,4 @@ def test_integers_of_numpy():
     config = make_config(block_size_schedule=list(sizes), states_per_block=sizes[0])
     assert config.block_size_schedule == [8, 16] and json.dumps(config.to_dict())
     assert type(make_config(block_size=sizes[0]).block_size) is int
+    assert make_config(block_size_schedule=(8, 16)).block_size_schedule == [8, 16]

@@ -262,6 +262,14 @@ def test_a_folder_of_other_options_model_or_prompts_is_refused(word_model, token
     assert files_of(finished) == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_the_folder_of_a_model_is_refused(word_model, tokenizer, prompts, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"must have a folder of its own, got .*{name}"):
+        make_builder(word_model, tokenizer).build(prompts, output_dir=tmp_path)
+    assert files_of(tmp_path) == {name: b"{}"}
+
+
 def test_a_folder_of_other_files_is_refused(word_model, tokenizer, prompts, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.parquet").write_bytes(b"mine")
