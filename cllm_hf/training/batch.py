@@ -6,7 +6,6 @@ import reprlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from ..blocks.layout import num_blocks
+from ..trajectories.prompts import as_ids
 from ..trajectories.schema import check_record, check_response, check_tokens
 from .config import CLLMConfig
 
@@ -213,18 +213,19 @@ def no_room(prompt_length: int, least: int, max_length: int, place: str) -> Valu
 
 def labels_of(record: Mapping[str, Any]) -> list[int]:
     """The ground-truth answer of a record."""
-    if not record.get("label_ids"):
+    given = record.get("label_ids")
+    if given is None or not len(given):
         raise ValueError(
             f'`ar_labels="ground_truth"` needs tokens in the column `label_ids`, got none in record '
             f'{record.get("data_id", "?")}. Add the column with `dataset.map`, or use `ar_labels="response"`.'
         )
-    ids = record["label_ids"]
-    if isinstance(ids, str) or not all(isinstance(token, Integral) for token in ids):
+    ids = as_ids(given)
+    if ids is None:
         raise ValueError(
-            f"`label_ids` must be a list of token ids, got {reprlib.repr(ids)} in record "
+            f"`label_ids` must be a list of token ids, got {reprlib.repr(given)} in record "
             f"{record.get('data_id', '?')}. Tokenize them with `dataset.map`."
         )
-    return list(ids)
+    return ids
 
 
 def count_own_rows(num_rows: int, accelerator: Accelerator, drop_last: bool = False) -> int:

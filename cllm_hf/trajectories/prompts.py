@@ -214,7 +214,7 @@ def _tokenize_prompts(
     special = [isinstance(prompt, str) for prompt in prompts]  # a chat template already holds them
     for index, prompt in enumerate(prompts):
         name = f"prompt {first + index}"
-        ids = _as_ids(prompt)
+        ids = as_ids(prompt)
         if isinstance(prompt, str):
             texts.append(prompt)
         elif ids is not None:
@@ -244,7 +244,7 @@ def _tokenize_responses(
 ) -> list[list[int]]:
     ready: dict[int, list[int]] = {}
     for index, response in enumerate(responses):
-        ids = _as_ids(response)
+        ids = as_ids(response)
         if isinstance(response, str):
             check_unicode(response, f"response {first + index}")
         elif ids is not None:
@@ -274,7 +274,7 @@ def _encode(texts: Mapping[int, str], special: list[bool], tokenizer: PreTrained
     return {index: [same.setdefault(token, token) for token in ids] for index, ids in encoded.items()}
 
 
-def _as_ids(value: Any) -> list[int] | None:
+def as_ids(value: Any) -> list[int] | None:
     """Token ids as a list of numbers, if a value is that; arrays and tensors are."""
     if isinstance(value, (str, bytes, Mapping)):
         return None

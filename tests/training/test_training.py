@@ -424,9 +424,10 @@ def test_records_of_similar_length_come_together(word_model, tokenizer, dataset,
 
 def test_formatted_datasets_are_taken(word_model, tokenizer, dataset, tmp_path):
     weights = []
+    dataset = dataset.map(lambda record: {"label_ids": record["response_ids"][::-1]})
     for name in (None, "torch", "numpy"):
         model = copy.deepcopy(word_model)
-        make_trainer(model, dataset.with_format(name), tokenizer, tmp_path).train()
+        make_trainer(model, dataset.with_format(name), tokenizer, tmp_path, ar_labels="ground_truth").train()
         weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
