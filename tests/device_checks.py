@@ -9,7 +9,7 @@ from lossless_models import add_random_adapter
 from simulated_device import NAME, SimulatedTensor, set_up, simulated_device
 from training_cases import make_collator, make_config, make_record
 
-from cllm_hf.blocks.parting import find_parting
+from cllm_hf.blocks.parting import describe_parting, find_parting
 from cllm_hf.decoding import compiled
 from cllm_hf.training.batch import TrainingBatch
 from cllm_hf.training.drafting import DraftingObjective
@@ -136,7 +136,7 @@ def check_collecting(model):
         "responses": respond,
         "trajectories": lambda model: collect_trajectories(model, requests, 8, 0, [7], keep_not_greedy=True),
         "monitoring": lambda model: measure_decoding(model, records[:4], 8, 0, [7], 20).tolist(),
-        "parting": lambda model: vars(find_parting(model, PROMPTS[0], [3, 4, 5], [3, 6])),
+        "parting": lambda model: describe_parting(find_parting(model, PROMPTS[0], [3, 4, 5], [3, 6])),
     }.items():
         expected = run(model)
         with on_device(model) as (moved, device):

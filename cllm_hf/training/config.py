@@ -65,6 +65,8 @@ NOT_LOSSLESS = (
     "states_per_block",
     "state_sampling",
     "context",
+    "noise_window",
+    "online_iterations",
 )
 # Options that have a place there alone.
 LOSSLESS_ALONE = ("markov_rank", "drafts_per_response")

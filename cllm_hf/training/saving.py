@@ -55,7 +55,7 @@ _NOT_TRAINING = {"block_size", "logging_first_step", "export_custom_generate", "
 _NOT_TRAINING |= {"num_monitored_prompts", "monitored_max_new_tokens"}
 # Options that say nothing about a training with and without `lossless`.
 _NO_PART = {
-    True: {*NOT_LOSSLESS, "noise_window", "trajectory_source", "online_iterations"},
+    True: {*NOT_LOSSLESS, "trajectory_source"},
     False: {"lossless", *LOSSLESS_ALONE},
 }
 _NO_ANSWER = (httpx.HTTPError, OSError, ValueError)  # of the Hub: no such thing, no network, no valid name
