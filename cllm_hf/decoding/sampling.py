@@ -36,12 +36,8 @@ class GumbelNoise:
 
     def at_places(self, rows: list[int], positions: list[list[int]], like: torch.Tensor) -> torch.Tensor:
         """The noise of several positions in each row."""
-        return torch.stack(
-            [
-                torch.stack([self.at(position, like)[row] for position in row_positions])
-                for row, row_positions in zip(rows, positions)
-            ]
-        )
+        noise = [self.at(place, like)[row] for row, places in zip(rows, positions) for place in places]
+        return torch.stack(noise).view(len(rows), -1, like.shape[-1])
 
     def _exponential(self, position: int, like: torch.Tensor) -> torch.Tensor:
         """Every position has a seed of its own, so that noise can be drawn again in any order."""
