@@ -110,7 +110,7 @@ for package in (cllm_hf, torch, transformers, trl, peft, datasets):
     print(package.__name__, package.__version__)
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
 '
-benchmark=("$python" -m cllm_hf benchmark decode --model "$model" --prompts "$prompts" "${decode[@]}")
+benchmark=("$python" -m cllm_hf benchmark decode --chat --model "$model" --prompts "$prompts" "${decode[@]}")
 stage decode 40 "${benchmark[@]}" --markdown "$out/decode.md"
 stage decode-compiled 85 "${benchmark[@]}" --compile --markdown "$out/decode-compiled.md"
 
