@@ -168,7 +168,9 @@ class TextVerifier(Verifier):
         texts = self._texts(rows)[:, None].to(device)
         fed = torch.tensor([proposal.token_ids[:count] for proposal in proposals]).to(device, non_blocking=True)
         # Each place follows some of the guesses: `[num_rows, num_places, num_places]`.
-        follows = np.stack([ancestors(proposal.links()[0][:count]) for proposal in proposals])
+        follows = np.stack(
+            [np.tri(count, dtype=bool) if one.parents is None else ancestors(one.parents[:count]) for one in proposals]
+        )
         guesses = torch.where(torch.from_numpy(follows).to(device, non_blocking=True), fed[:, None], texts[..., -1:])
         return self._process(logits, torch.cat([texts.expand(-1, count, -1), guesses], dim=-1))
 

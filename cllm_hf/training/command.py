@@ -33,7 +33,9 @@ from ..trajectories.prompts import has_texts
 from .callbacks import show_progress
 from .checkpoints import choose_checkpoint, describe_run, newest_checkpoint
 from .config import CLLMConfig, option
-from .monitoring import METRICS
+from .drafting import DraftingObjective
+from .monitoring import LOSSLESS_METRICS, METRICS
+from .objective import ConsistencyObjective
 from .trainer import CLLMTrainer
 
 
@@ -228,7 +230,9 @@ def _check_best_metric(training: CLLMConfig) -> None:
     name = training.metric_for_best_model
     if name is None:
         return
-    known = ["loss", *_LOSSES, *(METRICS if training.num_monitored_prompts else ())]
+    objective: Any = DraftingObjective if training.lossless else ConsistencyObjective
+    measured = LOSSLESS_METRICS if training.lossless else METRICS
+    known = ["loss", *objective.loss_names, *(measured if training.num_monitored_prompts else ())]
     if name.removeprefix("eval_") not in known:
         raise ValueError(
             f"`metric_for_best_model` must be a metric that an evaluation logs, got {name!r}. Choose from "

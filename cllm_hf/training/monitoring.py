@@ -38,6 +38,7 @@ METRICS = (
     "response_tokens",  # tokens of the responses / responses
     "target_response_tokens",  # tokens of the dataset's responses, cut so / the same
 )
+LOSSLESS_METRICS = ("tokens_per_forward", "response_tokens")  # the others compare with the target's text, which it is
 
 
 def measure_decoding(

@@ -15,6 +15,7 @@ from cllm_hf.loading import load_cllm
 from cllm_hf.training.batch import make_collator
 from cllm_hf.training.drafting import DraftingObjective
 from cllm_hf.training.inputs import make_lossless_config, prepare_drafter
+from cllm_hf.training.monitoring import LOSSLESS_METRICS, METRICS
 
 
 def make_drafting_model(name="llama", num_masks=4, markov_rank=3, dropout=0.0):
@@ -182,6 +183,7 @@ def test_logs_name_what_is_minimised(tmp_path):
     assert log["loss"] == pytest.approx(log["drafting_loss"], rel=1e-3)
     assert 0 <= log["draft_accuracy"] <= 1
     assert metrics["eval_loss"] == metrics["eval_drafting_loss"]
+    assert [name for name in METRICS if f"eval_{name}" in metrics] == list(LOSSLESS_METRICS)
     assert not any("consistency" in name or "ar_loss" in name for name in {**log, **metrics})
 
 

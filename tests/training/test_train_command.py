@@ -180,6 +180,9 @@ def test_options_that_argparse_refuses(capsys, given, message):
         ([*REQUIRED, "--report_to", "nowhere"], "`report_to`.*nowhere"),
         ([*REQUIRED, "--max_steps", "0"], "`max_steps`.* got 0"),
         ([*REQUIRED, "--metric_for_best_model", "accuracy"], "`metric_for_best_model`.*'accuracy'.*agreement"),
+        ([*REQUIRED, "--metric_for_best_model", "draft_accuracy"], "'draft_accuracy'.*ar_loss"),
+        ([*REQUIRED, "--lossless", "--metric_for_best_model", "eval_agreement"], "'eval_agreement'.*draft_accuracy"),
+        ([*REQUIRED, "--num_monitored_prompts", "0", "--metric_for_best_model", "agreement"], "'agreement'"),
         ([*REQUIRED, "--deepspeed", "none.json"], "package that this needs cannot be imported.*deepspeed"),
         (
             [*REQUIRED, "--resume_from_checkpoint", "last"],
