@@ -140,7 +140,7 @@ class Feed:
         inputs = self._prepare(fed)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = num_fed  # some models put their own default here
-            if self._is_prefill and not proposals[0].is_chain:
+            if self._is_prefill and self._needs_tree:
                 # By their number, the last columns are a view, for which a CPU copies frozen output embeddings; by
                 # their places, they are a tensor of their own.
                 inputs["logits_to_keep"] = torch.arange(-num_fed, 0, device=self._device)

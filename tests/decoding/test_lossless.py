@@ -227,7 +227,8 @@ def test_prompts_that_are_too_long_for_the_mask_of_a_tree(monkeypatch, name):
         assert max(committed[0] for committed in stats.num_committed) == 1 and stats.tokens_per_forward > 1.2
 
 
-def test_frozen_output_embeddings_are_not_copied():
+@pytest.mark.parametrize("block_size", [1, NUM_MASKS + 1])
+def test_frozen_output_embeddings_are_not_copied(block_size):
     """A product with a view of the last columns would stack them, which takes a CPU longer than the forward pass."""
     _, model = pair_of("llama")
 
@@ -236,7 +237,7 @@ def test_frozen_output_embeddings_are_not_copied():
 
     assert not any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as run:
-        generate(model, make_prompts(1))
+        generate(model, make_prompts(1), jacobi_block_size=block_size)
     products = {event.name for event in run.events() if is_by_output_embeddings(event.input_shapes)}
     assert "aten::mm" in products and "aten::bmm" not in products
 
