@@ -15,7 +15,7 @@ from .integration import register, set_jacobi_defaults, unregister
 
 
 if TYPE_CHECKING:
-    from .decoding.loop import JacobiOutput, JacobiStats
+    from .decoding.outputs import JacobiOutput, JacobiStats
     from .decoding.strategy import Proposal, Room, Row, Strategy, register_strategy
     from .evaluation.metrics import DecodingSpeed
     from .export import export_custom_generate
@@ -65,8 +65,8 @@ _LAZY = {
     "CollapseCallback": ".training.callbacks",
     "DecodingSpeed": ".evaluation.metrics",
     "FEATURES": ".trajectories.schema",
-    "JacobiOutput": ".decoding.loop",
-    "JacobiStats": ".decoding.loop",
+    "JacobiOutput": ".decoding.outputs",
+    "JacobiStats": ".decoding.outputs",
     "Proposal": ".decoding.strategy",
     "Room": ".decoding.strategy",
     "Row": ".decoding.strategy",

@@ -46,7 +46,7 @@ def check_supported(
     for name in ("penalty_alpha", "dola_layers", "prefill_chunk_size", "token_healing"):
         if option(name):
             refuse(f"`{name}`", repr(option(name)))
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+    for name in ("output_attentions", "output_hidden_states"):
         if option(name):
             refuse(f"`{name}` yet", f"True{_asked_by(model)}")
     for name, value in call.items():
@@ -74,7 +74,7 @@ def _asked_by(model: Any) -> str:
         return ""
     return (
         f" (`{type(model).__name__}.generate` sets it by itself for some of its own options, such as "
-        "`logprob_threshold` or `return_token_timestamps` of Whisper)"
+        "`return_token_timestamps` of Whisper)"
     )
 
 

@@ -89,7 +89,7 @@ def test_statistics_agree_with_each_other(llama):
         ({"decoding": "jacobi", "num_beams": 3}, "num_beams=1"),
         ({"decoding": "jacobi", "prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens`"),
         ({"decoding": "jacobi", "penalty_alpha": 0.5, "top_k": 4}, "penalty_alpha"),
-        ({"decoding": "jacobi", "output_scores": True}, "output_scores"),
+        ({"decoding": "jacobi", "output_attentions": True}, "output_attentions"),
         ({"decoding": "jacobi", "cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"decoding": "jacobi", "prefill_chunk_size": 4}, "prefill_chunk_size"),
         ({"decoding": "jacobi", "synced_gpus": True}, "synced_gpus"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from .._host import CACHE_NAME
@@ -32,6 +31,7 @@ from ..options import AUTO, DEFAULT_BLOCK_SIZE, JacobiOptions
 from .block_size import Pace, make_pace
 from .compiled import Compiling
 from .feeding import Feed
+from .outputs import JacobiOutput, JacobiStats, TokenScores, lay_out_sequences
 from .reading import Reader, make_reader
 from .sampling import GumbelNoise
 from .strategy import Proposal, Room, Row, Strategy, check_proposals, is_drafting, is_reading, level, make_strategy
@@ -83,6 +83,7 @@ def decode(
     )
     if not feed.memory.fixed_shape and block_size != options.block_size:
         pace = make_pace(model, options.block_size, (strategy_name, options.candidates), largest)
+    kept = TokenScores.asked_for(generation_config, batch_size)
     verifier = make_verifier(
         input_ids,
         logits_processor,
@@ -92,6 +93,7 @@ def decode(
         streamer=streamer,
         same_length=feed.same_length,
         noise=_noise(generation_config, batch_size, options.seed),
+        kept=kept,
     )
     all_rows, num_forwards = list(feed.rows), 0
     try:
@@ -102,13 +104,14 @@ def decode(
         feed.memory.close()
         if streamer is not None:
             streamer.end()
-        sequences = _lay_out_sequences(input_ids, all_rows, verifier.pad_id)
+        sequences = lay_out_sequences(input_ids, all_rows, verifier.pad_id)
         if not generation_config.return_dict_in_generate:
             return sequences
         # A recurrent state may lag behind the text, and the cache of a batch has lost the rows that finished.
         cache = feed.memory.result() if batch_size == 1 and not feed.memory.replays else None
         stats = JacobiStats(num_forwards, [row.gains for row in all_rows])
-        return JacobiOutput(sequences=cast(torch.LongTensor, sequences), jacobi_stats=stats, **{CACHE_NAME: cache})
+        others = {CACHE_NAME: cache, **({} if kept is None else kept.result())}
+        return JacobiOutput(sequences=cast(torch.LongTensor, sequences), jacobi_stats=stats, **others)
     except BaseException:  # Ctrl-C too
         feed.memory.abandon()
         raise
@@ -163,18 +166,6 @@ def _propose(strategy: Strategy, rows: list[Row], room: Room, verifier: Verifier
     return level(proposals, room.depth + 1 if room.must_fill else 0)
 
 
-def _lay_out_sequences(input_ids: torch.Tensor, rows: list[Row], pad_id: int) -> torch.Tensor:
-    """Lay out prompts and committed tokens as transformers does."""
-    prompt_length = input_ids.shape[1]
-    sequences = input_ids.new_full((len(rows), max(row.length for row in rows)), pad_id)
-    sequences[:, :prompt_length] = input_ids
-    for number, row in enumerate(rows):
-        num_committed = row.length - prompt_length
-        committed = row.text[len(row.text) - num_committed :]
-        sequences[number, prompt_length : row.length] = torch.tensor(committed, dtype=sequences.dtype)
-    return sequences
-
-
 def _choose_compiling(
     device: torch.device, options: JacobiOptions, generation_config: GenerationConfig, reader: Reader | None = None
 ) -> Compiling | None:
@@ -196,61 +187,3 @@ def _noise(generation_config: GenerationConfig, batch_size: int, seed: int | Non
     if not generation_config.do_sample:
         return None
     return GumbelNoise(int(torch.randint(2**62, ())) if seed is None else seed, batch_size)
-
-
-@dataclass
-class JacobiStats:
-    """
-    Statistics of one call of `generate(decoding="jacobi")`.
-
-    Attributes:
-        num_forwards (`int`): calls of the model, prefill included.
-        num_committed (`list[list[int]]`): for each row, the tokens it gained in each forward pass it took part in,
-            prefill first. One token of each is the bonus token, the others are accepted draft tokens.
-    """
-
-    num_forwards: int = 0
-    num_committed: list[list[int]] = field(default_factory=list)
-
-    @property
-    def num_iterations(self) -> int:
-        """`int`: forward passes after the prefill."""
-        return max(self.num_forwards - 1, 0)
-
-    @property
-    def num_accepted(self) -> list[list[int]]:
-        """`list[list[int]]`: for each row, the draft tokens accepted in each forward pass it took part in."""
-        return [[count - 1 for count in row] for row in self.num_committed]
-
-    @property
-    def num_generated(self) -> list[int]:
-        """`list[int]`: generated tokens of each row, stop token included."""
-        return [sum(row) for row in self.num_committed]
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """`float`: tokens that a row gains in a forward pass in which it takes part; 0.0 for an empty batch."""
-        forwards = sum(len(row) for row in self.num_committed)
-        return sum(self.num_generated) / forwards if forwards else 0.0
-
-
-class JacobiOutput(GenerateDecoderOnlyOutput):
-    """
-    Output of Jacobi decoding: transformers' `GenerateDecoderOnlyOutput` with statistics.
-
-    Attributes:
-        sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`): prompt and generated tokens; rows that
-            ended early are padded on the right.
-        past_key_values (`transformers.Cache` or `None`): for one row, the cache of all tokens but the last, as
-            transformers returns it. `None` for a batch, whose rows leave the cache as they finish, and for recurrent
-            states, which may lag behind the text.
-        jacobi_stats (`JacobiStats`): forward passes and accepted tokens of this call. An attribute alone, not among
-            the items: models that decode a recording piece by piece (Whisper) split every item by rows.
-    """
-
-    def __init__(self, *args: Any, jacobi_stats: JacobiStats | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.jacobi_stats = jacobi_stats
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.jacobi_stats if key == "jacobi_stats" else super().__getitem__(key)

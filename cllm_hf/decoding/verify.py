@@ -29,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..blocks.forward import ancestors
 from ..blocks.rules import accepted_path, confirmed_by, count_accepted, count_until_stop
+from .outputs import TokenScores
 from .sampling import GumbelNoise
 from .strategy import Proposal, Row, Verdict
 
@@ -68,6 +69,7 @@ class Verifier:
     same_length: bool  # whether all rows must always have the same length
     leave_together: bool  # whether rows that have ended must stay in the batch until all have
     noise: GumbelNoise | None  # makes the choice a sample; without it the best token is chosen
+    kept: TokenScores | None  # where scores are kept, if they are asked for
 
     def verify(self, rows: list[Row], proposals: list[Proposal], logits: torch.Tensor) -> list[Verdict]:
         """
@@ -78,6 +80,9 @@ class Verifier:
         predictions = self._predict(rows, proposals, scores).tolist()  # the only host sync of an iteration
         paths = [_follow(proposal, tokens) for proposal, tokens in zip(proposals, predictions)]
         verdicts = self._judge(rows, paths, predictions)
+        if self.kept is not None:
+            for number, (row, verdict) in enumerate(zip(rows, verdicts)):
+                self.kept.add(row, verdict.path[: verdict.num_own], scores=scores[number], logits=logits[number])
         if self.streamer is not None:
             for token in verdicts[0].token_ids:
                 self.streamer.put(torch.tensor([token]))
@@ -233,13 +238,14 @@ class StepwiseVerifier(Verifier):
         for walk in walks:
             scores[walk.row.index] = walk.logits[walk.place]
         scores = self.logits_processor(text, scores)
-        if self.noise is not None:
-            scores = scores + self.noise.at(length, first).to(scores.device)
-        tokens = scores.argmax(-1).tolist()
+        noise = 0 if self.noise is None else self.noise.at(length, first).to(scores.device)
+        tokens = (scores + noise).argmax(-1).tolist()
         longer = self.canvas.until(length + 1)
         for walk in walks:
             is_padding = walk.is_stopped and bool(self.stop_ids)
             token = self.pad_id if is_padding else tokens[walk.row.index]
+            if self.kept is not None and not is_padding:
+                self.kept.add(walk.row, [0], scores=scores[walk.row.index, None], logits=walk.logits[walk.place, None])
             walk.take(token, is_padding)
             longer[walk.row.index, length] = token
         if self.streamer is not None:
@@ -308,6 +314,7 @@ def make_verifier(
     streamer: BaseStreamer | None,
     same_length: bool,  # whether the model needs all rows at the same length
     noise: GumbelNoise | None,
+    kept: TokenScores | None = None,
 ) -> Verifier:
     """Choose how forward passes are verified: all places at once, or one position after the other."""
     criteria = {type(criterion) for criterion in stopping_criteria}
@@ -328,6 +335,7 @@ def make_verifier(
         "same_length": leave_together or (batch_size > 1 and (same_length or streamer is not None)),
         "leave_together": leave_together,
         "noise": noise,
+        "kept": kept,
     }
     at_once = criteria <= {EosTokenCriteria, MaxLengthCriteria} and (
         streamer is None or batch_size == 1  # a streamer takes a batch one position at a time

@@ -160,10 +160,26 @@ def test_whisper_splits_outputs_by_rows(batch_size):
     assert decoded["sequences"].tolist() == expected["sequences"].tolist()
 
 
-def test_scores_that_a_model_asks_for_by_itself_are_named_as_such():
+def test_whisper_judges_its_text_by_scores():
+    """A text that is too unlikely is decoded again at the next temperature."""
+    model, sound = make_whisper(), torch.randn(1, 8, 100)
+    options = {"max_new_tokens": 12, "temperature": (0.0, 0.2), "return_dict_in_generate": True}
+    for threshold in (-100.0, -1e-3):
+        calls = []
+        handle = model.get_encoder().register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        output = model.generate(sound, **options, logprob_threshold=threshold, jacobi_block_size=4)
+        handle.remove()
+        assert len(calls) == (1 if threshold == -100.0 else 2)
+    expected = model.generate(sound, **options, logprob_threshold=-100.0)
+    output = model.generate(sound, **options, logprob_threshold=-100.0, jacobi_block_size=4)
+    assert output["sequences"].tolist() == expected["sequences"].tolist()
+
+
+def test_what_a_model_asks_for_by_itself_is_named_as_such():
     model = make_whisper()
+    model.generation_config.alignment_heads = [[0, 0]]
     with pytest.raises(ValueError, match="WhisperForConditionalGeneration.generate"):
-        model.generate(torch.randn(1, 8, 100), jacobi_block_size=4, logprob_threshold=-1.0, temperature=(0.0, 0.2))
+        model.generate(torch.randn(1, 8, 100), jacobi_block_size=4, return_token_timestamps=True)
 
 
 def test_batches_of_images():

@@ -231,7 +231,7 @@ def with_config(**config):
 
 REFUSED = {
     "beams": (with_config(num_beams=2), "beam"),
-    "scores": (with_config(output_scores=True, return_dict_in_generate=True), "output_scores"),
+    "attentions": (with_config(output_attentions=True, return_dict_in_generate=True), "output_attentions"),
     "a block without positions": (with_config(jacobi_block_size=0), 'integer of at least 1 or \\"auto\\", got 0'),
     "a large block": (
         with_config(jacobi_block_size=17),
