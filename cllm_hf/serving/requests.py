@@ -191,6 +191,7 @@ class _LimitedManager(_Around):
         prompt = inputs["input_ids"]
         prompt_length = len(prompt) if isinstance(prompt, list) else prompt.shape[-1]
         self._limits.apply(config, model.generation_config, prompt_length, request is None or request.asks_for_length)
+        config.return_dict_in_generate = False  # a default of some models; the server takes token ids alone
         return request
 
 
@@ -297,6 +298,8 @@ def _read_config(text: Any) -> dict[str, Any]:
     unknown = [name for name in config if name.startswith("jacobi_") and name not in OPTION_NAMES]
     if unknown:
         raise ValueError(f"Unknown options {unknown} in `generation_config`. There are {', '.join(OPTION_NAMES)}.")
+    if config.get("return_dict_in_generate"):
+        raise ValueError("An answer holds text alone, got `return_dict_in_generate` in `generation_config`. Drop it.")
     return config
 
 

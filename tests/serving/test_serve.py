@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -231,7 +232,8 @@ def with_config(**config):
 
 REFUSED = {
     "beams": (with_config(num_beams=2), "beam"),
-    "attentions": (with_config(output_attentions=True, return_dict_in_generate=True), "output_attentions"),
+    "attentions": (with_config(output_attentions=True), "output_attentions"),
+    "scores": (with_config(output_scores=True, return_dict_in_generate=True), "return_dict_in_generate"),
     "a block without positions": (with_config(jacobi_block_size=0), 'integer of at least 1 or \\"auto\\", got 0'),
     "a large block": (
         with_config(jacobi_block_size=17),
@@ -259,6 +261,19 @@ def test_what_a_request_cannot_have_is_refused_before_anything_is_answered(name,
         assert error.value.status_code == 400 and message in error.value.response.text
         assert error.value.response.json()["error"]["type"] == "invalid_request_error"
     assert ask(limited, endpoint, True, {"max_tokens": 4}) == ask(limited, endpoint, False, {"max_tokens": 4}) != ""
+
+
+def test_models_that_return_a_dict_by_default(folders, tmp_path):
+    folder = shutil.copytree(folders["cllm"], tmp_path / "model")
+    config = GenerationConfig.from_pretrained(folder)
+    config.update(return_dict_in_generate=True, output_scores=True)
+    config.save_pretrained(folder)
+    server = Server(str(folder))
+    try:
+        texts = [ask(server, "completion", stream, {"max_tokens": 8}) for stream in (True, False)]
+    finally:
+        server.stop()
+    assert texts == [greedy_text(folders["plain"], "Hello.", max_new_tokens=8)[0]] * 2
 
 
 def test_what_is_not_asked_for_is_brought_within_the_limits(limited):
