@@ -14,8 +14,9 @@ from typing import Any
 from transformers import GenerationMixin
 
 from .adapters import HUB_OPTIONS, add_drafter
-from .blocks.drafter import active_lossless_adapter, find_drafter, is_switched_off
+from .blocks.drafter import Drafter, active_lossless_adapter, find_drafter, is_switched_off
 from .integration import with_decoding
+from .options import AUTO
 
 
 # What the one who exports this file chooses; arguments and generation configs come first.
@@ -90,5 +91,10 @@ def _with_exported_defaults(model: Any, args: tuple[Any, ...], kwargs: dict[str,
         kwargs = {**kwargs, "decoding": EXPORTED_DECODING}
     is_open = EXPORTED_BLOCK_SIZE is not None and chosen("jacobi_block_size") is None
     if is_open and chosen("decoding") == EXPORTED_DECODING:
-        kwargs = {**kwargs, "jacobi_block_size": EXPORTED_BLOCK_SIZE}
+        kwargs = {**kwargs, "jacobi_block_size": _drafted(EXPORTED_BLOCK_SIZE, find_drafter(model))}
     return kwargs
+
+
+def _drafted(block_size: Any, drafter: Drafter | None) -> Any:
+    """A default is cut to what an adapter drafts, where a wish of the caller would be refused."""
+    return block_size if drafter is None or block_size == AUTO else min(block_size, drafter.num_masks + 1)

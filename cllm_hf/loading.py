@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers.utils import find_adapter_config_file
 
 from .adapters import add_drafter
 from .blocks.drafter import is_lossless
+from .names import Name
+from .options import OPTION_NAMES
 
 
 if TYPE_CHECKING:
@@ -26,18 +29,19 @@ _OF_ADAPTERS = ("cache_dir", "local_files_only", "token")
 
 
 def load_cllm(
-    path: str | Path, base_model: PreTrainedModel | None = None, **kwargs: Any
+    path: str | Path, base_model: PreTrainedModel | str | Path | None = None, **kwargs: Any
 ) -> PreTrainedModel | PeftModel:
     """
     Load what `CLLMTrainer.save_model` has written: a model or an adapter that decodes by Jacobi by default.
 
     For a whole model `AutoModelForCausalLM.from_pretrained` does the same. For an adapter the hosts use the base
-    model's generation config, and the defaults saved beside the adapter would be lost.
+    model's generation config, and the defaults saved beside the adapter would be lost. With a lossless adapter, all
+    defaults but those of the decoding (`decoding`, `jacobi_` options) stay the base model's.
 
     Args:
         path (`str` or `pathlib.Path`): folder or Hub id of a model or an adapter.
-        base_model (`transformers.PreTrainedModel`, *optional*): what the adapter goes on; by default the model that it
-            was trained on is loaded.
+        base_model (`transformers.PreTrainedModel` or `str`, *optional*): what the adapter goes on, a model or its
+            folder or Hub id; by default the model that it was trained on is loaded.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained` for the model, or the base model of an adapter, whose
             `revision` it then is. `cache_dir`, `local_files_only` and `token` go for the adapter's files as well.
 
@@ -45,10 +49,11 @@ def load_cllm(
         `transformers.PreTrainedModel` or `peft.PeftModel`, in evaluation mode.
 
     Raises:
-        OSError: if there is neither a model nor an adapter at `path`.
-        ValueError: if the adapter does not fit the base model, a base model is given for a whole model, or `kwargs`
-            for a base model that is loaded already.
+        OSError: if there is nothing at `path`, or the model that the adapter was trained on is not there.
+        ValueError: if a folder holds neither a model nor an adapter, the adapter does not fit the base model, a base
+            model is given for a whole model, or `kwargs` for a base model that is loaded already.
     """
+    Name.find(path).check("path", "model")
     path = str(path)
     if find_adapter_config_file(path, **_of_adapter(kwargs)) is None:
         if base_model is not None:
@@ -58,39 +63,52 @@ def load_cllm(
 
 
 def load_adapter(
-    path: str, base_model: PreTrainedModel | None = None, is_trainable: bool = False, **kwargs: Any
+    path: str, base_model: PreTrainedModel | str | Path | None = None, is_trainable: bool = False, **kwargs: Any
 ) -> PeftModel:
     """
     Load an adapter, by folder or Hub id, with the decoding defaults saved beside it; the arguments are as for
     `load_cllm`, and `is_trainable` says whether the adapter is to be trained further.
     """
     model: Any = _load_adapter(path, base_model, is_trainable, kwargs)
+    base = model.get_base_model()
     if is_lossless(model.active_peft_config):
-        add_drafter(model.get_base_model(), model.active_adapter, path, is_trainable, **_of_adapter(kwargs))
+        add_drafter(base, model.active_adapter, path, is_trainable, **_of_adapter(kwargs))
     try:
-        model.generation_config = GenerationConfig.from_pretrained(path, **_of_adapter(kwargs))
+        saved = GenerationConfig.from_pretrained(path, **_of_adapter(kwargs))
     except OSError:  # not saved by `CLLMTrainer`: keeps the defaults of its base model
         return model
-    model.get_base_model().generation_config = model.generation_config
+    if is_lossless(model.active_peft_config):
+        # Stop tokens and all else that makes the text are the base model's, as they are on this one.
+        own = {name: getattr(saved, name, None) for name in ("decoding", *OPTION_NAMES)}
+        saved = copy.deepcopy(base.generation_config)
+        for name, value in own.items():
+            setattr(saved, name, value)
+    model.generation_config = base.generation_config = saved
     return model
 
 
 def _load_adapter(
-    path: str, base_model: PreTrainedModel | None, is_trainable: bool, kwargs: dict[str, Any]
+    path: str, base_model: PreTrainedModel | str | Path | None, is_trainable: bool, kwargs: dict[str, Any]
 ) -> PeftModel:
     from peft import PeftConfig, PeftModel
 
     options = _of_adapter(kwargs)
     others = [name for name in kwargs if name not in _OF_ADAPTERS]
-    config = PeftConfig.from_pretrained(path, **options)
+    try:
+        config = PeftConfig.from_pretrained(path, **options)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`adapter_config.json` of {path} must be an object of JSON ({error}). Save the adapter again."
+        ) from error
     trained_on = config.base_model_name_or_path
     if base_model is None:
-        if not trained_on:
-            raise ValueError(f"The adapter at {path} does not name the model it was trained on. Pass `base_model`.")
-        base_model = AutoModelForCausalLM.from_pretrained(trained_on, **kwargs)
+        base_model = _load_trained_on(path, trained_on, kwargs)
+    elif isinstance(base_model, (str, Path)):
+        Name.find(base_model).check("base_model", "model")
+        base_model = AutoModelForCausalLM.from_pretrained(str(base_model), **kwargs)
     elif others:
         raise ValueError(f"The base model is loaded already, got {', '.join(others)} for loading it too. Drop them.")
-    elif trained_on and base_model.name_or_path not in ("", trained_on):
+    if trained_on and base_model.name_or_path not in ("", trained_on):
         logger.warning(
             "The adapter at %s was trained on %s and is put on %s.", path, trained_on, base_model.name_or_path
         )
@@ -101,6 +119,21 @@ def _load_adapter(
             f"trained on {trained_on or 'an unnamed model'}: pass that as `base_model`."
         )
     return PeftModel.from_pretrained(base_model, path, is_trainable=is_trainable, **options)
+
+
+def _load_trained_on(path: str, trained_on: str | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load the model that an adapter says it was trained on."""
+    if not trained_on:
+        raise ValueError(f"The adapter at {path} does not name the model it was trained on. Pass `base_model`.")
+    try:
+        Name.find(trained_on).check("base_model", "model")
+        return AutoModelForCausalLM.from_pretrained(trained_on, **kwargs)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"The adapter at {path} was trained on {trained_on!r}, which cannot be loaded ({reason}). Pass that model "
+            "as `base_model`, or the folder where it is now."
+        ) from error
 
 
 def _of_adapter(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,9 @@ WAYS = {
     "load_cllm with a base model": lambda folders: load_cllm(
         folders["adapter"], base_model=AutoModelForCausalLM.from_pretrained(folders["base"])
     ),
+    "load_cllm with the name of a base model": lambda folders: load_cllm(
+        folders["adapter"], base_model=folders["base"], dtype="float32"
+    ),
     "load_cllm with a revision of the base model": lambda folders: load_cllm(folders["adapter"], revision="main"),
     "AutoModelForCausalLM": lambda folders: AutoModelForCausalLM.from_pretrained(folders["adapter"]),
     "load_adapter": lambda folders: with_adapter(AutoModelForCausalLM.from_pretrained(folders["base"]), folders),
@@ -265,6 +268,34 @@ def test_peft_alone_gives_the_base_model(base, folders, text, monkeypatch):
 
 def record(messages):
     return lambda self, message, *args: messages.append(message)
+
+
+def test_defaults_but_those_of_the_decoding_stay_the_base_model_s(base, folders):
+    """Stop tokens are a part of its text."""
+    base.generation_config.update(eos_token_id=decode(base, IDS)[0][0][IDS.shape[1] + 5], repetition_penalty=1.2)
+    expected, options = decode(base, IDS)[0], base.generation_config.to_dict()
+    other = copy.deepcopy(base)
+    with_adapter(other, folders)
+    for loaded in (load_cllm(folders["adapter"], base_model=copy.deepcopy(base)), other):
+        assert decode(loaded, IDS)[0] == expected
+        assert loaded.generation_config.eos_token_id == base.generation_config.eos_token_id
+    assert base.generation_config.to_dict() == options
+
+
+def test_what_is_not_there_is_named(folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match="`path` must be a folder.*nothing', which is not there"):
+        load_cllm(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="`base_model` must be a folder.*nothing', which is not there"):
+        load_cllm(folders["adapter"], base_model=str(tmp_path / "nothing"))
+    folder = shutil.copytree(folders["adapter"], tmp_path / "adapter")
+    config = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(config.replace(str(folders["base"]), str(tmp_path / "gone")))
+    with pytest.raises(OSError, match="adapter at .* was trained on .*gone.*which is not there.* as `base_model`"):
+        load_cllm(folder)
+    assert decode(load_cllm(folder, base_model=folders["base"]), IDS)[1] is not None
+    (folder / "adapter_config.json").write_text(config[:20])
+    with pytest.raises(ValueError, match="`adapter_config.json` of .* must be an object of JSON"):
+        load_cllm(folder, base_model=folders["base"])
 
 
 def test_an_adapter_for_another_model_is_refused(folders):
