@@ -233,7 +233,7 @@ def _choose_decoding(
 ) -> tuple[Any, bool]:
     """Which decoding a call asks for, `None` for that of transformers, and whether it does so by defaults alone."""
     named = [name for name, value in given.items() if _is_wish(name, value)]
-    default = LOSSLESS if drafts and first_set(configs[:-1], "decoding") is None else _decoding_of(configs)
+    default = LOSSLESS if drafts and first_set(configs[:-1], "decoding") is None else decoding_of(configs)
     if default == LOSSLESS and not drafts:
         default = None  # within `disable_adapter()`, and for the base model of an adapter
     if decoding is None and named:
@@ -249,7 +249,7 @@ def _choose_decoding(
     return requested, decoding is None
 
 
-def _decoding_of(configs: list[GenerationConfig]) -> Any:
+def decoding_of(configs: list[GenerationConfig]) -> Any:
     """The decoding that the first config with a `decoding` or a `jacobi_` option asks for."""
     for number, config in enumerate(configs):
         decoding = getattr(config, "decoding", None)

@@ -14,7 +14,10 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..options import AUTO, DEFAULT_BLOCK_SIZE, OPTION_NAMES
+from .._host import base_model_of
+from ..blocks.limits import count_positions
+from ..integration import decoding_of
+from ..options import AUTO, AUTOREGRESSIVE, DEFAULT_BLOCK_SIZE, OPTION_NAMES, as_integer, first_set
 
 
 # A static cache is as long as the longest text that needed it, for all later requests. So that no request makes those
@@ -62,7 +65,8 @@ class ServingLimits:
         block_size, candidates = asked = _block(config, default_config)
         if self.max_block_size is None or block_size * (1 + candidates) <= self.max_block_size:
             return
-        if candidates or asked != _block(default_config, default_config):
+        is_named = first_set([config, default_config], "jacobi_block_size") is not None
+        if candidates or (is_named and asked != _block(default_config, default_config)):
             raise ValueError(
                 f"This server checks at most {self.max_block_size} positions in a forward pass, got a request for "
                 f"{block_size} with `jacobi_candidates={candidates}`. Ask for less."
@@ -72,11 +76,15 @@ class ServingLimits:
     def _fix_static_cache(self, config: Any, default_config: Any, length: int) -> None:
         bound = _STATIC_LENGTH if self.max_cache_length is None else self.max_cache_length
         asked = getattr(config, "max_cache_len", None) or 0
+        if as_integer(asked) is None:
+            raise ValueError(f"`max_cache_len` must be an integer, got {asked!r}.")
         if asked > bound:
             raise ValueError(
                 f"This server makes static caches of at most {bound} tokens, got `max_cache_len={asked}`."
             )
-        if length + (_block(config, default_config)[0] or DEFAULT_BLOCK_SIZE) > bound:
+        is_named = first_set([config, default_config], "jacobi_block_size") is not None
+        block_size = _block(config, default_config)[0] if is_named else DEFAULT_BLOCK_SIZE  # of a compiled one
+        if length + block_size > bound:
             config.jacobi_compile = False
             if "static" in (config.cache_implementation or "static"):  # the model's default may be one
                 config.cache_implementation = "dynamic"
@@ -89,13 +97,13 @@ def _is_compiled(config: Any) -> bool:
 
 
 def _block(config: Any, default_config: Any) -> tuple[int, int]:
-    """Positions of the largest block, and candidates."""
-    found = []
-    for name in ("jacobi_block_size", "jacobi_candidates"):
-        value = getattr(config, name, None)
-        value = getattr(default_config, name, None) if value is None else value
-        found.append(_LARGEST_AUTO if value == AUTO else value if isinstance(value, int) else 0)
-    return found[0], found[1]
+    """Positions of the largest block, 0 where one token is decoded at a time, and candidates."""
+    configs = [config, default_config]
+    size, candidates = (first_set(configs, name) for name in ("jacobi_block_size", "jacobi_candidates"))
+    if size is None and decoding_of(configs) not in (None, AUTOREGRESSIVE):
+        size = AUTO
+    count = candidates if isinstance(candidates, int) else 0
+    return _LARGEST_AUTO if size == AUTO else size if isinstance(size, int) else 0, count
 
 
 def _num_new_tokens(config: Any, default_config: Any, prompt_length: int) -> int:
@@ -190,9 +198,19 @@ class _LimitedManager(_Around):
         request = _REQUEST.get()
         prompt = inputs["input_ids"]
         prompt_length = len(prompt) if isinstance(prompt, list) else prompt.shape[-1]
+        if request is not None:
+            _check_prompt(model, prompt_length)
         self._limits.apply(config, model.generation_config, prompt_length, request is None or request.asks_for_length)
         config.return_dict_in_generate = False  # a default of some models; the server takes token ids alone
         return request
+
+
+def _check_prompt(model: Any, length: int) -> None:
+    if length < 1:
+        raise ValueError("A prompt must have at least one token, got none. Write one.")
+    positions = None if model.config.is_encoder_decoder else count_positions(base_model_of(model))
+    if positions is not None and length > positions:
+        raise ValueError(f"A prompt must fit into the {positions} positions of the model, got {length} tokens.")
 
 
 class _WatchedModel(_Around):
@@ -207,7 +225,7 @@ class _WatchedModel(_Around):
         try:
             return self._inner.generate(streamer=watched, **kwargs)
         except Exception as error:
-            self._say(error)
+            self._say(None if watched.is_over else error)
             if self._escapes and not watched.is_over:  # the end of a stream whose client is gone has a type of its own
                 raise RuntimeError(json.dumps(str(error))[1:-1]) from error
             raise
@@ -220,7 +238,7 @@ class _WatchedModel(_Around):
     def _note(self, error: Exception | None) -> None:
         if self._started.done():
             return
-        if isinstance(error, (ValueError, NotImplementedError)):
+        if error is not None:
             self._started.set_exception(error)
         else:
             self._started.set_result(None)
@@ -250,20 +268,31 @@ def make_build_server(original: Any) -> Any:
     def build_server(model_manager: Any, chat_handler: Any, **others: Any) -> Any:
         for name, handler in {"chat_handler": chat_handler, **others}.items():
             if name in ("chat_handler", "completion_handler", "response_handler"):
-                handler.handle_request = _until_started(handler.handle_request, name)
+                needs_model = model_manager.force_model is None
+                handler.handle_request = _until_started(handler.handle_request, name, needs_model)
         app = original(model_manager, chat_handler, **others)
-        for kind in (ValueError, NotImplementedError, TemplateError):
+        for kind in (
+            ValueError,
+            NotImplementedError,
+            TemplateError,
+            OSError,
+        ):  # the last one for a model of no such name
             app.add_exception_handler(kind, _refuse)
+        app.add_exception_handler(Exception, _fail)
         return app
 
     return build_server
 
 
-def _until_started(handle: Callable[..., Awaitable[Any]], name: str) -> Callable[..., Awaitable[Any]]:
+def _until_started(
+    handle: Callable[..., Awaitable[Any]], name: str, needs_model: bool
+) -> Callable[..., Awaitable[Any]]:
     """A handler that answers with a stream once that has begun: until then, the status can say what is wrong."""
 
     async def handle_request(body: dict[str, Any], request_id: str) -> Any:
         _check_types(body)
+        if needs_model and not body.get("model"):
+            raise ValueError("`model` must name a model, by its folder or Hub id, got none.")
         if name == "chat_handler":
             _check_messages(body.get("messages"))
         wishes = {**body, **_read_config(body.get("generation_config"))}
@@ -316,13 +345,43 @@ def _check_types(body: dict[str, Any]) -> None:
 
 
 def _check_messages(messages: Any) -> None:
-    """Every chat template asks for these."""
-    is_list = isinstance(messages, list) and len(messages) > 0
-    if not is_list or not all(isinstance(message, dict) and "role" in message for message in messages):
-        raise ValueError(f"`messages` must be a list of objects with `role` and `content`, got {messages!r:.200}.")
+    """What the server and every chat template ask for."""
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError(
+            "`messages` must be a list of objects with `role` and `content`, a string or a list of parts with `type`, "
+            f"got {messages!r:.200}."
+        )
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or "role" not in message:
+        return False
+    content, calls = message.get("content"), message.get("tool_calls", [])
+    is_content = (
+        content is None or isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content)))
+    )
+    return is_content and isinstance(calls, list) and all(map(_is_call, calls))
+
+
+def _is_part(part: Any) -> bool:
+    is_text = isinstance(part, dict) and part.get("type") in ("text", "input_text", "output_text")
+    return isinstance(part.get("text"), str) if is_text else isinstance(part, dict) and "type" in part
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") or call if isinstance(call, dict) else None
+    return isinstance(function, dict) and "arguments" in function
 
 
 async def _refuse(_: Any, error: Exception) -> Any:
+    return _say_error(400, "invalid_request_error", str(error))
+
+
+async def _fail(_: Any, error: Exception) -> Any:
+    return _say_error(500, "server_error", f"{type(error).__name__}: {error}")
+
+
+def _say_error(status: int, kind: str, message: str) -> Any:
     from fastapi.responses import JSONResponse
 
-    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+    return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)

@@ -240,6 +240,8 @@ REFUSED = {
         "at most 16 positions in a forward pass, got a request for 17",
     ),
     "a block of any size": (with_config(jacobi_block_size="auto"), "got a request for 64"),
+    "a block that nobody names": (with_config(decoding="jacobi", jacobi_candidates=20), "a request for 8 with"),
+    "a cache of a length that is none": (with_config(max_cache_len="long"), "`max_cache_len` must be an integer"),
     "many candidates": (with_config(jacobi_block_size=8, jacobi_candidates=2), "at most 16 positions"),
     "many tokens": ({"max_tokens": 49}, "at most 48 tokens, got a request for 49"),
     "many tokens in a config": ({"extra_body": with_config(max_new_tokens=10**9)["extra_body"]}, "at most 48 tokens"),
@@ -294,6 +296,10 @@ def test_what_is_not_asked_for_is_brought_within_the_limits(limited):
         ({}, {"jacobi_block_size": 64}, None),
         ({"jacobi_block_size": 64}, {"jacobi_block_size": 64}, None),
         ({}, {"jacobi_block_size": "auto"}, None),
+        ({"decoding": "jacobi"}, {}, None),
+        ({"jacobi_seed": 3}, {}, None),
+        ({}, {"decoding": "lossless"}, None),
+        ({"jacobi_candidates": 2}, {}, "got a request for 64 with `jacobi_candidates=2`"),
         ({}, {"jacobi_block_size": 16, "jacobi_candidates": 1}, "`jacobi_candidates=1`"),
         ({"max_new_tokens": "5"}, {}, "`max_new_tokens` must be an integer, got '5'"),
         ({}, {"max_new_tokens": 100}, "at most 48 tokens, got a request for 100"),
@@ -307,7 +313,10 @@ def test_limits_hold_for_defaults_of_the_model_too(fields, default, refusal):
         for options, values in ((config, fields), (default_config, default)):
             for name, value in values.items():
                 setattr(options, name, value)
-        is_length = "jacobi" not in str((fields, default)) and fields.get("max_new_tokens") != "5"
+        is_length = (
+            not any(word in str((fields, default)) for word in ("jacobi", "lossless"))
+            and fields.get("max_new_tokens") != "5"
+        )
         if refusal and (asks or not is_length):
             with pytest.raises(ValueError, match=refusal):
                 limits.apply(config, default_config, 5, asks)
@@ -373,7 +382,15 @@ def post(server, path, body):
         return error.code, error.read().decode()
 
 
-@pytest.mark.parametrize("messages", [None, [], "Hello.", ["Hello."], [{"content": "Hello."}]])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        *(None, [], "Hello.", ["Hello."], [{"content": "Hello."}]),
+        *([{"role": "user", "content": content}] for content in (5, [5], [{}], [{"type": "text"}], {"type": "text"})),
+        *([{"role": "assistant", "tool_calls": calls}] for calls in (5, [5], [{"function": {"name": "a"}}])),
+    ],
+    ids=str,
+)
 def test_what_is_no_chat_is_refused(messages, limited):
     for stream in (False, True):
         status, text = post(limited, "/v1/chat/completions", {"messages": messages, "stream": stream})
@@ -415,6 +432,32 @@ def test_a_field_of_a_type_that_the_server_takes_is_taken(field, value, limited)
     assert status == 200, text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_goes_wrong_before_the_first_token_is_said(stream, limited, folders, monkeypatch):
+    body = {"prompt": "", "max_tokens": 4, "stream": stream}
+    assert post(limited, "/v1/completions", body)[0] == 400  # this tokenizer adds no token of its own
+    body = {"prompt": "Hello.", "max_tokens": 4, "stream": stream, "generation_config": '{"eos_token_id": "x"}'}
+    status, text = post(limited, "/v1/completions", body)
+    error = json.loads(text)["error"]
+    assert status == 500 and error["type"] == "server_error" and error["message"].startswith("TypeError: ")
+    status, text = post(limited, "/load_model", {"model": 5})
+    assert status == 500 and "server_error" in text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_longer_than_the_positions(stream, byte_tokenizer, tmp_path):
+    model = make_model("gpt2", vocab_size=len(byte_tokenizer), n_positions=32)
+    for part in (model, byte_tokenizer):
+        part.save_pretrained(tmp_path)
+    server = Server(str(tmp_path))
+    try:
+        status, text = post(server, "/v1/completions", {"prompt": "Hello " * 6, "max_tokens": 4, "stream": stream})
+        assert status == 400 and "must fit into the 32 positions of the model, got 36 tokens" in text
+        assert post(server, "/v1/completions", {"prompt": "Hello", "max_tokens": 4, "stream": stream})[0] == 200
+    finally:
+        server.stop()
+
+
 def test_a_server_with_a_model_serves_no_other(limited, folders):
     for path in ("/v1/completions", "/load_model"):
         status, text = post(limited, path, {"model": folders["plain"], "prompt": "Hello.", "max_tokens": 2})
@@ -429,6 +472,11 @@ def test_a_server_without_a_model_loads_any(folders):
         assert '"ready"' in post(server, "/load_model", {"model": folders["plain"]})[1]
         assert ask(server, "completion", False, {"max_tokens": 3}) != ""
         assert len(server.models) == 2
+        for model, reason in ((None, "`model` must name a model"), ("./nothing", "./nothing")):
+            for stream in (False, True):
+                body = {"model": model, "prompt": "Hello.", "max_tokens": 2, "stream": stream}
+                status, text = post(server, "/v1/completions", body)
+                assert status == 400 and reason in text and "invalid_request_error" in text
     finally:
         server.stop()
 
