@@ -14,7 +14,7 @@ from typing import Any
 from ._version import __version__
 from .evaluation.arguments import MOVED, add_benchmark_commands
 from .options import JACOBI, LOSSLESS
-from .parsing import HelpFormatter, block_size, positive
+from .parsing import HelpFormatter, block_size, port, positive
 from .trajectories.options import COLLECT_HELP, add_trajectory_commands, parse_collect
 
 
@@ -166,7 +166,7 @@ def _add_compare(commands: Any) -> None:
         default="127.0.0.1",
         help="address that the page is served at; by default this machine alone can open it",
     )
-    compare.add_argument("--port", type=int, help="port of the page; by default the first free one from 7860 on")
+    compare.add_argument("--port", type=port, help="port of the page; by default the first free one from 7860 on")
     compare.set_defaults(run=_run_compare)
 
 
@@ -215,7 +215,10 @@ def _run_demo(parsed: argparse.Namespace) -> int:
 def _run_compare(parsed: argparse.Namespace) -> int:
     from .show.compare import run_compare
 
-    return _say(run_compare(parsed))
+    try:
+        return _say(run_compare(parsed))
+    except KeyboardInterrupt:
+        return _say_interrupted("the page has been closed." if parsed.web else "interrupted.")
 
 
 def _run_benchmark(parsed: argparse.Namespace) -> int:

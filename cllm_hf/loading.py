@@ -205,6 +205,21 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         ) from error
 
 
+def check_same_tokenizer(name: str, tokenizer: Any, text: str, kind: str = "CLLM") -> None:
+    """
+    Check that a target model, by folder or Hub id, reads a text as the tokenizer of a model of this `kind` does.
+    """
+    try:
+        other = load_tokenizer(name)
+    except OSError:  # that of the other model must do
+        return
+    if other(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        raise ValueError(
+            f"The target model must have the tokenizer of the {kind}, got {name!r}, which reads the prompt as other "
+            f"tokens. Pass the model that the {kind} was made from."
+        )
+
+
 def pick_device(name: str) -> torch.device:
     """Find a device that works, such as "cpu" or "cuda:0", or "auto" for CUDA if there is one."""
     if name == "auto":

@@ -34,6 +34,13 @@ def _at_least(least: int, text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """Read the number of a port, as a `type` of argparse."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, got {text!r}")
+    return int(text)
+
+
 def block_size(text: str) -> int | str:
     """Read a block size, an integer of at least 1 or "auto", as a `type` of argparse."""
     return text if text == "auto" else positive(text)

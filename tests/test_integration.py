@@ -76,6 +76,11 @@ def test_statistics_agree_with_each_other(llama):
     assert stats.tokens_per_forward == sum(stats.num_generated) / sum(map(len, stats.num_committed)) > 1
 
 
+def test_an_empty_prompt(llama):
+    with pytest.raises(ValueError, match="must have at least one token, got none"):
+        llama.generate(torch.zeros((1, 0), dtype=torch.long), decoding="jacobi", max_new_tokens=4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -312,6 +312,8 @@ class Feed:
 def _count_new(num_prompt: int, num_cached: int, num_given: int | None) -> int:
     """Tokens of the prompt that are not in the cache."""
     num_new = num_prompt - num_cached if num_given in (None, num_prompt) else num_prompt
+    if num_new < 1 and not num_cached:
+        raise ValueError("The prompt must have at least one token, got none. Pass one, such as `bos_token_id`.")
     if num_new < 1:
         raise ValueError(
             f"`past_key_values` already hold {num_cached} tokens and the prompt has {num_prompt}: nothing is left to "

@@ -23,6 +23,7 @@ from transformers.utils.import_utils import is_serve_available
 from .._host import base_model_of
 from ..blocks.drafter import find_drafter
 from ..loading import load_cllm
+from ..names import Name
 from ..options import AUTO, JACOBI, LOSSLESS, check_block_size
 from .requests import ServingLimits, make_build_server, make_generation_state
 
@@ -99,6 +100,7 @@ def _make_model_manager(original: Any, block_size: int | str | None, report: Cal
     class JacobiModelManager(original):
         def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
             self._check_pinned(model_id_and_revision, kwargs.get("gguf_file"))
+            Name.find(model_id_and_revision.rpartition("@")[0]).check("model", "model")
             model, processor = super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
             with lock:  # the server loads models in several threads
                 if model not in prepared:

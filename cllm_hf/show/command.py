@@ -17,7 +17,7 @@ from transformers.utils import find_adapter_config_file
 from .._host import adapter_layers, base_model_of
 from ..blocks.drafter import find_drafter
 from ..files import check_writable_file, write_whole
-from ..loading import load_tokenizer, pick_device
+from ..loading import check_same_tokenizer, load_tokenizer, pick_device
 from ..names import Name
 from ..process import quiet_hosts
 from ..trajectories.command import load_all, load_model
@@ -149,7 +149,7 @@ def run_show(options: argparse.Namespace, color: bool = True) -> str:
         target, reason = _find_target(options, device) if options.target or not about else (None, None)
         if target is not None:
             name = target.name_or_path
-            _check_tokenizer(name, tokenizer, text)
+            check_same_tokenizer(name, tokenizer, text)
             blocks.insert(0, collect(target, f"Target model: {Name.find(name).short}")[1])
     picture = TrajectoryPicture(text, blocks, token_decoder(tokenizer))
     parts = [*([about] if about else []), picture.format(color)]
@@ -252,15 +252,3 @@ def _read_prompt(options: argparse.Namespace) -> Prompt:
 def _block_size_of(model: Any) -> int:
     size = getattr(model.generation_config, "jacobi_block_size", None)
     return size if isinstance(size, int) else _BLOCK_SIZE
-
-
-def _check_tokenizer(name: str, tokenizer: Any, text: str) -> None:
-    try:
-        other = load_tokenizer(name)
-    except OSError:  # that of the CLLM must do
-        return
-    if other(text)["input_ids"] != tokenizer(text)["input_ids"]:
-        raise ValueError(
-            f"The target model must have the tokenizer of the CLLM, got {name!r}, which reads the prompt as other "
-            "tokens. Pass the model that the CLLM was made from."
-        )

@@ -12,7 +12,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ..loading import load_cllm, pick_device
-from .race import DEFAULT_TOKENS, Question, Session, Snapshot, compare
+from ..names import Name
+from .race import DEFAULT_TOKENS, Question, Session, Snapshot
 
 
 _COLORS = ("cyan", "magenta", "green", "yellow", "blue")
@@ -20,7 +21,7 @@ _COLORS = ("cyan", "magenta", "green", "yellow", "blue")
 
 def run_compare(options: argparse.Namespace) -> str:
     """
-    Run `cllm compare`. With `--web` it returns when the page is closed by Ctrl-C.
+    Run `cllm compare`. With `--web` it serves the page until Ctrl-C.
 
     Args:
         options (`argparse.Namespace`): its options, by their names.
@@ -29,9 +30,12 @@ def run_compare(options: argparse.Namespace) -> str:
         `str`: what is to be said of both sides, with their texts where no terminal has shown them.
 
     Raises:
+        KeyboardInterrupt: at Ctrl-C, when nothing runs any more.
         OSError: if a model cannot be loaded.
         ValueError: for options that are out of range, or for a page without gradio.
     """
+    for option, name in (("--model", options.model), ("--target", options.target or options.model)):
+        Name.find(name).check(option, "model")
     device = pick_device(options.device)
 
     def load(name: str) -> Any:
@@ -39,17 +43,26 @@ def run_compare(options: argparse.Namespace) -> str:
         return model.to(device)
 
     session = Session(load)
-    size = options.block_size
+    question = Question(
+        options.prompt or "",
+        options.mode,
+        options.block_size,
+        options.max_new_tokens or DEFAULT_TOKENS,
+        options.temperature,
+        False if options.no_chat else None,
+    )
     if options.web:
+        question.check_options()
         page = _import_page()
-        page.launch_page(page.make_page(session, options.model, options.target, size), options.host, options.port)
-        return ""
+        races = page.Races(session)
+        blocks = page.make_page(races, question, options.model, options.target)
+        try:
+            page.launch_page(blocks, options.host, options.port)
+        finally:
+            races.close()
+        raise KeyboardInterrupt  # at which gradio closes the page, and goes on
     if options.prompt is None:
         raise ValueError("`--prompt` must hold a text, got none. Write one, or open a page by `--web`.")
-    is_chat = False if options.no_chat else None
-    question = Question(
-        options.prompt, options.mode, size, options.max_new_tokens or DEFAULT_TOKENS, options.temperature, is_chat
-    )
     race = session.prepare(question, options.model, options.target)
     console = Console()
     sides: list[Snapshot] = []
@@ -59,9 +72,8 @@ def run_compare(options: argparse.Namespace) -> str:
     problems = [f"{side.name}: {side.problem}" for side in sides if side.problem]
     if problems:
         raise ValueError(" ".join(problems))
-    parting = race.find_parting(sides[0], sides[1])
     texts = [] if console.is_terminal else [_plain(side) for side in sides]
-    return "\n\n".join([*texts, "\n".join(compare(sides[0], sides[1], question.is_sampled, parting))])
+    return "\n\n".join([*texts, "\n".join(race.compare(sides[0], sides[1]))])
 
 
 def _import_page() -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio
 
-from .race import DEFAULT_TOKENS, MODES, Question, Race, Session, Snapshot, compare
+from .race import MODES, Question, Race, Session, Snapshot
 
 
 _DEFAULT_MODE = "as the model is"
@@ -25,20 +26,19 @@ _CSS = """
 """
 
 
-def make_page(session: Session, model: str, target: str | None = None, block_size: int | str = "auto") -> Any:
+def make_page(races: Races, question: Question, model: str, target: str | None = None) -> Any:
     """
     Make the page, a `gradio.Blocks` for `launch_page`.
 
-    `model`, `target` (of the left side; by default the same) and `block_size` are what is chosen at first.
+    `question`, `model` and `target` (of the left side; by default the same) are what it shows at first.
     """
-    races = _Races(session)
     with gradio.Blocks(title="cllm compare", analytics_enabled=False) as page:
         gradio.Markdown(
             "## Decoding side by side\nEach color is one forward pass. The sides take turns on the device, and each "
             "clock counts its own time alone."
         )
-        inputs = _make_choices(model, target, block_size)
-        prompt_box = gradio.Textbox(label="Prompt", lines=3, elem_id="prompt")
+        inputs = _make_choices(question, model, target)
+        prompt_box = gradio.Textbox(question.prompt, label="Prompt", lines=3, elem_id="prompt")
         with gradio.Row():
             run_button = gradio.Button("Run", variant="primary", elem_id="run")
             stop_button = gradio.Button("Stop", variant="stop", elem_id="stop")
@@ -46,34 +46,64 @@ def make_page(session: Session, model: str, target: str | None = None, block_siz
         with gradio.Row():
             left_box = gradio.HTML(_waiting("generate()"), elem_id="left")
             right_box = gradio.HTML(_waiting("Jacobi decoding"), elem_id="right")
-        outputs = [left_box, right_box, verdict_box]
         gradio.on(
-            [run_button.click, prompt_box.submit], races.run, [prompt_box, *inputs], outputs, show_progress="hidden"
+            [run_button.click, prompt_box.submit],
+            races.run,
+            [prompt_box, *inputs],
+            [left_box, right_box, verdict_box],
+            show_progress="hidden",
+            concurrency_limit=None,  # who waits can thus be told so, and stop
         )
         stop_button.click(races.stop, None, None, queue=False)
         page.unload(races.stop)
     return page
 
 
-def _make_choices(model: str, target: str | None, block_size: int | str) -> list[Any]:
+def _make_choices(question: Question, model: str, target: str | None) -> list[Any]:
+    mode, temperature, tokens = question.mode or _DEFAULT_MODE, question.temperature, question.max_new_tokens
     with gradio.Row():
         model_box = gradio.Textbox(model, label="Model", info="folder or Hub id; an adapter too")
         target_box = gradio.Textbox(target or "", label="Model on the left", info="empty for the same one")
-        mode_box = gradio.Dropdown([_DEFAULT_MODE, *MODES], value=_DEFAULT_MODE, label="Mode")
-        size_box = gradio.Textbox(str(block_size), label="Block size", info="a number, or auto")
+        mode_box = gradio.Dropdown([_DEFAULT_MODE, *MODES], value=mode, label="Mode")
+        size_box = gradio.Textbox(str(question.block_size), label="Block size", info="a number, or auto")
     with gradio.Row():
-        temperature_box = gradio.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 is greedy")
-        tokens_box = gradio.Slider(16, 1024, DEFAULT_TOKENS, step=16, label="Longest response, in tokens")
-        chat_box = gradio.Checkbox(True, label="Chat", info="where the tokenizer has a chat template")
+        temperature_box = gradio.Slider(
+            0, max(2, temperature), temperature, step=0.1, label="Temperature", info="0 is greedy"
+        )
+        tokens_box = gradio.Slider(1, max(1024, tokens), tokens, step=1, label="Longest response, in tokens")
+        chat_box = gradio.Checkbox(
+            question.is_chat is not False, label="Chat", info="where the tokenizer has a chat template"
+        )
     return [model_box, target_box, mode_box, size_box, temperature_box, tokens_box, chat_box]
 
 
-class _Races:
+@dataclass
+class _Visit:
+    """What a visitor has started: it waits for its turn, then models are loaded, then there is a race."""
+
+    race: Race | None = None
+    is_stopped: bool = False
+    is_prepared: threading.Event = field(default_factory=threading.Event)  # or will have no race
+
+    def stop(self) -> None:
+        self.is_stopped = True
+        if self.race is not None:
+            self.race.stop()
+
+    def end(self) -> None:
+        """Stop it, and wait until nothing of it runs any more."""
+        self.stop()
+        self.is_prepared.wait()
+        if self.race is not None:
+            self.race.end()
+
+
+class Races:
     """The races of all visitors, one after the other, or the clocks would show each other's work."""
 
     def __init__(self, session: Session):
         self._session = session
-        self._running: dict[str, Race] = {}  # by visitor
+        self._visits: dict[str, _Visit] = {}  # by visitor
         self._one_at_a_time = threading.Lock()
 
     def run(
@@ -92,35 +122,67 @@ class _Races:
         chosen = None if mode == _DEFAULT_MODE else mode
         size, is_chat = _read_block_size(block_size), None if chat else False
         question = Question(prompt, chosen, size, int(tokens), float(temperature), is_chat)
-        with self._one_at_a_time:
-            yield _waiting("loading"), _waiting("loading"), ""
-            try:
-                race = self._session.prepare(question, model.strip(), target.strip() or None)
-            except (OSError, ValueError) as error:
-                raise gradio.Error(str(error), print_exception=False) from None
-            self._running[str(request.session_hash)] = race
-            try:
-                for left, right in race.watch(_SECONDS_A_PICTURE):
-                    said = compare(left, right, question.is_sampled, race.find_parting(left, right))
-                    lines = [html.escape(line) for line in said]
-                    yield format_side(left), format_side(right), "<br>".join(lines)
-            finally:
-                self._running.pop(str(request.session_hash), None)
+        visitor, visit = str(request.session_hash), _Visit()
+        self._visits[visitor] = visit
+        try:
+            while not self._one_at_a_time.acquire(timeout=_SECONDS_A_PICTURE):
+                yield _waiting("waiting for another visitor"), _waiting("waiting for another visitor"), ""
+                if visit.is_stopped:
+                    break
+            else:
+                try:
+                    yield from self._run(visit, question, model.strip(), target.strip() or None)
+                finally:
+                    self._one_at_a_time.release()
+            if visit.race is None:
+                yield _waiting("stopped"), _waiting("stopped"), ""
+        finally:
+            visit.is_prepared.set()
+            if self._visits.get(visitor) is visit:
+                del self._visits[visitor]
+
+    def _run(
+        self, visit: _Visit, question: Question, model: str, target: str | None
+    ) -> Iterator[tuple[str, str, str]]:
+        yield _waiting("loading"), _waiting("loading"), ""
+        try:
+            race = self._session.prepare(question, model, target)
+        except (OSError, ValueError) as error:
+            raise gradio.Error(str(error), print_exception=False) from None
+        if visit.is_stopped:
+            return
+        visit.race = race
+        watching = race.watch(_SECONDS_A_PICTURE)
+        for number, (left, right) in enumerate(watching):
+            if number == 0:
+                visit.is_prepared.set()  # its threads run
+                if visit.is_stopped:  # since it was looked at
+                    race.stop()
+            lines = [html.escape(line) for line in race.compare(left, right)]
+            yield format_side(left), format_side(right), "<br>".join(lines)
 
     def stop(self, request: gradio.Request) -> None:
         """Stop what this visitor has started."""
-        race = self._running.get(str(request.session_hash))
-        if race is not None:
-            race.stop()
+        visit = self._visits.get(str(request.session_hash))
+        if visit is not None:
+            visit.stop()
+
+    def close(self) -> None:
+        """Stop what all visitors have started, and wait until nothing of it runs any more."""
+        for visit in list(self._visits.values()):
+            visit.end()
 
 
 def launch_page(page: Any, host: str, port: int | None, wait: bool = True) -> str:
     """Serve the page until Ctrl-C, or with `wait=False` in the background, and return its address."""
     theme = gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("monospace",))  # none from elsewhere
     _, address, _ = page.launch(
-        server_name=host, server_port=port, share=False, prevent_thread_lock=not wait, theme=theme, css=_CSS,
-        footer_links=[],
+        server_name=host, server_port=port, share=False, prevent_thread_lock=True, theme=theme, css=_CSS,
+        footer_links=[], quiet=True,
     )  # fmt: skip
+    if wait:
+        print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
+        page.block_thread()
     return str(address)
 
 
@@ -163,4 +225,4 @@ def _color(number: int) -> str:
 
 def _read_block_size(value: Any) -> int | str:
     text = str(value).strip()
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() else text

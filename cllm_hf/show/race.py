@@ -23,8 +23,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from .._host import base_model_of, input_device
 from ..blocks.drafter import find_drafter
-from ..blocks.parting import Parting, describe_parting, find_parting
-from ..loading import load_tokenizer
+from ..blocks.limits import count_positions
+from ..blocks.parting import describe_parting, find_parting
+from ..loading import check_same_tokenizer, load_tokenizer
+from ..names import Name
 from ..options import AUTOREGRESSIVE, JACOBI, LOSSLESS, check_block_size
 from ..process import quiet_hosts
 
@@ -57,6 +59,7 @@ class Snapshot:
     num_accepted: int  # leading tokens of it that were right
     is_done: bool
     problem: str | None = None  # why it could not go on
+    is_stopped: bool = False  # whether it has ended before its text did
 
     @property
     def tokens_per_forward(self) -> float:
@@ -83,6 +86,7 @@ class Race:
 
     def __init__(self, ways: Sequence[Way], prompt_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase):
         self._change = threading.Condition()
+        self._threads: list[threading.Thread] = []
         self._running: _Side | None = None
         self._is_stopped = False
         models: list[Any] = []
@@ -95,7 +99,7 @@ class Race:
 
     def watch(self, interval: float = 0.1) -> Iterator[list[Snapshot]]:
         """Run it, and tell how it stands every so many seconds, and at its end."""
-        threads = [threading.Thread(target=side.run, daemon=True) for side in self._sides]
+        threads = self._threads = [threading.Thread(target=side.run, daemon=True) for side in self._sides]
         for thread in threads:
             thread.start()
         try:
@@ -104,9 +108,7 @@ class Race:
                 threads[0 if threads[0].is_alive() else -1].join(interval)
             yield [side.snapshot() for side in self._sides]
         finally:  # also when nobody watches any more
-            self.stop()
-            for thread in threads:
-                thread.join()
+            self.end()
 
     def stop(self) -> None:
         """End it at the next forward pass; what has been decoded stays."""
@@ -114,14 +116,40 @@ class Race:
             self._is_stopped = True
             self._change.notify_all()
 
-    def find_parting(self, first: Snapshot, second: Snapshot) -> Parting | None:
-        """Where the texts of two sides part at their ends, if both are to be those of the first one's model."""
+    def end(self) -> None:
+        """Stop it, and wait until nothing of it runs any more."""
+        self.stop()
+        for thread in self._threads:
+            thread.join()
+
+    def compare(self, first: Snapshot, second: Snapshot) -> list[str]:
+        """What is to be said of two sides that have come to their ends; the first is the yardstick."""
+        if first.problem or second.problem or not (first.is_done and second.is_done):
+            return []
+        lines = []
+        if first.tokens_per_second and second.tokens_per_second:
+            ratio = second.tokens_per_second / first.tokens_per_second
+            figures = f"{second.tokens_per_forward:.2f} tokens per forward pass, {ratio:.2f}x as fast."
+            lines.append(f"{second.name}: {figures}")
+        is_stopped = first.is_stopped or second.is_stopped
+        # Of a text that was stopped, nothing is known beyond its end.
+        length = min(len(first.token_ids), len(second.token_ids)) if is_stopped else None
+        said = self._compare_texts(first.token_ids[:length], second.token_ids[:length])
+        return [*lines, f"Stopped. Up to here: {said}" if is_stopped else said]
+
+    def _compare_texts(self, first: list[int], second: list[int]) -> str:
+        if first == second:
+            return f"The texts are equal: {len(first)} of {len(first)} tokens."
         ours, theirs = self._ways[:2]
         is_one_model = ours.model is theirs.model or theirs.options.get("decoding") == LOSSLESS
-        is_greedy = not any(way.options.get("do_sample") for way in (ours, theirs))
-        if not (is_one_model and is_greedy and first.is_done and second.is_done):
-            return None
-        return find_parting(ours.model, self._prompt_ids, first.token_ids, second.token_ids)
+        if any(way.options.get("do_sample") for way in (ours, theirs)):
+            whose = "of the same distribution" if is_one_model else "of two models"
+            return f"Both are samples {whose}, so the texts differ."
+        parting = find_parting(ours.model, self._prompt_ids, first, second) if is_one_model else None
+        if parting is not None:
+            return describe_parting(parting)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
+        return f"The texts differ from token {same + 1} on. They are of two models."
 
     def take_turn(self, side: _Side) -> None:
         """Wait, before a forward pass, until no other side runs or is behind."""
@@ -161,7 +189,8 @@ class _Side(BaseStreamer):
         self._pieces = Pieces(tokenizer)
         self._problem: str | None = None
         self._lock = threading.Lock()
-        self.seconds, self.since, self.is_done = 0.0, 0.0, False
+        self.seconds, self.since = 0.0, 0.0
+        self.is_done = self.is_stopped = False
 
     def run(self) -> None:
         base = base_model_of(self._model)
@@ -173,7 +202,7 @@ class _Side(BaseStreamer):
                 input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self, **self._way.options
             )
         except _Stopped:
-            pass
+            self.is_stopped = True
         except Exception as error:  # whatever it is, it belongs on the screen
             self._problem = str(error) or type(error).__name__
         finally:
@@ -214,6 +243,7 @@ class _Side(BaseStreamer):
             num_accepted=accepted,
             is_done=is_done,
             problem=self._problem,
+            is_stopped=self.is_stopped,
         )
 
 
@@ -259,28 +289,6 @@ def _twin(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def compare(first: Snapshot, second: Snapshot, is_sampled: bool, parting: Parting | None = None) -> list[str]:
-    """
-    What is to be said of two sides that have come to their ends; the first is the yardstick, and `parting` is where
-    texts of one model differ.
-    """
-    if first.problem or second.problem or not (first.is_done and second.is_done):
-        return []
-    lines = []
-    if first.tokens_per_second and second.tokens_per_second:
-        ratio = second.tokens_per_second / first.tokens_per_second
-        lines.append(f"{second.name}: {second.tokens_per_forward:.2f} tokens per forward pass, {ratio:.2f}x as fast.")
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first.token_ids, second.token_ids)))
-    if is_sampled:
-        lines.append("Both are samples of the same distribution, so the texts differ.")
-    elif first.token_ids == second.token_ids:
-        lines.append(f"The texts are equal: {same} of {same} tokens.")
-    else:
-        two_models = f"The texts differ from token {same + 1} on. They are of two models."
-        lines.append(two_models if parting is None else describe_parting(parting))
-    return lines
-
-
 @dataclass(frozen=True)
 class Question:
     """What is asked: a prompt, and how it is decoded."""
@@ -300,6 +308,10 @@ class Question:
         """Raise ValueError for what cannot be asked of any model."""
         if not self.prompt.strip():
             raise ValueError("`prompt` must hold text, got none. Write what the model is to answer or to go on with.")
+        self.check_options()
+
+    def check_options(self) -> None:
+        """The same for all but the prompt."""
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
         check_block_size(self.block_size, "block_size", allows_auto=True)
@@ -324,10 +336,14 @@ class Session:
         Raises ValueError for a question that cannot be asked, and OSError if there is no such model.
         """
         question.check()
+        for option, name in (("model", model), ("target", target or model)):
+            Name.find(name).check(option, "model")
         with quiet_hosts(keep_bars=True):
             right = self._get(model, keep={model, target})
             left = right if target in (None, "", model) else self._get(str(target), keep={model, target})
             tokenizer = load_tokenizer(model)
+            if left is not right:
+                check_same_tokenizer(str(target), tokenizer, question.prompt, "other model")
         mode = question.mode or (LOSSLESS if find_drafter(base_model_of(right)) is not None else JACOBI)
         shared: dict[str, Any] = {"max_new_tokens": question.max_new_tokens, "do_sample": question.is_sampled}
         own = {
@@ -342,6 +358,8 @@ class Session:
             Way(mode, right, {**own, **shared}),
         ]
         prompt_ids = self._tokenize(question, tokenizer)
+        for way in ways:
+            _check_length(way.model, len(prompt_ids), question.max_new_tokens)
         for way in ways:
             self._warm_up(way, prompt_ids)
         return Race(ways, prompt_ids, tokenizer)
@@ -372,3 +390,12 @@ class Session:
             raise ValueError("A chat needs a tokenizer with a chat template, and this one has none. Ask without it.")
         messages = [{"role": "user", "content": question.prompt}]
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _check_length(model: Any, prompt_length: int, max_new_tokens: int) -> None:
+    positions = count_positions(base_model_of(model))
+    if positions is not None and prompt_length + max_new_tokens > positions:
+        raise ValueError(
+            f"`prompt` and `max_new_tokens` must fit into the {positions} positions of the model, got {prompt_length} "
+            f"and {max_new_tokens} tokens. Shorten one of them."
+        )

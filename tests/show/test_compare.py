@@ -42,16 +42,39 @@ def test_another_target_model_and_sampling(folder, capsys):
         (["--prompt", "  "], "`prompt`"),
         (["--prompt", "a", "--temperature", "-1"], "`temperature`"),
         (["--prompt", "a", "--mode", "lossless", "--device", "cpu"], "adapter"),
+        (["--prompt", "Mia has", "--target", "OTHER", "--device", "cpu"], "tokenizer of the other model"),
+        (["--web", "--temperature", "9"], "`temperature`"),
+        (["--prompt", "a", "--target", "./none"], "`--target` must be a folder"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(folder, capsys, options, named):
+def test_what_cannot_be_asked_is_refused(folder, tmp_path, byte_tokenizer, capsys, options, named):
+    if "OTHER" in options:
+        make_model("llama", vocab_size=len(byte_tokenizer)).save_pretrained(tmp_path)
+        byte_tokenizer.save_pretrained(tmp_path)
+        options = [str(tmp_path) if option == "OTHER" else option for option in options]
     assert main(["compare", "--model", folder, *options]) == 1
     assert named in capsys.readouterr().err
 
 
 def test_a_missing_model_is_an_error_of_one_line(tmp_path, capsys):
     assert main(["compare", "--model", str(tmp_path / "none"), "--prompt", "a"]) == 1
-    assert "none" in capsys.readouterr().err
+    assert "`--model` must be a folder, or the id of a model on the Hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "x", "²"])
+def test_a_port_that_there_is_not(folder, capsys, port):
+    with pytest.raises(SystemExit):
+        main(["compare", "--model", folder, "--web", "--port", port])
+    assert "must be a port from 0 to 65535" in capsys.readouterr().err
+
+
+def test_a_prompt_longer_than_the_positions(tmp_path, tokenizer, capsys):
+    make_model("gpt2", vocab_size=len(tokenizer), n_positions=32).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = ["--model", str(tmp_path), "--device", "cpu", "--max-new-tokens"]
+    assert main(["compare", *options, "8", "--prompt", "Mia " * 30]) == 1
+    assert "must fit into the 32 positions of the model, got 30 and 8 tokens" in capsys.readouterr().err
+    assert main(["compare", *options, "2", "--prompt", "Mia " * 30]) == 0
 
 
 def test_the_page_needs_gradio(folder, capsys, monkeypatch):

@@ -1,12 +1,13 @@
 """The page in a browser: a prompt is typed, both texts come, a run is stopped, nothing is loaded from elsewhere."""
 
 import shutil
+import threading
 import time
 
 import pytest
 from conftest import make_model
 
-from cllm_hf.show.race import Session, Snapshot
+from cllm_hf.show.race import Question, Session, Snapshot
 
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra `demo`")
@@ -49,16 +50,101 @@ def browser():
 
 
 @pytest.fixture
-def address(tmp_path, tokenizer):
-    from cllm_hf.show.page import launch_page, make_page
-
+def slow_model(tmp_path, tokenizer):
+    """A folder with a tokenizer, and a model slow enough to be stopped, however busy the machine is."""
     tokenizer.save_pretrained(tmp_path)
     model = make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
-    # Slow enough to be stopped, however busy the machine is.
     model.register_forward_pre_hook(lambda module, inputs: time.sleep(0.03))
-    page = make_page(Session(lambda name: model), str(tmp_path), block_size=4)
+    return str(tmp_path), model
+
+
+@pytest.fixture
+def address(slow_model):
+    from cllm_hf.show.page import Races, launch_page, make_page
+
+    folder, model = slow_model
+    page = make_page(Races(Session(lambda name: model)), Question("Mia has", block_size=4), folder)
     yield launch_page(page, "127.0.0.1", None, wait=False)
     page.close()
+
+
+class Visitor:
+    """As gradio tells visitors apart."""
+
+    def __init__(self, name):
+        self.session_hash = name
+
+
+def run(races, folder, name="first", tokens=1000, **changes):
+    choices = {"mode": "as the model is", "block_size": "4", "temperature": 0, "tokens": tokens, "chat": True}
+    return races.run("Mia has", folder, "", **{**choices, **changes}, request=Visitor(name))
+
+
+def test_what_is_chosen_at_first(slow_model):
+    from cllm_hf.show.page import Races, make_page
+
+    question = Question("Mia has", "jacobi", 8, 2000, 2.5, False)
+    page = make_page(Races(Session(lambda name: None)), question, "one", "two")
+    values = {block.label: block.value for block in page.blocks.values() if getattr(block, "label", None)}
+    assert values == {
+        **{"Prompt": "Mia has", "Model": "one", "Model on the left": "two", "Mode": "jacobi", "Block size": "8"},
+        **{"Temperature": 2.5, "Longest response, in tokens": 2000, "Chat": False},
+    }
+
+
+@pytest.mark.parametrize("stops", ["before it runs", "while it loads", "while it runs"])
+def test_a_run_is_stopped_at_any_time(slow_model, stops):
+    from cllm_hf.show.page import Races
+
+    folder, model = slow_model
+
+    def load(name):
+        if stops == "while it loads":
+            races.stop(Visitor("other"))
+            races.stop(Visitor("first"))
+        return model
+
+    races = Races(Session(load))
+    running = run(races, folder)
+    seen = [next(running)]
+    assert "loading" in seen[0][0]
+    if stops == "before it runs":
+        races.stop(Visitor("first"))
+    for shown in running:
+        seen.append(shown)
+        if stops == "while it runs" and "cllm-right" in shown[1] or len(seen) > 200:
+            races.stop(Visitor("first"))
+    assert len(seen) < 200
+    assert ("Stopped. Up to here" in seen[-1][2]) == (stops == "while it runs")
+    assert ("stopped" in seen[-1][0]) == (stops != "while it runs")
+    assert "The texts are equal" in list(run(races, folder, tokens=4))[-1][2]  # the next one is as ever
+
+
+def test_who_waits_is_told_so_and_may_stop(slow_model):
+    from cllm_hf.show.page import Races
+
+    folder, model = slow_model
+    races = Races(Session(lambda name: model))
+    first = run(races, folder)
+    next(first), next(first)
+    second = run(races, folder, "second")
+    assert "waiting for another visitor" in next(second)[0]
+    races.stop(Visitor("second"))
+    assert "stopped" in list(second)[-1][0]
+    first.close()
+    assert "The texts are equal" in list(run(races, folder, "second", tokens=4))[-1][2]
+
+
+def test_nothing_runs_when_the_page_is_closed(slow_model):
+    from cllm_hf.show.page import Races
+
+    folder, model = slow_model
+    races, before = Races(Session(lambda name: model)), threading.active_count()
+    watched = run(races, folder)
+    next(watched), next(watched)
+    assert threading.active_count() > before
+    races.close()
+    assert threading.active_count() == before
 
 
 def start(view):

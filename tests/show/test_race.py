@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lossless_models import add_random_adapter
 
-from cllm_hf.blocks.parting import Parting, find_parting
-from cllm_hf.show.race import Pieces, Race, Snapshot, Way, compare
+from cllm_hf.blocks.parting import describe_parting, find_parting
+from cllm_hf.show.race import Pieces, Race, Snapshot, Way
 
 
 PROMPT = [5, 9, 12, 7]
@@ -29,8 +29,8 @@ def alone(model, options):
     return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(PROMPT) :].tolist()
 
 
-def snapshot(name="side", token_ids=(), seconds=1.0, num_forwards=1, is_done=True, problem=None):
-    return Snapshot(name, [], list(token_ids), num_forwards, seconds, [], 0, is_done, problem)
+def snapshot(name="side", token_ids=(), seconds=1.0, num_forwards=1, is_done=True, problem=None, is_stopped=False):
+    return Snapshot(name, [], list(token_ids), num_forwards, seconds, [], 0, is_done, problem, is_stopped)
 
 
 @pytest.mark.parametrize("is_lossless", [False, True])
@@ -85,7 +85,9 @@ def test_a_stopped_race_keeps_what_it_has(tokenizer):
         if min(left.num_forwards, right.num_forwards) > 3:
             race.stop()
     assert 0 < len(left.token_ids) < 200 and left.is_done and right.is_done
-    assert left.problem is right.problem is None
+    assert left.problem is right.problem is None and left.is_stopped and right.is_stopped
+    same = min(len(left.token_ids), len(right.token_ids))
+    assert race.compare(left, right)[1] == f"Stopped. Up to here: The texts are equal: {same} of {same} tokens."
 
 
 def test_a_watcher_that_leaves_ends_the_race(tokenizer):
@@ -99,10 +101,11 @@ def test_a_watcher_that_leaves_ends_the_race(tokenizer):
 def test_a_side_that_cannot_decode_says_why_and_the_other_goes_on(tokenizer):
     model = make_model("llama")
     refused = {**AUTOREGRESSIVE, "decoding": "jacobi", "num_beams": 2}
-    left, right = run([Way("a", model, AUTOREGRESSIVE), Way("b", model, refused)], tokenizer)[-1]
+    race = Race([Way("a", model, AUTOREGRESSIVE), Way("b", model, refused)], PROMPT, tokenizer)
+    left, right = list(race.watch(0.01))[-1]
     assert len(left.token_ids) == 24 and left.problem is None
     assert "num_beams" in right.problem and right.is_done and right.token_ids == []
-    assert compare(left, right, is_sampled=False) == []
+    assert race.compare(left, right) == []
 
 
 @settings(max_examples=50, deadline=None)
@@ -144,33 +147,37 @@ def test_a_text_is_not_decoded_anew_for_each_look(byte_tokenizer):
     assert len(decoded) == 50 + 49  # the last piece in each look, and every piece once when it is settled
 
 
-def test_what_is_said_of_two_sides():
-    left = snapshot("generate()", [1, 2, 3, 4], seconds=4.0, num_forwards=4)
-    right = snapshot("jacobi", [1, 2, 3, 4], seconds=2.0, num_forwards=2)
-    assert compare(left, right, is_sampled=False) == [
-        "jacobi: 2.00 tokens per forward pass, 2.00x as fast.",
-        "The texts are equal: 4 of 4 tokens.",
-    ]
-    other = snapshot("jacobi", [1, 2, 9], seconds=2.0, num_forwards=2)
-    assert compare(left, other, is_sampled=False)[1] == "The texts differ from token 3 on. They are of two models."
-    for gap, kind in ((0.25, "at a near tie"), (0.75, "not at a near tie")):
-        parting = Parting(2, gap, 0.5)
-        expected = f"from token 3 on, {kind}: a gap of {gap} between logits, where rounding explains 0.5."
-        assert compare(left, other, False, parting)[1] == f"The texts differ {expected}"
-    assert "samples" in compare(left, other, is_sampled=True)[1]
-    assert compare(left, snapshot(is_done=False), is_sampled=False) == []
+LEFT = snapshot("generate()", [1, 2, 3, 4], seconds=4.0, num_forwards=4)
 
 
-def test_only_greedy_texts_of_one_model_are_judged(llama, byte_tokenizer):
+def compare(models, right, tokenizer, left=LEFT, **options):
+    """What a race of two models says of two sides."""
+    return Race([Way("a", models[0], {}), Way("b", models[-1], options)], [5, 6], tokenizer).compare(left, right)
+
+
+def test_what_is_said_of_two_sides(llama, byte_tokenizer):
     other = make_model("llama", seed=1)
-    left, right = snapshot("a", [1, 2, 3], 1.0, 1), snapshot("b", [1, 2, 9], 1.0, 1)
-    for model, options, is_judged in (
-        (llama, {"decoding": "jacobi"}, True),
-        (llama, {"decoding": "jacobi", "do_sample": True}, False),
-        (other, {"decoding": "jacobi"}, False),
-        (other, {"decoding": "lossless"}, True),
+    right = snapshot("jacobi", [1, 2, 3, 4], seconds=2.0, num_forwards=2)
+    equal = ["jacobi: 2.00 tokens per forward pass, 2.00x as fast.", "The texts are equal: 4 of 4 tokens."]
+    assert compare([llama], right, byte_tokenizer) == compare([llama, other], right, byte_tokenizer) == equal
+    assert compare([llama], right, byte_tokenizer, do_sample=True) == equal  # samples may be
+    assert compare([llama], snapshot(is_done=False), byte_tokenizer) == []
+    differs = snapshot("jacobi", [1, 2, 9], seconds=2.0, num_forwards=2)
+    of_two = "The texts differ from token 3 on. They are of two models."
+    assert compare([llama, other], differs, byte_tokenizer)[1] == of_two
+    of_one = describe_parting(find_parting(llama, [5, 6], [1, 2, 3, 4], [1, 2, 9]))
+    assert "tie" in of_one and compare([llama], differs, byte_tokenizer)[1] == of_one
+    assert compare([llama, other], differs, byte_tokenizer, decoding="lossless")[1] == of_one
+    said = "Both are samples of the same distribution, so the texts differ."
+    assert compare([llama], differs, byte_tokenizer, do_sample=True)[1] == said
+    said = "Both are samples of two models, so the texts differ."
+    assert compare([llama, other], differs, byte_tokenizer, do_sample=True)[1] == said
+
+
+def test_of_a_stopped_text_nothing_is_said_beyond_its_end(llama, byte_tokenizer):
+    for texts, said in (
+        ([1, 2], "Stopped. Up to here: The texts are equal: 2 of 2 tokens."),
+        ([1, 9], "Stopped. Up to here: The texts differ from token 2 on, "),
     ):
-        race = Race([Way("a", llama, {}), Way("b", model, options)], [5, 6], byte_tokenizer)
-        parting = race.find_parting(left, right)
-        assert (parting is not None) == is_judged
-        assert parting is None or parting == find_parting(llama, [5, 6], [1, 2, 3], [1, 2, 9])
+        right = snapshot("jacobi", texts, is_stopped=True)
+        assert compare([llama], right, byte_tokenizer)[1].startswith(said)
