@@ -58,7 +58,7 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     try:
         return run()
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; finished parts are kept, nothing half-written is left.", file=sys.stderr)
+        print(f"\n{name}: interrupted; nothing half-written is left.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as of `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

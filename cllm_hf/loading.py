@@ -220,8 +220,8 @@ def check_same_tokenizer(name: str, tokenizer: Any, text: str, kind: str = "CLLM
         )
 
 
-def pick_device(name: str) -> torch.device:
-    """Find a device that works, such as "cpu" or "cuda:0", or "auto" for CUDA if there is one."""
+def pick_device(name: str, option: str = "--device") -> torch.device:
+    """Find a device that works, such as "cpu" or "cuda:0", or "auto" for CUDA if there is one, for an option."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -229,5 +229,5 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`--device` must be a device of this machine, got {name!r} ({reason}).") from error
+        raise ValueError(f"`{option}` must be a device of this machine, got {name!r} ({reason}).") from error
     return device

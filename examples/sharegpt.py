@@ -10,6 +10,7 @@ with `train.json` (a list of objects with `conversations`, a list of `{"from": "
 right or wrong here, so the report is on speed alone.
 """
 
+import reprlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,12 @@ class ShareGPT(Task):
 
 def first_turn(conversation: list[dict[str, str]]) -> tuple[str, str] | None:
     """The first question and its answer; `None` if a chat begins otherwise."""
+    is_chat = isinstance(conversation, list) and all(isinstance(turn, dict) for turn in conversation[:2])
+    if not is_chat or not all(isinstance(turn.get("value") or "", str) for turn in conversation[:2]):
+        raise ValueError(
+            "`conversations` must be a list of objects with texts in `from` and `value`, got "
+            f"{reprlib.repr(conversation)}."
+        )
     if len(conversation) < 2 or tuple(turn.get("from") for turn in conversation[:2]) != ("human", "gpt"):
         return None
     question, answer = ((turn.get("value") or "").strip() for turn in conversation[:2])

@@ -121,6 +121,12 @@ class Spider(Task):
         with QueryRunner() as runner:
             return [judge_one(response, problem.reference) for response, problem in zip(responses, problems)]
 
+    @property
+    def judged_by(self) -> str:
+        """`str`: `"execution"`, or `"clauses"` without databases."""
+        has_databases = any(self._database(row["db_id"]) is not None for row in self._rows("dev"))
+        return "execution" if has_databases else "clauses"
+
     def _check_databases(self, names: set[str]) -> None:
         """All or none, so that one metric judges all answers."""
         missing = sorted(name for name in names if self._database(name) is None)

@@ -37,21 +37,21 @@ def read_json_rows(path: str | Path, fields: Collection[str] = ()) -> list[dict[
 
     Args:
         path (`str` or `pathlib.Path`): the file.
-        fields (`Collection[str]`): what each object must have.
+        fields (`Collection[str]`): texts that each object must have.
 
     Returns:
         `list[dict[str, Any]]`: the objects; empty lines are left out.
 
     Raises:
         OSError: if it cannot be read, saying what to do.
-        ValueError: for what is not such a file, or an object that lacks a field.
+        ValueError: for what is not such a file, or an object in which a field is missing or no text.
     """
     path = Path(path)
     numbered = list(_read_lines(path) if path.suffix == ".jsonl" else _read_list(path))
     for place, row in numbered:
-        missing = [] if not isinstance(row, dict) else [name for name in fields if name not in row]
-        if missing or not isinstance(row, dict):
-            what = f"an object with {', '.join(f'`{name}`' for name in fields)}" if fields else "an object"
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in fields):
+            texts = ", ".join(f"`{name}`" for name in fields)
+            what = f"an object with {texts} as text" if fields else "an object"
             raise ValueError(f"{place} of {str(path)!r} must be {what}, got {reprlib.repr(row)}.")
     return [row for _, row in numbered]
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING
+
+from cllm_hf.names import Name
 
 from .sections import changed_values, check_names, closest, read_section
 
@@ -71,6 +74,8 @@ def read_model(values: Any, section: str) -> ModelOptions:
     if (made.name is None) == (made.architecture is None):
         got = "neither" if made.name is None else "both"
         raise ValueError(f"Section `{section}` must have either a `name` or an `architecture`, got {got}.")
+    if made.name is not None:
+        Name.find(made.name).check(f"{section}.name", "model")
     if made.architecture is not None and made.lora is not None:
         raise ValueError(f"An adapter goes on a trained model, got `{section}.lora` for one from scratch. Drop it.")
     for name in ("vocab_size", "split_spaces"):
@@ -98,7 +103,29 @@ def describe_model(model: ModelOptions) -> dict[str, Any]:
     """
     values = vars(model)
     kept = changed_values(model, values, {"attn_implementation", "shape", "sft"})
+    weights = None if model.name is None else fingerprint_files(model.name)
+    kept |= {} if weights is None else {"weights": weights}
     return {**kept, **model.shape, **({"sft": model.sft} if model.sft else {})}
+
+
+def fingerprint_files(name: str) -> str | None:
+    """
+    A short name for the weights in a local folder, which may be others tomorrow.
+
+    Args:
+        name (`str`): folder or Hub id.
+
+    Returns:
+        `str` or `None`: 12 hexadecimal digits; `None` for a Hub id.
+    """
+    folder = Name.find(name).path
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def _config_options(architecture: Any, section: str) -> set[str]:

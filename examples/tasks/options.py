@@ -11,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from cllm_hf.loading import pick_device
 from cllm_hf.options import JacobiOptions, check_block_size
 from cllm_hf.training.config import CLLMConfig
 from cllm_hf.trajectories.options import DEFAULT_TOKENS_PER_BATCH, CleaningRules, CollectionOptions
@@ -84,7 +85,9 @@ class CollectOptions:
     max_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _check_count("collect.num_prompts", self.num_prompts, 1)
+        for name in ("num_prompts", "max_new_tokens"):
+            _check_count(f"collect.{name}", getattr(self, name), 1)
+        pick_device(self.device, "collect.device")
 
 
 @dataclasses.dataclass
@@ -117,8 +120,10 @@ class EvaluateOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("num_prompts", 1), ("more_prompts", 0), ("batch_size", 1), ("repeats", 1)):
-            _check_count(f"evaluate.{name}", getattr(self, name), least)
+        for name in ("num_prompts", "max_new_tokens", "batch_size", "repeats"):
+            _check_count(f"evaluate.{name}", getattr(self, name), 1)
+        _check_count("evaluate.more_prompts", self.more_prompts, 0)
+        pick_device(self.device, "evaluate.device")
         for size in self.more_block_sizes:
             check_block_size(size, "evaluate.more_block_sizes", allows_auto=True)
         for count in self.candidates:
@@ -274,7 +279,7 @@ def read_options(
         if name not in {*top, *_SECTIONS}:
             raise ValueError(f"There is no option `{name}`.{closest(str(name), {*top, *_SECTIONS})}")
     for name in _SECTIONS:
-        if not isinstance(values.get(name) or {}, dict):
+        if not isinstance({} if values.get(name) is None else values[name], dict):
             raise ValueError(f"Section `{name}` must hold options by name, got {values[name]!r}.")
     shared = read_section(_Top, {name: values[name] for name in top & set(values)}, "top level")
     check_block_size(shared.block_size, "block_size")
@@ -300,6 +305,12 @@ def read_options(
         evaluate=read_section(EvaluateOptions, values["evaluate"], "evaluate"),
         dependencies={},
     )
+    for name in ("more_prompts", "batch_size"):
+        if getattr(options.evaluate, name) is not None and not options.task.has_metric:
+            raise ValueError(
+                f"`evaluate.{name}` is for answers that are judged and not timed, got it for {task.title}, which has "
+                "no metric. Drop it."
+            )
     options.dependencies.update(_dependencies(options, values, given_task))
     options.collection()
     return options

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from cllm_hf.files import check_unicode, check_writable
 from cllm_hf.loading import load_tokenizer
@@ -67,8 +68,11 @@ class Pipeline:
         """
         if step in ("all", "evaluate"):
             self._try_metric()
+            self._try_draft()
         with self._no_other_run():
             if overwrite is not None:
+                self._check_overwrite(step, overwrite)
+                wait_for_all()  # before anything changes
                 if Process.current().is_first:
                     removed = self.records.discard(overwrite)
                     self._say(f"Removed: {', '.join(removed) or 'nothing, as there was nothing'}.")
@@ -107,9 +111,33 @@ class Pipeline:
 
     def _try_metric(self) -> None:
         """What is wrong with the test problems, or misses for the metric, is said before the hours of the training."""
-        problem, task = self.test_problems[0], self.options.task
+        task = self.options.task
         if task.has_metric and Process.current().is_first:
-            task.judge([problem.response], [problem])
+            task.judge([problem.response for problem in self.test_problems], self.test_problems)
+
+    def _try_draft(self) -> None:
+        """The same of a draft model that nothing is done with before."""
+        names = [options.name for options in (self.options.model, self.options.draft) if options is not None]
+        if len(names) < 2 or None in names:
+            return
+        model, draft = (AutoConfig.from_pretrained(str(name)).get_text_config().vocab_size for name in names)
+        if model != draft:
+            raise ValueError(
+                f"`draft.name` must be a model with the {model} tokens of the target model, got {names[1]!r} with "
+                f"{draft}. Choose another one, or drop the section."
+            )
+
+    def _check_overwrite(self, step: str, overwrite: str) -> None:
+        """Nothing is removed where the run would end before it has begun."""
+        if step != "all" and STEPS.index(overwrite) < STEPS.index(step):
+            raise ValueError(
+                f"The step `{step}` needs what `--overwrite {overwrite}` removes. Run the step `{overwrite}` with it, "
+                "or `all`."
+            )
+        for part in self._parts():
+            options = self._options_of(part)  # the data are read for it
+            if STEPS.index(part.step) < STEPS.index(overwrite):
+                self.records.is_complete(part, options)  # or has not been made with other ones
 
     def _load(self, split: str) -> list[Problem]:
         with quiet_hosts(keep_bars=self.show_bars):
@@ -154,6 +182,8 @@ class Pipeline:
             values |= {name if name == "block_size" else f"{section}.{name}": found[name] for name in found}
         if part.name == "report":
             values["test data"] = self._fingerprints["test"]
+            metric = self.options.task.judged_by
+            values |= {} if metric is None else {"task.judged_by": metric}
         return values
 
     @cached_property

@@ -95,6 +95,11 @@ class Task:
         return None
 
     @property
+    def judged_by(self) -> str | None:
+        """`str`, *optional*: which of several metrics judges, where that depends on the data."""
+        return None
+
+    @property
     def has_metric(self) -> bool:
         """`bool`: whether answers can be judged."""
         return type(self).judge is not Task.judge

@@ -167,6 +167,8 @@ def test_spider_without_databases_compares_clauses(tmp_path):
     problems = task.load("test")[:2]
     answers = ["select SHOP_ID from shop where city = 5", "SELECT city FROM shop"]
     assert [judgement.is_right for judgement in task.judge(answers, problems)] == [True, False]
+    assert task.judged_by == "clauses"
+    assert task_of("spider")(data=str(data), databases=str(tmp_path / "elsewhere")).judged_by == "execution"
 
 
 def test_spider_needs_all_databases_or_none(tmp_path):
@@ -248,6 +250,10 @@ def test_first_turns_of_chats(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"question": "How?"}\n')
     with pytest.raises(ValueError, match="a list of texts in `prompt` or `turns`, got {'question': 'How"):
         task.load("test")
+    for chat in (["hi", "there"], [{**human, "value": 5}, gpt], {"from": "human"}):
+        (tmp_path / "train.json").write_text(json.dumps([{"conversations": chat}]))
+        with pytest.raises(ValueError, match="`conversations` must be a list of objects with texts"):
+            task.load("train")
 
 
 def test_functions_without_their_documentation(tmp_path):

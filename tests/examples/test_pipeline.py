@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import make_model
 from filelock import FileLock
 from pipelines import SHAPE, TRAINING, Letters, letters_config, write_config
 from tasks import cllm as cllm_steps
@@ -22,7 +23,7 @@ from tasks.parts import PARTS, STEPS, Records
 from tasks.sections import apply_overrides
 from tasks.sft import make_sft_dataset
 from tasks.steps import Pipeline
-from tasks.task import Problem, fingerprint_problems
+from tasks.task import Problem, Task, fingerprint_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cllm_hf import load_trajectories
@@ -105,6 +106,11 @@ def same(ours, theirs):
         (["draft={name: a, lora: {r: 2}}"], "`draft.lora` is for a draft model that is trained"),
         (["train.block_size=8"], "`train.block_size` cannot be set, got 8.*top level"),
         (["sft=3"], "Section `sft` must hold options by name, got 3"),
+        (["sft=false"], "Section `sft` must hold options by name, got False"),
+        (["collect.max_new_tokens=0"], "`collect.max_new_tokens` must be at least 1, got 0"),
+        (["evaluate.max_new_tokens=-5"], "`evaluate.max_new_tokens` must be at least 1, got -5"),
+        (["collect.device=gpu"], "`collect.device` must be a device of this machine, got 'gpu'"),
+        (["evaluate.device=cuda:77"], "`evaluate.device` must be a device of this machine, got 'cuda:77'"),
         (["max_steps"], "`--set` takes SECTION.OPTION=VALUE, got 'max_steps'"),
         (["block_size.x=1"], "`block_size` is no section"),
         (["sft.max_steps=[1"], "takes values as in YAML"),
@@ -499,6 +505,75 @@ def test_half_a_folder_is_not_taken_for_a_part(tmp_path, monkeypatch):
     assert records.discard("train") == ["cllm"] and [path.name for path in tmp_path.iterdir()] == ["steps"]
 
 
+def test_names_of_models_that_are_not_there(tmp_path):
+    for section in ("model", "draft"):
+        with pytest.raises(FileNotFoundError, match=f"`{section}.name` must be a folder.*got './none'"):
+            read(tmp_path, [f"{section}={{name: ./none}}"])
+
+
+def test_a_draft_model_of_another_vocabulary_is_said_before_anything_is_done(tmp_path, tokenizer):
+    for name, size in (("target", len(tokenizer)), ("draft", 50)):
+        make_model("llama", vocab_size=size).save_pretrained(tmp_path / name)
+    options = read(tmp_path, [f"model={{name: {tmp_path / 'target'}}}", f"draft={{name: {tmp_path / 'draft'}}}"])
+    with pytest.raises(ValueError, match="`draft.name` must be a model with the .* tokens of the target model, got"):
+        run(options)
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_other_weights_in_the_folder_of_a_model_are_noticed(tmp_path, stand_in):
+    """Answers of one model are not for the training of another."""
+    make_model("llama", vocab_size=50).save_pretrained(tmp_path / "model")
+    overrides = [f"model={{name: {tmp_path / 'model'}}}", "sft=null"]
+    options = read(tmp_path, overrides)
+    records, part = Records(tmp_path / "run"), PARTS["trajectories"]
+    depends = Pipeline(options, print)._options_of(part)
+    records.begin(part, depends)
+    (tmp_path / "run" / "trajectories").mkdir()
+    assert Pipeline(read(tmp_path, overrides), print)._options_of(part) == depends
+    make_model("llama", vocab_size=50, seed=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="`model.weights` is .* but 'trajectories' in .* was begun with"):
+        run(read(tmp_path, overrides), "collect")
+
+
+@pytest.mark.parametrize(
+    ("step", "overwrite", "changes", "message"),
+    [
+        ("evaluate", "sft", [], "needs what `--overwrite sft` removes"),
+        ("all", "train", ["sft.max_steps=9"], "`sft.max_steps` is 9, but 'target' .* was made with 4"),
+        ("all", "sft", ["task.count=0"], "must have problems in its train split"),
+    ],
+)
+def test_nothing_is_removed_where_the_run_cannot_begin(tmp_path, stand_in, step, overwrite, changes, message):
+    options, records = read(tmp_path), Records(tmp_path / "run")
+    for part in PARTS.values():
+        if part.name == "draft":
+            continue
+        for path in part.paths:
+            (tmp_path / "run" / path).mkdir(parents=True)
+        records.end(part, Pipeline(options, print)._options_of(part), 1.0, is_complete=True)
+    there = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        run(read(tmp_path, changes), step, overwrite)
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*") if path.name != ".lock") == there
+
+
+def test_another_metric_makes_another_report(tmp_path, monkeypatch):
+    options = read(tmp_path)
+    named = []
+    for metric in (None, "execution", "clauses"):
+        monkeypatch.setattr(Letters, "judged_by", metric)
+        named.append(Pipeline(options, print)._options_of(PARTS["report"]))
+    assert "task.judged_by" not in named[0] and named[1] != named[2]
+    assert "task.judged_by" not in Pipeline(options, print)._options_of(PARTS["cllm"])
+
+
+def test_options_of_judged_answers_are_refused_where_nothing_judges(tmp_path, monkeypatch):
+    monkeypatch.setattr(Letters, "judge", Task.judge)
+    for name in ("more_prompts", "batch_size"):
+        with pytest.raises(ValueError, match=f"`evaluate.{name}` is for answers that are judged.*has no metric"):
+            read(tmp_path, [f"evaluate.{name}=3"])
+
+
 @pytest.mark.parametrize("error", [ImportError("needs a package"), ValueError("no such database")])
 def test_a_metric_that_cannot_work_is_said_before_anything_is_done(tmp_path, monkeypatch, capsys, error):
     def judge(self, responses, problems):
@@ -548,9 +623,15 @@ def test_the_config_of_the_tests_is_one():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"q": 1}\n\n{"r": "x"}\n', "Line 3 of .*a.jsonl' must be an object with `q`, got {'r': 'x'}"),
+        (
+            "a.jsonl",
+            '{"q": ""}\n\n{"r": "x"}\n',
+            "Line 3 of .*a.jsonl' must be an object with `q` as text, got {'r': ",
+        ),
+        ("a.jsonl", '{"q": "a"}\n{"q": 1}', "Line 2 of .* must be an object with `q` as text, got {'q': 1}"),
+        ("a.jsonl", '{"q": "a"}\n{"q": null}', "Line 2 of .* must be an object with `q` as text, got {'q': None}"),
         ("a.jsonl", '{"q": 1}\n{"q"', "Line 2 of .*a.jsonl' must be a JSON object: Expecting"),
-        ("a.json", '[{"q": 1}, 3]', "Object 2 of .* must be an object with `q`, got 3"),
+        ("a.json", '[{"q": "a"}, 3]', "Object 2 of .* must be an object with `q` as text, got 3"),
         ("a.json", '{"q": 1}', "must hold a JSON list of objects"),
         ("a.json", "[", "must be a JSON file: Expecting"),
         ("a.json", b"\xff", "must be a text in UTF-8"),
