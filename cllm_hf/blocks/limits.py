@@ -141,6 +141,16 @@ def count_positions(model: PreTrainedModel) -> int | None:
     return min((table.num_embeddings for table in tables if isinstance(table, torch.nn.Embedding)), default=None)
 
 
+def check_room(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
+    """Refuse a prompt and a response that are longer than a model's table of positions, where it has one."""
+    positions = count_positions(model)
+    if positions is not None and prompt_length + max_new_tokens > positions:
+        raise ValueError(
+            f"A prompt and `max_new_tokens` must fit into the {positions} positions of the model, got {prompt_length} "
+            f"and {max_new_tokens} tokens. Shorten one of them."
+        )
+
+
 def _configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     yield config
     for name, part in vars(config).items():

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from ..files import check_writable_file, write_whole
 from ..loading import load_cllm, load_tokenizer, pick_device
@@ -50,7 +49,7 @@ def _run_decode(options: argparse.Namespace) -> str:
         model = make_random_model(options.shape, options.seed, options.dtype, device)
         prompts = random_prompts(model.config.vocab_size, options.num_prompts, options.prompt_length, options.seed)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer = load_tokenizer(options.model)
         prompts = tokenize(tokenizer, texts, options.chat)
         pad_token_id = tokenizer.pad_token_id or 0
         model = load_model(options.model, options, device)
@@ -166,10 +165,12 @@ def check_source(options: argparse.Namespace) -> None:
     _check_names({name: value for name, value in given.items() if name != "prompts"})
     if options.model is not None and given.get("prompts", "") is None:
         raise ValueError("A model needs prompts, got `--model` without `--prompts`. Pass a file with a prompt a line.")
-    if options.shape is not None and any(value is not None for value in given.values()):
+    if options.shape is not None and (
+        getattr(options, "chat", False) or any(one is not None for one in given.values())
+    ):
         raise ValueError(
-            "A shape has random prompts and no assistant, got `--shape` with `--prompts` or `--assistant`. Drop them, "
-            "or pass `--model`."
+            "A shape has random prompts and no assistant, got `--shape` with `--prompts`, `--assistant` or `--chat`. "
+            "Drop them, or pass `--model`."
         )
 
 

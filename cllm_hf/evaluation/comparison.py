@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from .._host import CACHE_NAME, base_model_of
+from ..blocks.limits import check_room
 from ..options import JacobiOptions
 from .agreement import COLUMNS, agreement_notes, compare_texts
 from .benchmark import (
@@ -65,6 +66,7 @@ def compare_decoding(
     """
     check_assistant(assistant, batch_size)
     check_candidates(candidates)
+    check_room(base_model_of(model), max(map(len, prompts), default=0), max_new_tokens)
     methods = make_methods(model, block_sizes, assistant, batch_size == 1, is_compiled, candidates)
     methods, refusal = leave_out_refused(methods, prompts, max_new_tokens, pad_token_id)
     results = benchmark_decoding(
@@ -73,8 +75,8 @@ def compare_decoding(
     cache_length = _middle_length(prompts, results[0])
     # A tree has more tokens than positions, so that as many in a row may be more than the model has.
     most = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - cache_length
-    changing = [width for width in _changing_widths(methods, results) if width <= most]
-    widths = [1, *(size for size in block_sizes if isinstance(size, int)), *changing]
+    known = [int(min(size, most)) for size in block_sizes if isinstance(size, int)]
+    widths = [1, *known, *(width for width in _changing_widths(methods, results) if width <= most)]
     forwards = compare_widths(model, widths, cache_length, min(batch_size, len(prompts)))
     notes = []
     if batch_size > 1:

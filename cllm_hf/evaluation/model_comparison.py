@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._host import base_model_of
+from ..blocks.limits import check_room
 from ..journal import Journal
 from ..options import check_block_size
 from ..trajectories.manifest import fingerprint_weights
@@ -129,6 +130,7 @@ def compare_models(
     check_counts(max_new_tokens=max_new_tokens, batch_size=1 if batch_size is None else batch_size, repeats=repeats)
     check_models(target, cllm, assistant)
     check_prompts(prompts, more_prompts, target)
+    check_room(base_model_of(target), max(map(len, [*prompts, *more_prompts]), default=0), max_new_tokens)
     named = {"target": target, "cllm": cllm, "assistant": assistant}
     named = {name: model for name, model in named.items() if model is not None}
     settings = {

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .._host import base_model_of, input_device
 from ..blocks.drafter import find_drafter
-from ..blocks.limits import count_positions
+from ..blocks.limits import check_room
 from ..blocks.parting import describe_parting, find_parting
 from ..loading import check_same_tokenizer, load_tokenizer
 from ..names import Name
@@ -359,7 +359,7 @@ class Session:
         ]
         prompt_ids = self._tokenize(question, tokenizer)
         for way in ways:
-            _check_length(way.model, len(prompt_ids), question.max_new_tokens)
+            check_room(base_model_of(way.model), len(prompt_ids), question.max_new_tokens)
         for way in ways:
             self._warm_up(way, prompt_ids)
         return Race(ways, prompt_ids, tokenizer)
@@ -390,12 +390,3 @@ class Session:
             raise ValueError("A chat needs a tokenizer with a chat template, and this one has none. Ask without it.")
         messages = [{"role": "user", "content": question.prompt}]
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
-
-
-def _check_length(model: Any, prompt_length: int, max_new_tokens: int) -> None:
-    positions = count_positions(base_model_of(model))
-    if positions is not None and prompt_length + max_new_tokens > positions:
-        raise ValueError(
-            f"`prompt` and `max_new_tokens` must fit into the {positions} positions of the model, got {prompt_length} "
-            f"and {max_new_tokens} tokens. Shorten one of them."
-        )

@@ -127,7 +127,7 @@ def _take(
 ) -> Prompts:
     """
     The prompts of what `_read` gave, and the responses, if all have one; some alone are an error. With `only_texts`
-    others than texts are none.
+    others than texts and numbers, which become texts, are none.
     """
     if not is_json:
         return [line for _, line in entries], None
@@ -144,6 +144,8 @@ def _take(
             )
         check_prompt(prompt, where)
         response = fields.get(response_field)
+        if only_texts and isinstance(response, (int, float)) and not isinstance(response, bool):
+            response = str(response)  # an answer that is a number
         if isinstance(response, str):
             check_unicode(response, f"the response to {where}")
         elif only_texts or not _is_response(response):

@@ -20,6 +20,9 @@ from .heads_comparison import Contestants, compare_heads, format_heads
 from .heads_training import HeadsSetting, read_prompt_ids, read_records, train_heads
 
 
+_NUM_HEADS = 4
+
+
 def add_heads(kinds: Any) -> None:
     """
     Add `heads train` and `heads compare` to the kinds of benchmarks.
@@ -45,7 +48,7 @@ def add_heads(kinds: Any) -> None:
     train.add_argument("--batch-size", type=positive, default=8, help="records of an optimizer step")
     train.add_argument("--learning-rate", type=float, help="1e-3 for medusa and 5e-4 for eagle if not given")
     train.add_argument("--max-length", type=positive, default=1024, help="tokens of a record; the rest is cut off")
-    train.add_argument("--num-heads", type=positive, default=4, help="of medusa")
+    train.add_argument("--num-heads", type=positive, help=f"of medusa; {_NUM_HEADS} if not given")
     train.add_argument(
         "--own-projections",
         action="store_true",
@@ -56,7 +59,10 @@ def add_heads(kinds: Any) -> None:
     compare = actions.add_parser("compare", help="compare ways to decode", formatter_class=formatter)
     compare.add_argument("--model", required=True, help="folder or Hub id of the target model")
     compare.add_argument(
-        "--prompts", type=Path, required=True, help="as of `overhead`, or JSON lines with `prompt_ids`"
+        "--prompts",
+        type=Path,
+        required=True,
+        help="text file with a prompt a line, or JSON lines with `prompt`, `question` or `prompt_ids`",
     )
     compare.add_argument("--num-prompts", type=positive, default=16, help="how many prompts, the first ones")
     compare.add_argument("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
@@ -101,11 +107,13 @@ def _train(options: argparse.Namespace) -> str:
         options.max_length,
         options.seed,
     )
+    if options.heads == EAGLE and (options.own_projections or options.num_heads is not None):
+        raise ValueError("`--num-heads` and `--own-projections` are for medusa, got them for eagle. Drop them.")
     check_output(options.output_dir)
     device = prepare(options)
     model = load_model(options.model, options, device)
     records = read_records(options.dataset, count_embeddings(model))
-    heads = make_heads(options.heads, model, options.num_heads, options.own_projections)
+    heads = make_heads(options.heads, model, options.num_heads or _NUM_HEADS, options.own_projections)
     training = train_heads(heads, model, records, setting, show_progress=sys.stderr.isatty())
     save_heads(heads, options.output_dir, model, training)
     losses = training["losses"]

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tasks.data import read_json_rows
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from cllm_hf._host import input_device
 from cllm_hf.files import decode_text, parse_json
 from cllm_hf.trajectories.loading import load_trajectories
+from cllm_hf.trajectories.sources import read_prompts_and_responses
 
 from .heads import EAGLE, MEDUSA, EagleHead, Heads, MedusaHeads
 
@@ -95,8 +97,7 @@ def read_records(path: Path, vocab_size: int) -> list[dict[str, list[int]]]:
         ValueError: if a record has no such fields, or other tokens than the model.
     """
     if path.is_file():
-        lines = [line for line in decode_text(path.read_bytes()).splitlines() if line.strip()]
-        rows: Any = map(parse_json, lines)
+        rows: Any = read_json_rows(path)
     else:
         rows = load_trajectories(path).select_columns(["prompt_ids", "response_ids"])
     records = []
@@ -128,17 +129,19 @@ def read_prompt_ids(path: Path, limit: int) -> list[list[int]] | None:
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if a later line has none.
+        ValueError: if a later line has none, or is not JSON.
     """
-    lines = [line for line in decode_text(path.read_bytes()).splitlines() if line.strip()][:limit]
-    if not lines or not lines[0].startswith("{") or "prompt_ids" not in parse_json(lines[0]):
+    first = next((line for line in decode_text(path.read_bytes()).split("\n") if line.strip()), "")
+    try:
+        record: Any = parse_json(first)
+    except ValueError:
         return None
-    prompts = [parse_json(line).get("prompt_ids") for line in lines]
-    wrong = next((number for number, ids in enumerate(prompts) if not isinstance(ids, list)), None)
+    if not isinstance(record, dict) or "prompt_ids" not in record:
+        return None
+    prompts = read_prompts_and_responses(path, limit, "prompt_ids")[0]
+    wrong = next((number for number, ids in enumerate(prompts, 1) if not isinstance(ids, list)), None)
     if wrong is not None:
-        raise ValueError(
-            f"Line {wrong + 1} of {str(path)!r} must have `prompt_ids`, as the first one has. Correct it."
-        )
+        raise ValueError(f"Record {wrong} of {str(path)!r} must have token ids in `prompt_ids`. Correct it.")
     return prompts
 
 
@@ -230,7 +233,9 @@ def train_heads(
     """
     if not setting.max_seconds and not setting.max_steps:
         raise ValueError("A training must end, got neither `max_seconds` nor `max_steps`. Pass one of them.")
-    rate = setting.learning_rate or _LEARNING_RATES[heads.kind]
+    rate = _LEARNING_RATES[heads.kind] if setting.learning_rate is None else setting.learning_rate
+    if rate <= 0:
+        raise ValueError(f"`learning_rate` must be above 0, got {rate}. Typical values are 1e-4 to 1e-3.")
     model.requires_grad_(False)
     optimizer = torch.optim.AdamW(heads.parameters(), rate, betas=_BETAS)
     torch.manual_seed(setting.seed)
@@ -249,7 +254,8 @@ def train_heads(
             bar.update()
     heads.eval()
     seconds = time.perf_counter() - start
-    return {"steps": len(found), "seconds": seconds, "losses": found, "records": len(records), **vars(setting)}
+    about = {**vars(setting), "learning_rate": rate}
+    return {"steps": len(found), "seconds": seconds, "losses": found, "records": len(records), **about}
 
 
 def _step(heads: Heads, model: PreTrainedModel, batch: Batch, optimizer: torch.optim.Optimizer) -> float:

@@ -16,9 +16,10 @@ from cllm_hf.evaluation import command, comparison, reporting, shapes
 from cllm_hf.evaluation.arguments import SHAPE_NAMES
 from cllm_hf.evaluation.benchmark import DecodingMethod, DecodingResult, benchmark_decoding, make_methods
 from cllm_hf.evaluation.comparison import BareForward, compare_widths, relative_cost
+from cllm_hf.evaluation.model_comparison import compare_models
 from cllm_hf.files import check_writable_file, write_whole
 from cllm_hf.trajectories.responding import split_batches
-from cllm_hf.trajectories.sources import read_prompts
+from cllm_hf.trajectories.sources import read_prompts, read_prompts_and_answers
 
 
 GREEDY = {"decoding": "autoregressive"}
@@ -183,6 +184,14 @@ def test_random_models_accept_no_drafts_and_do_not_end():
     assert output.jacobi_stats.num_generated == [24] and output.jacobi_stats.num_forwards >= 23
 
 
+def test_answers_may_be_numbers(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "answer": 4}\n{"prompt": "b", "answer": 1.5}\n{"prompt": "c", "answer": "x"}\n')
+    assert read_prompts_and_answers(path) == (["a", "b", "c"], ["4", "1.5", "x"])
+    path.write_text('{"prompt": "a", "answer": true}\n')
+    assert read_prompts_and_answers(path) == (["a"], None)
+
+
 def test_prompts_of_text_and_json_files(tmp_path):
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_text("one line\n\n  another \n")
@@ -275,6 +284,19 @@ def test_bare_forward_passes_fit_the_positions_of_the_model():
     widest = max(map(int, report["methods"][-1]["widths"]))
     assert widest + report["cache_length"] > 32  # siblings share a position
     assert max(map(int, report["forward_seconds"])) + report["cache_length"] <= 32
+    wide = comparison.compare_decoding(model, random_ids(9, 7), [16, 30], 20, 2, show_progress=False)
+    assert max(map(int, wide["forward_seconds"])) + wide["cache_length"] == 32
+
+
+def test_texts_longer_than_the_positions_are_refused_before_anything_is_timed():
+    model, other = make_model("gpt2", n_positions=32), make_model("gpt2", n_positions=32, seed=1)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model is run"))
+    for run in (
+        lambda: comparison.compare_decoding(model, random_ids(9), [8], 24, show_progress=False),
+        lambda: compare_models(model, other, random_ids(9), block_size=8, max_new_tokens=24, show_progress=False),
+    ):
+        with pytest.raises(ValueError, match="must fit into the 32 positions of the model, got 9 and 24 tokens"):
+            run()
 
 
 @pytest.mark.parametrize(
@@ -371,6 +393,7 @@ def test_an_adapter_is_measured(model_folder, tokenizer, tmp_path, capsys):
         ),
         (["decode", "--model", "./none", "--prompts", "p"], "'./none', which is not there"),
         (["decode", "--shape", "4m", "--prompts", "p"], "Drop them, or pass `--model`"),
+        (["decode", "--shape", "4m", "--chat"], "`--assistant` or `--chat`. Drop them, or pass `--model`"),
         (["decode", "--shape", "4m", "--json", "x", "--markdown", "x"], "must be two files"),
         (["decode", "--shape", "4m", "--json", "."], "must be a file, got the folder"),
         (["decode", "--shape", "4m", "--json", "/proc/none/x"], "must be writable"),

@@ -58,6 +58,16 @@ GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
         ("#### 18.00", 18),
         ("#### 1/3", Fraction(1, 3)),
         ("#### ٣", None),
+        ("#### 9 eggs * $2 = $18", 18),
+        ("#### $2 per egg * 9 eggs = $18 per day", 18),
+        ("#### Total cost = 3 + 5 = 8", 8),
+        ("#### 60 minutes / 4 = 15 minutes", 15),
+        ("#### 50% of 36 = 18", 18),
+        ("#### (9)(2) = 18", 18),
+        ("#### 48/2 = 24", 24),
+        ("#### 18 = 9 * 2", 18),
+        ("#### 18 (as x = 3)", 18),
+        ("#### 18, where x = 3", 18),
     ],
 )
 def test_numbers_are_read(text, answer):

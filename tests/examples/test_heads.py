@@ -251,7 +251,7 @@ def test_records_and_prompts(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"prompt_ids": [1], "response_ids": [2, 3]}\n\n{"prompt_ids": [4], "response_ids": [5]}\n')
     assert read_records(path, 6)[1] == {"prompt_ids": [4], "response_ids": [5]}
-    assert read_prompt_ids(path, 1) == [[1]]
+    assert read_prompt_ids(path, 1) == [[1]] and read_prompt_ids(path, 9) == [[1], [4]]
     with pytest.raises(ValueError, match="from 0 to 4 in `response_ids`"):
         read_records(path, 5)
     trajectories = Dataset.from_list(random_trajectories(60, 3, 9, 16, 8, seed=0), features=FEATURES)
@@ -261,6 +261,14 @@ def test_records_and_prompts(tmp_path):
     ]
     path.write_text('{"prompt": "text"}\n')
     assert read_prompt_ids(path, 1) is None
+    for text in ("{curly} prompt\n", '{"prompt": "one\u2028line"}\n'):
+        path.write_text(text)
+        assert read_prompt_ids(path, 1) is None
+    path.write_text('{"prompt_ids": [1], "note": "one\u2028line"}\n{"prompt_ids": "text"}\n')
+    assert read_prompt_ids(path, 1) == [[1]]
+    with pytest.raises(ValueError, match="Record 2 of .* must have token ids in `prompt_ids`"):
+        read_prompt_ids(path, 2)
+    path.write_text('{"prompt": "text"}\n')
     with pytest.raises(ValueError, match="`prompt_ids`"):
         read_records(path, 5)
     path.write_text("")

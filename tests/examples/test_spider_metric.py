@@ -73,6 +73,18 @@ QUERY = "SELECT name FROM pet WHERE kind = 'a;\n\nb'"
         f"SQL: {QUERY}",
         f"The owner's pets are needed.\n**SQL query:** {QUERY};\nThat is all.",
         f"The owner's pets are given by `{QUERY}`.",
+        f"With the schema above, it is:\n```sql\n{QUERY}\n```",
+        f"Here is the query: {QUERY}",
+        f"1. {QUERY}",
+        f"**{QUERY}**",
+        f"The query is:\n\n{QUERY}\n\nIt returns names.",
+        f"{QUERY}\nExplanation: it returns the owner's pets.",
+        *(
+            f"{QUERY}{end}\n\n{rest}"
+            for end in ("", ";")
+            for rest in ("**Explanation:** names", "### Explanation", "- names", "1. Names", "`pet` is a table.")
+        ),
+        f"{QUERY};\n\nWith this query you get the names.",
     ],
 )
 def test_the_query_is_taken_out_of_what_is_around_it(response):
@@ -91,6 +103,8 @@ def test_the_query_is_taken_out_of_what_is_around_it(response):
         "SELECT name FROM pet; SELECT city FROM owner",
         "SELECT name FROM pet; DROP TABLE pet",
         "WITH a AS (SELECT 1)\n\nSELECT * FROM a",
+        "with recursive a(x) as (select 1)\n\nselect x - 1 from a",
+        "SELECT name FROM pet;\n\n-- all",
         "DROP TABLE pet",
         "SELECT `name` FROM `pet`",
     ],

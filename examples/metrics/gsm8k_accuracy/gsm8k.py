@@ -27,7 +27,6 @@ _STEP = re.compile(
 _COUNTED = re.compile(r"[\W_]*(?:[A-Za-z]+ (?P<named>\d{1,3})|(?P<bare>\d{1,3})[.):]\W{0,4}[A-Za-z])")
 _NAMES_ANSWER = re.compile(r"\b(?:answer|total|result|solution|conclusion|final)\b", re.IGNORECASE)
 _BOXED = re.compile(r"\\f?boxed\s?(?:\{(?P<content>[^{}\n]*(?:\{[^{}\n]*\}[^{}\n]*){0,9})|(?P<bare>\S{1,50}))")
-_EQUATION = re.compile(r"(?P<left>[\s$(+-]*[\d.,]+[\s%]{0,3}[*/x÷+-][\d\s.,$%()*/x÷+-]*)=\s*(?P<right>[^=*÷+]+)$")
 _SPACED = re.compile(r"[\W_]*\d{1,3}(?: \d{3})+[\W_]*$")
 
 
@@ -144,11 +143,22 @@ def _after_colon(line: str) -> str:
 
 
 def _read_first(line: str) -> Fraction | None:
-    """The first number of a line that gives an answer; of `5 + 3 = 8` what is on the right."""
+    """The first number of a line that gives an answer; of `5 eggs + 3 eggs = 8 eggs` what is on the right."""
     if _SPACED.match(line):
         line = re.sub(r"(?<=\d) (?=\d)", "", line)
-    equation = _EQUATION.match(line)
-    if equation and len(re.findall(r"[\d.,/]+", equation["left"])) > 1:
-        line = "=" + equation["right"]
+    left, right = _sides(line)
+    # On the left of a calculation is more than one number. One alone may be the answer: `18 (as x = 3)`.
+    if len(re.findall(r"\d[\d.,/]*", left)) > 1 and re.search(r"\d", right) and not re.search(r"[*÷+]", right):
+        line = "=" + right
     number = next(find_numbers(line), None)
     return read_number(number) if number else None
+
+
+def _sides(line: str) -> tuple[str, str]:
+    """What is left and right of the last equals sign of a line outside of brackets; both are empty without one."""
+    depth, place = 0, None
+    for number, character in enumerate(line):
+        depth += (character == "(") - (character == ")")
+        if character == "=" and depth <= 0:
+            place = number
+    return ("", "") if place is None else (line[:place], line[place + 1 :])

@@ -22,21 +22,28 @@ _SPLIT_OPERATORS = {(">", "="), ("<", "="), ("!", "=")}
 # Characters of a longer query are not looked at. The longest of Spider has 577.
 MAX_QUERY_LENGTH = 100_000
 _BLANK = ("space", "comment")
-_STARTS = frozenset(("select", "with"))
-_STATEMENTS = _STARTS | frozenset("alter create delete drop explain insert pragma replace update values".split())
+_STATEMENTS = frozenset("select with alter create delete drop explain insert pragma replace update values".split())
 # Words that a query may go on with after an empty line. Any other one there begins a sentence.
-_GOES_ON = _STARTS | frozenset(
+_GOES_ON = frozenset(
     "and as cross except from full group having inner intersect join left limit natural offset on or order right "
-    "union values where window".split()
+    "select union values where window with".split()
 )
 # What a query cannot end with.
 _UNFINISHED = _GOES_ON | frozenset(
     "by distinct all not in like is between case when then else , ( = < > + - / .".split()
 )
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*\w*[ \t]*$\n?", re.MULTILINE)
-_LINE_START = re.compile(
-    r"^[ \t]*(?:\*{0,2}[A-Za-z]+(?: [A-Za-z]+)?:\*{0,2} )?[ \t]*(?=(?:select|with)\s)", re.I | re.MULTILINE
-)
+_WITH = r"with\s+(?:recursive\s+)?[^\s,;:()]+\s*(?:\([^()]*\)\s*)?as\b"
+_QUERY_START = re.compile(rf"select\s|{_WITH}", re.IGNORECASE)
+# At the beginning of a line, a number in a list, asterisks and a label such as `SQL:` may stand before a query; else
+# any words and a colon, as in `Here is the query: SELECT ...`.
+_LINE_STARTS = [
+    re.compile(rf"^[ \t]*(?:\d+[.)] )?(?:{label})?[ \t*]*(?=select\s|{_WITH})", re.IGNORECASE | re.MULTILINE)
+    for label in (r"\*{0,2}[A-Za-z]+(?: [A-Za-z]+)?:\*{0,2} ", r"[^\n:]{1,100}:[ \t]+")
+]
+# What SQL neither begins nor goes on with after a query: marks of Markdown, and a sentence with a label.
+_MARKDOWN = re.compile(r"[*#`]|-(?!-)|\d+[.)]\s")
+_LABEL = re.compile(r"[A-Za-z][A-Za-z ]{0,30}:(?=\s)")
 _CODE_SPAN = re.compile(r"`((?:select|with)\s[^`]*)`", re.IGNORECASE)
 
 
@@ -44,10 +51,11 @@ def extract_query(text: str) -> str:
     """
     Take the query out of what an instruct model writes around it.
 
-    A text that begins with a query, as all do of a model that was trained on queries alone, loses only a sentence that
-    comes after a semicolon or an empty line. Otherwise the query is that of the first block between code fences that
-    begins with `SELECT` or `WITH`, closed or cut off; else the first line that begins so, after a label such as `SQL:`
-    too; else the first such piece of code in a line.
+    A text that begins with a query, as all do of a model that was trained on queries alone, loses only what is no SQL
+    after a semicolon or an empty line, and a line with a label such as `Explanation:`. Otherwise the query is that of
+    the first block between code fences that begins with `SELECT` or `WITH name AS`, closed or cut off; else the first
+    line that begins so, in a list or after a label such as `SQL:` too; else what comes after words and a colon; else
+    the first such piece of code in a line.
 
     Args:
         text (`str`): a response.
@@ -58,36 +66,58 @@ def extract_query(text: str) -> str:
     if len(text) > MAX_QUERY_LENGTH:
         return text
     before, *blocks = _FENCE.split(text)
-    if _first_word(text) in _STARTS:
+    if _begins_query(text):
         return _without_sentence(before)
     for block in blocks[::2]:
-        if _first_word(block) in _STARTS:
+        if _begins_query(block):
             return block.strip()
-    line = _LINE_START.search(text)
-    if line is not None:
-        return _without_sentence(_FENCE.split(text[line.end() :])[0])
+    for start in _LINE_STARTS:
+        line = start.search(text)
+        if line is not None:
+            query = _without_sentence(_FENCE.split(text[line.end() :])[0])
+            return query.rstrip().removesuffix("**") if line[0].endswith("**") else query
     span = _CODE_SPAN.search(text)
     return text if span is None else span[1]
 
 
-def _first_word(text: str) -> str:
-    return next((word.lower() for kind, word in split_sql(text) if kind not in _BLANK and word != "("), "")
+def _begins_query(text: str) -> bool:
+    return _QUERY_START.match(_from_first_word(text)) is not None
+
+
+def _from_first_word(text: str) -> str:
+    """A text without the spaces, comments and brackets that it begins with."""
+    position = 0
+    for kind, part in split_sql(text):
+        if kind not in _BLANK and part != "(":
+            break
+        position += len(part)
+    return text[position:]
 
 
 def _without_sentence(query: str) -> str:
-    """Cut at the first semicolon or empty line after which something comes that is no SQL."""
+    """Cut at the first semicolon or line end after which something comes that is no SQL."""
     last = ""
     position = 0
     for kind, text in split_sql(query):
+        after = position + len(text)
         is_end = text == ";" or (kind == "space" and text.count("\n") > 1 and last not in _UNFINISHED)
-        if is_end:
-            word = _first_word(query[position + len(text) :])
-            if word.isalpha() and word not in (_STATEMENTS if text == ";" else _GOES_ON):
-                return query[:position]
+        if is_end and _is_no_sql(query[after:], _STATEMENTS if text == ";" else _GOES_ON):
+            return query[:position]
+        if kind == "space" and "\n" in text and _LABEL.match(query, after):
+            return query[:position]
         if kind not in _BLANK:
             last = text.lower()
-        position += len(text)
+        position = after
     return query
+
+
+def _is_no_sql(text: str, words: frozenset[str]) -> bool:
+    """Whether what comes after a query is neither SQL that begins with one of these words, nor anything in signs."""
+    if _MARKDOWN.match(text.lstrip()):
+        return True
+    text = _from_first_word(text)
+    word = re.match(r"\w*", text)[0].lower()  # type: ignore[index]  # matches anything
+    return word.isalpha() and (word not in words or (word == "with" and not _QUERY_START.match(text)))
 
 
 def split_sql(query: str) -> Iterator[tuple[str, str]]:
