@@ -82,7 +82,8 @@ def load_adapter(
         own = {name: getattr(saved, name, None) for name in ("decoding", *OPTION_NAMES)}
         saved = copy.deepcopy(base.generation_config)
         for name, value in own.items():
-            setattr(saved, name, value)
+            if value is not None:
+                setattr(saved, name, value)
     model.generation_config = base.generation_config = saved
     return model
 

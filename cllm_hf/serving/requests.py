@@ -271,12 +271,7 @@ def make_build_server(original: Any) -> Any:
                 needs_model = model_manager.force_model is None
                 handler.handle_request = _until_started(handler.handle_request, name, needs_model)
         app = original(model_manager, chat_handler, **others)
-        for kind in (
-            ValueError,
-            NotImplementedError,
-            TemplateError,
-            OSError,
-        ):  # the last one for a model of no such name
+        for kind in (ValueError, NotImplementedError, TemplateError, OSError):  # OSError: no such model
             app.add_exception_handler(kind, _refuse)
         app.add_exception_handler(Exception, _fail)
         return app
@@ -356,10 +351,8 @@ def _check_messages(messages: Any) -> None:
 def _is_message(message: Any) -> bool:
     if not isinstance(message, dict) or "role" not in message:
         return False
-    content, calls = message.get("content"), message.get("tool_calls", [])
-    is_content = (
-        content is None or isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content)))
-    )
+    content, calls = message.get("content") or "", message.get("tool_calls", [])
+    is_content = isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content)))
     return is_content and isinstance(calls, list) and all(map(_is_call, calls))
 
 

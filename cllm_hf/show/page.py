@@ -6,6 +6,7 @@ import html
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import gradio
@@ -83,7 +84,10 @@ class _Visit:
 
     race: Race | None = None
     is_stopped: bool = False
-    is_prepared: threading.Event = field(default_factory=threading.Event)  # or will have no race
+    is_idle: threading.Event = field(default_factory=threading.Event)  # nothing is loaded or warmed up for it
+
+    def __post_init__(self) -> None:
+        self.is_idle.set()
 
     def stop(self) -> None:
         self.is_stopped = True
@@ -93,7 +97,7 @@ class _Visit:
     def end(self) -> None:
         """Stop it, and wait until nothing of it runs any more."""
         self.stop()
-        self.is_prepared.wait()
+        self.is_idle.wait()
         if self.race is not None:
             self.race.end()
 
@@ -137,7 +141,6 @@ class Races:
             if visit.race is None:
                 yield _waiting("stopped"), _waiting("stopped"), ""
         finally:
-            visit.is_prepared.set()
             if self._visits.get(visitor) is visit:
                 del self._visits[visitor]
 
@@ -145,19 +148,23 @@ class Races:
         self, visit: _Visit, question: Question, model: str, target: str | None
     ) -> Iterator[tuple[str, str, str]]:
         yield _waiting("loading"), _waiting("loading"), ""
+        visit.is_idle.clear()
         try:
+            if visit.is_stopped:
+                return
             race = self._session.prepare(question, model, target)
+            if visit.is_stopped:
+                return
+            visit.race = race
+            watching = race.watch(_SECONDS_A_PICTURE)
+            first = next(watching)  # now its threads run
         except (OSError, ValueError) as error:
             raise gradio.Error(str(error), print_exception=False) from None
-        if visit.is_stopped:
-            return
-        visit.race = race
-        watching = race.watch(_SECONDS_A_PICTURE)
-        for number, (left, right) in enumerate(watching):
-            if number == 0:
-                visit.is_prepared.set()  # its threads run
-                if visit.is_stopped:  # since it was looked at
-                    race.stop()
+        finally:
+            visit.is_idle.set()
+        if visit.is_stopped:  # since it was looked at
+            race.stop()
+        for left, right in chain([first], watching):
             lines = [html.escape(line) for line in race.compare(left, right)]
             yield format_side(left), format_side(right), "<br>".join(lines)
 

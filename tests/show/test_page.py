@@ -145,6 +145,10 @@ def test_nothing_runs_when_the_page_is_closed(slow_model):
     assert threading.active_count() > before
     races.close()
     assert threading.active_count() == before
+    waiting = run(races, folder, "another")
+    next(waiting)
+    races.close()  # which waits for nothing that will not come
+    assert "stopped" in list(waiting)[-1][0]
 
 
 def start(view):
