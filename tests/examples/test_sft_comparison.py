@@ -71,6 +71,7 @@ def test_the_command(tmp_path, capsys):
     assert "Pass a folder that `cllm collect` has written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_blocks_are_as_long_as_the_states_or_as_an_option_says(tokenizer, records, tmp_path, capsys):
     make_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -186,6 +186,7 @@ def check_moments_and_cases(path):
     check_cases(SHORT, 0, path, False)
 
 
+@pytest.mark.slow
 def test_the_readme_outlives_kills(tmp_path):
     in_new_process(check_moments_and_cases, tmp_path)
 

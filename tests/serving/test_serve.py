@@ -253,7 +253,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("endpoint", ["chat", "completion", "response"])
+@pytest.mark.parametrize(
+    "endpoint", ["completion", *(pytest.param(one, marks=pytest.mark.slow) for one in ("chat", "response"))]
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_request_cannot_have_is_refused_before_anything_is_answered(name, endpoint, limited):
     options, message = REFUSED[name]

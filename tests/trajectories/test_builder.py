@@ -409,7 +409,7 @@ def _run_process(index, path, tokenizer, prompts, model, wait):
     os._exit(0 if complete else 3)
 
 
-@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("wait", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_processes_end_with_the_same_bytes_as_one(word_model, tokenizer, prompts, finished, tmp_path, wait):
     context = multiprocessing.get_context("spawn")
     processes = [

@@ -111,9 +111,10 @@ def as_dataset(records, choose):
     return whole.with_format("numpy")
 
 
-def test_the_check_of_a_dataset_is_that_of_every_record(monkeypatch):
+@pytest.mark.parametrize("num_trials", [100, pytest.param(400, marks=pytest.mark.slow)])
+def test_the_check_of_a_dataset_is_that_of_every_record(monkeypatch, num_trials):
     choose, seen = random.Random(0), set()
-    for trial in range(400):
+    for trial in range(num_trials):
         monkeypatch.setattr("cllm_hf.trajectories.schema._ROWS_AT_ONCE", choose.choice([1, 2, 3, 1000]))
         records = make_records(choose.randrange(1, 8), seed=trial, augmented=True)
         for number in choose.sample(range(len(records)), min(len(records), choose.choice([0, 1, 1, 2]))):
