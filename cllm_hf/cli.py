@@ -14,7 +14,7 @@ from typing import Any
 from ._version import __version__
 from .evaluation.arguments import MOVED, add_benchmark_commands
 from .options import JACOBI, LOSSLESS
-from .parsing import HelpFormatter, block_size, port, positive
+from .parsing import HelpFormatter, block_size, num_candidates, port, positive
 from .trajectories.options import COLLECT_HELP, add_trajectory_commands, parse_collect
 
 
@@ -149,6 +149,7 @@ def _add_compare(commands: Any) -> None:
         help="how the other side decodes; by default lossless if the model has a lossless adapter, else jacobi",
     )
     compare.add_argument("--block-size", type=block_size, default="auto", help="tokens of a block, or `auto`")
+    compare.add_argument("--candidates", type=num_candidates, default=0, help="further guesses in each forward pass")
     compare.add_argument("--max-new-tokens", type=positive, help="longest response; 160 by default")
     compare.add_argument(
         "--temperature", type=float, default=0.0, help="temperature of sampling; 0 is greedy decoding"

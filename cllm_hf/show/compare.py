@@ -50,6 +50,7 @@ def run_compare(options: argparse.Namespace) -> str:
         options.max_new_tokens or DEFAULT_TOKENS,
         options.temperature,
         False if options.no_chat else None,
+        options.candidates,
     )
     if options.web:
         question.check_options()

@@ -67,6 +67,9 @@ def _make_choices(question: Question, model: str, target: str | None) -> list[An
         target_box = gradio.Textbox(target or "", label="Model on the left", info="empty for the same one")
         mode_box = gradio.Dropdown([_DEFAULT_MODE, *MODES], value=mode, label="Mode")
         size_box = gradio.Textbox(str(question.block_size), label="Block size", info="a number, or auto")
+        candidates_box = gradio.Number(
+            question.candidates, label="Candidates", info="further guesses; 0 for none", minimum=0, precision=0
+        )
     with gradio.Row():
         temperature_box = gradio.Slider(
             0, max(2, temperature), temperature, step=0.1, label="Temperature", info="0 is greedy"
@@ -75,7 +78,7 @@ def _make_choices(question: Question, model: str, target: str | None) -> list[An
         chat_box = gradio.Checkbox(
             question.is_chat is not False, label="Chat", info="where the tokenizer has a chat template"
         )
-    return [model_box, target_box, mode_box, size_box, temperature_box, tokens_box, chat_box]
+    return [model_box, target_box, mode_box, size_box, candidates_box, temperature_box, tokens_box, chat_box]
 
 
 @dataclass
@@ -117,6 +120,7 @@ class Races:
         target: str,
         mode: str,
         block_size: Any,
+        candidates: float | None,
         temperature: float,
         tokens: float,
         chat: bool,
@@ -125,7 +129,7 @@ class Races:
         """Run a race, and show both sides as they come, as HTML, and in the end what is to be said of them."""
         chosen = None if mode == _DEFAULT_MODE else mode
         size, is_chat = _read_block_size(block_size), None if chat else False
-        question = Question(prompt, chosen, size, int(tokens), float(temperature), is_chat)
+        question = Question(prompt, chosen, size, int(tokens), float(temperature), is_chat, int(candidates or 0))
         visitor, visit = str(request.session_hash), _Visit()
         self._visits[visitor] = visit
         try:

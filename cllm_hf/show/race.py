@@ -27,7 +27,7 @@ from ..blocks.limits import check_room
 from ..blocks.parting import describe_parting, find_parting
 from ..loading import check_same_tokenizer, load_tokenizer
 from ..names import Name
-from ..options import AUTOREGRESSIVE, JACOBI, LOSSLESS, check_block_size
+from ..options import AUTOREGRESSIVE, JACOBI, LOSSLESS, JacobiOptions, check_block_size
 from ..process import quiet_hosts
 
 
@@ -299,6 +299,7 @@ class Question:
     max_new_tokens: int = DEFAULT_TOKENS
     temperature: float = 0.0  # 0 for greedy
     is_chat: bool | None = None  # whether it goes through the chat template; by default where there is one
+    candidates: int = 0  # further guesses in each forward pass
 
     @property
     def is_sampled(self) -> bool:
@@ -315,6 +316,7 @@ class Question:
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
         check_block_size(self.block_size, "block_size", allows_auto=True)
+        JacobiOptions(candidates=self.candidates)
         if self.max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}. Typical are 64 to 512.")
         if not 0 <= self.temperature <= 5:
@@ -327,7 +329,7 @@ class Session:
 
     load: Callable[[str], Any]
     _models: dict[str, Any] = field(default_factory=dict)
-    _warm: set[tuple[int, str, str]] = field(default_factory=set)
+    _warm: set[tuple[int, str]] = field(default_factory=set)
 
     def prepare(self, question: Question, model: str, target: str | None = None) -> Race:
         """
@@ -349,8 +351,9 @@ class Session:
         own = {
             "decoding": mode,
             "jacobi_block_size": question.block_size,
-            "jacobi_compile": False,
-        }  # as the other side
+            "jacobi_candidates": question.candidates,
+            "jacobi_compile": False,  # as the other side
+        }
         if question.is_sampled:
             shared["temperature"] = question.temperature
         ways = [
@@ -373,7 +376,8 @@ class Session:
 
     def _warm_up(self, way: Way, prompt_ids: list[int]) -> None:
         """The first call of a kind takes longer than all others, which belongs to no side's time."""
-        key = (id(way.model), str(way.options["decoding"]), str(way.options.get("jacobi_block_size")))
+        kind = [way.options.get(name) for name in ("decoding", "jacobi_block_size", "jacobi_candidates")]
+        key = (id(way.model), str(kind))
         if key not in self._warm:
             ids = torch.tensor([prompt_ids], device=input_device(base_model_of(way.model)))
             options = {**way.options, "max_new_tokens": min(_WARM_UP_TOKENS, way.options["max_new_tokens"])}

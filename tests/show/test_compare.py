@@ -7,6 +7,7 @@ from conftest import make_model
 
 import cllm_hf.show
 from cllm_hf.cli import main
+from cllm_hf.loading import load_tokenizer
 from cllm_hf.show.race import Question, Session
 
 
@@ -27,6 +28,14 @@ def test_both_texts_are_printed(folder, capsys):
     out = capsys.readouterr().out
     assert "generate(): " in out and "jacobi: " in out and "The texts are equal: 12 of 12 tokens." in out
     assert "\x1b" not in out  # piped
+
+
+def test_candidates_are_passed_on(folder):
+    question = Question("Mia has 9 books . Mia has 9 books .", block_size=4, candidates=3, max_new_tokens=4)
+    race = Session(lambda name: make_model("llama", vocab_size=len(load_tokenizer(name)))).prepare(question, folder)
+    assert [way.options.get("jacobi_candidates") for way in race._ways] == [None, 3]
+    with pytest.raises(ValueError, match="`jacobi_candidates`"):
+        Question("a", candidates=-1).check()
 
 
 def test_another_target_model_and_sampling(folder, capsys):

@@ -76,19 +76,20 @@ class Visitor:
 
 
 def run(races, folder, name="first", tokens=1000, **changes):
-    choices = {"mode": "as the model is", "block_size": "4", "temperature": 0, "tokens": tokens, "chat": True}
+    choices = {"mode": "as the model is", "block_size": "4", "candidates": 0, "temperature": 0, "tokens": tokens}
+    choices["chat"] = True
     return races.run("Mia has", folder, "", **{**choices, **changes}, request=Visitor(name))
 
 
 def test_what_is_chosen_at_first(slow_model):
     from cllm_hf.show.page import Races, make_page
 
-    question = Question("Mia has", "jacobi", 8, 2000, 2.5, False)
+    question = Question("Mia has", "jacobi", 8, 2000, 2.5, False, 3)
     page = make_page(Races(Session(lambda name: None)), question, "one", "two")
     values = {block.label: block.value for block in page.blocks.values() if getattr(block, "label", None)}
     assert values == {
         **{"Prompt": "Mia has", "Model": "one", "Model on the left": "two", "Mode": "jacobi", "Block size": "8"},
-        **{"Temperature": 2.5, "Longest response, in tokens": 2000, "Chat": False},
+        **{"Candidates": 3, "Temperature": 2.5, "Longest response, in tokens": 2000, "Chat": False},
     }
 
 
