@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import warnings
@@ -44,6 +45,7 @@ def load_cllm(
             folder or Hub id; by default the model that it was trained on is loaded.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained` for the model, or the base model of an adapter, whose
             `revision` it then is. `cache_dir`, `local_files_only` and `token` go for the adapter's files as well.
+            With `is_trainable=True` an adapter can be trained further.
 
     Returns:
         `transformers.PreTrainedModel` or `peft.PeftModel`, in evaluation mode.
@@ -84,8 +86,17 @@ def load_adapter(
         for name, value in own.items():
             if value is not None:
                 setattr(saved, name, value)
+    else:
+        config = model.active_peft_config
+        config.save_pretrained = functools.partial(_save_with_defaults, config, saved)
     model.generation_config = base.generation_config = saved
     return model
+
+
+def _save_with_defaults(config: PeftConfig, defaults: GenerationConfig, save_directory: Any, **kwargs: Any) -> None:
+    """PEFT saves an adapter where its config saves itself, and knows of no generation config."""
+    type(config).save_pretrained(config, save_directory, **kwargs)
+    defaults.save_pretrained(save_directory)
 
 
 def _load_adapter(

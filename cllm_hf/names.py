@@ -34,11 +34,13 @@ class Name:
         """
         Decide what a name is that something is to be loaded by, with a look at this machine.
 
-        A `Path` is a path, and so is a text that is written as one or whose folder or file is there. Any other text is
-        an id if the Hub allows it.
+        A `Path` is a path, and so is a text that is written as one, is one word that ends as the name of a file, or
+        whose folder or file is there. Any other text is an id if the Hub allows it.
         """
         text = str(name)
-        if isinstance(name, Path) or text.startswith(_PATH_STARTS) or (text and Path(text).exists()):
+        is_file_name = "/" not in text and text.lower().endswith(_FILE_ENDINGS)
+        is_written_so = text.startswith(_PATH_STARTS) or is_file_name
+        if isinstance(name, Path) or is_written_so or (text and Path(text).exists()):
             return cls(text, path=Path(text))
         return cls(text, hub_id=text if _problem_of(text) is None else None)
 

@@ -69,6 +69,9 @@ def test_an_adapter_is_saved_with_its_defaults_and_merges(tmp_path):
     assert isinstance(output, cllm_hf.JacobiOutput)
     assert max(map(max, output.jacobi_stats.num_committed)) <= BLOCK_SIZE
     assert output.sequences.tolist() == expected.tolist()
+    loaded.save_pretrained(tmp_path / "moved")
+    defaults = load_cllm(tmp_path / "moved").generation_config
+    assert (defaults.decoding, defaults.jacobi_block_size) == ("jacobi", BLOCK_SIZE)
     assert loaded.merge_and_unload().generate(ids, **GREEDY).tolist() == expected.tolist()
     # The host's own loader works too, with the option passed.
     plain = AutoPeftModelForCausalLM.from_pretrained(adapter_dir)
@@ -90,9 +93,9 @@ def test_training_of_an_adapter_goes_on_where_it_was_saved(tmp_path):
     trainer = make_trainer(tmp_path, lora=True)
     trainer.train()
     trainer.save_model()
-    with pytest.raises(ValueError, match="got none in PeftModelForCausalLM. Load the adapter with `PeftModel.f"):
+    with pytest.raises(ValueError, match="got none in PeftModelForCausalLM. Pass the folder of the adapter"):
         make_trainer(tmp_path / "more", model=PeftModel.from_pretrained(make_tiny_model(), tmp_path))
-    loaded = PeftModel.from_pretrained(make_tiny_model(), tmp_path, is_trainable=True)
+    loaded = load_cllm(tmp_path, base_model=make_tiny_model(), is_trainable=True)
     more = make_trainer(tmp_path / "more", model=loaded)
     weights = weights_of(trainer)
     assert all(torch.equal(weight, weights[name]) for name, weight in weights_of(more).items())

@@ -15,7 +15,9 @@ def _in_folder(tmp_path, monkeypatch):
     (tmp_path / "file.txt").touch()
 
 
-@pytest.mark.parametrize("text", ["user/model", "./user/model", "file.txt", "./none", "/none", "~/none", Path("a/b")])
+@pytest.mark.parametrize(
+    "text", ["user/model", "./user/model", "file.txt", "./none", "/none", "~/none", "none.jsonl", Path("a/b")]
+)
 def test_what_is_there_or_written_as_a_path_is_one(text):
     name = Name.find(text)
     assert (name.path, name.hub_id) == (Path(text), None)

@@ -219,7 +219,8 @@ class Feed:
             raise ValueError(
                 f"A tree of guesses needs a dynamic cache of keys and values, which {type(self.model).__name__} does "
                 "not have here. Drop what turns it off (`use_cache=False`, `jacobi_compile=True`, a static cache), or "
-                'what asks for trees (`jacobi_candidates`, `decoding="lossless"`).'
+                'what asks for trees (`jacobi_candidates`, `decoding="lossless"`). A model in training mode has none '
+                "with gradient checkpointing: call `model.eval()` before."
             )
 
     def _has_room_for_tree(self) -> bool:

@@ -172,7 +172,9 @@ def format_training(state: Any, training: CLLMConfig, published: str | None = No
     folder = shlex.quote(str(training.output_dir))
     text = "\n".join(parts)
     text += (
-        f"\n\nWritten: {training.output_dir}\nMeasure it with `cllm benchmark decode --model {folder} --prompts FILE`."
+        f"\n\nWritten: {training.output_dir}\n"
+        f"Measure it with `cllm benchmark decode --model {folder} --prompts FILE`, with `--chat` if the responses are "
+        "to chats."
     )
     return text if published is None else f"{text}\n\nPublished: {published}"
 
@@ -280,8 +282,9 @@ def _load_datasets(data: TrainArguments, training: CLLMConfig) -> tuple[Dataset,
         if data.eval_split is not None:
             raise
         raise ValueError(
-            f"Evaluation takes a split `test`, which {data.trajectories} does not have ({error}). Name one as "
-            "`--eval-split`, collect with `--test-fraction`, or drop `--eval-strategy`."
+            f"Evaluation takes a split `test`, which {data.trajectories} does not have ({str(error).rstrip('.')}). "
+            "Name one as `--eval-split`, or parts (`--train-split 'train[20%:]' --eval-split 'train[:20%]'`), "
+            "collect with `--test-fraction`, or drop `--eval-strategy`."
         ) from error
 
 

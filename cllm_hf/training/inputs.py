@@ -29,6 +29,7 @@ from .texts import tokenize_texts
 # Of a lossless adapter where no `peft_config` says otherwise; `docs/lossless.md` has what others bring.
 _RANK, _ALPHA = 64, 128
 _ROWS_AT_ONCE = 1000
+_LOAD_IT = "Pass the folder of the adapter as `model`, or load it with `load_cllm(folder, is_trainable=True)`"
 
 
 def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_config: Any = None) -> tuple[Any, Any]:
@@ -46,6 +47,11 @@ def load_target(model: Any, args: CLLMConfig, peft_config: Any, quantization_con
         check_adapters([peft_config])
     if not _is_adapter(model):
         _check_kind(getattr(model, "peft_config", {}).values(), args)
+        if args.lossless and hasattr(model, "peft_config") and find_drafter(base_model_of(model)) is None:
+            raise ValueError(
+                "A lossless adapter that is trained further must have its drafter, which PEFT alone does not load, "
+                f"got one without. {_LOAD_IT}."
+            )
         is_new = args.lossless and not hasattr(model, "peft_config")
         return model, make_lossless_config(peft_config) if is_new else peft_config
     from peft import PeftConfig
@@ -71,11 +77,15 @@ def _is_adapter(model: Any) -> bool:
 def _check_kind(configs: Any, args: CLLMConfig) -> None:
     check_adapters(configs)
     for config in configs:
-        if is_lossless(config) != args.lossless:
-            kind = "a lossless one" if is_lossless(config) else "another one"
+        if args.lossless and not is_lossless(config):
             raise ValueError(
-                f"`lossless={args.lossless}` must fit the adapter that is trained further, got {kind}. Pass "
-                f"`lossless={is_lossless(config)}`, or train a new adapter."
+                "`lossless=True` trains an adapter that drafts, got a model with an adapter of another kind. Pass the "
+                "model without it, and a `peft_config` such as `LoraConfig(r=64)` for the new one."
+            )
+        if is_lossless(config) and not args.lossless:
+            raise ValueError(
+                "A lossless adapter is trained further with `lossless=True`, got `lossless=False`. Pass that, or a "
+                "model without the adapter."
             )
 
 
@@ -139,7 +149,7 @@ def _check_trainable(model: Any) -> None:
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     if hasattr(model, "peft_config"):
-        remedy = "Load the adapter with `PeftModel.from_pretrained(base_model, path, is_trainable=True)`"
+        remedy = _LOAD_IT
     else:
         remedy = "Call `model.requires_grad_(True)`, or pass a `peft_config`"
     raise ValueError(

@@ -16,6 +16,7 @@ from .config import CLLMConfig
 
 _KEPT = ("data_id", "label_ids")
 _MARK = "a response"
+_CHAT = "messages"
 
 
 def tokenize_texts(dataset: Any, config: CLLMConfig, find_tokenizer: Callable[[], Any]) -> Any:
@@ -24,8 +25,14 @@ def tokenize_texts(dataset: Any, config: CLLMConfig, find_tokenizer: Callable[[]
 
     A prompt that is chat messages goes through the chat template. Responses are tokenized as they go on with their
     prompt, and get the token that ends a response where that is missing; those that are token ids stay as they are.
+    Of whole chats in a column `messages`, as `trl.SFTTrainer` takes them, the last message is the response.
     """
-    if not isinstance(dataset, (Dataset, IterableDataset)) or not has_texts(_columns(dataset)):
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return dataset
+    columns = list(_columns(dataset))
+    if _CHAT in columns and not has_texts(columns) and "prompt_ids" not in columns:
+        dataset = dataset.map(_split_chat, with_indices=True, remove_columns=_CHAT)
+    if not has_texts(_columns(dataset)):
         return dataset
     columns = list(_columns(dataset))
     if config.trajectory_source != "online":
@@ -46,6 +53,16 @@ def tokenize_texts(dataset: Any, config: CLLMConfig, find_tokenizer: Callable[[]
         )
 
 
+def _split_chat(record: Mapping[str, Any], place: int) -> dict[str, Any]:
+    messages = record[_CHAT]
+    if not is_chat(messages) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+        raise ValueError(
+            f"Chats in `messages` must end in a message of the assistant, got another one in record {place}, counted "
+            "from 0. Drop that record, or its last messages."
+        )
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
 def _columns(dataset: Dataset | IterableDataset) -> list[str]:
     if dataset.column_names is not None:
         return dataset.column_names
@@ -55,6 +72,12 @@ def _columns(dataset: Dataset | IterableDataset) -> list[str]:
 def _convert(batch: Mapping[str, list[Any]], places: list[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     given = batch["response"] if "response" in batch else batch["completion"]
     responses = [_text_of(response, place) for response, place in zip(given, places)]
+    empty = next((place for response, place in zip(responses, places) if response is not None and not response), None)
+    if empty is not None:
+        raise ValueError(
+            f"A response must have text, got an empty one as response {empty}, counted from 0. Drop such rows: "
+            '`dataset.filter(lambda row: row["response"])`.'
+        )
     names = [str(name) for name in batch.get("data_id", places)]
     rows = tokenize_rows(names, batch["prompt"], responses, tokenizer, places[0])
     ends: dict[bool, int | None] = {}

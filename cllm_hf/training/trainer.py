@@ -90,7 +90,8 @@ class CLLMTrainer(SFTTrainer):
         args (`CLLMConfig`, *optional*): options.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): trajectories of the target model. Lossless
             training and `trajectory_source="online"` also take its responses alone: as tokens (`prompt_ids`,
-            `response_ids`), or as text in columns `prompt` (text or chat messages) and `response` or `completion`.
+            `response_ids`), or as text in columns `prompt` (text or chat messages) and `response` or `completion`, or
+            chats in a column `messages`, whose last message is the response.
         eval_dataset (`datasets.Dataset` or `dict` of them, *optional*): the same for evaluation.
         processing_class (`transformers.PreTrainedTokenizerBase`, *optional*): the tokenizer.
         peft_config (`peft.PeftConfig`, *optional*): adapter to train instead of the whole model.
@@ -304,6 +305,11 @@ class CLLMTrainer(SFTTrainer):
         """Make the batches of an evaluation; all is as in `transformers.Trainer.get_eval_dataloader`."""
         of_texts = partial(find_tokenizer, self.model, self.processing_class)
         return super().get_eval_dataloader(prepare_dataset(eval_dataset, self.args, of_texts))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Make the batches of `predict`; all is as in `transformers.Trainer.get_test_dataloader`."""
+        of_texts = partial(find_tokenizer, self.model, self.processing_class)
+        return super().get_test_dataloader(prepare_dataset(test_dataset, self.args, of_texts))
 
     def evaluation_loop(
         self,

@@ -157,9 +157,10 @@ def check_response(record: Mapping[str, Any]) -> None:
     name = "?" if name is None else name
     for column, tokens in (("prompt_ids", prompt), ("response_ids", response)):
         if not tokens:
+            found = f"none in record {name}" if column in record else f"the columns {', '.join(map(str, record))}"
             remedy = "drop that record" if column in record else "name columns of text `prompt` and `response`"
             raise ValueError(
-                f"A record needs tokens in the column `{column}`, got none in record {name}. Build the dataset with "
+                f"A record needs tokens in the column `{column}`, got {found}. Build the dataset with "
                 f"`cllm_hf.TrajectoryBuilder`, or {remedy}."
             )
     _check_missing(name, [[prompt, response]], "`prompt_ids` and `response_ids`")

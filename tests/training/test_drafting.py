@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from training_cases import make_config, make_records, slow_divergence
 from training_runs import make_dataset, make_tiny_model, make_trainer, weights_of
 
@@ -219,6 +219,17 @@ def test_a_lossless_adapter_is_trained_further(tmp_path):
     assert any(not torch.equal(weight, start[name]) for name, weight in weights_of(second).items() if "masks" in name)
     with pytest.raises(ValueError, match="lossless=True"):
         make_trainer(tmp_path / "third", model=str(tmp_path / "first"))
+    loaded = load_cllm(tmp_path / "first", is_trainable=True)
+    third = weights_of(make_trainer(tmp_path / "third", model=loaded, lossless=True, block_size=4))
+    assert all(torch.equal(weight, third[name]) for name, weight in weights_of(first).items())
+    alone = PeftModel.from_pretrained(make_tiny_model(), tmp_path / "first", is_trainable=True)
+    with pytest.raises(ValueError, match="must have its drafter, which PEFT alone does not load.*Pass the folder"):
+        make_trainer(tmp_path / "fourth", model=alone, lossless=True, block_size=4)
+    other = get_peft_model(make_tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(
+        ValueError, match="trains an adapter that drafts.*Pass the model without it, and a `peft_config"
+    ):
+        make_trainer(tmp_path / "fourth", model=other, lossless=True, block_size=4)
     with pytest.raises(ValueError, match="at most 3 tokens"):
         make_trainer(tmp_path / "third", model=str(tmp_path / "first"), lossless=True, block_size=9)
 

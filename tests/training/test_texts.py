@@ -67,6 +67,8 @@ def test_a_chat_goes_through_the_template_and_ends_as_the_template_ends_it(chat_
         (record,) = tokenize([{"prompt": asked, **response}], chat_tokenizer)
         assert record["prompt_ids"] + record["response_ids"] == expected and expected[-1] == end
         assert record["response"] == "It is 4."
+    (whole,) = tokenize([{"messages": [*asked, reply]}], chat_tokenizer)
+    assert whole == record
     for template in ("{{ messages[-1]['content'] }}", "{{ raise_exception('no chats') }}"):
         other = copy.deepcopy(chat_tokenizer)
         other.chat_template = "{% if add_generation_prompt %}Q:{{ messages[-1]['content'] }}A:{% else %}" + template
@@ -129,6 +131,8 @@ def test_rows_are_tokenized_in_parts(tokenizer, monkeypatch):
         ),
         ([{"prompt": "a", "response": "b"}] * 2 + [{"prompt": None, "response": "b"}], "got None as prompt 2"),
         ([{"prompt": "a", "completion": [{"role": "user", "content": "b"}] * 2}], "got 2 messages as response 0"),
+        ([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}], "got an empty one as response 1"),
+        ([{"messages": [{"role": "user", "content": "b"}] * 2}], "`messages` must end in a message of the assistant"),
     ],
 )
 def test_records_that_are_refused(tokenizer, records, message):

@@ -442,6 +442,9 @@ def test_predictions_are_losses(word_model, tokenizer, dataset, tmp_path):
     trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, num_monitored_prompts=0)
     output = trainer.predict(dataset.select(range(4)))
     assert output.predictions is None and output.metrics["test_loss"] > 0
+    trainer = make_trainer(word_model, dataset, tokenizer, tmp_path, num_monitored_prompts=0, lossless=True)
+    texts = Dataset.from_list([{"prompt": "Mia has 7 apples .", "response": "How many ?"}])
+    assert trainer.predict(texts).metrics["test_loss"] > 0
 
 
 # Records whose blocks are right. What stands after a response of four tokens, in blocks of three, is padding.
