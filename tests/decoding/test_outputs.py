@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.generation import GenerateEncoderDecoderOutput
 
 import cllm_hf  # noqa: F401
+from cllm_hf.decoding.outputs import TokenScores
 
 
 ASKED = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -124,11 +125,17 @@ def test_processors_that_write_into_their_scores(llama):
     assert torch.stack(output.scores).isinf().any() and torch.stack(output.logits).isfinite().all()
 
 
-def test_copies_hold_no_more_than_the_tokens(llama):
+def test_what_is_kept_holds_no_more_than_the_tokens(llama, monkeypatch):
     """The logits of a whole forward pass would stay in memory with a view of some."""
-    output = llama.generate(make_prompts(1)[0], max_new_tokens=12, do_sample=False, jacobi_block_size=8, **ASKED)
-    for logits in output.logits:
-        assert logits.untyped_storage().nbytes() == 4 * llama.config.vocab_size
+    seen, add = [], TokenScores.add
+
+    def watched(self, row, places, **values):
+        add(self, row, places, **values)
+        seen.extend(tensor for rows in self._kept.values() for tensor in rows[row.index])
+
+    monkeypatch.setattr(TokenScores, "add", watched)
+    llama.generate(make_prompts(1)[0], max_new_tokens=12, do_sample=False, jacobi_block_size=8, **ASKED)
+    assert {tensor.untyped_storage().nbytes() for tensor in seen} == {4 * llama.config.vocab_size}
 
 
 def test_models_in_sixteen_bits():
